@@ -1,0 +1,43 @@
+"""The shapes that the whole package speaks of, and the bookkeeping of next-token losses: shift, mask, sum."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+#: Labels with this value are not predicted; the value of `torch.nn.functional.cross_entropy`.
+IGNORE_INDEX = -100
+
+Logits = Float[Tensor, "batch seq vocab"]
+PerToken = Float[Tensor, "batch seq"]
+Labels = Int[Tensor, "batch seq"]
+Mask = Bool[Tensor, "batch seq"]
+
+
+def next_token_targets(labels: Int[Tensor, "batch length"]) -> tuple[Labels, Mask]:
+    """Shift labels so that position t holds what position t of the model predicts: token t + 1.
+
+    Returns:
+        targets: `(batch, length - 1)`; IGNORE_INDEX where nothing is predicted.
+        mask: True where a token is predicted.
+    """
+    targets = labels[:, 1:]
+    return targets, targets != IGNORE_INDEX
+
+
+def next_token_view(
+    logits: Float[Tensor, "batch length vocab"], labels: Int[Tensor, "batch length"]
+) -> tuple[Logits, Labels, Mask]:
+    """Align logits with the tokens they predict: `(logits[:, :-1], labels[:, 1:], mask)`, all `length - 1` long."""
+    targets, mask = next_token_targets(labels)
+    return logits[:, :-1], targets, mask
+
+
+def masked_sum(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Sum over kept entries. An empty mask gives 0 that still carries a gradient; NaN outside the mask is ignored."""
+    return values.masked_fill(~mask, 0.0).sum()
+
+
+def masked_mean(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Mean over kept entries; 0 for an empty mask."""
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
