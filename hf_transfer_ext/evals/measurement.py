@@ -1,0 +1,32 @@
+"""A measured number that says what it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One result: its value, its unit, which way is better, and from how many examples it comes.
+
+    Args:
+        name: The metric's name, as its file is called.
+        value: The number itself.
+        unit: "nats per token", "share", "p-value", ...
+        higher_is_better: The direction of improvement.
+        examples: How many examples (or tokens, where the unit is per token) the value was measured on.
+        interval: 95 % interval (low, high), where one was computed.
+        dataset: What it was measured on, in a reader's words.
+    """
+
+    name: str
+    value: float
+    unit: str
+    higher_is_better: bool
+    examples: int
+    interval: tuple[float, float] | None = None
+    dataset: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

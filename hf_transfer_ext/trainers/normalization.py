@@ -1,0 +1,45 @@
+"""The one place where a per-token loss becomes the number that is minimised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hf_transfer_ext.tensors import masked_sum
+
+
+class TokenLossNormalization:
+    """Mixin for `Trainer` subclasses whose loss is a sum over tokens: one optimizer step, one mean, however split.
+
+    The Trainer counts the labelled tokens of all micro-batches and all ranks of a step (`num_items_in_batch`); dividing
+    the sum by that count makes four micro-batches of one equal one batch of four, and two processes equal one.
+    """
+
+    #: Tells the Trainer (transformers >= 5.19) that the loss is a share of the whole step already.
+    loss_is_scaled_for_ga = True
+    accelerator: Any
+    args: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts num_items_in_batch, whatever the model takes
+
+    def token_weight(self, mask: Bool[Tensor, "*shape"], num_items_in_batch: Any = None) -> Float[Tensor, ""]:
+        """What one token's loss is multiplied by: 1 / tokens of the step, or of this batch where no count is given.
+
+        The count covers all devices while DDP and FSDP average gradients over them: `num_processes` undoes that.
+        """
+        if num_items_in_batch is None:
+            return 1.0 / mask.sum().clamp(min=1).float()
+        devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        count = num_items_in_batch.to(mask.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        return mask.new_ones((), dtype=torch.float32) * devices / count
+
+    def normalize(
+        self, loss: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], num_items_in_batch: Any = None
+    ) -> Float[Tensor, ""]:
+        """Sum of the kept per-token losses times `token_weight`: this process's share of the step's mean."""
+        return masked_sum(loss, mask) * self.token_weight(mask, num_items_in_batch)
