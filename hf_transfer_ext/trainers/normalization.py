@@ -14,8 +14,8 @@ from hf_transfer_ext.tensors import masked_sum
 class TokenLossNormalization:
     """Mixin for `Trainer` subclasses whose loss is a sum over tokens: one optimizer step, one mean, however split.
 
-    The Trainer counts the labelled tokens of all micro-batches and all ranks of a step (`num_items_in_batch`); dividing
-    the sum by that count makes four micro-batches of one equal one batch of four, and two processes equal one.
+    The Trainer counts the labelled tokens of all micro-batches and all ranks of a step (`num_items_in_batch`);
+    dividing the sum by that count makes four micro-batches of one equal one batch of four, and two processes one.
     """
 
     #: Tells the Trainer (transformers >= 5.19) that the loss is a share of the whole step already.

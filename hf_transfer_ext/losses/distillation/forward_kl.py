@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.tensors import Logits, PerToken
+
+
+def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
+    p = log_p.exp()
+    return weighted(p, log_p - log_q).sum(-1), -p
+
+
+@fused_by(slope)
+def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
+    r"""KL(teacher || student) for each token, summed over the vocabulary: the student covers the teacher.
+
+    .. math:: \sum_v p_v (\log p_v - \log q_v), \quad q = \text{student}, p = \text{teacher}
+
+    Args:
+        temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.
+
+    Returns:
+        Nats per token, >= 0, and 0 where both models agree; inf where the student excludes what the teacher allows.
+        Nothing is masked.
+
+    Source: Distilling the Knowledge in a Neural Network, Hinton et al. 2015, https://arxiv.org/abs/1503.02531
+    """
+    log_q = (student_logits.float() / temperature).log_softmax(-1)
+    log_p = (teacher_logits.float() / temperature).log_softmax(-1)
+    return weighted(log_p.exp(), log_p - log_q).sum(-1)

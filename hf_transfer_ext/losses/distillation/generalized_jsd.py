@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.tensors import Logits, PerToken
+
+
+def slope(log_q: Rows, log_p: Rows, *, beta: float = 0.5) -> tuple[PerRow, Rows]:
+    q, p = log_q.exp(), log_p.exp()
+    log_m = (beta * p + (1 - beta) * q).log()
+    s = weighted(q, log_q - log_m).mul_(1 - beta)
+    return beta * weighted(p, log_p - log_m).sum(-1) + s.sum(-1), s
+
+
+@fused_by(slope)
+def generalized_jsd(
+    student_logits: Logits, teacher_logits: Logits, *, beta: float = 0.5, temperature: float = 1.0
+) -> PerToken:
+    r"""Generalised Jensen-Shannon divergence for each token, summed over the vocabulary.
+
+    .. math:: \beta\, KL(p \| m) + (1 - \beta)\, KL(q \| m), \quad m = \beta p + (1 - \beta) q,
+              \quad q = \text{student}, p = \text{teacher}
+
+    Args:
+        beta: The teacher's share of the mixture, strictly between 0 and 1. Divided by beta the value tends to
+            `forward_kl` as beta -> 0, and divided by 1 - beta to `reverse_kl` as beta -> 1: use these instead of the
+            ends, where the divergence itself vanishes.
+        temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.
+
+    Returns:
+        Nats per token, between 0 (both models agree) and the entropy of (beta, 1 - beta), log 2 at beta = .5. Nothing
+        is masked.
+
+    Raises:
+        ValueError: `beta` is not strictly between 0 and 1.
+
+    Source: GKD, Agarwal et al. 2024, equation 1, https://arxiv.org/abs/2306.13649
+    """
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"`beta` has to lie between 0 and 1, got {beta}. Its ends are forward_kl (0), reverse_kl (1)."
+        )
+    log_q = (student_logits.float() / temperature).log_softmax(-1)
+    log_p = (teacher_logits.float() / temperature).log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    log_m = (beta * p + (1 - beta) * q).log()
+    return beta * weighted(p, log_p - log_m).sum(-1) + (1 - beta) * weighted(q, log_q - log_m).sum(-1)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.tensors import Logits, PerToken
+
+
+def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
+    s = weighted(log_q.exp(), log_q - log_p)  # + q, which the rule cancels
+    return s.sum(-1), s
+
+
+@fused_by(slope)
+def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
+    r"""KL(student || teacher) for each token, summed over the vocabulary: the student keeps within the teacher.
+
+    .. math:: \sum_v q_v (\log q_v - \log p_v), \quad q = \text{student}, p = \text{teacher}
+
+    Args:
+        temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.
+
+    Returns:
+        Nats per token, >= 0, and 0 where both models agree; inf where the teacher excludes what the student allows.
+        Nothing is masked.
+
+    Source: MiniLLM, Gu et al. 2024, https://arxiv.org/abs/2306.08543
+    """
+    log_q = (student_logits.float() / temperature).log_softmax(-1)
+    log_p = (teacher_logits.float() / temperature).log_softmax(-1)
+    return weighted(log_q.exp(), log_q - log_p).sum(-1)

@@ -1,0 +1,238 @@
+"""The fused core against the formulas on full logits, and against float64 definitions."""
+
+import math
+
+import oracles
+import pytest
+import torch
+
+from hf_transfer_ext.heads import LMHead
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.fused import fused_linear_divergence
+
+TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 9, 6, 5, 23
+
+
+def problem(dtype=torch.float32, bias=True, scale=1.0, softcap=None, vocab=VOCAB, teacher_vocab=VOCAB, tokens=TOKENS):
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    student = LMHead(
+        rand(vocab, WIDTH).requires_grad_(), rand(vocab).requires_grad_() if bias else None, scale, softcap
+    )
+    teacher = LMHead(rand(teacher_vocab, TEACHER_WIDTH), rand(teacher_vocab) if bias else None, scale, softcap)
+    hidden, teacher_hidden = rand(tokens, WIDTH).requires_grad_(), rand(tokens, TEACHER_WIDTH)
+    labels = torch.randint(min(vocab, teacher_vocab), (tokens,), generator=g)
+    weights = torch.rand(tokens, generator=g)
+    return hidden, student, teacher_hidden, teacher, labels, weights
+
+
+def by_formula(
+    hidden, student, teacher_hidden, teacher, labels, weights, name, kd_weight, ce_weight, temperature, options
+):
+    """The same loss from full logits, by autograd."""
+    z, t = student.logits(hidden).float()[None], teacher.logits(teacher_hidden).float()[None]
+    shared = min(z.shape[-1], t.shape[-1])
+    kd = DISTILLATION_LOSSES[name](z[..., :shared], t[..., :shared], temperature=temperature, **options)[0]
+    ce = torch.nn.functional.cross_entropy(z[0], labels, reduction="none")
+    return (weights * (kd_weight * kd + ce_weight * ce)).sum(), kd.detach(), ce.detach()
+
+
+def gradients(loss, hidden, student):
+    leaves = [x for x in (hidden, student.weight, student.bias) if x is not None and x.requires_grad]
+    return torch.autograd.grad(loss, leaves)
+
+
+def check(case, name, kd_weight=0.7, ce_weight=0.3, temperature=1.0, chunk_tokens=4, rtol=2e-4, atol=2e-5, **options):
+    hidden, student, teacher_hidden, teacher, labels, weights = case
+    fused = fused_linear_divergence(
+        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        kd_weight=kd_weight, ce_weight=ce_weight, temperature=temperature, chunk_tokens=chunk_tokens, **options,
+    )  # fmt: skip
+    loss, kd, ce = by_formula(*case, name, kd_weight, ce_weight, temperature, options)
+    torch.testing.assert_close(fused.loss, loss, rtol=rtol, atol=atol)
+    if kd_weight:
+        torch.testing.assert_close(fused.divergence, kd, rtol=rtol, atol=atol)
+    torch.testing.assert_close(fused.cross_entropy, ce, rtol=rtol, atol=atol)
+    for got, want in zip(gradients(fused.loss, hidden, student), gradients(loss, hidden, student), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 7, 100])
+@pytest.mark.parametrize("name, options", oracles.CASES)
+def test_value_and_gradient_equal_the_formula_at_every_chunk_size(name, options, chunk_tokens):
+    check(problem(), name, chunk_tokens=chunk_tokens, **options)
+
+
+@pytest.mark.parametrize("name, options", oracles.CASES)
+def test_value_and_gradient_equal_the_float64_definition(name, options):
+    hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=2, vocab=7, teacher_vocab=7)
+    fused = fused_linear_divergence(
+        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        kd_weight=0.7, ce_weight=0.3, temperature=1.5, chunk_tokens=1, **options,
+    )  # fmt: skip
+    t = teacher_hidden.double() @ teacher.weight.double().T + teacher.bias.double()
+
+    def definition(h):
+        # The weights of adaptive_kl are constants of its gradient, so its definition is differentiated apart, below.
+        z = h.view(2, WIDTH) @ student.weight.detach().double().T + student.bias.detach().double()
+        total = 0.0
+        for i in range(2):
+            kd = oracles.value(name, z[i], t[i], 1.5, **options)
+            ce = -math.log(oracles.probabilities(z[i])[labels[i]])
+            total += weights[i].item() * (0.7 * kd + 0.3 * ce)
+        return total
+
+    assert fused.loss.item() == pytest.approx(definition(hidden.detach().double()), rel=1e-5)
+    if name != "adaptive_kl":
+        (got,) = torch.autograd.grad(fused.loss, hidden)
+        want = oracles.slope_of(definition, hidden.detach().reshape(-1)).view_as(hidden)
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("name", DISTILLATION_LOSSES)
+def test_temperature_divides_the_divergence_alone(name, temperature):
+    check(problem(), name, temperature=temperature)
+
+
+@pytest.mark.parametrize("kd_weight, ce_weight", [(1.0, 0.0), (0.0, 1.0), (2.5, 0.4)])
+def test_each_part_alone(kd_weight, ce_weight):
+    check(problem(), "forward_kl", kd_weight=kd_weight, ce_weight=ce_weight)
+
+
+@pytest.mark.parametrize("scale, softcap", [(1.0, 4.0), (0.25, None), (3.0, 2.0)])
+@pytest.mark.parametrize("name", DISTILLATION_LOSSES)
+def test_logit_scale_and_softcap_are_part_of_the_head(name, scale, softcap):
+    check(problem(scale=scale, softcap=softcap), name)
+
+
+@pytest.mark.parametrize("vocab, teacher_vocab", [(23, 29), (29, 23)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_padding_rows_of_the_larger_vocabulary_take_no_part(vocab, teacher_vocab, temperature):
+    check(problem(vocab=vocab, teacher_vocab=teacher_vocab), "forward_kl", temperature=temperature)
+    check(problem(vocab=vocab, teacher_vocab=teacher_vocab), "generalized_jsd", temperature=temperature)
+
+
+def test_without_bias_and_with_a_frozen_head():
+    case = problem(bias=False)
+    check(case, "reverse_kl")
+    case[1].weight.requires_grad_(False)
+    check(case, "reverse_kl")
+
+
+@pytest.mark.parametrize("name", DISTILLATION_LOSSES)
+def test_bfloat16_sums_in_float32(name):
+    """Projections round as the model's own do; the divergence itself is taken in float32."""
+    check(problem(torch.bfloat16), name, rtol=0.05, atol=0.02)
+
+
+def test_the_head_gradient_of_many_bfloat16_chunks_does_not_lose_small_terms():
+    hidden, student, teacher_hidden, teacher, _, _ = problem(torch.bfloat16, bias=False, tokens=4096)
+    weights = torch.full((4096,), 1 / 4096)
+    grads = []
+    for chunk in (1, 4096):
+        loss = fused_linear_divergence(
+            hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights,
+            chunk_tokens=chunk,
+        ).loss  # fmt: skip
+        grads.append(torch.autograd.grad(loss, student.weight)[0].float())
+    error = (grads[0] - grads[1]).norm() / grads[1].norm()
+    assert error < 5e-3
+
+
+def test_autocast_projects_in_its_dtype_and_returns_float32_gradients():
+    hidden, student, teacher_hidden, teacher, labels, weights = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = fused_linear_divergence(
+            hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights,
+            labels=labels, ce_weight=0.5,
+        )  # fmt: skip
+    loss, _, _ = by_formula(*problem(), "forward_kl", 1.0, 0.5, 1.0, {})
+    assert fused.loss.item() == pytest.approx(loss.item(), rel=0.02) and fused.loss.item() != loss.item()
+    assert all(g.dtype == torch.float32 for g in gradients(fused.loss, hidden, student))
+
+
+@pytest.mark.parametrize("name", DISTILLATION_LOSSES)
+def test_no_token_gives_zero_with_a_gradient(name):
+    hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=0)
+    loss = fused_linear_divergence(
+        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        ce_weight=0.5,
+    ).loss  # fmt: skip
+    assert loss.item() == 0.0
+    assert all((g == 0).all() for g in gradients(loss, hidden, student))
+
+
+def test_a_token_without_weight_adds_nothing_even_where_its_loss_is_infinite():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    closed = student.bias.detach().clone()
+    closed[3] = -math.inf
+    student = LMHead(student.weight, closed.requires_grad_())
+    weights = torch.zeros_like(weights)
+    fused = fused_linear_divergence(
+        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights
+    )
+    assert torch.isinf(fused.divergence).all() and fused.loss.item() == 0.0
+    assert all((g == 0).all() for g in gradients(fused.loss, hidden, student))
+
+
+@pytest.mark.parametrize("name", DISTILLATION_LOSSES)
+def test_a_token_that_both_heads_exclude_changes_nothing(name):
+    hidden, student, teacher_hidden, teacher, labels, weights = problem()
+    both = []
+    for width, head in ((WIDTH, student), (TEACHER_WIDTH, teacher)):
+        weight = torch.cat([head.weight.detach(), torch.zeros(2, width)]).requires_grad_()
+        both.append(LMHead(weight, torch.cat([head.bias.detach(), torch.full((2,), -math.inf)])))
+    wide = fused_linear_divergence(
+        hidden, both[0], teacher_hidden, both[1], DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        ce_weight=0.3,
+    )  # fmt: skip
+    narrow = fused_linear_divergence(
+        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        ce_weight=0.3,
+    )  # fmt: skip
+    torch.testing.assert_close(wide.loss, narrow.loss)
+    got, want = torch.autograd.grad(wide.loss, both[0].weight)[0], torch.autograd.grad(narrow.loss, student.weight)[0]
+    torch.testing.assert_close(got[:VOCAB], want)
+    assert (got[VOCAB:] == 0).all()
+
+
+def test_a_formula_of_ones_own_works_without_a_slope():
+    def squared_difference(student_logits, teacher_logits, *, temperature=1.0, factor=1.0):
+        return factor * ((student_logits - teacher_logits) / temperature).square().sum(-1)
+
+    hidden, student, teacher_hidden, teacher, _, weights = problem(softcap=3.0)
+    loss = fused_linear_divergence(
+        hidden, student, teacher_hidden, teacher, squared_difference, weights=weights, temperature=2.0,
+        chunk_tokens=2, factor=0.5,
+    ).loss  # fmt: skip
+    z, t = student.logits(hidden)[None], teacher.logits(teacher_hidden)[None]
+    want = (weights * squared_difference(z, t, temperature=2.0, factor=0.5)[0]).sum()
+    torch.testing.assert_close(loss, want)
+    for got, expected in zip(gradients(loss, hidden, student), gradients(want, hidden, student), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_follows_a_factor_of_the_loss_and_is_given_once():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    args = (hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"])
+    (one,) = torch.autograd.grad(fused_linear_divergence(*args, weights=weights).loss, hidden)
+    (three,) = torch.autograd.grad(3 * fused_linear_divergence(*args, weights=weights).loss, hidden)
+    torch.testing.assert_close(three, 3 * one)
+    loss = fused_linear_divergence(*args, weights=weights).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second forward"):
+        loss.backward()
+
+
+def test_bad_arguments_are_named():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    kl = DISTILLATION_LOSSES["forward_kl"]
+    with pytest.raises(ValueError, match="needs `labels`"):
+        fused_linear_divergence(hidden, student, teacher_hidden, teacher, kl, weights=weights, ce_weight=1.0)
+    with pytest.raises(ValueError, match="temperature"):
+        fused_linear_divergence(hidden, student, teacher_hidden, teacher, kl, weights=weights, temperature=0.0)
