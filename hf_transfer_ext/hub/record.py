@@ -1,0 +1,495 @@
+"""The run record: what was done, with which inputs, and what came out, in one JSON file beside the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.files import sha256_of, write_text
+from hf_transfer_ext.hub.privacy import is_absolute_path, last_component, public_text, public_value
+
+#: The record's file in a model folder or repository.
+RECORD_FILE = "hf_transfer_ext.json"
+#: Raised by one whenever a reader of the old form would misread the new one.
+SCHEMA_VERSION = 1
+#: What an input can be to a run.
+ROLES = ("base", "dataset", "model", "student", "teacher")
+#: The packages whose versions a record names.
+PACKAGES = ("hf_transfer_ext", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "safetensors")
+
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "rng_state.pth")
+_DATA = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.arrow", "*.gz", "*.zst")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SNAPSHOT = re.compile(r"(?P<kind>models|datasets)--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
+
+
+@dataclass
+class RunInput:
+    """A model or data set that a run read.
+
+    Args:
+        name: Hub id, or the last component of a local path.
+        role: One of "base", "dataset", "model", "student", "teacher".
+        on_hub: True where `name` is a Hub id; a local folder's name means nothing to others.
+        revision: Commit hash on the Hub; None for local files, which `sha256` tells apart.
+        sha256: File name -> hex digest of its content, for weight files (data files of a data set).
+        license: Licence as the input's own card states it (`license`, `license_name`, `license_link`); {} if unknown.
+        model_type: `model_type` of the input's config.json.
+        base_model: Hub ids that the input's own card names as its bases.
+        record: The input's own record, if this package made it.
+    """
+
+    name: str
+    role: str
+    on_hub: bool = False
+    revision: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    license: dict[str, str] = field(default_factory=dict)
+    model_type: str | None = None
+    base_model: list[str] = field(default_factory=list)
+    record: RunRecord | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(
+                f"Input {self.name!r} has the role {self.role!r}; it has to be one of {', '.join(ROLES)}."
+            )
+
+
+@dataclass
+class Stage:
+    """One step of a run and the wall-clock seconds it took."""
+
+    name: str
+    seconds: float
+
+
+@dataclass
+class RunRecord:
+    """What a run did, written as `hf_transfer_ext.json` into its result.
+
+    Secrets are dropped from `config` and absolute local paths in it are cut to their last component; the digest of
+    each *file* that was named by such a path is kept in `files`. (Folders that were read belong into `inputs`.)
+
+    Args:
+        job: "distillation", "merging", "unlearning", "extraction", "transfer", ...
+        recipe: Which recipe or command ran ("recipes/distill.py", "hf-transfer-ext merge").
+        config: All settings: a dictionary or a dataclass.
+        inputs: Models and data sets that were read (`describe_input`), in the user's order.
+        metrics: Measurements of the *result*; these alone become the card's model-index.
+        compared: Measurements of other models in the same run, by name: {"before": [...], "teacher": [...]}.
+        not_measured: Sentences on what a reader might expect to be measured here and was not.
+        seed: Seed of all random choices; None where none were made.
+        device: Device, precision and processes (`device_summary`).
+        stages: Where the time went (`with record.stage("train"): ...`).
+        files: Name -> sha256 of the local files named in `config`.
+        versions: Versions of python and PACKAGES; read from the installed packages unless given.
+        created: Start of the run, UTC, ISO 8601.
+    """
+
+    job: str
+    recipe: str
+    config: Any = field(default_factory=dict)
+    inputs: list[RunInput] = field(default_factory=list)
+    metrics: list[Measurement] = field(default_factory=list)
+    compared: dict[str, list[Measurement]] = field(default_factory=dict)
+    not_measured: list[str] = field(default_factory=list)
+    seed: int | None = None
+    device: dict[str, Any] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    def __post_init__(self) -> None:
+        self.files = {**files_named_in(self.config), **self.files}
+        self.config = public_value(self.config)
+        if not isinstance(self.config, dict):
+            raise TypeError(f"`config` has to be a dictionary or a dataclass, got {type(self.config).__name__}.")
+        self.versions = self.versions or installed_versions()
+        self.created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+    @property
+    def parents(self) -> list[RunRecord]:
+        """Records of the inputs that this package made."""
+        return [item.record for item in self.inputs if item.record is not None]
+
+    def history(self) -> list[RunRecord]:
+        """All records that led here, oldest first and this one last; each once, however many ways lead to it."""
+        return list(_with_ancestors(self, {}).values())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block and add it to `stages`, also where the block raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages.append(Stage(name, round(time.perf_counter() - start, 3)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. Records of inputs stand under `parents` by digest, each once, for the whole chain."""
+        digests: dict[int, str] = {}
+        ancestors = _with_ancestors(self, digests)
+        own = ancestors.pop(digests[id(self)])._own_dict(digests)
+        parents = {digest: record._own_dict(digests) for digest, record in ancestors.items()}
+        return {"schema_version": SCHEMA_VERSION, **own, "parents": parents}
+
+    def digest(self) -> str:
+        """Hex sha256 of this record (its inputs' digests included), the name by which a child refers to it."""
+        digests: dict[int, str] = {}
+        _with_ancestors(self, digests)
+        return digests[id(self)]
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `hf_transfer_ext.json` into `folder`, whole or not at all; returns its path."""
+        path = Path(folder) / RECORD_FILE
+        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "the record") -> RunRecord:
+        """The record of `to_dict`. Raises `ValueError` for a newer schema and for a record that is malformed."""
+        schema = data.get("schema_version")
+        if not isinstance(schema, int) or isinstance(schema, bool):
+            raise ValueError(f"{where} has no `schema_version`; it is no record of hf_transfer_ext, or was cut short.")
+        if schema > SCHEMA_VERSION:
+            raise ValueError(
+                f"{where} has schema version {schema}, and this hf_transfer_ext reads up to {SCHEMA_VERSION}. "
+                "It was written by a newer version: upgrade hf_transfer_ext."
+            )
+        try:
+            return _linked(data, dict(data.get("parents") or {}), {}, ())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where} is malformed ({type(error).__name__}: {error}). Write it anew.") from error
+
+    def _own_dict(self, digests: Mapping[int, str]) -> dict[str, Any]:
+        """This record alone; its inputs refer to their records by digest (`id(record)` -> digest)."""
+        return public_value(
+            {
+                "job": self.job,
+                "recipe": self.recipe,
+                "created": self.created,
+                "config": self.config,
+                "files": self.files,
+                "inputs": [
+                    {
+                        "name": item.name,
+                        "role": item.role,
+                        "on_hub": item.on_hub,
+                        "revision": item.revision,
+                        "sha256": item.sha256,
+                        "license": item.license,
+                        "model_type": item.model_type,
+                        "base_model": item.base_model,
+                        "record": None if item.record is None else digests[id(item.record)],
+                    }
+                    for item in self.inputs
+                ],
+                "seed": self.seed,
+                "device": self.device,
+                "metrics": [m.to_dict() for m in self.metrics],
+                "compared": {name: [m.to_dict() for m in found] for name, found in self.compared.items()},
+                "not_measured": self.not_measured,
+                "stages": [{"name": s.name, "seconds": s.seconds} for s in self.stages],
+                "versions": self.versions,
+            }
+        )
+
+
+def read_record(folder_or_repo: str | Path, *, revision: str | None = None) -> RunRecord:
+    """The record of a model folder, or of a Hub repository at `revision`.
+
+    Raises:
+        FileNotFoundError: There is no record; the model was not made by this package.
+        ValueError: The record is malformed or of a newer schema.
+    """
+    path = _file_of(folder_or_repo, RECORD_FILE, revision)
+    if path is None:
+        raise FileNotFoundError(
+            f"{public_text(str(folder_or_repo))!r} holds no {RECORD_FILE}: it was not written by hf_transfer_ext, "
+            "or there is no such folder or repository."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{RECORD_FILE} of {last_name(folder_or_repo)!r} is no JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{RECORD_FILE} of {last_name(folder_or_repo)!r} has to hold an object.")
+    return RunRecord.from_dict(data, where=f"{RECORD_FILE} of {last_name(folder_or_repo)!r}")
+
+
+def describe_input(
+    name_or_path: str | Path, revision: str | None = None, role: str = "model", *, model: Any = None
+) -> RunInput:
+    """Say exactly which model or data set a run reads, by commit and content and never by a path of this machine.
+
+    A Hub id gets its commit and the digests that the Hub states for its large files (or, without a connection, the
+    digests of the snapshot in the cache). A local file or folder gets the digests of its weight files, or of its data
+    files for the role "dataset". Reading the digests of local weights costs about a second for each gigabyte.
+
+    Args:
+        model: The loaded model, if there is one: its config names the commit that was really loaded.
+
+    Raises:
+        FileNotFoundError: A local path that is not there, or a Hub id that neither the Hub nor the cache knows.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        inside_cache = _SNAPSHOT.search(str(path.absolute()))
+        if inside_cache:
+            name, on_hub, commit = inside_cache["repo"].replace("--", "/"), True, inside_cache["commit"]
+        else:
+            name, on_hub, commit = last_name(path), False, None
+        described = RunInput(name, role, on_hub, commit, digests_of(path, dataset=role == "dataset"))
+    elif is_absolute_path(str(name_or_path)) or str(name_or_path).count("/") > 1 or str(path).startswith("."):
+        raise FileNotFoundError(f"There is no {role} at {str(name_or_path)!r}. Mend the path, or give a Hub id.")
+    else:
+        commit, digests, cached = _on_hub(str(name_or_path), revision, role, getattr(model, "config", None))
+        described = RunInput(str(name_or_path), role, True, commit, digests)
+        path = cached or path
+    if role != "dataset":
+        _read_card_and_config(described, path if path.exists() else described.name, described.revision)
+    return described
+
+
+def digests_of(path: str | Path, *, dataset: bool = False) -> dict[str, str]:
+    """File name -> hex sha256 of a file, or of the weight files (data files) of a folder, in sorted order."""
+    path = Path(path)
+    if path.is_file():
+        return {path.name: sha256_of(path)}
+    if dataset:
+        found = {p for pattern in _DATA for p in path.rglob(pattern) if not _hidden(p.relative_to(path))}
+    else:
+        found = {p for pattern in _WEIGHTS for p in path.glob(pattern) if p.name not in _NOT_WEIGHTS}
+    return {p.relative_to(path).as_posix(): sha256_of(p) for p in sorted(found) if p.is_file()}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of python and of the installed PACKAGES, without importing any of them."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def device_summary(model: Any = None, *, precision: str | None = None) -> dict[str, Any]:
+    """Kind of device, number of processes, threads and precision of this run; no host or user name.
+
+    Args:
+        model: Its device and dtype are taken, if given.
+        precision: Name of the compute dtype where it differs from the model's ("bfloat16" under autocast).
+    """
+    import torch
+
+    device = getattr(model, "device", None) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    summary: dict[str, Any] = {
+        "device": device.type,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "precision": precision or public_value(getattr(model, "dtype", None)),
+    }
+    if device.type == "cuda":
+        summary["accelerator"] = torch.cuda.get_device_name(device)
+    else:
+        summary["threads"] = torch.get_num_threads()
+    return summary
+
+
+def files_named_in(config: Any) -> dict[str, str]:
+    """Name -> sha256 of each existing file that `config` names by an absolute path."""
+    found: dict[str, str] = {}
+    for text in _texts(config):
+        if is_absolute_path(text) and Path(text).is_file():
+            found[last_component(text)] = sha256_of(text)
+    return found
+
+
+def last_name(path: str | Path) -> str:
+    """A name for `path` that may be published: a Hub id as it is, a local path by its last component."""
+    path_ = Path(path)
+    return last_component(str(path_.absolute())) if path_.exists() or path_.is_absolute() else str(path)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _texts(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _texts(getattr(value, name))
+
+
+def _with_ancestors(record: RunRecord, digests: dict[int, str]) -> dict[str, RunRecord]:
+    """Digest -> record for a record and all that led to it, oldest first; fills `digests` (`id(record)` -> digest)."""
+    found: dict[str, RunRecord] = {}
+    for parent in record.parents:
+        if id(parent) in digests:
+            continue  # reached by another way; its whole line was added then
+        found.update({d: r for d, r in _with_ancestors(parent, digests).items() if d not in found})
+    own = json.dumps(record._own_dict(digests), sort_keys=True).encode()
+    digests[id(record)] = hashlib.sha256(own).hexdigest()
+    return {**found, digests[id(record)]: record}
+
+
+def _linked(
+    data: Mapping[str, Any], parents: Mapping[str, Any], built: dict[str, RunRecord], above: Sequence[str]
+) -> RunRecord:
+    """Build a record and, by their digests, those of its inputs; `above` are the digests that are being built now."""
+    inputs = []
+    for item in data["inputs"]:
+        digest = item.get("record")
+        if digest in above:
+            raise ValueError(f"record {digest} is its own ancestor")
+        if digest in parents and digest not in built:
+            built[digest] = _linked(parents[digest], parents, built, (*above, digest))
+        inputs.append(
+            RunInput(
+                name=item["name"],
+                role=item["role"],
+                on_hub=bool(item.get("on_hub", False)),
+                revision=item.get("revision"),
+                sha256=_strings(item.get("sha256")),
+                license=_strings(item.get("license")),
+                model_type=item.get("model_type"),
+                base_model=[str(name) for name in item.get("base_model") or []],
+                record=built.get(digest),
+            )
+        )
+    return RunRecord(
+        job=data["job"],
+        recipe=data["recipe"],
+        config=public_value(dict(data["config"])),  # a foreign record may name files of this machine: do not read them
+        inputs=inputs,
+        metrics=[_measurement(m) for m in data["metrics"]],
+        compared={str(name): [_measurement(m) for m in found] for name, found in (data.get("compared") or {}).items()},
+        not_measured=[str(sentence) for sentence in data.get("not_measured") or []],
+        seed=data.get("seed"),
+        device=dict(data.get("device") or {}),
+        stages=[Stage(str(s["name"]), float(s["seconds"])) for s in data.get("stages") or []],
+        files=_strings(data.get("files")),
+        versions=_strings(data.get("versions")),
+        created=str(data["created"]),
+    )
+
+
+def _measurement(data: Mapping[str, Any]) -> Measurement:
+    interval = data.get("interval")
+    return Measurement(
+        name=str(data["name"]),
+        value=float(data["value"]),  # "nan" and "inf" stand as strings in JSON
+        unit=str(data["unit"]),
+        higher_is_better=bool(data["higher_is_better"]),
+        examples=int(data["examples"]),
+        interval=None if interval is None else (float(interval[0]), float(interval[1])),
+        dataset=data.get("dataset"),
+    )
+
+
+def _strings(data: Any) -> dict[str, str]:
+    return {str(key): str(value) for key, value in dict(data or {}).items()}
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts) or path.name in ("dataset_info.json", "state.json")
+
+
+def _on_hub(name: str, revision: str | None, role: str, config: Any) -> tuple[str, dict[str, str], Path | None]:
+    """Commit and digests of a Hub repository: from the Hub; without a connection from the cache, with its folder."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
+
+    repo_type = "dataset" if role == "dataset" else "model"
+    wanted = getattr(config, "_commit_hash", None) or revision or "main"
+    try:
+        look_up = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
+        info = look_up(name, revision=wanted, files_metadata=True)
+        large = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs is not None}
+        kept = {file: digest for file, digest in sorted(large.items()) if Path(file).name not in _NOT_WEIGHTS}
+        return str(info.sha), kept, None
+    except (HfHubHTTPError, HFValidationError, OSError, _connection_error()) as error:
+        cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)
+        ref = cache / "refs" / wanted
+        commit = wanted if _COMMIT.fullmatch(wanted) else ref.read_text().strip() if ref.is_file() else ""
+        if not commit or not (cache / "snapshots" / commit).is_dir():
+            raise FileNotFoundError(
+                f"The {role} {name!r}{f' at revision {revision!r}' if revision else ''} is neither a local path nor a "
+                f"repository that the Hub or the local cache knows ({type(error).__name__}). Mend the name, or log in."
+            ) from error
+    folder = cache / "snapshots" / commit
+    return commit, digests_of(folder, dataset=repo_type == "dataset"), folder
+
+
+def _connection_error() -> type[Exception]:
+    """The base of all errors of the HTTP client that huggingface_hub uses (httpx, or its successor httpx2)."""
+    client = sys.modules.get("httpx2") or sys.modules.get("httpx")
+    return getattr(client, "HTTPError", ConnectionError)
+
+
+def _file_of(folder_or_repo: str | Path, name: str, revision: str | None) -> Path | None:
+    """A small file of a folder or Hub repository, or None where it is not there or the Hub cannot be reached."""
+    path = Path(folder_or_repo)
+    if path.exists():
+        return path / name if (path / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(str(folder_or_repo), name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError, _connection_error()):
+        return None
+
+
+def _read_card_and_config(described: RunInput, source: str | Path, revision: str | None) -> None:
+    """Fill in licence, bases, model type and record from the input's own files, as far as it states them."""
+    config = _file_of(source, "config.json", revision)
+    if config is not None:
+        try:
+            model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            described.model_type = model_type if isinstance(model_type, str) else None
+        except (ValueError, AttributeError):
+            pass  # loading the model tells this error better
+    card = _file_of(source, "README.md", revision)
+    if card is not None:
+        stated = card_metadata(card.read_text(encoding="utf-8", errors="replace"))
+        for key in ("license", "license_name", "license_link"):
+            if isinstance(stated.get(key), str):
+                described.license[key] = stated[key]
+        bases = stated.get("base_model")
+        described.base_model = [str(b) for b in (bases if isinstance(bases, list) else [bases] if bases else [])]
+    if _file_of(source, RECORD_FILE, revision) is not None:
+        described.record = read_record(source, revision=revision)
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """The YAML front matter of a card, {} where there is none that can be read."""
+    import yaml
+
+    match = re.match(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", text, re.DOTALL)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        found = None
+    return found if isinstance(found, dict) else {}
