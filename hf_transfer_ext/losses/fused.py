@@ -17,8 +17,9 @@ from torch import Tensor
 from hf_transfer_ext.heads import LMHead
 from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient
 
-#: Elements of one chunk's logits (tokens x vocabulary), for each model: 64 tokens of a 152k vocabulary.
-CHUNK_ELEMENTS = 10_000_000
+#: Bytes of one chunk's logits, for each of the two models: 131 tokens of a 152k vocabulary in float32 on a CPU.
+CHUNK_BYTES = {"cpu": 80_000_000}
+CHUNK_BYTES_GPU = 512_000_000
 #: Elements that the divergence works on at once: about what a CPU's cache holds, and plenty for a GPU.
 BLOCK_ELEMENTS = {"cpu": 600_000}
 BLOCK_ELEMENTS_GPU = 40_000_000
@@ -69,7 +70,7 @@ def fused_linear_divergence(
         kd_weight: Factor of the divergence, >= 0. Hinton's convention of temperature**2 goes in here.
         ce_weight: Factor of the cross entropy, >= 0.
         temperature: > 0, divides both models' logits in the divergence.
-        chunk_tokens: Tokens whose logits exist at once; by default so many that they fill `CHUNK_ELEMENTS`.
+        chunk_tokens: Tokens whose logits exist at once; by default so many that they fill `CHUNK_BYTES`.
         options: Passed to the divergence (`beta`, `skew`, ...).
 
     The divergence is taken over the vocabulary that both heads share, the first min(V_student, V_teacher) entries:
@@ -85,8 +86,8 @@ def fused_linear_divergence(
     if not temperature > 0:
         raise ValueError(f"`temperature` has to be > 0, got {temperature}.")
     plan = _Plan(divergence, student_head, teacher_head.detach(), kd_weight, ce_weight, temperature, options)
-    vocab = max(student_head.vocab_size, teacher_head.vocab_size)
-    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // vocab)
+    row_bytes = max(student_head.vocab_size, teacher_head.vocab_size) * student_head.weight.element_size()
+    chunk = chunk_tokens or max(1, CHUNK_BYTES.get(student_hidden.device.type, CHUNK_BYTES_GPU) // row_bytes)
     loss, kd, ce = _FusedLinearDivergence.apply(
         student_hidden,
         student_head.weight,
