@@ -76,15 +76,7 @@ def fused_linear_divergence(
     The divergence is taken over the vocabulary that both heads share, the first min(V_student, V_teacher) entries:
     padding rows of the larger head take no part. Whether the entries mean the same tokens is the caller's check.
     """
-    if ce_weight and labels is None:
-        raise ValueError(f"`ce_weight` is {ce_weight}, which needs `labels`. Give them, or set `ce_weight=0`.")
-    if student_hidden.shape[0] != teacher_hidden.shape[0]:
-        raise ValueError(
-            f"Student and teacher need hidden states of the same tokens, got {student_hidden.shape[0]} and "
-            f"{teacher_hidden.shape[0]}. Select the tokens with one mask."
-        )
-    if not temperature > 0:
-        raise ValueError(f"`temperature` has to be > 0, got {temperature}.")
+    _check(student_hidden, teacher_hidden, labels, ce_weight, temperature)
     plan = _Plan(divergence, student_head, teacher_head.detach(), kd_weight, ce_weight, temperature, options)
     row_bytes = max(student_head.vocab_size, teacher_head.vocab_size) * student_head.weight.element_size()
     chunk = chunk_tokens or max(1, CHUNK_BYTES.get(student_hidden.device.type, CHUNK_BYTES_GPU) // row_bytes)
@@ -101,14 +93,64 @@ def fused_linear_divergence(
     return FusedLoss(loss, kd, ce)
 
 
+def divergence_of_logits(
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens teacher_vocab"],
+    divergence: Callable[..., Tensor],
+    *,
+    weights: Float[Tensor, " tokens"],
+    labels: Int[Tensor, " tokens"] | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    **options: Any,
+) -> FusedLoss:
+    """The same loss where logits exist already, because a head is adapted or quantised: a few rows at a time.
+
+    Arguments and result are those of `fused_linear_divergence`. Beside the logits one more tensor of their size lives,
+    their gradient.
+    """
+    _check(student_logits, teacher_logits, labels, ce_weight, temperature)
+    plan = _Plan(divergence, _NO_HEAD, _NO_HEAD, kd_weight, ce_weight, temperature, options)
+    loss, kd, ce = _DivergenceOfLogits.apply(
+        student_logits, teacher_logits.detach(), labels, weights.detach().float(), plan
+    )
+    return FusedLoss(loss, kd, ce)
+
+
+class _Finish(NamedTuple):
+    """What is left of a head once its projection is done."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def finish(self, projected: Tensor) -> Tensor:
+        return projected
+
+
+_NO_HEAD = _Finish()
+
+
 class _Plan(NamedTuple):
     divergence: Callable[..., Tensor]
-    student_head: LMHead
-    teacher_head: LMHead
+    student_head: LMHead | _Finish
+    teacher_head: LMHead | _Finish
     kd_weight: float
     ce_weight: float
     temperature: float
     options: dict[str, Any]
+
+
+def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, ce_weight: float, temperature: float) -> None:
+    if ce_weight and labels is None:
+        raise ValueError(f"`ce_weight` is {ce_weight}, which needs `labels`. Give them, or set `ce_weight=0`.")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"Student and teacher have to see the same tokens, got {student.shape[0]} and {teacher.shape[0]} of them. "
+            "Select the tokens of both with one mask."
+        )
+    if not temperature > 0:
+        raise ValueError(f"`temperature` has to be > 0, got {temperature}.")
 
 
 class _FusedLinearDivergence(torch.autograd.Function):
@@ -148,18 +190,41 @@ class _FusedLinearDivergence(torch.autograd.Function):
             None if d_bias is None else d_bias.to(bias.dtype),
         )
         ctx.mark_non_differentiable(kd, ce)
-        # A sum over no token is 0 and finite; inf * 0 of a token without weight stays out.
-        counted = torch.where(weights != 0, weights * (plan.kd_weight * kd + plan.ce_weight * ce), 0.0)
-        return counted.sum(), kd, ce
+        return _weighted_sum(kd, ce, weights, plan), kd, ce
 
     @staticmethod
     def backward(ctx, d_loss, *_):
-        if ctx.grads is None:
-            raise RuntimeError(
-                "The fused loss hands out its gradients once; a second backward needs a second forward."
-            )
-        grads, ctx.grads = ctx.grads, None
-        return (*(None if grad is None else grad.mul_(d_loss) for grad in grads), None, None, None, None, None)
+        return (*_handed_out_once(ctx, d_loss), None, None, None, None, None)
+
+
+class _DivergenceOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, teacher_logits, labels, weights, plan):
+        kd = torch.zeros(logits.shape[0], device=logits.device)
+        ce = torch.zeros_like(kd)
+        gradient = logits.clone()
+        with torch.autocast(logits.device.type, enabled=False):
+            _rows_in_place(gradient, teacher_logits, labels, weights, kd, ce, plan, ctx.needs_input_grad[0])
+        ctx.grads = (gradient,)
+        ctx.mark_non_differentiable(kd, ce)
+        return _weighted_sum(kd, ce, weights, plan), kd, ce
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        return (*_handed_out_once(ctx, d_loss), None, None, None, None)
+
+
+def _weighted_sum(kd: Tensor, ce: Tensor, weights: Tensor, plan: _Plan) -> Tensor:
+    """The loss. A sum over no token is 0, and the infinite loss of a token without weight stays out."""
+    return torch.where(weights != 0, weights * (plan.kd_weight * kd + plan.ce_weight * ce), 0.0).sum()
+
+
+def _handed_out_once(ctx, d_loss: Tensor) -> list[Tensor | None]:
+    """The gradients of the forward pass times the loss's own; they are scaled in place, so there is no second time."""
+    if ctx.grads is None:
+        raise RuntimeError("The fused loss hands out its gradients once; a second backward needs a second forward.")
+    grads, ctx.grads = ctx.grads, None
+    return [None if grad is None else grad.mul_(d_loss) for grad in grads]
 
 
 class _Projection:

@@ -22,6 +22,7 @@ class TokenLossNormalization:
     loss_is_scaled_for_ga = True
     accelerator: Any
     args: Any
+    get_tp_size: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,7 +35,9 @@ class TokenLossNormalization:
         """
         if num_items_in_batch is None:
             return 1.0 / mask.sum().clamp(min=1).float()
-        devices = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        devices = (
+            self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        )
         count = num_items_in_batch.to(mask.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
         return mask.new_ones((), dtype=torch.float32) * devices / count
 

@@ -8,7 +8,7 @@ import torch
 
 from hf_transfer_ext.heads import LMHead
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.fused import fused_linear_divergence
+from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 9, 6, 5, 23
 
@@ -236,3 +236,30 @@ def test_bad_arguments_are_named():
         fused_linear_divergence(hidden, student, teacher_hidden, teacher, kl, weights=weights, ce_weight=1.0)
     with pytest.raises(ValueError, match="temperature"):
         fused_linear_divergence(hidden, student, teacher_hidden, teacher, kl, weights=weights, temperature=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, options", oracles.CASES)
+def test_on_logits_the_loss_is_the_same(name, options, dtype):
+    hidden, student, teacher_hidden, teacher, labels, weights = problem(vocab=29)
+    logits = student.logits(hidden).detach().to(dtype).requires_grad_()
+    teacher_logits = teacher.logits(teacher_hidden).to(dtype)
+    got = divergence_of_logits(
+        logits,
+        teacher_logits,
+        DISTILLATION_LOSSES[name],
+        weights=weights,
+        labels=labels,
+        kd_weight=0.7,
+        ce_weight=0.3,
+        temperature=1.5,
+        **options,
+    )
+    kd = DISTILLATION_LOSSES[name](logits[None, :, :VOCAB], teacher_logits[None], temperature=1.5, **options)[0]
+    ce = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    want = (weights * (0.7 * kd + 0.3 * ce)).sum()
+    torch.testing.assert_close(got.loss, want)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.01, "atol": 1e-3}
+    torch.testing.assert_close(
+        torch.autograd.grad(2 * got.loss, logits)[0], torch.autograd.grad(2 * want, logits)[0], **tolerance
+    )
