@@ -1,0 +1,55 @@
+"""Metrics of one evaluation (`METRICS`, by example) and comparisons of several (`COMPARISONS`)."""
+
+from __future__ import annotations
+
+from hf_transfer_ext.evals.metric import Metric
+from hf_transfer_ext.evals.metrics.answer_probability import answer_probability
+from hf_transfer_ext.evals.metrics.choice_probability import choice_probability
+from hf_transfer_ext.evals.metrics.exact_memorization import exact_memorization
+from hf_transfer_ext.evals.metrics.extraction_strength import extraction_strength
+from hf_transfer_ext.evals.metrics.forget_quality import forget_quality
+from hf_transfer_ext.evals.metrics.gradient_norm import gradient_norm
+from hf_transfer_ext.evals.metrics.kl_to_reference import kl_to_reference
+from hf_transfer_ext.evals.metrics.loss_attack import loss_attack
+from hf_transfer_ext.evals.metrics.membership_auc import membership_auc
+from hf_transfer_ext.evals.metrics.membership_tpr import membership_tpr
+from hf_transfer_ext.evals.metrics.min_k import min_k
+from hf_transfer_ext.evals.metrics.min_k_plus_plus import min_k_plus_plus
+from hf_transfer_ext.evals.metrics.model_utility import model_utility
+from hf_transfer_ext.evals.metrics.nats_per_token import nats_per_token
+from hf_transfer_ext.evals.metrics.perplexity import perplexity
+from hf_transfer_ext.evals.metrics.privleak import privleak
+from hf_transfer_ext.evals.metrics.reference_attack import reference_attack
+from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l_recall
+from hf_transfer_ext.evals.metrics.token_agreement import token_agreement
+from hf_transfer_ext.evals.metrics.truth_ratio import truth_ratio
+from hf_transfer_ext.evals.metrics.zlib_attack import zlib_attack
+from hf_transfer_ext.registry import Registry
+
+#: One value per example; `evaluate(..., metrics=[...])` runs them by name.
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    [
+        nats_per_token,
+        perplexity,
+        answer_probability,
+        choice_probability,
+        truth_ratio,
+        rouge_l_recall,
+        exact_memorization,
+        extraction_strength,
+        kl_to_reference,
+        token_agreement,
+        loss_attack,
+        zlib_attack,
+        reference_attack,
+        min_k,
+        min_k_plus_plus,
+        gradient_norm,
+    ],
+)
+
+#: Functions of several evaluations' values.
+COMPARISONS: Registry = Registry(
+    "comparison", [forget_quality, model_utility, membership_auc, membership_tpr, privleak]
+)

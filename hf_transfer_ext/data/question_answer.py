@@ -1,0 +1,143 @@
+"""A question and its answer as tokens, with the place where the answer starts: the same for training and measuring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """Token ids of prompt and answer. `input_ids[answer_start:]` are what is learnt, scored or forgotten."""
+
+    input_ids: list[int]
+    answer_start: int
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.input_ids) - self.answer_start
+
+
+@dataclass(frozen=True)
+class QuestionAnswerFormat:
+    """How a question becomes a prompt.
+
+    Args:
+        template: "plain" writes `prompt` below; "chat" uses the tokenizer's chat template; "auto" is "chat" where the
+            tokenizer has one.
+        prompt: The plain prompt; `{question}` stands for the question. It should not end with a space: most
+            tokenizers attach a space to the word that follows it.
+        separator: What stands between the plain prompt and the answer.
+        system: System message of the chat template; None for no such message.
+        end_of_sequence: Whether the end (the end-of-sequence token, or what the chat template writes after an answer)
+            belongs to the answer, so that the model also learns, or is asked, where to stop.
+        max_length: Longest sequence in tokens; a longer one loses the end of its answer. None for no limit.
+    """
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    prompt: str = "Question: {question}\nAnswer:"
+    separator: str = " "
+    system: str | None = None
+    end_of_sequence: bool = True
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.template not in ("auto", "chat", "plain"):
+            raise ValueError(f"`template` has to be auto, chat or plain, got {self.template!r}.")
+        if "{question}" not in self.prompt:
+            raise ValueError(f"`prompt` needs the place holder {{question}}, got {self.prompt!r}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` has to be at least 2 tokens, got {self.max_length}.")
+
+    def uses_chat(self, tokenizer: Any) -> bool:
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if self.template == "chat" and not has_template:
+            raise ValueError(
+                f"`template='chat'` needs a tokenizer with a chat template, and {tokenizer.name_or_path!r} has none. "
+                "Use template='plain', or set `tokenizer.chat_template`."
+            )
+        return has_template if self.template == "auto" else self.template == "chat"
+
+    def prompt_text(self, tokenizer: Any, question: str) -> str:
+        """The text up to the answer, as a model is prompted with it."""
+        if self.uses_chat(tokenizer):
+            return tokenizer.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True)
+        return self.prompt.replace("{question}", question)
+
+    def prompt_ids(self, tokenizer: Any, question: str) -> list[int]:
+        """Token ids of the prompt alone, for generation."""
+        text = self.prompt_text(tokenizer, question)
+        # A chat template writes the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=not self.uses_chat(tokenizer))["input_ids"]
+        return _without_end(ids, tokenizer)
+
+    def encode(self, tokenizer: Any, question: str, answer: str) -> EncodedAnswer:
+        """Tokenise prompt and answer as one text.
+
+        A token that holds the end of the prompt and the start of the answer counts as a part of the answer.
+
+        Raises:
+            ValueError: The answer is empty, or `max_length` leaves none of its tokens.
+        """
+        if not answer.strip():
+            raise ValueError(f"The answer to {question!r} is empty, so there is no token to learn or to score.")
+        prompt = self.prompt_text(tokenizer, question)
+        chat = self.uses_chat(tokenizer)
+        text = prompt + answer if chat else prompt + self.separator + answer
+        ids, start = _ids_and_boundary(tokenizer, prompt, text, add_special_tokens=not chat)
+        if self.end_of_sequence:
+            ids = ids + self._end_ids(tokenizer, question, answer, chat)
+        if self.max_length is not None:
+            ids = ids[: self.max_length]
+        if start >= len(ids):
+            raise ValueError(
+                f"No token of the answer {answer!r} is left: its prompt has {start} tokens and `max_length` is "
+                f"{self.max_length}. Raise `max_length` or shorten the question."
+            )
+        return EncodedAnswer(ids, start)
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": question}]
+
+    def _end_ids(self, tokenizer: Any, question: str, answer: str, chat: bool) -> list[int]:
+        """What follows an answer: the chat template's own end of turn, or the end-of-sequence token."""
+        if chat:
+            messages = [*self._messages(question), {"role": "assistant", "content": answer}]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+            # Some templates strip what they are given.
+            _, found, suffix = rendered.rpartition(answer if answer in rendered else answer.strip())
+            if found and suffix.strip():
+                return list(tokenizer(suffix.rstrip("\n"), add_special_tokens=False)["input_ids"])
+        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def encode_text(tokenizer: Any, text: str, *, max_length: int | None = None) -> EncodedAnswer:
+    """Plain text, scored from its second token on (the first has nothing before it to be predicted from).
+
+    Where the tokenizer starts a text with a special token, every token of the text itself is scored.
+    """
+    ids = _without_end(tokenizer(text)["input_ids"], tokenizer)[:max_length]
+    if len(ids) < 2:
+        raise ValueError(f"The text {text[:80]!r} has {len(ids)} token(s); at least 2 are needed to predict one.")
+    return EncodedAnswer(ids, 1)
+
+
+def _ids_and_boundary(tokenizer: Any, prompt: str, text: str, *, add_special_tokens: bool) -> tuple[list[int], int]:
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        # Special tokens have the empty span (0, 0); the one at the end, where there is one, is cut off first.
+        ids, offsets = _without_end(ids, tokenizer), offsets[: len(_without_end(ids, tokenizer))]
+        start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+        return ids, start
+    # A tokenizer without offsets: prompt and answer apart, which fixes the boundary at the cost of a rare merge.
+    head = _without_end(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"], tokenizer)
+    return head + list(tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]), len(head)
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Cut one trailing end-of-sequence token off: some tokenizers add it to every text, a prompt must not have it."""
+    if len(ids) > 1 and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
+        return list(ids[:-1])
+    return list(ids)

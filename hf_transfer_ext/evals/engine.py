@@ -1,0 +1,461 @@
+"""Measure a model: every forward pass and every generation is made once, and all metrics read from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat, encode_text
+from hf_transfer_ext.evals.cache import ScoreCache, digest, model_fingerprint
+from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.metric import Metric, summarize
+from hf_transfer_ext.evals.metrics import METRICS
+from hf_transfer_ext.evals.scoring import ScoredExample, Scorer, TokenScores, active_adapter
+from hf_transfer_ext.files import write_text
+
+#: The columns of the TOFU schema that are texts to be scored, and may be renamed.
+TEXT_COLUMNS = ("answer", "paraphrased_answer", "perturbed_answer")
+COLUMNS = ("text", "question", *TEXT_COLUMNS)
+
+MetricSpec = str | Mapping[str, Any] | tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated: greedy by default.
+
+    Args:
+        max_new_tokens: Longest generation.
+        temperature: 0 for greedy decoding; > 0 samples (seeded per batch by `seed`).
+        prefix: Text the answer is forced to begin with (a jailbreak prefix, an empty thought); not part of the result.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    prefix: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` has to be at least 1, got {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` has to be 0 (greedy) or above, got {self.temperature}.")
+
+
+@dataclass
+class EvaluationResult:
+    """What was measured, and what it was computed from.
+
+    Args:
+        measurements: One per metric, in the order asked.
+        scored: Every example with its per-token scores and its generation.
+        values: Measurement name -> value of each example; NaN where the example was left out.
+        problems: One sentence for each example that a metric could not use.
+        cost: Tokens and passes that were really computed, this process and all others together.
+    """
+
+    measurements: list[Measurement]
+    scored: list[ScoredExample]
+    values: dict[str, Float[np.ndarray, " examples"]]
+    problems: list[str] = field(default_factory=list)
+    cost: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Measurement:
+        """The measurement of this name; the options in brackets may be left out where the name stays unique."""
+        found = [m for m in self.measurements if m.name == name or m.name.split("(")[0] == name]
+        if len(found) != 1:
+            raise KeyError(f"{name!r} is not one measurement of {[m.name for m in self.measurements]}.")
+        return found[0]
+
+    def per_example(self) -> list[dict[str, Any]]:
+        """One row per example: its texts, its generation and the value of each metric (None where left out)."""
+        rows = []
+        for place, scored in enumerate(self.scored):
+            values = {name: None if np.isnan(v[place]) else float(v[place]) for name, v in self.values.items()}
+            generation = {} if scored.generation is None else {"generation": scored.generation}
+            rows.append({"index": scored.index, **scored.example, **generation, "metrics": values})
+        return rows
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `measurements.json` and `per_example.jsonl`."""
+        folder = Path(folder)
+        summary = {
+            "measurements": [m.to_dict() for m in self.measurements],
+            "problems": self.problems,
+            "cost": self.cost,
+        }
+        write_text(folder / "measurements.json", json.dumps(summary, indent=2) + "\n")
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.per_example())
+        write_text(folder / "per_example.jsonl", rows)
+        return folder
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Iterable[Mapping[str, Any]],
+    metrics: Sequence[MetricSpec],
+    *,
+    reference: Any = None,
+    adapter: str | None = None,
+    template: QuestionAnswerFormat | None = None,
+    columns: Mapping[str, str] | None = None,
+    generation: GenerationSettings | None = None,
+    batch_size: int = 16,
+    accelerator: Any = None,
+    cache: str | Path | None = None,
+    dataset: str | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = False,
+) -> EvaluationResult:
+    """Score every example once and compute all metrics from the scores.
+
+    Args:
+        examples: Dictionaries with "text", or with "question" and "answer" and, where a metric asks for them,
+            "paraphrased_answer" and "perturbed_answer" (a list): the TOFU schema.
+        metrics: Names, or names with options: `["perplexity", {"truth_ratio": {"definition": "geometric"}}]`.
+        reference: For metrics that compare: another model, or the name of an adapter of `model` ("base": none).
+        adapter: Adapter of `model` that is measured, "base" for its base; None for the active one.
+        template: How a question becomes a prompt; the chat template where the tokenizer has one.
+        columns: Schema name -> the data's own column name: `{"question": "prompt"}`.
+        batch_size: Sequences in one forward pass; the results do not depend on it beyond rounding.
+        accelerator: An `accelerate.Accelerator`: the work is shared by its processes, the result is whole on each.
+        cache: Folder that keeps scores by content, so that a stopped run goes on and a second one is free.
+        dataset: Name of the data for the measurements.
+        resamples: Bootstrap resamples of each interval; 0 for none.
+
+    Raises:
+        ValueError: Unknown metric, no example, an example without a column that a metric needs (with its index),
+            an answer without tokens. All before the first forward pass.
+    """
+    template = template or QuestionAnswerFormat()
+    generation = generation or GenerationSettings()
+    chosen = [resolve_metric(spec) for spec in metrics]
+    if not chosen:
+        raise ValueError(f"`metrics` is empty. Available: {', '.join(sorted(METRICS))}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` has to be at least 1, got {batch_size}.")
+    needs = frozenset().union(*(m.needs for m, _ in chosen))
+    if "reference" in needs and reference is None:
+        asking = [m.__name__ for m, _ in chosen if "reference" in m.needs]
+        raise ValueError(f"{', '.join(asking)} compare with a reference: give `reference=` a model or adapter name.")
+    wanted = {column for m, _ in chosen for column in m.texts}
+    prepared = prepare_examples(examples, tokenizer, template, wanted, columns)
+    model = accelerator.unwrap_model(model) if accelerator is not None else model
+    ranks = accelerator.num_processes if accelerator is not None else 1
+    rank = accelerator.process_index if accelerator is not None else 0
+
+    forward_needs = needs - {"generations"}
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    fingerprint = ""
+    if cache is not None:
+        parts = [model_fingerprint(model, adapter)]
+        if "reference" in needs:
+            named = isinstance(reference, str)
+            parts.append(model_fingerprint(model if named else reference, reference if named else None))
+        fingerprint = digest(parts)
+    store = ScoreCache(cache, fingerprint, rank)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()  # every process has read the same files before one of them writes
+    scorer = Scorer(model, reference=reference if "reference" in needs else None, adapter=adapter, pad_id=pad_id)
+    cost = {"forward_tokens": 0, "forwards": 0, "generated_tokens": 0, "cached": 0}
+    with evaluation_mode(model, None if isinstance(reference, str) else reference):
+        if forward_needs:
+            _score_all(prepared, forward_needs, scorer, store, batch_size, rank, ranks, cost, progress)
+            cost["forward_tokens"], cost["forwards"] = scorer.forward_tokens, scorer.forwards
+        if "generations" in needs:
+            with active_adapter(model, adapter):
+                _generate_all(
+                    prepared, model, tokenizer, template, generation, store, batch_size, rank, ranks, cost, progress
+                )
+    if ranks > 1:
+        from accelerate.utils import gather_object
+
+        gathered = gather_object([cost])
+        cost = {name: sum(c[name] for c in gathered) for name in cost}
+    return measure(prepared, chosen, dataset=dataset, resamples=resamples, seed=seed, cost=cost)
+
+
+def measure(
+    scored: Sequence[ScoredExample],
+    metrics: Sequence[MetricSpec | tuple[Metric, dict[str, Any]]],
+    *,
+    dataset: str | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    cost: dict[str, int] | None = None,
+) -> EvaluationResult:
+    """Compute metrics from examples that are scored already: a new metric on an old pass costs no forward."""
+    measurements, all_values, problems = [], {}, []
+    for spec in metrics:
+        metric, options = resolve_metric(spec)
+        values = np.full(len(scored), np.nan)
+        weights = np.ones(len(scored))
+        for place, example in enumerate(scored):
+            try:
+                value = metric(example, **options)
+            except ValueError as error:
+                problems.append(f"{metric.label(options)} leaves example {example.index} out: {error}")
+                continue
+            values[place], weights[place] = value if isinstance(value, tuple) else (value, 1.0)
+            if not np.isfinite(values[place]):
+                values[place] = np.nan
+                problems.append(
+                    f"{metric.label(options)} leaves example {example.index} out: its value is not finite."
+                )
+        kept = ~np.isnan(values)
+        all_values[metric.label(options)] = values
+        if not kept.any():
+            problems.append(f"{metric.label(options)} could not be measured: every example was left out.")
+            continue
+        measurements.append(
+            summarize(
+                metric,
+                values[kept],
+                weights[kept],
+                options=options,
+                dataset=dataset,
+                resamples=resamples,
+                seed=seed,
+            )
+        )
+    return EvaluationResult(measurements, list(scored), all_values, problems, cost or {})
+
+
+def resolve_metric(spec: Any) -> tuple[Metric, dict[str, Any]]:
+    """`"perplexity"`, `{"truth_ratio": {...}}` or `("truth_ratio", {...})` -> the metric and its options."""
+    if isinstance(spec, str):
+        return METRICS[spec], {}
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        spec = next(iter(spec.items()))
+    if isinstance(spec, tuple) and len(spec) == 2:
+        metric = spec[0] if isinstance(spec[0], Metric) else METRICS[spec[0]]
+        return metric, dict(spec[1] or {})
+    raise ValueError(f"A metric is a name, or a name with its options ({{'truth_ratio': {{...}}}}); got {spec!r}.")
+
+
+def prepare_examples(
+    examples: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    template: QuestionAnswerFormat,
+    wanted: set[str],
+    columns: Mapping[str, str] | None = None,
+) -> list[ScoredExample]:
+    """Tokenise every text that is wanted. Errors name the example's index."""
+    names = {name: name for name in COLUMNS}
+    for name, own in (columns or {}).items():
+        if name not in names:
+            raise ValueError(f"`columns` renames {', '.join(COLUMNS)}; not {name!r}.")
+        names[name] = own
+    prepared = []
+    for index, row in enumerate(examples):
+        example = {name: row[own] for name, own in names.items() if row.get(own) is not None}
+        rest = {name: value for name, value in row.items() if name not in names.values() and _is_json(value)}
+        scored = ScoredExample(index, {**rest, **example})
+        try:
+            scored.sequences = _sequences(example, tokenizer, template, wanted, names)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Example {index} cannot be measured: {error}") from error
+        prepared.append(scored)
+    if not prepared:
+        raise ValueError("There is no example to measure: the data is empty.")
+    return prepared
+
+
+def _sequences(
+    example: Mapping[str, Any],
+    tokenizer: Any,
+    template: QuestionAnswerFormat,
+    wanted: set[str],
+    names: Mapping[str, str],
+) -> dict[str, list[EncodedAnswer]]:
+    if "question" not in example:
+        if "text" not in example:
+            raise ValueError(f"it needs a column {names['text']!r}, or {names['question']!r} and {names['answer']!r}.")
+        if wanted - {"answer"}:
+            raise ValueError(f"{', '.join(sorted(wanted - {'answer'}))} need a question, and it has only a text.")
+        return {"answer": [encode_text(tokenizer, str(example["text"]), max_length=template.max_length)]}
+    sequences = {}
+    for column in TEXT_COLUMNS:
+        if column not in wanted and column != "answer":
+            continue
+        texts = example.get(column)
+        if texts is None:
+            if column == "paraphrased_answer":
+                continue  # the answer stands for it: `ScoredExample.paraphrase`
+            raise ValueError(f"column {names[column]!r} is missing.")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError(f"column {names[column]!r} holds no text.")
+        sequences[column] = [template.encode(tokenizer, str(example["question"]), str(text)) for text in texts]
+    return sequences
+
+
+@contextmanager
+def evaluation_mode(*models: Any) -> Any:
+    """Dropout off within the block; each model's training flag is as before afterwards."""
+    training = [(m, m.training) for m in models if m is not None]
+    for m, _ in training:
+        m.eval()
+    try:
+        yield
+    finally:
+        for m, was in training:
+            m.train(was)
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool, type(None), list, dict))
+
+
+def _batches(keys: Sequence[str], length: Callable[[str], int], batch_size: int) -> list[list[str]]:
+    """Longest first: batches of nearly one length, and a batch that does not fit in memory fails at once."""
+    ordered = sorted(keys, key=lambda key: (-length(key), key))
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def _shared(
+    batches: list[list[str]], work: Callable[[list[str]], dict[str, Any]], rank: int, ranks: int, title: str, bar: bool
+) -> dict[str, Any]:
+    """Every process works on each `ranks`-th batch; all get all the results.
+
+    A process with one batch fewer repeats its last one: sharded models need every process in every forward pass.
+    """
+    done: dict[str, Any] = {}
+    mine = batches[rank::ranks]
+    rounds = -(-len(batches) // ranks)
+    steps: Iterable[int] = range(rounds)
+    if bar and rank == 0:
+        from tqdm.auto import tqdm
+
+        steps = tqdm(steps, desc=title)
+    for step in steps:
+        if step < len(mine):
+            done.update(work(mine[step]))
+        else:
+            work(mine[-1] if mine else batches[0])
+    if ranks > 1:
+        from accelerate.utils import gather_object
+
+        done = {key: value for key, value in gather_object(list(done.items()))}
+    return done
+
+
+def _score_all(
+    prepared: Sequence[ScoredExample],
+    needs: frozenset[str],
+    scorer: Scorer,
+    store: ScoreCache,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    cost: dict[str, int],
+    progress: bool,
+) -> None:
+    sequences: dict[str, EncodedAnswer] = {}
+    keys: dict[int, str] = {}
+    for example in prepared:
+        for encoded_list in example.sequences.values():
+            for encoded in encoded_list:
+                key = digest([encoded.input_ids, encoded.answer_start])
+                sequences[key], keys[id(encoded)] = encoded, key
+    known = {}
+    for key in sequences:
+        value = store.get(key)
+        if value is not None and TokenScores.from_dict(value).has(needs):
+            known[key] = TokenScores.from_dict(value)
+    cost["cached"] += len(known) if rank == 0 else 0
+
+    def work(batch: list[str]) -> dict[str, TokenScores]:
+        scores = dict(zip(batch, scorer.score([sequences[key] for key in batch], needs), strict=True))
+        for key, value in scores.items():
+            store.put(key, value.to_dict())
+        return scores
+
+    missing = [key for key in sequences if key not in known]
+    batches = _batches(missing, lambda key: len(sequences[key].input_ids), batch_size)
+    known.update(_shared(batches, work, rank, ranks, "scoring", progress))
+    for example in prepared:
+        example.texts = {
+            column: [known[keys[id(encoded)]] for encoded in encoded_list]
+            for column, encoded_list in example.sequences.items()
+        }
+
+
+def _generate_all(
+    prepared: Sequence[ScoredExample],
+    model: Any,
+    tokenizer: Any,
+    template: QuestionAnswerFormat,
+    settings: GenerationSettings,
+    store: ScoreCache,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    cost: dict[str, int],
+    progress: bool,
+) -> None:
+    prompts: dict[str, list[int]] = {}
+    key_of: dict[int, str] = {}
+    for example in prepared:
+        if "question" not in example.example:
+            raise ValueError(f"Example {example.index} has no question to generate from, only a text.")
+        ids = template.prompt_ids(tokenizer, str(example.example["question"]))
+        if settings.prefix:
+            ids = ids + list(tokenizer(settings.prefix, add_special_tokens=False)["input_ids"])
+        key = digest(["generation", ids, settings.max_new_tokens, settings.temperature, settings.seed])
+        prompts[key], key_of[example.index] = ids, key
+    known = {key: store.get(key) for key in prompts if store.get(key) is not None}
+    cost["cached"] += len(known) if rank == 0 else 0
+
+    def work(batch: list[str]) -> dict[str, str]:
+        texts, tokens = generate(model, tokenizer, [prompts[key] for key in batch], settings)
+        cost["generated_tokens"] += tokens
+        for key, text in zip(batch, texts, strict=True):
+            store.put(key, text)
+        return dict(zip(batch, texts, strict=True))
+
+    missing = [key for key in prompts if key not in known]
+    batches = _batches(missing, lambda key: len(prompts[key]), batch_size)
+    known.update(_shared(batches, work, rank, ranks, "generating", progress))
+    for example in prepared:
+        example.generation = known[key_of[example.index]]
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+) -> tuple[list[str], int]:
+    """Continue each prompt, padded on the left; texts without special tokens, and how many tokens were generated."""
+    length = max(len(prompt) for prompt in prompts)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = 0 if pad_id is None else pad_id
+    device = next(model.parameters()).device
+    ids = torch.full((len(prompts), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt) :] = torch.tensor(list(prompt))
+        mask[i, length - len(prompt) :] = 1
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if settings.temperature > 0:
+        torch.manual_seed(settings.seed)
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": None, "top_k": None}
+    written = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=1,
+        pad_token_id=pad_id,
+        **sampling,
+    )[:, length:]
+    tokens = int((written != pad_id).sum())
+    return tokenizer.batch_decode(written, skip_special_tokens=True), tokens

@@ -1,0 +1,132 @@
+"""What a metric is: a function of one scored example, with its unit, its direction and what it needs to be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import update_wrapper
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from hf_transfer_ext.evals.measurement import Measurement
+
+#: What a metric may ask of the engine beyond the log-probability of each token.
+QUANTITIES = (
+    "token_log_probs",  # log p of each token, and whether it was the model's first choice
+    "vocabulary_moments",  # mean and standard deviation of log p over the vocabulary, at each token
+    "reference",  # log p under the reference, KL(reference || model) and equality of the first choices, at each token
+    "gradients",  # norm of the gradient of the sequence's mean loss
+    "hidden_states",  # every layer's hidden state at the last token of the prompt
+    "generations",  # what the model writes after the prompt
+)
+
+Values = Float[np.ndarray, " examples"]
+Summary = Callable[[Values, Values], float]
+
+
+def weighted_mean(values: Values, weights: Values) -> float:
+    """The plain mean where all weights are equal; the mean over tokens where a weight is a number of tokens."""
+    return float((values * weights).sum() / weights.sum())
+
+
+class Metric:
+    """One value per example, and one number for the set.
+
+    Args:
+        per_example: `(scored example, **options)` -> value, or `(value, weight)`. A `ValueError` it raises is kept
+            as this example's problem; the others are still measured.
+        unit: Unit of the summary.
+        higher_is_better: Direction of the summary. A forget set usually wants the opposite of a retain set; metrics
+            state the direction for knowledge that is to be kept, unless they are about forgetting alone.
+        needs: Which of `QUANTITIES` has to be known.
+        texts: Which columns of the example are scored: "answer", "paraphrased_answer", "perturbed_answer".
+        summary: `(values, weights)` -> the number for the set; the weighted mean by default. It may be given as a
+            function `(**options) -> summary` through `summary_for`.
+        named_options: Options whose value stands in the measurement's name even where the default is used, because
+            the number cannot be read without it.
+    """
+
+    __name__: str
+
+    def __init__(
+        self,
+        per_example: Callable[..., Any],
+        *,
+        unit: str,
+        higher_is_better: bool,
+        needs: Sequence[str] = ("token_log_probs",),
+        texts: Sequence[str] = ("answer",),
+        summary: Summary = weighted_mean,
+        summary_for: Callable[..., Summary] | None = None,
+        named_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        unknown = set(needs) - set(QUANTITIES)
+        if unknown:
+            raise ValueError(f"A metric can need {', '.join(QUANTITIES)}; not {', '.join(sorted(unknown))}.")
+        self.per_example = per_example
+        self.unit = unit
+        self.higher_is_better = higher_is_better
+        self.needs = frozenset(needs)
+        self.texts = tuple(texts)
+        self.summary = summary
+        self.summary_for = summary_for
+        self.named_options = dict(named_options or {})
+        update_wrapper(self, per_example)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.per_example(*args, **kwargs)
+
+    def label(self, options: Mapping[str, Any]) -> str:
+        """`truth_ratio(definition=arithmetic)`: the name with every option that changes what the number means."""
+        told = {**self.named_options, **options}
+        return self.__name__ + (f"({', '.join(f'{k}={v}' for k, v in sorted(told.items()))})" if told else "")
+
+
+def metric(**declared: Any) -> Callable[[Callable[..., Any]], Metric]:
+    """Decorator: `@metric(unit="share", higher_is_better=True)` above a function of one scored example."""
+    return lambda per_example: Metric(per_example, **declared)
+
+
+def bootstrap_interval(
+    values: Values, weights: Values, summary: Summary, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % percentile interval of `summary` over examples drawn with replacement; None for fewer than two examples.
+
+    It speaks of the sampling of examples alone: another training seed is another matter.
+
+    Source: Efron, "Bootstrap methods: another look at the jackknife", 1979, https://doi.org/10.1214/aos/1176344552
+    """
+    if len(values) < 2 or resamples < 1:
+        return None
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    drawn = [summary(values[draw], weights[draw]) for draw in draws]
+    low, high = np.quantile(np.asarray(drawn, dtype=np.float64), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarize(
+    metric: Metric,
+    values: Values,
+    weights: Values | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    dataset: str | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Measurement:
+    """One measurement with its bootstrap interval from the values of all examples."""
+    options = dict(options or {})
+    weights = np.ones(len(values)) if weights is None else weights
+    if len(values) == 0:
+        raise ValueError(f"{metric.label(options)} has no example to be measured on: every one was left out.")
+    summary = metric.summary_for(**options) if metric.summary_for else metric.summary
+    return Measurement(
+        metric.label(options),
+        summary(values, weights),
+        metric.unit,
+        metric.higher_is_better,
+        len(values),
+        interval=bootstrap_interval(values, weights, summary, resamples=resamples, seed=seed),
+        dataset=dataset,
+    )

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from hf_transfer_ext.evals.metric import metric
+from hf_transfer_ext.evals.scoring import ScoredExample
+
+
+@metric(unit="share of tokens", higher_is_better=True)
+def exact_memorization(example: ScoredExample) -> float:
+    """Share of the answer's tokens that are the model's first choice when all tokens before them are given.
+
+    Source: Tirumala et al., "Memorization without overfitting", 2022, https://arxiv.org/abs/2205.10770
+    """
+    return float(example.answer.first_choice.mean())

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from hf_transfer_ext.evals.measurement import Measurement
+
+
+def check_scores(members: np.ndarray, nonmembers: np.ndarray) -> None:
+    """Both samples have values, and all of them are numbers."""
+    for name, sample in (("members", members), ("nonmembers", nonmembers)):
+        if len(sample) == 0 or np.isnan(sample).any():
+            bad = np.flatnonzero(np.isnan(sample)).tolist()[:5]
+            raise ValueError(f"`{name}` needs scores; it has {len(sample)}, NaN at index {bad}.")
+
+
+def area(members: np.ndarray, nonmembers: np.ndarray) -> float:
+    """P(member's score < non-member's) + P(equal) / 2, from the ranks."""
+    ordered = np.sort(nonmembers)
+    above = len(ordered) - np.searchsorted(ordered, members, side="right")
+    equal = np.searchsorted(ordered, members, side="right") - np.searchsorted(ordered, members, side="left")
+    return float((above + 0.5 * equal).mean() / len(ordered))
+
+
+def membership_auc(
+    members: Float[np.ndarray, " members"],
+    nonmembers: Float[np.ndarray, " nonmembers"],
+    *,
+    name: str = "membership_auc",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Measurement:
+    """Area under the ROC curve of telling members (low scores) from non-members (high scores).
+
+    .5 is a guess, which is what a model that never saw the members gives; 1 tells all of them. After unlearning, a
+    value well under .5 is a trace as well: the forgotten examples have become *less* likely than unseen ones.
+
+    Args:
+        name: Name of the measurement, so that it says which attack made the scores.
+        resamples: Bootstrap resamples of the interval, members and non-members drawn apart.
+
+    Source: Fawcett, "An introduction to ROC analysis", 2006, https://doi.org/10.1016/j.patrec.2005.10.010
+    """
+    check_scores(members, nonmembers)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        area(rng.choice(members, len(members)), rng.choice(nonmembers, len(nonmembers))) for _ in range(resamples)
+    ]
+    interval = None
+    if drawn:
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        interval = (float(low), float(high))
+    count = len(members) + len(nonmembers)
+    return Measurement(name, area(members, nonmembers), "area under the ROC curve", False, count, interval)

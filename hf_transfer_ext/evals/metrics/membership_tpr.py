@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.metrics.membership_auc import check_scores
+
+
+def membership_tpr(
+    members: Float[np.ndarray, " members"],
+    nonmembers: Float[np.ndarray, " nonmembers"],
+    *,
+    false_positive_rate: float = 0.01,
+    name: str = "membership_tpr",
+) -> Measurement:
+    """Share of members found (score under the threshold) while at most `false_positive_rate` of non-members are taken.
+
+    An attack that is sure of a few members is a leak that the area under the curve hides. With fewer than
+    1 / false_positive_rate non-members, no non-member at all may be taken.
+
+    Source: Carlini et al., "Membership inference attacks from first principles", 2022,
+    https://arxiv.org/abs/2112.03570
+    """
+    check_scores(members, nonmembers)
+    if not 0.0 <= false_positive_rate < 1.0:
+        raise ValueError(f"`false_positive_rate` has to be in [0, 1), got {false_positive_rate}.")
+    allowed = int(false_positive_rate * len(nonmembers))
+    threshold = np.sort(nonmembers)[allowed]  # scores strictly under it take `allowed` non-members at most
+    found = float((members < threshold).mean())
+    unit = f"share of members at {false_positive_rate:g} false positives"
+    return Measurement(name, found, unit, False, len(members) + len(nonmembers))
