@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_transfer_ext.hub.repository import file_of
+
 #: What a model folder needs for loading and merging; optimizer states, pickles and other formats stay on the Hub.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf", "README.md"]
 
@@ -36,12 +38,12 @@ def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle:
     if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise FileNotFoundError(f"There is no model folder at {str(name)!r}. Mend the path, or give a Hub id.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*MODEL_FILES, "*.bin"] if allow_pickle else MODEL_FILES
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"Model {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local folder nor a "
             f"repository that can be reached on the Hub ({type(error).__name__}). Mend the name, or log in."
@@ -50,7 +52,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle:
 
 def load_model(
     name: str | Path, *, revision: str | None = None, dtype: str | torch.dtype | None = "auto", **kwargs: Any
-) -> PreTrainedModel:
+) -> PreTrainedModel | Any:
     """Load a causal language model; a folder with `adapter_config.json` gives a `PeftModel` on its own base.
 
     Args:
@@ -58,13 +60,9 @@ def load_model(
         kwargs: Passed to `from_pretrained` (`device_map`, `attn_implementation`, `quantization_config`, ...).
     """
     kwargs = {"use_safetensors": True, **kwargs}
-    if (Path(name) / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        adapter = json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))
-        base_name = adapter["base_model_name_or_path"]
-        base = load_model(base_name, revision=adapter.get("revision"), dtype=dtype, **kwargs)
-        return PeftModel.from_pretrained(base, str(name))
+    adapter_config = file_of(name, "adapter_config.json", revision=revision)
+    if adapter_config is not None:
+        return _load_adapter(name, adapter_config, revision, dtype, kwargs)
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(name), revision=revision or "main", dtype=dtype_of(dtype), **kwargs
@@ -74,6 +72,29 @@ def load_model(
             f"Model {str(name)!r} cannot be loaded: it has to be a folder or Hub repository with config.json and "
             f"safetensors weights. {str(error).splitlines()[0]}"
         ) from error
+
+
+def _load_adapter(name: str | Path, adapter_config: Path, revision: str | None, dtype: Any, kwargs: Any) -> Any:
+    """The adapter `name` as a `PeftModel` on the base that its config names."""
+    from peft import PeftModel
+
+    adapter = json.loads(adapter_config.read_text(encoding="utf-8"))
+    base_name = adapter.get("base_model_name_or_path")
+    if not base_name:
+        raise ValueError(f"Adapter {str(name)!r} names no base: fill in `base_model_name_or_path` of its config.")
+    if file_of(base_name, "adapter_config.json", revision=adapter.get("revision")) is not None:
+        raise ValueError(
+            f"Adapter {str(name)!r} names {base_name!r} as its base, which is an adapter too. Merge that one into "
+            "its base first."
+        )
+    folder = local_folder(name, revision=revision)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"Adapter {str(name)!r} has no adapter_model.safetensors. Pickles are not read: convert it first."
+        )
+    return PeftModel.from_pretrained(
+        load_model(base_name, revision=adapter.get("revision"), dtype=dtype, **kwargs), folder
+    )
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -366,8 +366,8 @@ def _text(text: str, *, keep: bool = False) -> str:
     line = " ".join(public_text(str(text)).split())
     if len(line) > 200 and not keep:
         line = line[:199] + "…"
-    escaped = re.sub(r"([\\`*_\[\]#|~$!])", r"\\\1", html.escape(line, quote=False))
-    return escaped.replace("://", ":&#47;&#47;").replace("@", "&#64;")
+    escaped = re.sub(r"([\\*_\[\]#|~$!])", r"\\\1", html.escape(line, quote=False))
+    return escaped.replace("`", "&#96;").replace("://", ":&#47;&#47;").replace("@", "&#64;")
 
 
 def _code(text: str) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.files import sha256_of, write_text
 from hf_transfer_ext.hub.privacy import is_absolute_path, last_component, public_text, public_value
+from hf_transfer_ext.hub.repository import connection_error, file_of
 
 #: The record's file in a model folder or repository.
 RECORD_FILE = "hf_transfer_ext.json"
@@ -218,7 +218,7 @@ def read_record(folder_or_repo: str | Path, *, revision: str | None = None) -> R
         FileNotFoundError: There is no record; the model was not made by this package.
         ValueError: The record is malformed or of a newer schema.
     """
-    path = _file_of(folder_or_repo, RECORD_FILE, revision)
+    path = file_of(folder_or_repo, RECORD_FILE, revision=revision)
     if path is None:
         raise FileNotFoundError(
             f"{public_text(str(folder_or_repo))!r} holds no {RECORD_FILE}: it was not written by hf_transfer_ext, "
@@ -429,7 +429,7 @@ def _on_hub(name: str, revision: str | None, role: str, config: Any) -> tuple[st
         large = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs is not None}
         kept = {file: digest for file, digest in sorted(large.items()) if Path(file).name not in _NOT_WEIGHTS}
         return str(info.sha), kept, None
-    except (HfHubHTTPError, HFValidationError, OSError, _connection_error()) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, connection_error()) as error:
         cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)
         ref = cache / "refs" / wanted
         commit = wanted if _COMMIT.fullmatch(wanted) else ref.read_text().strip() if ref.is_file() else ""
@@ -442,36 +442,16 @@ def _on_hub(name: str, revision: str | None, role: str, config: Any) -> tuple[st
     return commit, digests_of(folder, dataset=repo_type == "dataset"), folder
 
 
-def _connection_error() -> type[Exception]:
-    """The base of all errors of the HTTP client that huggingface_hub uses (httpx, or its successor httpx2)."""
-    client = sys.modules.get("httpx2") or sys.modules.get("httpx")
-    return getattr(client, "HTTPError", ConnectionError)
-
-
-def _file_of(folder_or_repo: str | Path, name: str, revision: str | None) -> Path | None:
-    """A small file of a folder or Hub repository, or None where it is not there or the Hub cannot be reached."""
-    path = Path(folder_or_repo)
-    if path.exists():
-        return path / name if (path / name).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(str(folder_or_repo), name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, OSError, _connection_error()):
-        return None
-
-
 def _read_card_and_config(described: RunInput, source: str | Path, revision: str | None) -> None:
     """Fill in licence, bases, model type and record from the input's own files, as far as it states them."""
-    config = _file_of(source, "config.json", revision)
+    config = file_of(source, "config.json", revision=revision)
     if config is not None:
         try:
             model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
             described.model_type = model_type if isinstance(model_type, str) else None
         except (ValueError, AttributeError):
             pass  # loading the model tells this error better
-    card = _file_of(source, "README.md", revision)
+    card = file_of(source, "README.md", revision=revision)
     if card is not None:
         stated = card_metadata(card.read_text(encoding="utf-8", errors="replace"))
         for key in ("license", "license_name", "license_link"):
@@ -479,7 +459,7 @@ def _read_card_and_config(described: RunInput, source: str | Path, revision: str
                 described.license[key] = stated[key]
         bases = stated.get("base_model")
         described.base_model = [str(b) for b in (bases if isinstance(bases, list) else [bases] if bases else [])]
-    if _file_of(source, RECORD_FILE, revision) is not None:
+    if file_of(source, RECORD_FILE, revision=revision) is not None:
         described.record = read_record(source, revision=revision)
 
 

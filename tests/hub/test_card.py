@@ -1,0 +1,208 @@
+import re
+
+import pytest
+import yaml
+from hub_server import check_card, front_matter
+from huggingface_hub import ModelCard
+
+from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.hub.card import base_models, model_card
+from hf_transfer_ext.hub.record import RunInput, RunRecord
+
+TOKEN = "hf_" + "aB3" * 12
+MIT = {"license": "mit"}
+
+
+def record(*inputs, job="distillation", **fields):
+    return RunRecord(**{"job": job, "recipe": "recipes/distill.py", "inputs": list(inputs), **fields})
+
+
+def on_hub(name, role="model", **fields):
+    return RunInput(name, role, True, "c" * 40, {"model.safetensors": "d" * 64}, **fields)
+
+
+def perplexity(value, **fields):
+    return Measurement(**{
+        "name": "perplexity", "value": value, "unit": "perplexity", "higher_is_better": False, "examples": 1200,
+        "dataset": "held-out texts", **fields,
+    })  # fmt: skip
+
+
+def table_row(card, start):
+    return next(line for line in str(card).splitlines() if line.startswith(f"| `{start}`"))
+
+
+def test_the_front_matter_holds_what_the_hub_asks_for():
+    made = model_card(
+        record(
+            on_hub("org/teacher", "teacher", license=MIT),
+            on_hub("org/student", "student", license=MIT),
+            on_hub("org/data", "dataset"),
+            metrics=[perplexity(12.5, interval=(12.0, 13.0), dataset="org/data, test")],
+            compared={"before": [perplexity(20.0, dataset="org/data, test")]},
+        ),
+        title="A student",
+    )
+    assert check_card(str(made)) == ([], [])
+    data = front_matter(str(made))
+    assert data["base_model"] == "org/student" and data["base_model_relation"] == "finetune"
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert data["license"] == "mit" and data["datasets"] == ["org/data"]
+    assert data["tags"] == ["hf_transfer_ext", "distillation"]
+    result = data["model-index"][0]["results"][0]
+    assert data["model-index"][0]["name"] == "A student" and result["dataset"]["type"] == "org/data"
+    assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][0]["value"] == 12.5
+    again = ModelCard(str(made))
+    assert again.data.eval_results[0].metric_value == 12.5 and yaml.safe_load(again.data.to_yaml()) == data
+
+
+@pytest.mark.parametrize(
+    ("made", "bases", "relation", "library"),
+    [
+        (model_card(record(on_hub("a/t", "teacher"))), "a/t", "finetune", "transformers"),
+        (model_card(record(on_hub("a/m"), job="unlearning")), "a/m", "finetune", "transformers"),
+        (model_card(record(on_hub("a/m"), job="unlearning"), adapter=True), "a/m", "adapter", "peft"),
+        (
+            model_card(record(on_hub("a/ft"), on_hub("a/base", "base"), job="extraction"), adapter=True),
+            "a/base",
+            "adapter",
+            "peft",
+        ),
+        (
+            model_card(record(on_hub("a/base", "base"), on_hub("a/x"), on_hub("a/y"), on_hub("a/x"), job="merging")),
+            ["a/base", "a/x", "a/y"],
+            "merge",
+            "transformers",
+        ),
+        (
+            model_card(record(on_hub("a/m"), job="something new"), relation="quantized"),
+            "a/m",
+            "quantized",
+            "transformers",
+        ),
+    ],
+    ids=["distillation", "unlearning", "unlearning-adapter", "extraction", "merging", "other"],
+)
+def test_bases_and_their_relation(made, bases, relation, library):
+    data = front_matter(str(made))
+    assert (data["base_model"], data["base_model_relation"], data["library_name"]) == (bases, relation, library)
+    assert check_card(str(made)) == ([], [])
+    with pytest.raises(ValueError, match="relation"):
+        model_card(record(), relation="cousin")
+
+
+def test_a_local_base_is_not_named_as_a_repository():
+    grandparent = record(on_hub("a/m", "student"))
+    local = RunInput("student", "model", record=grandparent)
+    assert base_models(record(local, job="unlearning")) == ["a/m"]
+    # An adapter fits the local folder alone, so the repository behind it must not be offered in its place.
+    data = front_matter(str(model_card(record(local, job="unlearning"), adapter=True)))
+    assert "base_model" not in data and "base_model_relation" not in data
+    assert "base_model" not in front_matter(str(model_card(record(RunInput("x", "teacher")))))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ([on_hub("a/x", license=MIT), on_hub("a/y", license=MIT)], MIT),
+        ([on_hub("a/x", license=MIT), on_hub("a/y", license={"license": "apache-2.0"})], {}),
+        ([on_hub("a/x", license=MIT), on_hub("a/y")], {}),
+        ([on_hub("a/x", license=MIT), on_hub("a/y", model_type="gemma3_text")], {"license": "gemma"}),
+        ([on_hub("a/x", model_type="gemma4_text")], {}),
+        ([on_hub("a/x", model_type="gemma4_text", license={"license": "apache-2.0"})], {"license": "apache-2.0"}),
+        ([RunInput("x", "model", record=record(on_hub("a/x", license=MIT)))], MIT),
+        ([RunInput("x", "model", record=record(on_hub("g", "teacher", model_type="gemma2")))], {"license": "gemma"}),
+        (
+            [on_hub("a/x", license={"license": "other", "license_name": "own", "license_link": "LICENSE"})],
+            {"license": "other", "license_name": "own", "license_link": "LICENSE"},
+        ),
+        ([on_hub("a/x", license=MIT), on_hub("a/data", "dataset")], MIT),
+    ],
+)
+def test_a_licence_is_taken_over_and_never_invented(inputs, expected):
+    made = str(model_card(record(*inputs, job="merging")))
+    data = front_matter(made)
+    assert {k: v for k, v in data.items() if k.startswith("license")} == expected
+    assert ("Gemma Terms of Use" in made) == (expected.get("license") == "gemma")
+    assert ("No licence is stated" in made) == (expected == {})
+
+
+def test_the_table_shows_each_measurement_with_unit_direction_count_and_interval():
+    made = model_card(
+        record(
+            metrics=[
+                perplexity(12.34567, interval=(12.0, 13.0)),
+                Measurement("accuracy", 0.5, "share", True, 40, None, "capitals"),
+                Measurement("kl", float("inf"), "nats per token", False, 9, None, "held-out texts"),
+            ],
+            compared={"before": [perplexity(20.0)], "teacher": [perplexity(10.0, examples=1000)]},
+        )
+    )
+    assert table_row(made, "perplexity") == (
+        "| `perplexity` | perplexity | lower | held-out texts | 1,200 / 1,000 | 20 | 10 | 12.35 \\[12, 13\\] |"
+    )
+    assert table_row(made, "accuracy") == "| `accuracy` | share | higher | capitals | 40 |  |  | 0.5 |"
+    assert table_row(made, "kl").endswith("| inf |")
+    metrics = [m["type"] for r in front_matter(str(made))["model-index"][0]["results"] for m in r["metrics"]]
+    assert metrics == ["perplexity", "accuracy"]  # what is no number is told to readers and not to the index
+
+
+def test_without_measurements_the_card_says_so():
+    made = str(model_card(record(on_hub("a/m"), job="unlearning", not_measured=["Grammar."])))
+    assert "None were made in this run." in made and "model-index" not in made
+    assert "- Grammar." in made and "forgotten knowledge returns" in made
+    told = str(model_card(record(job="unlearning", metrics=[perplexity(1.0, name="relearned_share")])))
+    assert "forgotten knowledge returns" not in told
+
+
+def test_text_from_models_and_data_cannot_act():
+    bad = "x | y\n## Heading <script>alert(1)</script> ![i](http://evil/x.png) [l](http://evil) `c` @someone"
+    made = str(
+        model_card(
+            record(
+                RunInput(bad, "model", license={"license": bad}),
+                metrics=[perplexity(1.0, name=bad, unit=bad, dataset=bad)],
+                compared={bad: [perplexity(1.0)]},
+                not_measured=[bad],
+                config={"prompt": "```\n</details>" + bad},
+                recipe=bad,
+                seed=1,
+            ),
+            title=bad,
+        )
+    )
+    body = made.split("\n---\n", 1)[1]
+    before_settings, settings = body.split("All settings:")
+    assert "\n## Heading" not in before_settings
+    for line in before_settings.splitlines():
+        outside_code = re.sub(r"\\.", "", "".join(line.split("`")[::2]))
+        assert "<script" not in outside_code and "](http" not in outside_code and "@someone" not in outside_code
+        if line.startswith("|"):
+            cells = line.replace("\\|", "").count("|") - 1
+            assert cells in (5, 7, 2)  # inputs, measurements, stages
+    assert settings.strip().startswith("````json") and settings.rstrip().endswith("````")
+    assert check_card(made)[0] == []
+
+
+def test_no_folder_and_no_token_reaches_a_card(tmp_path):
+    made = str(
+        model_card(
+            record(
+                RunInput("student", "model"),
+                config={"hub_token": TOKEN, "note": f"{TOKEN} in {tmp_path}/x", "out": str(tmp_path / "out")},
+                recipe=f"{tmp_path}/recipes/distill.py",
+                metrics=[perplexity(1.0, dataset=f"{tmp_path}/data.jsonl")],
+                compared={str(tmp_path / "before"): [perplexity(1.0)]},
+                not_measured=[f"Whatever is in {tmp_path}/other."],
+            ),
+            title=f"Made in {tmp_path}",
+        )
+    )
+    assert TOKEN not in made and str(tmp_path) not in made and str(tmp_path.parent) not in made
+
+
+def test_earlier_steps_are_told_oldest_first():
+    first = record(on_hub("a/t", "teacher"))
+    second = record(RunInput("student", "model", record=first), job="extraction")
+    made = str(model_card(record(RunInput("adapter", "model", record=second), job="merging")))
+    assert made.index("1. distillation by") < made.index("2. extraction by") < made.index("## Run")
