@@ -1,0 +1,12 @@
+"""Where a student starts: depth cuts, learngene expansion, a smaller vocabulary."""
+
+from __future__ import annotations
+
+from hf_transfer_ext.registry import Registry
+from hf_transfer_ext.students.last_depth import last_depth
+from hf_transfer_ext.students.linear_expansion import linear_expansion
+from hf_transfer_ext.students.stage_sharing import stage_sharing
+from hf_transfer_ext.students.uniform_depth import uniform_depth
+
+#: How a student of another depth starts from its teacher: `(teacher, *, num_layers, **options) -> new model`.
+STUDENT_INITS = Registry("student initialisation", [uniform_depth, last_depth, linear_expansion, stage_sharing])

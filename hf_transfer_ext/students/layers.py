@@ -1,0 +1,128 @@
+"""The stack of layers of any decoder: where it is, and a new model of the same class with another stack."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+#: The tensors of one layer by their names inside the layer ("self_attn.q_proj.weight").
+LayerTensors = Mapping[str, Tensor]
+
+
+def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the one stack of layers of a model (`model.layers`, `transformer.h`, ...).
+
+    Raises:
+        ValueError: The model has no such stack, or several (an encoder and a decoder).
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [(name, module) for name, module in lists if len(module) == count]
+    # Experts inside a layer may happen to be as many as the layers: only outermost lists are stacks of layers.
+    found = [(name, module) for name, module in found if not any(name.startswith(f"{outer}.") for outer, _ in lists)]
+    if len(found) != 1:
+        raise ValueError(
+            f"A student of another depth needs a teacher with one stack of {count} layers, but "
+            f"{type(model).__name__} has {len(found)} ({', '.join(name for name, _ in found) or 'none'}). "
+            "Encoder-decoder models cannot be cut yet."
+        )
+    return found[0]
+
+
+def layer_tensors(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Parameters and buffers of every layer, not copied."""
+    _, layers = layer_stack(model)
+    return [dict(layer.state_dict()) for layer in layers]
+
+
+def with_layers(teacher: PreTrainedModel, layers: Sequence[LayerTensors], sources: Sequence[int]) -> PreTrainedModel:
+    """A new model of the teacher's class with these layers; embeddings, final norm and head come from the teacher.
+
+    Args:
+        layers: The tensors of each new layer, bottom first.
+        sources: For each new layer the teacher's layer whose *kind* it has, where the config lists one per layer
+            (`layer_types`: sliding or full attention).
+    """
+    prefix, _ = layer_stack(teacher)
+    tensors = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(f"{prefix}.")}
+    for i, layer in enumerate(layers):
+        tensors |= {f"{prefix}.{i}.{name}": tensor for name, tensor in layer.items()}
+    return rebuilt(teacher, config_of_depth(teacher.config, sources), tensors)
+
+
+def keep_layers(teacher: PreTrainedModel, sources: Sequence[int]) -> PreTrainedModel:
+    """A new model that has only these layers of the teacher, in this order; a layer may come twice."""
+    layers = layer_tensors(teacher)
+    wrong = [source for source in sources if not 0 <= source < len(layers)]
+    if wrong or not sources:
+        raise ValueError(f"The teacher has the layers 0 to {len(layers) - 1}, got {list(sources)}.")
+    return with_layers(teacher, [layers[source] for source in sources], sources)
+
+
+def config_of_depth(config: PretrainedConfig, sources: Sequence[int]) -> PretrainedConfig:
+    """A copy of the config for a stack of `len(sources)` layers; lists with one entry per layer are cut along."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        # `layer_types`, `no_rope_layers`, `layers_block_type`: lists of ids may have the same length by chance.
+        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(text, name, [value[source] for source in sources])
+    text.num_hidden_layers = len(sources)
+    return config
+
+
+def rebuilt(teacher: PreTrainedModel, config: PretrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A new model of the teacher's class from a changed config and a whole state dict; it shares no memory.
+
+    Dtype, device, training mode and generation config are the teacher's; tied embeddings are tied again.
+
+    Raises:
+        ValueError: The tensors do not fit the model that the config describes.
+    """
+    with no_init_weights():
+        student = type(teacher)._from_config(config, dtype=teacher.dtype)
+    student.tie_weights()
+    try:
+        student.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The tensors of {teacher.config.name_or_path or type(teacher).__name__!r} do not fit a "
+            f"{type(teacher).__name__} of the new shape; its layers may differ from each other. {error}"
+        ) from error
+    # Buffers that are in no state dict (rotary frequencies, the embedding scale) may carry the rounding of the
+    # teacher's dtype, or of a dtype it had before: only copies give the teacher's very logits. Those inside numbered
+    # layers stay as the config makes them, for layer 1 of the student need not be layer 1 of the teacher.
+    fresh = dict(student.named_buffers())
+    for name, buffer in teacher.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        if name in fresh and name not in tensors and not any(part.isdigit() for part in path.split(".")):
+            student.get_submodule(path)._buffers[leaf] = buffer.detach().clone()
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.to(teacher.device).train(teacher.training)
+
+
+def check_depth(teacher: PreTrainedModel, num_layers: int, *, at_most_teacher: bool = False) -> int:
+    """The teacher's depth, after refusing a depth or a teacher that no student can be made from."""
+    refuse_wrapped(teacher)
+    depth = len(layer_stack(teacher)[1])
+    if num_layers < 1 or (at_most_teacher and num_layers > depth):
+        limit = f"between 1 and {depth}, the depth of the teacher" if at_most_teacher else "at least 1"
+        raise ValueError(f"`num_layers` has to be {limit}, got {num_layers}.")
+    return depth
+
+
+def refuse_wrapped(teacher: PreTrainedModel) -> None:
+    """A student is made from plain weights: adapters have to be merged, quantised weights dequantised before."""
+    if hasattr(teacher, "peft_config"):
+        raise ValueError(
+            "The teacher carries an adapter, which a student cannot inherit. Merge it first: model.merge_and_unload()."
+        )
+    if getattr(teacher, "is_quantized", False):
+        raise ValueError(
+            "The teacher is quantised. Load it in float32 or bfloat16 to make a student from its weights."
+        )

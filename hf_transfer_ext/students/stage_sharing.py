@@ -1,0 +1,128 @@
+"""SWS: one layer per stage of the teacher, repeated inside its stage to any depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_transfer_ext.students.layers import check_depth, layer_stack, layer_tensors, with_layers
+
+#: How a teacher's stage becomes one layer.
+REPRESENTATIVES = ("mean", "first", "middle", "last")
+
+
+def stage_sharing(
+    teacher: PreTrainedModel,
+    *,
+    num_layers: int,
+    stages: Sequence[int] | None = None,
+    repeats: Sequence[int] | None = None,
+    representative: str = "mean",
+) -> PreTrainedModel:
+    """A student of any depth: each stage of the teacher gives one layer, and the student repeats it.
+
+    Args:
+        teacher: A model, or a trained `stage_shared_model` (whose stages are one layer each already).
+        num_layers: The student's depth, at least one layer per stage.
+        stages: How many of the teacher's layers belong to each stage, bottom first, as in 3-3-4-3-3 for 16 layers;
+            by default `default_stages`.
+        repeats: How often each stage's layer comes in the student. By default as even as possible with the longer
+            stages first: 12 layers from 5 stages are 3-3-2-2-2, as in the authors' runs.
+        representative: What a stage's layer is: "mean" of its layers, or the "first", "middle" or "last" of them.
+
+    Returns:
+        A new model of the teacher's class whose layers are free of each other and share no memory with the teacher.
+
+    Source: SWS, Xia et al. 2024, https://arxiv.org/abs/2404.16897. The paper trains the stages' layers by distillation
+    (`stage_shared_model` here); taking them from a teacher's stages is our own start.
+    """
+    depth = check_depth(teacher, num_layers)
+    stages = _checked_stages(stages, depth)
+    repeats = even_split(num_layers, len(stages)) if repeats is None else list(repeats)
+    if len(repeats) != len(stages) or sum(repeats) != num_layers or min(repeats) < 1:
+        raise ValueError(
+            f"{len(stages)} stages need {len(stages)} repeats of at least 1 that sum to `num_layers` = {num_layers}, "
+            f"got {list(repeats)}."
+        )
+    genes = stage_layers(teacher, stages, representative)
+    layers, sources, start = [], [], 0
+    for gene, size, repeat in zip(genes, stages, repeats, strict=True):
+        layers += [gene] * repeat
+        sources += [start + i * size // repeat for i in range(repeat)]
+        start += size
+    return with_layers(teacher, layers, sources)
+
+
+def stage_shared_model(
+    teacher: PreTrainedModel, *, stages: Sequence[int] | None = None, representative: str = "mean"
+) -> PreTrainedModel:
+    """The model that SWS trains: as deep as the teacher, with one set of parameters for all layers of a stage.
+
+    Train it by distillation like any model, then expand it: `stage_sharing(auxiliary, num_layers=..., stages=...)`.
+    Its parameters are shared in memory in a way that its config does not tell: save what is expanded from it.
+    """
+    depth = check_depth(teacher, 1)
+    stages = _checked_stages(stages, depth)
+    model = stage_sharing(teacher, num_layers=depth, stages=stages, repeats=stages, representative=representative)
+    layers = layer_stack(model)[1]
+    start = 0
+    for size in stages:
+        for layer in layers[start + 1 : start + size]:
+            for name, parameter in list(layers[start].named_parameters()):
+                path, _, leaf = name.rpartition(".")
+                setattr(layer.get_submodule(path), leaf, parameter)
+        start += size
+    return model
+
+
+def stage_layers(teacher: PreTrainedModel, stages: Sequence[int], representative: str) -> list[dict[str, Tensor]]:
+    """One layer per stage; the mean is taken in float64."""
+    if representative not in REPRESENTATIVES:
+        raise ValueError(f"`representative` has to be one of {', '.join(REPRESENTATIVES)}, got {representative!r}.")
+    layers = layer_tensors(teacher)
+    genes, start = [], 0
+    for size in stages:
+        stage = layers[start : start + size]
+        start += size
+        if representative == "mean":
+            genes.append({name: _mean([layer[name] for layer in stage]) for name in stage[0]})
+        else:
+            genes.append(stage[{"first": 0, "middle": size // 2, "last": size - 1}[representative]])
+    return genes
+
+
+def default_stages(depth: int, count: int = 5) -> list[int]:
+    """Split a depth into `count` stages as evenly as possible, longer ones in the middle: 16 is 3-3-4-3-3.
+
+    A teacher of fewer layers than stages has one layer a stage.
+    """
+    count = min(count, depth)
+    outwards = sorted(range(count), key=lambda stage: (abs(2 * stage - (count - 1)), stage))
+    longer = set(outwards[: depth % count])
+    return [depth // count + (stage in longer) for stage in range(count)]
+
+
+def even_split(total: int, count: int) -> list[int]:
+    """`total` in `count` parts that differ by at most 1, the larger ones first: (12, 5) is 3-3-2-2-2."""
+    return [total // count + (part < total % count) for part in range(count)]
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    if not tensors[0].is_floating_point() or len(tensors) == 1:
+        return tensors[0]
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor.double()
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def _checked_stages(stages: Sequence[int] | None, depth: int) -> list[int]:
+    stages = default_stages(depth) if stages is None else list(stages)
+    if not stages or min(stages) < 1 or sum(stages) != depth:
+        raise ValueError(
+            f"`stages` have to be sizes of at least 1 that sum to the teacher's {depth} layers, got {stages}."
+        )
+    return stages

@@ -1,0 +1,34 @@
+"""A shallower student from evenly spaced layers of the teacher."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from hf_transfer_ext.students.layers import check_depth, keep_layers
+
+
+def uniform_depth(teacher: PreTrainedModel, *, num_layers: int) -> PreTrainedModel:
+    r"""Keep `num_layers` evenly spaced layers, the first and the last among them; everything else is copied.
+
+    .. math:: l_i = \left\lfloor \frac{i (L - 1)}{n - 1} + \frac12 \right\rfloor, \quad i = 0 \dots n - 1
+
+    of the teacher's layers 0 to L-1; a single layer is the first one. With all layers the student equals the teacher.
+
+    Args:
+        num_layers: The student's depth n, 1 to the teacher's depth L.
+
+    Returns:
+        A new model of the teacher's class that shares no memory with it.
+
+    Source: DistilBERT, Sanh et al. 2019, https://arxiv.org/abs/1910.01108, which takes one layer of two; the rounding
+    for other depths, with both ends kept, is our own.
+    """
+    depth = check_depth(teacher, num_layers, at_most_teacher=True)
+    return keep_layers(teacher, evenly_spaced(depth, num_layers))
+
+
+def evenly_spaced(depth: int, count: int) -> list[int]:
+    """`count` of the numbers 0 to `depth - 1`, evenly spaced, both ends included: (6, 3) gives 0, 3, 5."""
+    if count == 1:
+        return [0]
+    return [(2 * i * (depth - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
