@@ -1,0 +1,386 @@
+"""Checkpoints in the safetensors format, read piece by piece and written into files of a size known beforehand.
+
+A file is `8 bytes of header length | JSON header | data`; the header gives each tensor's dtype, shape and place. So a
+piece of a tensor is one `pread`, and a checkpoint of any size can be worked through in a few megabytes. Nothing is
+memory-mapped: mapped pages count as resident memory, and a truncated file would end in a bus error instead of a
+message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.files import require_free_space, write_text
+from hf_transfer_ext.registry import unknown_name
+
+#: dtype names of the file format -> torch.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: The dtypes that a merge or an extraction can calculate with.
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+#: Longest header that is believed; the limit of the safetensors library itself.
+MAX_HEADER_BYTES = 100_000_000
+
+#: Shards of a written checkpoint hold at most this many bytes, unless one tensor alone is larger.
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that is to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """A tensor in a file: its bytes are `file[offset : offset + nbytes]`. A pickled one is held in `loaded`."""
+
+    file: Path
+    offset: int
+    loaded: Tensor | None = None
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Parse the header of a safetensors file and hold it against the size of the file.
+
+    Raises:
+        ValueError: The file is no safetensors file, is truncated, or its header contradicts itself.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise ValueError(
+                f"{str(file)!r} is no whole safetensors file: its header would end after its {size} bytes. "
+                "Fetch it again; a Git LFS pointer in its place has to be pulled first."
+            )
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"The header of {str(file)!r} cannot be read ({error}). Fetch the file again.") from error
+    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+    if size < end:
+        last = max(entries.values(), key=lambda entry: entry.offset)
+        raise ValueError(
+            f"{str(file)!r} is truncated: tensor {last.name!r} ends at byte {end}, the file at byte {size}. "
+            "Fetch it again."
+        )
+    return entries
+
+
+def _entry(file: Path, name: str, value: Mapping[str, Any], data_start: int) -> StoredTensor:
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"Tensor {name!r} in {str(file)!r}: {unknown_name('dtype', value['dtype'], DTYPES)}")
+    begin, end = value["data_offsets"]
+    entry = StoredTensor(name, DTYPES[value["dtype"]], tuple(value["shape"]), file, data_start + begin)
+    if begin < 0 or any(extent < 0 for extent in entry.shape) or entry.nbytes != end - begin:
+        raise ValueError(
+            f"The header of {str(file)!r} contradicts itself: tensor {name!r} of shape {list(entry.shape)} and dtype "
+            f"{value['dtype']} needs {entry.nbytes} bytes, but lies at {begin}..{end}. Fetch the file again."
+        )
+    return entry
+
+
+class Checkpoint:
+    """The tensors of a model folder, readable in pieces from several threads at once.
+
+    Args:
+        folder: Holds `<stem>.safetensors`, or shards and their `<stem>.safetensors.index.json`.
+        stem: "model" for models, "adapter_model" for PEFT adapters.
+        allow_pickle: Also accept `pytorch_model.bin`, loaded with `weights_only=True` into memory.
+    """
+
+    def __init__(self, folder: str | Path, *, stem: str = "model", allow_pickle: bool = False) -> None:
+        self.folder = Path(folder)
+        self.entries = _find_entries(self.folder, stem, allow_pickle)
+        self._descriptors: dict[Path, int] = {
+            file: os.open(file, os.O_RDONLY)
+            for file in sorted({entry.file for entry in self.entries.values() if entry.loaded is None})
+        }
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name not in self.entries:
+            raise ValueError(f"Model {str(self.folder)!r}: {unknown_tensor(name, self.entries)}")
+        return self.entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def read_bytes(self, entry: StoredTensor, start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes of `entry` from byte `start` on."""
+        if entry.loaded is not None:
+            view[:] = bytes_of(entry.loaded.contiguous())[start : start + len(view)]
+            return
+        descriptor, done = self._descriptors[entry.file], 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], entry.offset + start + done)
+            if count == 0:
+                raise OSError(
+                    f"{str(entry.file)!r} ended in the middle of tensor {entry.name!r}. It became shorter while it "
+                    "was read; do not change the inputs of a running job."
+                )
+            done += count
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, in its own dtype and shape."""
+        entry = self[name]
+        flat = torch.empty(entry.numel, dtype=entry.dtype)
+        self.read_bytes(entry, 0, bytes_of(flat))
+        return flat.reshape(entry.shape)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, shared with it."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def unknown_tensor(name: str, known: Iterable[str]) -> str:
+    """The sentence for a tensor that is not there; only the nearest name is told, since models have thousands."""
+    names = list(known)
+    message = unknown_name("tensor", name, names)
+    return message.split(" Available:")[0] + f" {len(names)} tensors are there."
+
+
+def _find_entries(folder: Path, stem: str, allow_pickle: bool) -> dict[str, StoredTensor]:
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        return _indexed_entries(folder, index)
+    files = sorted(folder.glob("*.safetensors"))
+    named = folder / f"{stem}.safetensors"
+    if named.exists() or len(files) == 1:
+        return read_header(named if named.exists() else files[0])
+    if files:
+        raise ValueError(
+            f"{str(folder)!r} holds {len(files)} safetensors files but no {index.name} that says which belong to the "
+            "model. Fetch the index too."
+        )
+    pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("adapter_model.bin"))
+    if pickles and allow_pickle:
+        return _pickled_entries(pickles)
+    if pickles:
+        raise ValueError(
+            f"{str(folder)!r} holds pickled weights only ({pickles[0].name}), which can run code when loaded. "
+            "Convert them to safetensors, or pass --allow-pickle to load them with weights_only=True."
+        )
+    raise FileNotFoundError(f"There are no weights in {str(folder)!r}: it needs {stem}.safetensors or shards of it.")
+
+
+def _indexed_entries(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"The index {str(index)!r} cannot be read ({error!r}). Fetch it again.") from error
+    headers = {}
+    for shard in shards:
+        # Compared by name and not by what it resolves to: files of the Hub cache are links out of their folder.
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(f"The index {str(index)!r} leads out of its folder, to {shard!r}; refused.")
+        if not (folder / shard).exists():
+            raise FileNotFoundError(f"Shard {shard!r}, named by {str(index)!r}, is missing. Fetch it too.")
+        headers[shard] = read_header(folder / shard)
+    missing = [name for name, shard in weight_map.items() if name not in headers[shard]]
+    if missing:
+        raise ValueError(
+            f"Tensor {missing[0]!r} is not in shard {weight_map[missing[0]]!r}, though {str(index)!r} says so "
+            f"({len(missing)} such tensors). Index and shards belong to different versions; fetch both again."
+        )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _pickled_entries(files: list[Path]) -> dict[str, StoredTensor]:
+    entries = {}
+    for file in files:
+        for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
+            entries[name] = StoredTensor(name, tensor.dtype, tuple(tensor.shape), file, 0, tensor)
+    return entries
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[TensorSpec]]:
+    """Share tensors out over shards in their order; a shard is closed before it would grow over the limit."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"The largest shard has to hold at least one byte, got {max_shard_bytes}.")
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards
+
+
+class CheckpointWriter:
+    """Safetensors files of known layout that are filled in any order, from several threads at once.
+
+    The headers and the full length of all files are written first, so a full disk is found before any work. Tensors
+    of a shard are ordered by the size of their dtype, so that each lies at a multiple of it.
+
+    Args:
+        folder: Existing folder, written aside by the caller (`files.written_aside`).
+        specs: What will be written. The shards follow its order.
+        stem: Name of the files without ending.
+        resume: Keep what the files hold already if they have the planned length.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        specs: Iterable[TensorSpec],
+        *,
+        stem: str = "model",
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        resume: bool = False,
+    ) -> None:
+        shards = plan_shards(specs, max_shard_bytes)
+        self.nbytes = sum(spec.nbytes for shard in shards for spec in shard)
+        self._places: dict[str, tuple[int, int, TensorSpec]] = {}
+        self._descriptors: list[int] = []
+        names = [f"{stem}.safetensors"]
+        if len(shards) > 1:
+            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if not (resume and all((folder / name).exists() for name in names)):
+            require_free_space(folder, self.nbytes)
+        try:
+            for name, shard in zip(names, shards, strict=True):
+                self._create(folder / name, shard, resume)
+        except BaseException:
+            self.close()
+            raise
+        if len(shards) > 1:
+            weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
+            content = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_text(folder / f"{stem}.safetensors.index.json", json.dumps(content, indent=2) + "\n")
+
+    def _create(self, file: Path, shard: list[TensorSpec], resume: bool) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        ordered = sorted(shard, key=lambda spec: -spec.dtype.itemsize)
+        ends = np.cumsum([spec.nbytes for spec in ordered]).tolist()
+        for spec, end in zip(ordered, ends, strict=True):
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [end - spec.nbytes, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        size = 8 + len(text) + (ends[-1] if ends else 0)
+        keep = resume and file.exists() and file.stat().st_size == size
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
+        self._descriptors.append(descriptor)
+        if not keep:
+            _allocate(descriptor, size)
+            os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+        for spec, end in zip(ordered, ends, strict=True):
+            self._places[spec.name] = (descriptor, 8 + len(text) + end - spec.nbytes, spec)
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write `values` (contiguous, in the dtype of the spec) as elements `start`, `start + 1`, ... of a tensor."""
+        spec = self._places[name][2]
+        if values.dtype != spec.dtype or start + values.numel() > spec.numel:
+            raise ValueError(
+                f"Tensor {name!r} was announced as {spec.dtype} with {spec.numel} elements, got {values.dtype} for "
+                f"elements {start}..{start + values.numel()}."
+            )
+        self.write_bytes(name, start * spec.dtype.itemsize, bytes_of(values))
+
+    def write_bytes(self, name: str, start: int, view: memoryview) -> None:
+        """Write raw bytes from byte `start` of a tensor on."""
+        descriptor, offset, _ = self._places[name]
+        done = 0
+        while done < len(view):
+            done += os.pwrite(descriptor, view[done:], offset + start + done)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserve the whole file at once; file systems that cannot reserve get a file of that length with holes."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (22, 95):  # EINVAL, EOPNOTSUPP
+            raise
+        os.ftruncate(descriptor, size)
+    except AttributeError:  # no such call on this system
+        os.ftruncate(descriptor, size)
+
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], *, stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write tensors that are in memory already."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with CheckpointWriter(folder, specs, stem=stem, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, 0, tensor.detach().cpu().contiguous())

@@ -1,0 +1,78 @@
+"""Arithmetic that the methods on changes share: subtract the base, sum with weights, elect a sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.method import PerModel, for_each
+
+Weights = Float[Tensor, "*shape"]
+
+
+def changes_of(base: Weights, models: Sequence[Weights]) -> list[Weights]:
+    """t_i = theta_i - theta_0."""
+    return [model - base for model in models]
+
+
+def weighted_sum(tensors: Sequence[Weights], weight: PerModel) -> Weights:
+    """sum_i w_i x_i."""
+    weights = for_each(weight, tensors)
+    total = tensors[0] * weights[0]
+    for one, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total.add_(tensor, alpha=one)
+    return total
+
+
+def add_changes(
+    base: Weights, changes: Sequence[Weights], weight: PerModel, *, normalize: bool, lambda_: float
+) -> Weights:
+    """theta_0 + lambda * sum_i w_i t_i, divided by sum_i w_i with `normalize`."""
+    scale = lambda_
+    if normalize:
+        total = sum(for_each(weight, changes))
+        scale = lambda_ / total if total else 0.0  # all weights 0: check_weights has refused any other sum of 0
+    return weighted_sum(changes, weight).mul_(scale).add_(base)
+
+
+def add_elected_changes(
+    base: Weights, changes: Sequence[Weights], weight: PerModel, *, normalize: bool, lambda_: float
+) -> Weights:
+    """Add only those changes that agree with the sign of the weighted sum (TIES, "elect" and "merge").
+
+    With c_i = w_i t_i and s the sign of sum_i c_i (+1 where the sum is 0): lambda * sum of the c_i with sign s,
+    divided by the sum of their w_i with `normalize`.
+    """
+    weighted = [change * one for change, one in zip(changes, for_each(weight, changes), strict=True)]
+    positive = weighted[0].clone()
+    for one in weighted[1:]:
+        positive += one
+    # +1 or -1; copysign makes +1 of 0, and -0.0 cannot come from a sum that began without it.
+    elected = torch.copysign(torch.ones_like(positive), positive.add_(0.0))
+    merged = torch.zeros_like(base)
+    divisor = torch.zeros_like(base) if normalize else None
+    for one, share in zip(weighted, for_each(weight, changes), strict=True):
+        agrees = (one * elected) > 0
+        merged += one * agrees
+        if divisor is not None:
+            divisor.add_(agrees, alpha=share)
+    if divisor is not None:
+        merged /= divisor.masked_fill_(divisor == 0, 1.0)
+    return merged.mul_(lambda_).add_(base)
+
+
+def check_weights(*, weight: PerModel, normalize: bool = False, **others: object) -> None:
+    """Refuse weights that sum to 0 where the result is divided by that sum; all 0 leaves the base as it is."""
+    weights = [weight] if isinstance(weight, (int, float)) else list(weight)
+    if normalize and abs(sum(weights)) < 1e-8 and any(weights):
+        raise ValueError(f"`normalize` divides by the sum of the weights, but {weights} sum to 0. Change a weight.")
+
+
+def check_mean_weights(*, weight: PerModel, normalize: bool = True, **others: object) -> None:
+    """As `check_weights`, for means of models, where weights that are all 0 have no meaning either."""
+    weights = [weight] if isinstance(weight, (int, float)) else list(weight)
+    if normalize and abs(sum(weights)) < 1e-8:
+        raise ValueError(f"`normalize` divides by the sum of the weights, but {weights} sum to 0. Change a weight.")

@@ -1,0 +1,236 @@
+"""The models that go into a merge, opened: a tensor by its name, a piece of it as float32."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.adapters.factors import LoraFactors, read_lora
+from hf_transfer_ext.checkpoints import Checkpoint, StoredTensor, bytes_of, unknown_tensor
+from hf_transfer_ext.merging.plan import ModelReference
+
+#: Buffers that old checkpoints store and that every model builds by itself.
+REBUILT_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+class Scratch:
+    """Buffers of one thread, made once and used again for every piece."""
+
+    def __init__(self) -> None:
+        self._raw = np.empty(0, dtype=np.uint8)
+        self._floats: dict[int, Tensor] = {}
+
+    def raw(self, nbytes: int) -> np.ndarray:
+        if len(self._raw) < nbytes:
+            self._raw = np.empty(nbytes, dtype=np.uint8)
+        return self._raw[:nbytes]
+
+    def floats(self, slot: int, count: int) -> Tensor:
+        """The float32 buffer number `slot`."""
+        if slot not in self._floats or len(self._floats[slot]) < count:
+            self._floats[slot] = torch.empty(count, dtype=torch.float32)
+        return self._floats[slot][:count]
+
+
+@runtime_checkable
+class InputTensor(Protocol):
+    """A tensor of one model, whatever it is made from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def nbytes(self) -> int: ...
+    def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        """Fill `out` (flat, float32) with the elements from `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredInput:
+    """A tensor as it lies in a file."""
+
+    checkpoint: Checkpoint
+    entry: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes
+
+    def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        size = self.dtype.itemsize
+        if self.dtype == torch.float32:
+            self.checkpoint.read_bytes(self.entry, start * size, bytes_of(out))
+            return
+        raw = scratch.raw(out.numel() * size)
+        self.checkpoint.read_bytes(self.entry, start * size, memoryview(raw))  # type: ignore[arg-type]
+        out.copy_(torch.from_numpy(raw).view(self.dtype))
+
+
+@dataclass(frozen=True)
+class AdaptedInput:
+    """A matrix of a model with the change of a LoRA adapter added, row by row: W + scale * B A."""
+
+    inner: InputTensor
+    factors: LoraFactors
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        self.inner.read(start, out, scratch)
+        columns = self.shape[1]
+        first, last = start // columns, -(-(start + out.numel()) // columns)
+        change = self.factors.rows(first, last).reshape(-1)
+        out += change[start - first * columns :][: out.numel()]
+
+
+@dataclass
+class InputModel:
+    """A model of the configuration, opened.
+
+    Args:
+        reference: As the configuration names it.
+        folder: Where its files are.
+        config: Its config.json.
+    """
+
+    reference: ModelReference
+    folder: Path
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+    tensors: dict[str, InputTensor]
+    opened: list[Checkpoint] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that the tensors are read from."""
+        return sorted({entry.file for one in self.opened for entry in one.entries.values()})
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that describes the language model."""
+        return self.config.get("text_config", self.config)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head shares the matrix of the input embeddings."""
+        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+
+    def __getitem__(self, name: str) -> InputTensor:
+        if name in self.tensors:
+            return self.tensors[name]
+        if self.is_tied and name.endswith("lm_head.weight"):
+            for embedding in self.tensors:
+                if embedding.endswith("embed_tokens.weight"):
+                    return self.tensors[embedding]
+        raise ValueError(
+            f"Model {str(self.reference)!r}: {unknown_tensor(name, self.tensors)} Only models of one architecture "
+            "can be merged."
+        )
+
+    def close(self) -> None:
+        for checkpoint in self.opened:
+            checkpoint.close()
+
+
+def folder_of(name: str, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
+    """A folder as it is; a snapshot of a Hub repository otherwise, for which alone transformers is imported."""
+    if Path(name).is_dir():
+        return Path(name)
+    from hf_transfer_ext.loading import local_folder
+
+    return local_folder(name, revision=revision, allow_pickle=allow_pickle)
+
+
+def open_model(reference: ModelReference, *, allow_pickle: bool = False) -> InputModel:
+    """Open a model, from the Hub if it is no folder; one that is an adapter opens its base model with it.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+        ValueError: Its files contradict each other, or the adapter is of a kind that cannot be merged exactly.
+    """
+    folder = folder_of(reference.path, reference.revision, allow_pickle=allow_pickle)
+    lora = None
+    if reference.lora is not None:
+        lora = folder_of(reference.lora, reference.lora_revision)
+    elif not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        lora = folder
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        folder = folder_of(adapter["base_model_name_or_path"], adapter.get("revision"), allow_pickle=allow_pickle)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"There is no config.json in {str(folder)!r}; it is no model folder.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    checkpoint = Checkpoint(folder, allow_pickle=allow_pickle)
+    tensors: dict[str, InputTensor] = {
+        name: StoredInput(checkpoint, entry)
+        for name, entry in checkpoint.entries.items()
+        if not name.endswith(REBUILT_BUFFERS)
+    }
+    model = InputModel(reference, folder, config, checkpoint, tensors, [checkpoint])
+    if model.is_tied and any(name.endswith("embed_tokens.weight") for name in tensors):
+        for name in [name for name in tensors if name.endswith("lm_head.weight")]:
+            del tensors[name]  # loading overwrites it with the embeddings, so it must not count here either
+    if lora is not None:
+        _adapt(model, lora)
+    return model
+
+
+def _adapt(model: InputModel, folder: Path) -> None:
+    """Put an adapter's changes on a model's tensors."""
+    adapter = read_lora(folder)
+    model.opened.append(adapter.checkpoint)
+    for module, factors in adapter.modules.items():
+        name = _tensor_of(model, f"{module}.weight", folder)
+        if model.tensors[name].shape != factors.shape:
+            raise ValueError(
+                f"Adapter {str(folder)!r} changes {name!r} with shape {list(factors.shape)}, but model "
+                f"{str(model.reference)!r} has {list(model.tensors[name].shape)} there. It belongs to another model."
+            )
+        model.tensors[name] = AdaptedInput(model.tensors[name], factors)
+    for key, entry in adapter.replaced.items():
+        if key.endswith("lm_head.weight") and model.is_tied:
+            embedding = next((other for other in adapter.replaced if other.endswith("embed_tokens.weight")), None)
+            same = embedding is not None and torch.equal(
+                adapter.checkpoint.read(entry.name), adapter.checkpoint.read(adapter.replaced[embedding].name)
+            )
+            if not same:
+                raise ValueError(
+                    f"Adapter {str(folder)!r} gives the head of {str(model.reference)!r} a matrix of its own, but the "
+                    "model ties it to the input embeddings. Merge the adapter into an untied copy first."
+                )
+            continue
+        model.tensors[_tensor_of(model, key, folder)] = StoredInput(adapter.checkpoint, entry)
+
+
+def _tensor_of(model: InputModel, name: str, adapter: Path) -> str:
+    if name not in model.tensors:
+        raise ValueError(
+            f"Adapter {str(adapter)!r} does not fit model {str(model.reference)!r}: "
+            f"{unknown_tensor(name, model.tensors)}"
+        )
+    return name

@@ -1,0 +1,30 @@
+"""Passthrough: the tensors of one model, as they are; with slices it stacks layers of several models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+
+
+@merge_method(base="none", count=(1, 1))
+def passthrough(
+    base: Float[Tensor, "*shape"] | None,
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    scale: PerModel = 1.0,
+) -> Float[Tensor, "*shape"]:
+    """theta = scale * theta_1, for stacks of layers ("frankenmerges") and for making layers silent (scale 0).
+
+    Args:
+        scale: Factor of the tensor; 1 copies the bytes.
+
+    Returns:
+        The scaled weights.
+
+    Source: SOLAR 10.7B (depth up-scaling), Kim et al. 2023, https://arxiv.org/abs/2312.15166
+    """
+    return models[0] * for_each(scale, models)[0]

@@ -1,0 +1,258 @@
+"""A merge from its configuration to a model folder that is either whole or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_transfer_ext import __version__
+from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
+from hf_transfer_ext.files import refuse_existing_output, replace_folder, require_free_space, write_text
+from hf_transfer_ext.merging.inputs import InputModel, open_model
+from hf_transfer_ext.merging.layout import TensorJob, output_config, plan_tensors
+from hf_transfer_ext.merging.plan import MergeConfig, ModelReference, load_config
+from hf_transfer_ext.merging.stream import Stream
+
+#: Files that go with the weights and are taken from the base model, or from the first one.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or would do.
+
+    Args:
+        folder: The output folder.
+        method: Name of the merge method.
+        models: The models, the base first.
+        tensors: Number of tensors of the result.
+        parameters: Number of its parameters.
+        read_bytes: Bytes of all input tensors, each counted once.
+        written_bytes: Bytes of the result's tensors.
+        resumed_tensors: Tensors that an earlier run, which was killed, had finished.
+        seconds: Wall time; 0 for a dry run.
+    """
+
+    folder: str
+    method: str
+    models: list[str]
+    tensors: int
+    parameters: int
+    read_bytes: int
+    written_bytes: int
+    resumed_tensors: int = 0
+    seconds: float = 0.0
+
+
+def merge(
+    config: Mapping[str, Any] | str | Path,
+    out_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    allow_pickle: bool = False,
+    allow_nonfinite: bool = False,
+    progress: bool = False,
+) -> MergeReport:
+    """Merge the models of a configuration into `out_dir`.
+
+    A run that was killed leaves a hidden folder beside `out_dir`; the same merge started again goes on from there, and
+    ends with the same bytes.
+
+    Args:
+        config: A mapping in the grammar of `merging.plan`, or the path of a YAML file.
+        overwrite: Replace a model that is in `out_dir` already.
+        threads: Number of tensors that are worked on at once; all cores if None.
+        dry_run: Open and check everything, write nothing.
+        max_shard_bytes: Largest size of a file of the result.
+        allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
+        allow_nonfinite: Accept NaN and infinity in the inputs.
+        progress: Show a bar with bytes per second and the time left.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: The configuration or the models do not allow the merge; nothing has been written.
+        FileExistsError: `out_dir` holds a model, or another merge into it is running.
+        OSError: A file cannot be read or written, or the disk is full.
+    """
+    began = time.perf_counter()
+    parsed = load_config(config)
+    target = refuse_existing_output(out_dir, overwrite=overwrite)
+    if threads is not None and threads < 1:
+        raise ValueError(f"`threads` has to be at least 1, got {threads}.")
+    models = _open_all(parsed, allow_pickle)
+    try:
+        donor = models[parsed.references[0]]
+        jobs = plan_tensors(parsed, models)
+        report = MergeReport(
+            folder=str(target),
+            method=parsed.merge_method,
+            models=[str(reference) for reference in models],
+            tensors=len(jobs),
+            parameters=sum(job.numel for job in jobs),
+            read_bytes=sum(job.input_bytes for job in jobs),
+            written_bytes=sum(job.spec.nbytes for job in jobs),
+        )
+        if dry_run:
+            require_free_space(target, report.written_bytes)
+            return report
+        text = _yaml_of(config)
+        key = _plan_key(parsed, models, jobs, max_shard_bytes)
+        with _resumable_folder(target, key, overwrite=overwrite) as folder:
+            with CheckpointWriter(
+                folder, [job.spec for job in jobs], max_shard_bytes=max_shard_bytes, resume=True
+            ) as writer:
+                with _bar(report.read_bytes, progress) as advance:
+                    stream = Stream(
+                        writer,
+                        threads=threads or os.cpu_count() or 1,
+                        journal=folder / _JOURNAL,
+                        seed=parsed.seed,
+                        allow_nonfinite=allow_nonfinite,
+                        advance=advance,
+                    )
+                    resumed = stream.run(jobs)
+            _write_companions(folder, donor, output_config(parsed, models, donor, jobs), text)
+            (folder / _JOURNAL).unlink()
+    finally:
+        for model in models.values():
+            model.close()
+    seconds = time.perf_counter() - began
+    return MergeReport(**{**asdict(report), "resumed_tensors": resumed, "seconds": seconds})
+
+
+_JOURNAL = ".finished_tensors"
+
+
+def _open_all(config: MergeConfig, allow_pickle: bool) -> dict[ModelReference, InputModel]:
+    models: dict[ModelReference, InputModel] = {}
+    try:
+        for reference in config.references:
+            models[reference] = open_model(reference, allow_pickle=allow_pickle)
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+    return models
+
+
+def _plan_key(
+    config: MergeConfig, models: Mapping[ModelReference, InputModel], jobs: list[TensorJob], max_shard_bytes: int
+) -> str:
+    """A hash of everything that the bytes of the result depend on, and of the boot.
+
+    What a killed process wrote is safe with the system; what was written before the machine went down may not be, so
+    after a new start of the machine nothing is taken over.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    content = {
+        "version": __version__,
+        "boot": boot.read_text().strip() if boot.exists() else "",
+        "config": repr(config),
+        "layout": [(job.name, job.shape, str(job.dtype)) for job in jobs],
+        "shards": max_shard_bytes,
+        "files": [
+            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+            for model in models.values()
+            for file in model.files
+        ],
+    }
+    return hashlib.sha256(json.dumps(content, default=list).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _resumable_folder(target: Path, key: str, *, overwrite: bool) -> Iterator[Path]:
+    """Yield the hidden folder of the merge `key`, which becomes `target` when the block ends without an error.
+
+    It outlives a kill and Ctrl-C, for the next run of the same merge; after any other error nothing is left. Partial
+    folders of other merges into `target` are removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.partial-merge-"
+    partial = target.parent / f"{prefix}{key}"
+    with _only_one(target.parent / f".{target.name}.merge-lock", target):
+        for other in target.parent.glob(f"{prefix}*"):
+            if other != partial:
+                shutil.rmtree(other, ignore_errors=True)
+        partial.mkdir(exist_ok=True)
+        try:
+            yield partial
+            refuse_existing_output(target, overwrite=overwrite)
+            replace_folder(partial, target)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _only_one(lock: Path, target: Path) -> Iterator[None]:
+    """Hold a lock file; the system releases it when the process ends, however it ends."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FileExistsError(
+                f"Another merge into {str(target)!r} is running. Wait for it, or name another folder."
+            ) from error
+        yield
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _bar(total: int, show: bool) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not show, desc="merging", smoothing=0.1) as bar:
+        yield bar.update
+
+
+def _yaml_of(config: Mapping[str, Any] | str | Path) -> str:
+    if isinstance(config, Mapping):
+        return yaml.safe_dump(dict(config), sort_keys=False)
+    return Path(config).read_text(encoding="utf-8")
+
+
+def _write_companions(folder: Path, donor: InputModel, config: dict[str, Any], text: str) -> None:
+    """Config, tokenizer and the configuration of the merge, under the name by which it is known on the Hub."""
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "mergekit_config.yml", text)
+    for name in COMPANIONS:
+        if (donor.folder / name).exists():
+            shutil.copyfile(donor.folder / name, folder / name)

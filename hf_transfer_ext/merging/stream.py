@@ -1,0 +1,229 @@
+"""The stream: reads pieces of tensors, lets a method work on them, writes the result in place.
+
+Memory is bounded by threads x models x piece, not by the model. A tensor's numbers depend on the pieces' fixed size
+only, so the files are the same, byte for byte, for any number of threads. Finished tensors are noted in a journal; a
+run that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.checkpoints import CheckpointWriter
+from hf_transfer_ext.merging.inputs import InputTensor, Scratch, StoredInput
+from hf_transfer_ext.merging.layout import TensorJob
+from hf_transfer_ext.merging.noise import Noise
+
+#: Elements of a piece. Small enough that the pieces of some models stay in a core's second-level cache.
+PIECE = 1 << 17
+
+#: Elements of a tensor that one thread takes at a time where nothing has to be known about the whole tensor.
+SEGMENT = 1 << 23
+
+
+@dataclass
+class StreamedPieces:
+    """The pieces of one tensor (or of a segment of it) for a method's statistics and arithmetic.
+
+    `check` refuses NaN and infinity, and is done in the first pass over a tensor.
+    """
+
+    job: TensorJob
+    scratch: Scratch
+    start: int
+    stop: int
+    check: bool
+    halt: threading.Event
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        for _, base, models in self.placed():
+            yield base, models
+
+    def placed(self) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
+        """Also tell where a piece starts in the flat tensor."""
+        check, self.check = self.check, False
+        step = piece_of(self.job)
+        for start in range(self.start, self.stop, step):
+            stop = min(start + step, self.stop)
+            if self.halt.is_set():
+                raise InterruptedError("The merge was stopped.")
+            base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check)
+            models = [self._read(one, start, stop, slot + 1, check) for slot, one in enumerate(self.job.models)]
+            yield start, base, models
+
+    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool) -> Tensor:
+        out = self.scratch.floats(slot, stop - start)
+        tensor.read(start, out, self.scratch)
+        if check and not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
+            bad = start + int((~torch.isfinite(out)).nonzero()[0])
+            whose = "of the base model" if tensor is self.job.base else f"of model {self.job.models.index(tensor) + 1}"
+            where = f" ({str(tensor.entry.file)!r})" if isinstance(tensor, StoredInput) else ""
+            raise ValueError(
+                f"Tensor {self.job.name!r} {whose}{where} holds NaN or infinity, first at element {bad}. Mend the "
+                "model, or pass --allow-nonfinite to merge it all the same."
+            )
+        if self.job.method.unit == "matrix":
+            return out.reshape(self.job.shape)
+        return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
+
+
+@dataclass(frozen=True)
+class _Task:
+    job: TensorJob
+    start: int
+    stop: int
+
+
+class Stream:
+    """Works through jobs with several threads.
+
+    Args:
+        writer: Takes the result; it knows all tensors of the jobs.
+        threads: Workers; each works with one thread of torch.
+        journal: File that notes finished tensors, or None.
+        advance: Called with the number of input bytes that were worked through.
+    """
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        *,
+        threads: int,
+        journal: Path | None = None,
+        seed: int = 0,
+        allow_nonfinite: bool = False,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        self.writer, self.threads, self.seed = writer, threads, seed
+        self.allow_nonfinite, self.advance = allow_nonfinite, advance
+        self.journal = Journal(journal) if journal is not None else None
+        self._halt = threading.Event()
+        self._lock = threading.Lock()
+        self._left: dict[str, int] = {}
+        self._local = threading.local()
+
+    def run(self, jobs: Sequence[TensorJob]) -> int:
+        """Write the tensors of all jobs; return how many of them were finished by an earlier run."""
+        done = self.journal.finished if self.journal is not None else set()
+        todo = [job for job in jobs if job.name not in done]
+        for job in jobs:
+            if job.name in done:
+                self.advance(job.input_bytes)
+        tasks = [task for job in todo for task in _tasks_of(job)]
+        for task in tasks:
+            self._left[task.job.name] = self._left.get(task.job.name, 0) + 1
+        tasks.sort(key=lambda task: task.start - task.stop)  # the largest first, so that no thread ends up alone
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            futures = [pool.submit(self._work, task) for task in tasks]
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+        finally:
+            self._halt.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads_before)
+        return len(jobs) - len(todo)
+
+    def _work(self, task: _Task) -> None:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        if task.job.is_copy:
+            self._copy(task)
+        else:
+            self._merge(task)
+        with self._lock:
+            self._left[task.job.name] -= 1
+            if self._left[task.job.name] == 0 and self.journal is not None:
+                self.journal.finish(task.job.name)
+
+    def _merge(self, task: _Task) -> None:
+        job, method = task.job, task.job.method
+        pieces = StreamedPieces(job, self._local.scratch, task.start, task.stop, not self.allow_nonfinite, self._halt)
+        options: dict[str, Any] = dict(job.options)
+        if method.statistics is not None:
+            options |= method.statistics(pieces, **options)
+        for start, base, models in pieces.placed():
+            if method.takes_noise:
+                options["noise"] = Noise(self.seed, job.name, start)
+            merged = method.function(base, models, **options).reshape(-1)
+            result = merged.to(job.dtype)
+            if job.dtype == torch.float16 and not self.allow_nonfinite and not torch.isfinite(result).all():
+                raise ValueError(f"Tensor {job.name!r} does not fit into float16. Choose `out_dtype: bfloat16`.")
+            self.writer.write(job.name, start, result)
+            with self._lock:
+                self.advance(job.input_bytes * merged.numel() // max(1, job.numel))
+
+    def _copy(self, task: _Task) -> None:
+        job, size = task.job, task.job.dtype.itemsize
+        source = job.models[0]
+        if not isinstance(source, StoredInput):
+            self._merge(task)
+            return
+        step = PIECE * 8
+        for start in range(task.start * size, task.stop * size, step):
+            if self._halt.is_set():
+                raise InterruptedError("The merge was stopped.")
+            raw = self._local.scratch.raw(min(step, task.stop * size - start))
+            view = memoryview(raw)
+            source.checkpoint.read_bytes(source.entry, start, view)
+            self.writer.write_bytes(job.name, start, view)
+            with self._lock:
+                self.advance(len(view))
+
+
+def _tasks_of(job: TensorJob) -> list[_Task]:
+    """Cut a tensor into segments of whole pieces, unless the method has to see all of it."""
+    if not job.is_copy and (job.method.statistics is not None or job.method.unit == "matrix"):
+        return [_Task(job, 0, job.numel)]
+    piece = piece_of(job)
+    step = max(1, SEGMENT // piece) * piece
+    return [_Task(job, start, min(start + step, job.numel)) for start in range(0, job.numel, step)] or [
+        _Task(job, 0, 0)
+    ]
+
+
+def piece_of(job: TensorJob) -> int:
+    """Elements of a piece: PIECE, rounded to whole rows for methods that need them; all of it for whole matrices."""
+    if job.method.unit == "matrix" and not job.is_copy:
+        return max(1, job.numel)
+    columns = columns_of(job)
+    return max(1, PIECE // columns) * columns
+
+
+def columns_of(job: TensorJob) -> int:
+    return max(1, job.shape[-1]) if job.method.unit == "row" and job.shape else 1
+
+
+class Journal:
+    """A file with one line for each finished tensor. A last line that a kill cut off does not count."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        self.finished: set[str] = {json.loads(line) for line in lines}
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        whole = "".join(line + "\n" for line in lines).encode()
+        os.ftruncate(self._descriptor, len(whole))
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    def finish(self, name: str) -> None:
+        os.write(self._descriptor, (json.dumps(name) + "\n").encode())
+
+    def close(self) -> None:
+        os.close(self._descriptor)
