@@ -98,13 +98,24 @@ def _load_adapter(name: str | Path, adapter_config: Path, revision: str | None, 
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a padding token pads with its end-of-sequence token (masked by attention)."""
+    """Load a tokenizer; one without a padding token pads with its end-of-sequence token (masked by attention).
+
+    Raises:
+        FileNotFoundError: There is no tokenizer at `name`. For some model types transformers makes one without a
+            vocabulary instead, which turns every text into nothing; that is refused here too.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision or "main", **kwargs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"Tokenizer {str(name)!r} cannot be loaded: {str(error).splitlines()[0]} Mend the path or the Hub id."
+            f"Tokenizer {str(name)!r} cannot be loaded: {str(error).splitlines()[0]} Mend the path or the Hub id; "
+            "tokenizer.json and tokenizer_config.json have to lie there."
         ) from error
+    if len(tokenizer) < 100 and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise FileNotFoundError(
+            f"Tokenizer {str(name)!r} cannot be loaded: its vocabulary is empty, so there is probably no "
+            "tokenizer.json. Save the tokenizer there, or name the folder or repository that has it."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

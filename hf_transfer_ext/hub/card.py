@@ -162,7 +162,9 @@ def _license(record: RunRecord) -> dict[str, Any]:
     if any(_is_gemma(item) for item in models):
         return {"license": "gemma"}
     stated = [item.license or _license_of_parent(item) for item in models]
-    return dict(stated[0]) if stated and all(one == stated[0] for one in stated) else {}
+    agreed = stated[0] if stated and all(one == stated[0] for one in stated) else {}
+    # The Hub refuses a card whose licence is no identifier, so a base's free text is left to the body.
+    return dict(agreed) if re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", agreed.get("license", "")) else {}
 
 
 def _license_name(item: RunInput) -> str:

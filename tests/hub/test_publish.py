@@ -1,0 +1,242 @@
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hub_server import check_card, front_matter
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.hub.publish import pull, push, save_result
+from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input, read_record
+from hf_transfer_ext.loading import load_model, load_tokenizer
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def record(*inputs, job="distillation", **fields):
+    return RunRecord(**{"job": job, "recipe": "recipes/distill.py", "inputs": list(inputs), **fields})
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def lora(base, seed=0):
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    return get_peft_model(base, config)
+
+
+def test_a_full_model_comes_back_from_the_hub_as_it_was(hub, tmp_path):
+    model, tokenizer = tiny_llama(), byte_tokenizer(CHAT_TEMPLATE)
+    plot = tmp_path / "plot.png"
+    plot.write_bytes(b"png")
+    made = record(
+        RunInput("org/teacher", "teacher", True, "c" * 40),
+        metrics=[Measurement("perplexity", 3.5, "perplexity", False, 7, dataset="held-out")],
+        config={"output_dir": str(tmp_path / "out")},
+    )
+    out = save_result(
+        tmp_path / "out", model=model, tokenizer=tokenizer, record=made, extra_files={"figures/plot.png": plot}
+    )
+    assert {p.name for p in out.iterdir()} == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "README.md", "hf_transfer_ext.json", "figures",
+    }  # fmt: skip
+    url = push(out, "tester/student", token=hub.token)
+    assert url == f"{hub.endpoint}/tester/student/commit/{hub.commits('tester/student')[0].oid}"
+    back = pull("tester/student")
+    for loaded in (load_model("tester/student"), load_model(back), AutoModelForCausalLM.from_pretrained(out)):
+        assert torch.equal(logits(loaded), logits(model))
+    assert load_tokenizer("tester/student").chat_template == CHAT_TEMPLATE
+    assert read_record("tester/student").to_dict() == made.to_dict()
+    card = ModelCard.load("tester/student")
+    card.validate()
+    assert card.data.base_model == "org/teacher" and card.data.eval_results[0].metric_value == 3.5
+    assert 'from_pretrained("tester/student")' in card.text and "apply_chat_template" in card.text
+    assert hub.files("tester/student")["figures/plot.png"] == b"png"
+
+
+def test_an_adapter_comes_back_from_the_hub_as_it_was(hub, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    hub.seed("tester/base", tmp_path / "base")
+    model = lora(load_model("tester/base"))
+    made = record(describe_input("tester/base", model=model), job="unlearning")
+    out = save_result(tmp_path / "adapter", model=model, tokenizer=byte_tokenizer(), record=made)
+    data = front_matter((out / "README.md").read_text())
+    assert (data["library_name"], data["base_model"], data["base_model_relation"]) == (
+        "peft",
+        "tester/base",
+        "adapter",
+    )
+    push(out, "tester/adapter", token=hub.token, private=True)
+    assert HfApi(token=hub.token).model_info("tester/adapter").private
+    HfApi(token=hub.token).update_repo_settings("tester/adapter", private=False)
+    loaded = load_model("tester/adapter")
+    assert isinstance(loaded, PeftModel) and torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(load_model("tester/base")))
+
+
+def test_an_adapter_of_a_local_base_is_published_without_its_path(hub, tmp_path, caplog):
+    base = tmp_path / "secret-folder" / "base"
+    tiny_llama().save_pretrained(base)
+    model = lora(load_model(base))
+    out = save_result(tmp_path / "adapter", model=model, record=record(describe_input(base), job="unlearning"))
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert torch.equal(logits(load_model(out)), logits(model))
+    push(out, "tester/adapter", token=hub.token)
+    sent = hub.files("tester/adapter")
+    assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "base"
+    assert "only a local folder" in caplog.text
+    for path, data in sent.items():
+        assert b"secret-folder" not in data and str(tmp_path).encode() not in data, path
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+
+def test_card_and_record_are_added_to_what_another_writer_wrote(hub, tmp_path):
+    out = tmp_path / "merged"
+    tiny_llama().save_pretrained(out)
+    weights = (out / "model.safetensors").read_bytes()
+    made = record(RunInput("a/x", "model", True), RunInput("a/y", "model", True), job="merging")
+    save_result(out, record=made)
+    assert front_matter((out / "README.md").read_text())["base_model"] == ["a/x", "a/y"]
+    assert (out / "model.safetensors").read_bytes() == weights
+    with pytest.raises(FileExistsError, match="overwrite"):
+        save_result(out, record=made)
+    save_result(out, record=record(job="merging", seed=5), overwrite=True)
+    assert read_record(out).seed == 5
+    with pytest.raises(FileNotFoundError, match="no safetensors"):
+        save_result(tmp_path / "nothing", record=made)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=record(seed=1))
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        save_result(out, model=tiny_llama(1), record=record())
+    with pytest.raises(ValueError, match="leads out"):
+        save_result(out, model=tiny_llama(1), record=record(), overwrite=True, extra_files={"../x": __file__})
+    with pytest.raises(FileNotFoundError, match="extra file"):
+        save_result(out, model=tiny_llama(1), record=record(), overwrite=True, extra_files={"x": tmp_path / "none"})
+    monkeypatch.setattr(RunRecord, "write", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_result(out, model=tiny_llama(1), record=record(seed=2), overwrite=True)
+    assert read_record(out).seed == 1 and torch.equal(logits(load_model(out)), logits(tiny_llama()))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_pickles_checkpoints_and_hidden_files_stay_here(hub, tmp_path):
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=record())
+    for name in ("training_args.bin", "optimizer.pt", ".env", "runs/events", "checkpoint-5/model.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"x")
+    push(out, "tester/a", token=hub.token)
+    assert set(hub.files("tester/a")) == {
+        ".gitattributes", "README.md", "config.json", "generation_config.json", "hf_transfer_ext.json",
+        "model.safetensors",
+    }  # fmt: skip
+
+
+def test_revisions_are_branches_and_existing_repositories_are_taken(hub, tmp_path):
+    first = save_result(tmp_path / "first", model=tiny_llama(1), record=record(seed=1))
+    second = save_result(tmp_path / "second", model=tiny_llama(2), record=record(seed=2))
+    push(first, "tester/a", token=hub.token)
+    push(second, "tester/a", token=hub.token, revision="try/two", commit_message="The second")
+    assert (read_record(pull("tester/a")).seed, read_record(pull("tester/a", "try/two")).seed) == (1, 2)
+    assert hub.commits("tester/a", "try/two")[0].title == "The second"
+    push(second, "tester/a", token=hub.token)
+    assert read_record(pull("tester/a")).seed == 2
+    assert torch.equal(logits(load_model("tester/a")), logits(tiny_llama(2)))
+    old = hub.commits("tester/a")[1].oid
+    assert torch.equal(logits(load_model("tester/a", revision=old)), logits(tiny_llama(1)))
+
+
+@pytest.mark.parametrize("token", [None, "hf_" + "w" * 34, "reader"], ids=["none", "wrong", "no-right"])
+def test_who_may_not_write_is_told_what_to_do(hub, tmp_path, token):
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=record())
+    token = hub.reader_token if token == "reader" else token
+    with pytest.raises(PermissionError, match="hf auth login") as error:
+        push(out, "tester/a", token=token)
+    assert token is None or token not in str(error.value)
+    assert not hub.repos
+
+
+def test_a_folder_without_card_record_or_weights_is_not_published(hub, tmp_path):
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=record())
+    for name in ("README.md", "hf_transfer_ext.json", "model.safetensors"):
+        kept = (out / name).read_bytes()
+        os.remove(out / name)
+        with pytest.raises(FileNotFoundError, match=r"README.md|hf_transfer_ext.json|safetensors"):
+            push(out, "tester/a", token=hub.token)
+        (out / name).write_bytes(kept)
+    assert not hub.repos
+
+
+def test_two_pushes_at_once_both_arrive(hub, tmp_path):
+    folders = [save_result(tmp_path / str(n), model=tiny_llama(n), record=record(seed=n)) for n in range(2)]
+    for names in (["tester/a", "tester/b"], ["tester/same", "tester/same"]):
+        with ThreadPoolExecutor(2) as pool:
+            urls = list(pool.map(lambda pair: push(*pair, token=hub.token), zip(folders, names, strict=True)))
+        assert len(set(urls)) == 2
+        for name, url in zip(names, urls, strict=True):
+            pulled = pull(name, url.rsplit("/", 1)[-1])
+            seed = read_record(pulled).seed
+            assert torch.equal(logits(load_model(pulled)), logits(tiny_llama(seed)))
+    assert len(hub.commits("tester/same")) == 3
+
+
+def test_the_trainer_pushes_to_the_same_server(hub, tmp_path):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return {"input_ids": IDS[0], "labels": IDS[0]}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        push_to_hub=True, hub_model_id="tester/trained", hub_token=hub.token, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(tiny_llama(), arguments, train_dataset=Rows(), processing_class=byte_tokenizer())
+    trainer.train()
+    trainer.push_to_hub()
+    assert torch.equal(logits(load_model("tester/trained")), logits(trainer.model))
+    sent = hub.files("tester/trained")
+    assert check_card(sent["README.md"].decode())[0] == []
+    # Our own push afterwards replaces the card and adds the record.
+    save_result(tmp_path / "out", record=record(seed=9), overwrite=True)
+    push(tmp_path / "out", "tester/trained", token=hub.token)
+    assert read_record("tester/trained").seed == 9
+    assert AutoTokenizer.from_pretrained("tester/trained")("ab").input_ids == byte_tokenizer()("ab").input_ids
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_is_read_by_its_id(hub, tmp_path, streaming):
+    from datasets import Dataset, load_dataset
+
+    rows = [{"text": f"line {n}", "number": n} for n in range(5)]
+    Dataset.from_list(rows).push_to_hub("tester/parquet", token=hub.token)
+    hub.seed(
+        "tester/lines",
+        {
+            "train.jsonl": "\n".join(json.dumps(row) for row in rows),
+            "test.jsonl": json.dumps(rows[0]),
+            "README.md": "---\nlicense: mit\n---\n",
+        },
+        repo_type="dataset",
+    )
+    for name in ("tester/parquet", "tester/lines"):
+        assert list(load_dataset(name, split="train", streaming=streaming)) == rows
+    assert list(load_dataset("tester/lines", split="test", streaming=streaming)) == rows[:1]
+    found = describe_input("tester/parquet", role="dataset")
+    assert found.on_hub and found.revision == hub.commits("tester/parquet", repo_type="dataset")[0].oid
+    assert any(name.endswith(".parquet") for name in found.sha256)
+    assert snapshot_download("tester/lines", repo_type="dataset")
