@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 #: Families that *multiply* by `logits_scaling`; Granite and its kin divide.
@@ -119,3 +119,25 @@ def head_replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
         yield
     finally:
         del head.forward  # the class's own forward shows again
+
+
+@torch.no_grad()
+def head_is_understood(model: nn.Module, input_ids: Int[Tensor, "batch length"]) -> bool:
+    """Whether a model's plain head, as described here, gives the model's own logits on the first tokens of a batch.
+
+    Where it does not (a family that treats its logits in a way of its own), losses have to take the model's logits.
+    """
+    head = head_module(model)
+    if not is_plain_head(head):
+        return False
+    scale, softcap = logit_scale_and_softcap(causal_lm_of(model).config)
+    described: list[Tensor] = []
+
+    def compare(hidden: Tensor) -> Tensor:
+        described.append(LMHead(head.weight, head.bias, scale, softcap).logits(hidden))  # type: ignore[arg-type]
+        return type(head).forward(head, hidden)
+
+    with head_replaced(head, compare):
+        logits = model(input_ids=input_ids[:1, :8], use_cache=False).logits
+    size = logits.float().abs().max().clamp(min=1e-3)
+    return bool(((logits.float() - described[-1].float()).abs().max() / size) < 1e-2)
