@@ -37,6 +37,11 @@ def public_text(text: str) -> str:
     return _WINDOWS_PATH.sub(lambda match: last_component(match[0]), text)
 
 
+def holds_token(text: str) -> bool:
+    """True where `text` holds something shaped like an access token of a well-known service."""
+    return _SECRET_SHAPES.search(text) is not None
+
+
 def public_value(value: Any) -> Any:
     """A plain JSON value for `value`: dictionaries without secrets, texts through `public_text`, types by name.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_transfer_ext.files import path_inside, refuse_existing_output, require_free_space, write_text, written_aside
 from hf_transfer_ext.hub.card import CARD_FILE, THIS_MODEL, base_models, model_card
-from hf_transfer_ext.hub.privacy import is_absolute_path, last_component
+from hf_transfer_ext.hub.privacy import holds_token, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ NOT_PUBLISHED = (
 #: Files of a model folder in which libraries write the path that a model was loaded from, and the keys they use.
 _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json")
 _PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
+#: Files that are searched for access tokens before anything is sent.
+_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".toml", ".cfg", ".py", ".sh", ".log")
 
 
 def save_result(
@@ -86,7 +88,9 @@ def push(
     token: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Publish a folder of `save_result` as one commit; returns the commit's address.
+    """Publish a folder of `save_result`; returns the address of the (last) commit.
+
+    A folder of up to some 250 files is one commit; the client splits larger ones.
 
     The repository is made if it is not there, and so is the branch `revision`. Pickles, checkpoints, logs and hidden
     files stay here. Local paths that libraries wrote into the configs (an adapter's base) are replaced in what is
@@ -99,6 +103,7 @@ def push(
     Raises:
         FileNotFoundError: `folder` has no card, no record or no weights.
         PermissionError: No login, a token that is refused, or no right to write there.
+        ValueError: A text file in `folder` holds an access token.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -114,12 +119,14 @@ def push(
     record = read_record(folder)
     api = HfApi(token=token)
     try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision not in (None, "main"):
-            api.create_branch(repo.repo_id, branch=str(revision), exist_ok=True)
-        with _publishable(folder, record, repo.repo_id) as staged:
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        with _publishable(folder, record, repo_id) as staged:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision not in (None, "main"):
+                api.create_branch(repo_id, branch=str(revision), exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo.repo_id,
+                repo_id=repo_id,
                 folder_path=staged,
                 revision=revision,
                 commit_message=commit_message or f"Add the result of a {record.job} run",
@@ -191,6 +198,13 @@ def _publishable(folder: Path, record: RunRecord, repo_id: str) -> Iterator[Path
                     _replace(staged / name, mended)
         if (staged / "adapter_config.json").is_file() and not bases:
             logger.warning("The adapter's base is only a local folder; users will have to name it when they load.")
+        for path in sorted(staged.rglob("*")):
+            readable = path.suffix in _TEXTS and path.is_file() and path.stat().st_size < 5_000_000
+            if readable and holds_token(path.read_text(encoding="utf-8", errors="replace")):
+                raise ValueError(
+                    f"{path.relative_to(staged).as_posix()!r} in {str(folder)!r} holds an access token. Delete it "
+                    "there, and revoke the token if anybody else could read it."
+                )
         yield staged
 
 
@@ -203,7 +217,7 @@ def _without_local_paths(config_json: str, base: str | None) -> str:
         if isinstance(value, str) and (
             is_absolute_path(value) or re.match(r"\.{1,2}[/\\]", value) or _is_folder(value)
         ):
-            config[key] = base if base and key != "vocab_file" else last_component(value)
+            config[key] = base if base and not key.endswith("_file") else last_component(value)
             changed = True
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n" if changed else config_json
 
@@ -218,7 +232,10 @@ def _replace(link: Path, text: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    os.symlink(os.path.abspath(source), target)
+    try:
+        os.symlink(os.path.abspath(source), target)
+    except OSError:  # Windows without the right to make links
+        shutil.copyfile(source, target)
 
 
 def _log_in(repo_id: str) -> str:

@@ -243,7 +243,8 @@ def describe_input(
     files for the role "dataset". Reading the digests of local weights costs about a second for each gigabyte.
 
     Args:
-        model: The loaded model, if there is one: its config names the commit that was really loaded.
+        model: The loaded model, if there is one: its config names the commit that was really loaded, and the type of
+            a model that has no config.json (GGUF).
 
     Raises:
         FileNotFoundError: A local path that is not there, or a Hub id that neither the Hub nor the cache knows.
@@ -264,6 +265,7 @@ def describe_input(
         path = cached or path
     if role != "dataset":
         _read_card_and_config(described, path if path.exists() else described.name, described.revision)
+        described.model_type = described.model_type or getattr(getattr(model, "config", None), "model_type", None)
     return described
 
 

@@ -133,6 +133,14 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_name_alone_goes_to_the_own_account(hub, tmp_path):
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=record())
+    assert push(out, "mine", token=hub.token).startswith(f"{hub.endpoint}/tester/mine/commit/")
+    assert b'from_pretrained("tester/mine")' in hub.files("tester/mine")["README.md"]
+    with pytest.raises(PermissionError, match="hf auth login"):
+        push(out, "mine")
+
+
 def test_pickles_checkpoints_and_hidden_files_stay_here(hub, tmp_path):
     out = save_result(tmp_path / "out", model=tiny_llama(), record=record())
     for name in ("training_args.bin", "optimizer.pt", ".env", "runs/events", "checkpoint-5/model.safetensors"):
@@ -143,6 +151,15 @@ def test_pickles_checkpoints_and_hidden_files_stay_here(hub, tmp_path):
         ".gitattributes", "README.md", "config.json", "generation_config.json", "hf_transfer_ext.json",
         "model.safetensors",
     }  # fmt: skip
+
+
+def test_a_token_in_any_text_stops_the_push(hub, tmp_path):
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=record())
+    (out / "notes").mkdir()
+    (out / "notes" / "how.md").write_text(f"Log in with {hub.token}")
+    with pytest.raises(ValueError, match=r"notes/how\.md.*access token") as error:
+        push(out, "tester/a", token=hub.token)
+    assert hub.token not in str(error.value) and not hub.repos
 
 
 def test_revisions_are_branches_and_existing_repositories_are_taken(hub, tmp_path):

@@ -154,6 +154,17 @@ def test_a_local_model_is_known_by_its_content(tmp_path):
         describe_input(tmp_path / "nothing")
 
 
+def test_a_file_of_weights_takes_its_type_from_the_loaded_model(tmp_path):
+    class Loaded:
+        class config:
+            model_type = "gemma3_text"
+
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    found = describe_input(tmp_path / "model.gguf", role="teacher", model=Loaded())
+    assert (found.name, found.model_type) == ("model.gguf", "gemma3_text")
+    assert found.sha256 == {"model.gguf": hashlib.sha256(b"weights").hexdigest()}
+
+
 def test_a_local_data_set_is_known_by_its_content(tmp_path):
     (tmp_path / "data" / "deep").mkdir(parents=True)
     (tmp_path / "data" / "deep" / "a.jsonl").write_text("{}")
