@@ -130,11 +130,48 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
             )
 
 
+def low_rank(
+    change: Float[Tensor, "rows columns"], rank: int, *, generator: torch.Generator | None = None
+) -> LoraFactors:
+    """The best approximation of a matrix by a product of rank `rank`, with the singular values shared out evenly.
+
+    Small matrices, and ranks near the full one, are decomposed exactly. The others by a randomised range finder
+    (Halko et al., algorithm 4.4) with 16 further directions and 4 power iterations, which costs no more than ten
+    products of the matrix with `rank + 16` vectors.
+
+    Args:
+        rank: 1 .. min(rows, columns).
+        generator: Of the random directions; a fixed one if None, so that the result reproduces.
+
+    Returns:
+        Factors with `left = U sqrt(S)` and `right = sqrt(S) V^T`.
+
+    Source: Finding structure with randomness, Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061
+    """
+    smaller, sketch = min(change.shape), rank + 16
+    if not 1 <= rank <= smaller:
+        raise ValueError(f"A matrix of shape {list(change.shape)} has ranks from 1 to {smaller}, got {rank}.")
+    if smaller <= 256 or sketch >= smaller // 2:
+        left, values, right = torch.linalg.svd(change, full_matrices=False)
+    else:
+        generator = generator or torch.Generator().manual_seed(0)
+        directions = torch.randn(change.shape[1], sketch, generator=generator, dtype=change.dtype)
+        basis = torch.linalg.qr(change @ directions).Q
+        for _ in range(4):
+            basis = torch.linalg.qr(change @ torch.linalg.qr(change.T @ basis).Q).Q
+        inner, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
+        left = basis @ inner
+    root = values[:rank].sqrt()
+    return LoraFactors((left[:, :rank] * root).contiguous(), (root[:, None] * right[:rank]).contiguous())
+
+
 def save_lora(
     folder: Path,
     modules: Mapping[str, LoraFactors],
     *,
     base_model: str,
+    revision: str | None,
+    target_modules: list[str],
     rank: int,
     replaced: Mapping[str, Tensor],
     modules_to_save: list[str],
@@ -145,7 +182,8 @@ def save_lora(
 
     Args:
         folder: Existing folder, written aside by the caller.
-        base_model: `base_model_name_or_path` of the adapter.
+        base_model: `base_model_name_or_path` of the adapter, at `revision` where it is a Hub repository.
+        target_modules: The names of the modules, or endings of names that fit these modules only.
         rank: The usual rank; modules with fewer columns in `left` are named in rank_pattern.
         replaced: tensor name -> tensor of `modules_to_save`, and trained biases.
         fan_in_fan_out: The base stores its matrices transposed (GPT-2).
@@ -170,11 +208,12 @@ def save_lora(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "all" if biases else "none",
-        "target_modules": sorted(modules),
+        "target_modules": target_modules,
         "modules_to_save": sorted(modules_to_save) or None,
         "rank_pattern": {re.escape(module): own for module, own in smaller.items()},
         "alpha_pattern": {re.escape(module): own for module, own in smaller.items()},

@@ -1,0 +1,302 @@
+"""Extract a LoRA adapter from a full fine-tune: what changed in each matrix, as a product of two thin ones."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.adapters.factors import LoraFactors, low_rank, save_lora
+from hf_transfer_ext.checkpoints import FLOAT_DTYPES
+from hf_transfer_ext.files import refuse_existing_output, written_aside
+from hf_transfer_ext.merging.inputs import InputModel, Scratch, open_model
+from hf_transfer_ext.merging.plan import parse_reference
+
+
+@dataclass(frozen=True)
+class ModuleResidual:
+    """What of a module's change the adapter does not hold.
+
+    Args:
+        rank: The module's own rank; smaller than the asked one where its matrix is.
+        change: Frobenius norm of W_finetuned - W_base.
+        residual_energy: Share of the squared norm that is lost, 0 (nothing) to 1 (all).
+    """
+
+    module: str
+    rank: int
+    change: float
+    residual_energy: float
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """What an extraction wrote.
+
+    Args:
+        modules: The modules with LoRA factors, in the order of the model.
+        saved_modules: Modules that are stored whole (embeddings, norms, head).
+        saved_biases: Number of biases that are stored whole.
+        residual_energy: Share of the squared norm of all matrices' changes that is lost.
+        seconds: Wall time.
+    """
+
+    folder: str
+    rank: int
+    modules: list[ModuleResidual]
+    saved_modules: list[str]
+    saved_biases: int
+    residual_energy: float
+    seconds: float
+
+
+def extract_lora(
+    base: str | Path,
+    finetuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int,
+    dtype: str | torch.dtype = "float32",
+    base_name: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: bool = False,
+) -> ExtractionReport:
+    """Write a PEFT LoRA folder that turns `base` into (nearly) `finetuned`; it loads with `PeftModel.from_pretrained`.
+
+    The change of each linear layer becomes the best product of rank `rank`, with alpha = r. Changed embeddings, norms
+    and heads are stored whole (`modules_to_save`), as are changed biases (`bias: all`). One matrix is in memory at a
+    time.
+
+    Args:
+        base: Folder or Hub id, `@revision` allowed, as in a merge configuration.
+        finetuned: A model of the same architecture and shapes.
+        out: Folder of the adapter; whole or absent.
+        rank: At least 1. A matrix with fewer rows or columns gets all its ranks, through rank_pattern.
+        dtype: Of the factors.
+        base_name: `base_model_name_or_path` of the adapter, if it is not `base` (a local copy of a Hub model).
+        overwrite: Replace an adapter that is there.
+        allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
+
+    Raises:
+        ValueError: The models do not fit each other or do not differ, or a change cannot be stored as an adapter.
+    """
+    began = time.perf_counter()
+    if rank < 1:
+        raise ValueError(f"`rank` has to be at least 1, got {rank}.")
+    factor_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if factor_dtype not in FLOAT_DTYPES:
+        raise ValueError(f"`dtype` has to be float32, bfloat16 or float16, got {dtype!r}.")
+    refuse_existing_output(out, overwrite=overwrite)
+    base_reference = parse_reference(base, "base")
+    start = open_model(base_reference, allow_pickle=allow_pickle)
+    try:
+        end = open_model(parse_reference(finetuned, "finetuned"), allow_pickle=allow_pickle)
+        try:
+            found = _Changes(start, end)
+            found.collect(rank, progress=progress)
+        finally:
+            end.close()
+    finally:
+        start.close()
+    with written_aside(out, overwrite=overwrite) as folder:
+        save_lora(
+            folder,
+            found.factors,
+            base_model=base_name or base_reference.path,
+            revision=base_reference.revision,
+            target_modules=found.target_modules(),
+            rank=rank,
+            replaced=found.replaced,
+            modules_to_save=found.saved_modules,
+            fan_in_fan_out=found.transposed,
+            dtype=factor_dtype,
+        )
+    total = sum(one.change**2 for one in found.residuals)
+    lost = sum(one.residual_energy * one.change**2 for one in found.residuals)
+    return ExtractionReport(
+        folder=str(out),
+        rank=rank,
+        modules=found.residuals,
+        saved_modules=found.saved_modules,
+        saved_biases=sum(
+            name.endswith(".bias") and name.rpartition(".")[0] not in found.saved_modules for name in found.replaced
+        ),
+        residual_energy=lost / total,
+        seconds=time.perf_counter() - began,
+    )
+
+
+class _Changes:
+    """Goes through the tensors of two models and sorts what changed by what an adapter can hold."""
+
+    def __init__(self, start: InputModel, end: InputModel) -> None:
+        self.start, self.end = start, end
+        self.model = _skeleton(start)
+        self.parts = dict(self.model.named_modules())
+        self.head = self.model.get_output_embeddings()
+        self.scratch = Scratch()
+        self.factors: dict[str, LoraFactors] = {}
+        self.replaced: dict[str, Tensor] = {}
+        self.saved_modules: list[str] = []
+        self.residuals: list[ModuleResidual] = []
+        self.transposed = any(type(part).__name__ == "Conv1D" for part in self.parts.values())
+
+    def collect(self, rank: int, *, progress: bool) -> None:
+        from tqdm import tqdm
+
+        self._check_fit()
+        for name in tqdm(self.start.tensors, desc="extracting", unit="tensor", disable=not progress):
+            self._take(name, rank)
+        if self.start.is_tied and self.model.get_input_embeddings() is not None:
+            self._save_tied_head()
+        if not self.factors:
+            raise ValueError(
+                f"No linear layer differs between {str(self.start.reference)!r} and {str(self.end.reference)!r}, so "
+                "there is nothing to extract."
+            )
+
+    def target_modules(self) -> list[str]:
+        """Endings like `q_proj` where all linear layers of that name changed, full names elsewhere."""
+        linear = [name for name, part in self.parts.items() if self._is_linear(name, part)]
+        targets = set()
+        for name in self.factors:
+            ending = name.rpartition(".")[2]
+            alike = [other for other in self.parts if other.rpartition(".")[2] == ending]
+            targets.add(ending if all(other in self.factors and other in linear for other in alike) else name)
+        return sorted(targets)
+
+    def _take(self, name: str, rank: int) -> None:
+        change, tuned = self._change(name)
+        if not bool(change.any()):
+            return
+        own = self._own_name(name)
+        owner, _, leaf = own.rpartition(".")
+        part = self.parts[owner]
+        if leaf == "weight" and self._is_linear(owner, part):
+            factors = low_rank(change, min(rank, *change.shape))
+            norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+            lost = float(torch.linalg.vector_norm(change - factors.rows(0, len(change)), dtype=torch.float64))
+            self.factors[owner] = factors
+            self.residuals.append(ModuleResidual(owner, factors.left.shape[1], norm, min(1.0, (lost / norm) ** 2)))
+        elif leaf == "bias" and self._is_linear(owner, part):
+            self.replaced[own] = tuned
+        else:
+            self._save_whole(owner, part, name)
+
+    def _save_whole(self, owner: str, part: Any, name: str) -> None:
+        if owner in self.saved_modules:
+            return
+        if list(part.children()):
+            raise ValueError(
+                f"Tensor {name!r} changed, but it belongs to {owner!r} ({type(part).__name__}), which is neither a "
+                "linear layer nor a simple module; an adapter cannot hold it. Keep the full fine-tune."
+            )
+        self.saved_modules.append(owner)
+        prefix = name.rpartition(".")[0]
+        for leaf, _ in part.named_parameters(recurse=False):
+            self.replaced[f"{owner}.{leaf}"] = self._change(f"{prefix}.{leaf}")[1]
+
+    def _save_tied_head(self) -> None:
+        """A stored copy of tied embeddings is a copy of its own in PEFT, so the head needs the same one."""
+        names = {id(part): name for name, part in self.parts.items()}
+        embedding, head = names[id(self.model.get_input_embeddings())], names.get(id(self.head))
+        if embedding in self.saved_modules and head is not None and head not in self.saved_modules:
+            self.saved_modules.append(head)
+            self.replaced[f"{head}.weight"] = self.replaced[f"{embedding}.weight"].clone()
+
+    def _change(self, name: str) -> tuple[Tensor, Tensor]:
+        """W_finetuned - W_base in float32, and W_finetuned in its own dtype."""
+        before, after = self.start[name], self.end[name]
+        if before.dtype not in FLOAT_DTYPES or after.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"Tensor {name!r} has dtype {after.dtype}; use models that are not quantised.")
+        one, two = torch.empty(before.shape), torch.empty(after.shape)
+        before.read(0, one.view(-1), self.scratch)
+        after.read(0, two.view(-1), self.scratch)
+        change = two - one
+        if not torch.isfinite(change).all():
+            raise ValueError(f"Tensor {name!r} holds NaN or infinity in one of the models. Mend the model first.")
+        return change, two.to(after.dtype)
+
+    def _check_fit(self) -> None:
+        for name in [*self.start.tensors, *self.end.tensors]:
+            shapes = self.start[name].shape, self.end[name].shape
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"Tensor {name!r} has shape {list(shapes[0])} in {str(self.start.reference)!r} and "
+                    f"{list(shapes[1])} in {str(self.end.reference)!r}. An adapter needs one architecture and one "
+                    "vocabulary."
+                )
+            self._own_name(name)
+
+    def _is_linear(self, name: str, part: Any) -> bool:
+        return part is not self.head and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D")
+
+    def _own_name(self, name: str) -> str:
+        """The name of a stored tensor in the model; old files leave the first part out (`h.0` of `transformer.h.0`)."""
+        for own in (name, f"{self.model.base_model_prefix}.{name}"):
+            if own.rpartition(".")[0] in self.parts:
+                return own
+        raise ValueError(
+            f"Tensor {name!r} of {str(self.start.reference)!r} belongs to no module of {type(self.model).__name__}."
+        )
+
+
+def _skeleton(model: InputModel) -> Any:
+    """The model without weights, to know which tensor belongs to which kind of module."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(model.folder))
+    names = config.architectures or []
+    architecture = getattr(transformers, names[0], None) if names else None
+    if architecture is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} does not know the architecture {names} of "
+            f"{str(model.reference)!r}, so the layers an adapter may change are unknown."
+        )
+    with torch.device("meta"):
+        return architecture._from_config(config)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-transfer-ext extract",
+        description="Extract a LoRA adapter from a full fine-tune: PeftModel.from_pretrained(base, OUT) gives it back.",
+    )
+    parser.add_argument("base", help="base model: folder or Hub id[@revision]")
+    parser.add_argument("finetuned", help="fine-tuned model of the same shapes")
+    parser.add_argument("out", help="folder of the adapter")
+    parser.add_argument("--rank", type=int, required=True, help="rank of the factors")
+    parser.add_argument("--dtype", default="float32", help="dtype of the factors (default: float32)")
+    parser.add_argument("--base-name", help="name of the base in the adapter's config, if not BASE")
+    parser.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
+    parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin (weights_only)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    report = extract_lora(
+        arguments.base,
+        arguments.finetuned,
+        arguments.out,
+        rank=arguments.rank,
+        dtype=arguments.dtype,
+        base_name=arguments.base_name,
+        overwrite=arguments.overwrite,
+        allow_pickle=arguments.allow_pickle,
+        progress=not arguments.quiet,
+    )
+    print(f"{report.folder}: rank {report.rank}, {len(report.modules)} modules in {report.seconds:.1f} s")
+    print(f"share of the change's energy that is lost: {report.residual_energy:.2%}; most in")
+    for one in sorted(report.modules, key=lambda one: -one.residual_energy)[:5]:
+        print(f"  {one.module}  {one.residual_energy:.2%} at rank {one.rank}")
+    if report.saved_modules or report.saved_biases:
+        print(f"stored whole: {', '.join(report.saved_modules) or 'no module'}, {report.saved_biases} biases")
+    return 0
