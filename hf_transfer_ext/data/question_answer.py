@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class QuestionAnswerFormat:
         max_length: Longest sequence in tokens; a longer one loses the end of its answer. None for no limit.
     """
 
-    template: Literal["auto", "chat", "plain"] = "auto"
+    template: str = "auto"
     prompt: str = "Question: {question}\nAnswer:"
     separator: str = " "
     system: str | None = None

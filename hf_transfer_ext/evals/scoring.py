@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer
+from hf_transfer_ext.heads import causal_lm_of, head_module, head_replaced, logit_scale_and_softcap
 
 #: Logits that exist at one time, in entries (64 MB of float32): chunks of tokens are cut to fit, for any vocabulary.
 LOGITS_AT_ONCE = 1 << 24
@@ -115,55 +116,56 @@ class ScoredExample:
 # --- the vocabulary, a chunk of rows at a time -----------------------------------------------------------------------
 
 
-def causal_model(model: Any) -> Any:
-    """The causal language model inside a `PeftModel`, with its LoRA layers; any other model is returned as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def output_head(model: Any) -> Callable[[Rows], RowLogits]:
-    """Hidden rows -> logits, as the model's own forward does: head, bias, logit scale, soft cap.
-
-    Transformers writes these steps into each model's forward and has no function for them; `backbone_is_faithful`
-    checks the outcome for the model at hand.
-    """
-    causal = causal_model(model)
-    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
+    """Hidden rows -> logits, as the model's own forward does: head (adapted or not), bias, logit scale, soft cap."""
+    head = head_module(model)
+    scale, softcap = logit_scale_and_softcap(causal_lm_of(model).config)
 
     def project(rows: Rows) -> RowLogits:
-        logits = head(rows).float() * scale
-        return torch.tanh(logits / cap) * cap if cap else logits
+        # The class's own forward: the instance's may stand replaced at this moment.
+        logits = type(head).forward(head, rows).float() * scale
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     return project
 
 
-def _is_sharded(model: Any) -> bool:
-    """FSDP and ZeRO-3 gather weights in the whole model's forward only, so its parts cannot be called alone."""
-    parameter = next(iter(model.parameters()), None)
-    return (
-        hasattr(parameter, "placements")
-        or hasattr(parameter, "ds_id")
-        or "FullyShardedDataParallel" in str(type(model))
-    )
+def vocabulary_size(model: Any) -> int:
+    config: Any = causal_lm_of(model).config
+    return config.get_text_config().vocab_size
+
+
+def hidden_states(model: Any, **inputs: Any) -> tuple[Any, Any]:
+    """(input of the output head, the model's output): one whole forward of the model, without its logits."""
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(hidden)
+        return hidden[..., :1]  # stands where the logits would; nobody reads it
+
+    with head_replaced(head_module(model), keep):
+        output = model(**inputs)
+    return kept[-1], output
 
 
 @torch.no_grad()
-def backbone_is_faithful(model: Any) -> bool:
-    """Whether backbone + `output_head` gives the model's own logits, tried on three tokens."""
-    if _is_sharded(model):
+def head_is_faithful(model: Any) -> bool:
+    """Whether hidden states + `output_head` give the model's own logits, tried on three tokens.
+
+    Transformers writes what follows the head into each model's forward; a model whose steps are not known, or whose
+    weights are whole only within its own forward (FSDP, ZeRO-3), is scored from its own logits.
+    """
+    parameter = next(iter(model.parameters()))
+    if hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__:
         return False
+    ids = torch.arange(1, 4, device=parameter.device)[None] % vocabulary_size(model)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
-        device = next(model.parameters()).device
-        ids = torch.arange(1, 4, device=device)[None] % causal_model(model).config.get_text_config().vocab_size
-        mask = torch.ones_like(ids)
-        own = model(input_ids=ids, attention_mask=mask).logits.float()
-        hidden = causal_model(model).base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        own = model(**inputs).logits.float()
+        hidden, _ = hidden_states(model, **inputs)
         mine = output_head(model)(hidden[0])
-    except (AttributeError, TypeError, NotImplementedError):
+    except (AttributeError, TypeError, NotImplementedError, IndexError):
         return False
-    return own.shape[1] == 3 and torch.allclose(mine, own[0], rtol=1e-3, atol=1e-3)
+    return torch.allclose(mine, own[0], rtol=1e-3, atol=1e-3)
 
 
 @contextmanager
@@ -250,22 +252,22 @@ class Scorer:
     def splits(self, model: Any) -> bool:
         """Whether hidden states and head can be called apart; if not, whole logits of one sequence at a time."""
         if id(model) not in self._faithful:
-            self._faithful[id(model)] = backbone_is_faithful(model)
+            self._faithful[id(model)] = head_is_faithful(model)
         return self._faithful[id(model)]
 
-    def _rows(self, model: Any, adapter: str | None, batch: Batch, hidden_states: bool) -> tuple[Any, Any, Any]:
+    def _rows(self, model: Any, adapter: str | None, batch: Batch, every_layer: bool) -> tuple[Any, Any, Any]:
         """(rows, head, all hidden states): rows of hidden states with their head, or rows of logits with none."""
         self.forwards += 1
         self.forward_tokens += int(batch.attention_mask.sum())
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         with active_adapter(model, adapter):
-            if self.splits(model):
-                output = causal_model(model).base_model(**inputs, output_hidden_states=hidden_states)
-                return output.last_hidden_state[batch.rows], output_head(model), output.hidden_states
-            output = model(**inputs, output_hidden_states=hidden_states)
             # Prompt-learning adapters put virtual tokens in front: the last columns are the batch's own.
-            logits = output.logits[:, -batch.input_ids.shape[1] :]
-            return logits[batch.rows].float(), lambda rows: rows, output.hidden_states
+            own = slice(-batch.input_ids.shape[1], None)
+            if self.splits(model):
+                hidden, output = hidden_states(model, **inputs, output_hidden_states=every_layer)
+                return hidden[:, own][batch.rows], output_head(model), output.hidden_states
+            output = model(**inputs, output_hidden_states=every_layer)
+            return output.logits[:, own][batch.rows].float(), lambda rows: rows, output.hidden_states
 
     def _score_group(self, sequences: list[EncodedAnswer], needs: frozenset[str]) -> list[TokenScores]:
         batch = Batch.of(sequences, self.pad_id, next(self.model.parameters()).device)
@@ -297,8 +299,7 @@ class Scorer:
         self, rows: Any, head: Any, targets: Any, needs: frozenset[str], reference_rows: Any, reference_head: Any
     ) -> dict[str, np.ndarray]:
         """All per-token quantities; at most `LOGITS_AT_ONCE` logits exist at a time."""
-        vocabulary = causal_model(self.model).config.get_text_config().vocab_size
-        step = max(1, LOGITS_AT_ONCE // vocabulary)
+        step = max(1, LOGITS_AT_ONCE // vocabulary_size(self.model))
         parts: dict[str, list[Tensor]] = {}
 
         def keep(**values: Tensor) -> None:

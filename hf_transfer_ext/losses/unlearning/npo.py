@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from torch.nn.functional import logsigmoid
+
+from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over
+
+
+@averaged_over("sequences")
+def npo(nll: Sequences, reference_nll: Sequences, *, beta: float = 0.1) -> Sequences:
+    r"""Negative preference optimisation: gradient ascent that fades as the answer gets less likely than it was.
+
+    .. math:: -\frac{2}{\beta} \ln \sigma\big(\beta (\ell_\theta - \ell_{ref})\big)
+
+    Args:
+        beta: Inverse temperature, > 0. Towards 0 the gradient is that of gradient ascent on the sequence.
+
+    Returns:
+        Nats per sequence, > 0; (2 / beta) ln 2 where model and reference agree.
+
+    Source: Zhang et al., "Negative preference optimization", 2024, https://arxiv.org/abs/2404.05868
+    """
+    return -(2.0 / beta) * logsigmoid(beta * (nll - reference_nll))

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from torch.nn.functional import logsigmoid
+
+from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over
+
+
+@averaged_over("sequences")
+def simnpo(nll: Sequences, lengths: Sequences, *, beta: float = 4.5, delta: float = 0.0) -> Sequences:
+    r"""NPO without a reference: the answer's mean loss stands alone, so long and short answers count alike.
+
+    .. math:: -\frac{2}{\beta} \ln \sigma\Big(\beta \big(\tfrac{\ell_\theta}{n} - \delta\big)\Big)
+
+    Args:
+        beta: Inverse temperature, > 0.
+        delta: Mean loss, in nats per token, that counts as forgotten. The paper's margin is gamma = beta * delta.
+
+    Returns:
+        Nats per sequence, > 0.
+
+    Source: Fan et al., "Simplicity prevails: rethinking negative preference optimization for LLM unlearning", 2024,
+    https://arxiv.org/abs/2410.07163
+    """
+    return -(2.0 / beta) * logsigmoid(beta * (nll / lengths - delta))

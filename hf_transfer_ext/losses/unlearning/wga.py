@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over
+
+
+@averaged_over("tokens")
+def wga(log_probs: Tokens, *, beta: float = 1.0) -> Tokens:
+    r"""Weighted gradient ascent: tokens that are forgotten already push no further.
+
+    .. math:: \operatorname{sg}(p^{\beta}) \ln p
+
+    Args:
+        beta: Exponent of the weight, >= 0; 0 is `grad_ascent`.
+
+    Returns:
+        Nats per token, <= 0.
+
+    Source: Wang et al., "Rethinking LLM unlearning objectives: a gradient perspective", 2025,
+    https://arxiv.org/abs/2502.19301
+    """
+    return (beta * log_probs).exp().detach() * log_probs
