@@ -66,7 +66,7 @@ def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
     return 1.0, softcap
 
 
-def causal_lm_of(model: nn.Module) -> nn.Module:
+def causal_lm_of(model: Any) -> Any:
     """The causal language model inside wrappers (DDP, FSDP, compiled, PEFT)."""
     while True:
         if hasattr(model, "get_base_model"):  # PEFT
@@ -79,7 +79,7 @@ def causal_lm_of(model: nn.Module) -> nn.Module:
             return model
 
 
-def head_module(model: nn.Module) -> nn.Module:
+def head_module(model: nn.Module) -> Any:
     """The module that projects to the vocabulary, or a `ValueError` where the model has none."""
     causal = causal_lm_of(model)
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
@@ -105,7 +105,7 @@ def head_of(model: nn.Module) -> LMHead:
             f"A plain linear head is needed, got {type(head).__name__}. Leave the head out of the adapter's target "
             "modules and of quantisation."
         )
-    return LMHead(head.weight, head.bias, *logit_scale_and_softcap(causal_lm_of(model).config))  # type: ignore[arg-type]
+    return LMHead(head.weight, head.bias, *logit_scale_and_softcap(causal_lm_of(model).config))
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def head_is_understood(model: nn.Module, input_ids: Int[Tensor, "batch length"])
     described: list[Tensor] = []
 
     def compare(hidden: Tensor) -> Tensor:
-        described.append(LMHead(head.weight, head.bias, scale, softcap).logits(hidden))  # type: ignore[arg-type]
+        described.append(LMHead(head.weight, head.bias, scale, softcap).logits(hidden))
         return type(head).forward(head, hidden)
 
     with head_replaced(head, compare):

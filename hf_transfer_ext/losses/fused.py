@@ -157,7 +157,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, teacher_hidden, labels, weights, plan, chunk):
         device = hidden.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        dtype, teacher_dtype = _projection_dtype(weight), _projection_dtype(plan.teacher_head.weight)
         tokens = hidden.shape[0]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         kd = torch.zeros(tokens, device=device)
@@ -165,9 +165,8 @@ class _FusedLinearDivergence(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             student = _Projection(hidden.to(dtype), plan.student_head, dtype, min(chunk, tokens))
             teacher = _Projection(
-                teacher_hidden.to(_teacher_dtype(plan, dtype)), plan.teacher_head, _teacher_dtype(plan, dtype),
-                min(chunk, tokens),
-            )  # fmt: skip
+                teacher_hidden.to(teacher_dtype), plan.teacher_head, teacher_dtype, min(chunk, tokens)
+            )
             d_hidden = torch.empty_like(hidden) if need_hidden else None
             d_weight = torch.zeros(weight.shape, device=device) if need_weight else None
             d_bias = torch.zeros(bias.shape, device=device) if need_bias else None
@@ -243,10 +242,11 @@ class _Projection:
         return projected if self.bias is None else projected.add_(self.bias)
 
 
-def _teacher_dtype(plan: _Plan, student_dtype: torch.dtype) -> torch.dtype:
-    """The teacher's own dtype; under autocast the student's, as the teacher's head would have run too."""
-    own = plan.teacher_head.weight.dtype
-    return student_dtype if own == torch.float32 and student_dtype != plan.student_head.weight.dtype else own
+def _projection_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the model itself would project: autocast's for float32 weights, else the weight's own."""
+    if torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32:
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:

@@ -98,9 +98,9 @@ class LiveTeacher:
             model(**inputs, use_cache=False)
         return kept[-1]
 
-    def _describe(self, model: nn.Module, head: nn.Module) -> LMHead:
+    def _describe(self, model: nn.Module, head: Any) -> LMHead:
         """The head as it is inside its own forward, where sharded weights are whole; these are copied, once."""
-        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()  # type: ignore
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         if self.sharded:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         return LMHead(weight, bias, *logit_scale_and_softcap(causal_lm_of(model).config))
@@ -114,7 +114,7 @@ class AdapterTeacher(LiveTeacher):
         adapter: The teacher's adapter name.
     """
 
-    def __init__(self, student: nn.Module, adapter: str, accelerator: Accelerator, *, fused: bool = True) -> None:
+    def __init__(self, student: Any, adapter: str, accelerator: Accelerator, *, fused: bool = True) -> None:
         names = list(getattr(student, "peft_config", {}))
         if not names:
             raise ValueError(
@@ -123,14 +123,15 @@ class AdapterTeacher(LiveTeacher):
             )
         if adapter not in names:
             raise ValueError(f"The student has no adapter {adapter!r}. It has: {', '.join(names)}.")
-        active = list(student.active_adapters)  # type: ignore[arg-type]
+        active = list(student.active_adapters)
         if adapter in active:
             raise ValueError(
                 f"Adapter {adapter!r} is the teacher and the active adapter of the student at once. Add a second "
                 "adapter for the student and make it the active one with `model.set_adapter(...)`."
             )
         self.sharded = shards_parameters(accelerator)
-        self.peft, self.adapter = student, adapter
+        self.peft: Any = student
+        self.adapter = adapter
         self._fused = None if fused else False
         self._head = None
         for name, parameter in student.named_parameters():
@@ -139,15 +140,15 @@ class AdapterTeacher(LiveTeacher):
 
     @contextmanager
     def speaking(self, student: nn.Module) -> Iterator[nn.Module]:
-        training, trained = self.peft.training, list(self.peft.active_adapters)  # type: ignore[arg-type]
+        training, trained = self.peft.training, list(self.peft.active_adapters)
         asked = {name: p.requires_grad for name, p in self.peft.named_parameters()}
         self.peft.eval()
-        self.peft.base_model.set_adapter(self.adapter)  # type: ignore[union-attr, operator]
+        self.peft.base_model.set_adapter(self.adapter)
         try:
             with torch.no_grad():
                 yield student
         finally:
-            self.peft.base_model.set_adapter(trained)  # type: ignore[union-attr, operator]
+            self.peft.base_model.set_adapter(trained)
             for name, parameter in self.peft.named_parameters():
                 parameter.requires_grad_(asked[name])
             self.peft.train(training)
@@ -171,7 +172,7 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.distributed_type == DistributedType.FSDP:
         from trl.models.utils import prepare_fsdp
 
-        return prepare_fsdp(model, accelerator)
+        return prepare_fsdp(model, accelerator)  # type: ignore[return-value]
     if getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None:
         return model.eval()  # placed when it was loaded
     return model.to(accelerator.device).eval()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -56,7 +56,7 @@ class DistillationConfig(SFTConfig):
     """
 
     loss: str = "forward_kl"
-    loss_options: dict[str, Any] = field(default_factory=dict)
+    loss_options: dict[str, Any] | str | None = field(default_factory=dict)
     distill_temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
@@ -68,10 +68,11 @@ class DistillationConfig(SFTConfig):
     drop_unlabelled: bool = False
     stop_on_nan: bool = True
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "loss_options"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "loss_options"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
         check_loss(self.loss, self.loss_options)
         if not self.distill_temperature > 0:
             raise ValueError(f"`distill_temperature` must be > 0, got {self.distill_temperature}.")
@@ -99,7 +100,7 @@ def check_loss(name: str, options: dict[str, Any]) -> None:
     divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
 
 
-class DistillationTrainer(TokenLossNormalization, SFTTrainer):
+class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
     """Minimise `kd_weight * D(student, teacher) + ce_weight * CE` per labelled token, on fixed data.
 
     Args:
@@ -113,7 +114,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):
     Logs `kd` and `ce`, nats per labelled token, beside `loss`; in evaluation as `eval_kd`, `eval_ce`.
     """
 
-    _tag_names = ("distillation", "hf_transfer_ext")
+    _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
     _name = "Distillation"
 
     def __init__(
@@ -192,7 +193,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        self._note(parts, mask)
+        self._note(model, parts, mask)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_inside_the_head(
@@ -270,9 +271,9 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):
         )
         return outputs, parts._replace(loss=parts.loss + 0.0 * outputs.logits[..., :1].sum())
 
-    def _note(self, parts: FusedLoss, mask: Tensor) -> None:
+    def _note(self, model: nn.Module, parts: FusedLoss, mask: Tensor) -> None:
         """Keep the parts of the loss for the next log line, as means over this batch's labelled tokens."""
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if model.training else "eval"
         sums = torch.stack([parts.divergence.sum(), parts.cross_entropy.sum(), mask.sum().float()])
         kd, ce, tokens = self.accelerator.gather(sums[None]).sum(0).tolist()
         if tokens:

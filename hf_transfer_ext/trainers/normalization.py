@@ -19,7 +19,7 @@ class TokenLossNormalization:
     """
 
     #: Tells the Trainer (transformers >= 5.19) that the loss is a share of the whole step already.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: bool | None = True
     accelerator: Any
     args: Any
     get_tp_size: Any

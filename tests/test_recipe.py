@@ -1,0 +1,85 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from hf_transfer_ext import DistillationConfig
+from hf_transfer_ext.recipe import parse_recipe, read_yaml, settings_of
+
+
+@dataclass
+class Job:
+    dataset: str
+    steps: int = 3
+    rate: float | None = 0.5
+    shuffle: bool = True
+    names: list[str] = field(default_factory=lambda: ["a"])
+
+
+@dataclass
+class Other:
+    width: int = 2
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_the_file_fills_and_the_command_line_wins(tmp_path):
+    argv = write(tmp_path, "dataset: facts\nsteps: 7\nrate: 1e-4\nshuffle: false\nnames: [x, y]\nwidth: 5\n")
+    job, other = parse_recipe(Job, Other, argv=[*argv, "--steps", "9"])
+    assert job == Job("facts", 9, 1e-4, False, ["x", "y"]) and other == Other(5)
+
+
+def test_without_a_file(tmp_path):
+    assert parse_recipe(Job, argv=["--dataset", "d", "--names", "p", "q"]) == (Job("d", names=["p", "q"]),)
+
+
+@pytest.mark.parametrize(
+    "text, extra, message",
+    [
+        ("dataset: d\nstps: 3\n", [], "Unknown setting 'stps'. Did you mean 'steps'"),
+        ("dataset: d\n", ["--stps", "3"], "Unknown option 'stps'. Did you mean 'steps'"),
+        ("dataset: d\n", ["--stps=3"], "Unknown option 'stps'. Did you mean 'steps'"),
+        ("dataset: d\n", ["stray"], "Unexpected argument 'stray'"),
+        ("dataset: d\nsteps: many\n", [], "invalid int value: 'many'"),
+        ("steps: 3\n", [], "required: --dataset"),
+        ("- a\n", [], "has to hold `key: value` settings"),
+        ("a: [\n", [], "is no valid YAML"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, text, extra, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(Job, argv=[*write(tmp_path, text), *extra])
+
+
+def test_a_missing_file_is_told():
+    with pytest.raises(FileNotFoundError, match="no config file at 'absent'"):
+        parse_recipe(Job, argv=["--config", "absent"])
+
+
+def test_on_the_command_line_a_mistake_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recipes/job.py", "--dataset", "d", "--widht", "3"])
+    with pytest.raises(SystemExit) as stop:
+        parse_recipe(Job, Other)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("job.py: Unknown option 'widht'. Did you mean 'width'?")
+
+
+def test_a_trainers_config_with_a_dictionary(tmp_path):
+    argv = write(
+        tmp_path, f"output_dir: {tmp_path}\nloss: generalized_jsd\nloss_options: {{beta: 0.3}}\nlearning_rate: 1e-3\n"
+    )
+    (config,) = parse_recipe(DistillationConfig, argv=[*argv, "--use_cpu", "true", "--bf16", "false"])
+    assert config.loss_options == {"beta": 0.3} and config.learning_rate == 1e-3 and config.use_cpu
+    with pytest.raises(ValueError, match="`beta` has to lie between"):
+        parse_recipe(DistillationConfig, argv=[*argv, "--loss_options", '{"beta": 3}', "--bf16", "false"])
+
+
+def test_settings_that_differ_from_their_defaults():
+    assert settings_of(Job("d", steps=3, rate=None), Other(4)) == {"dataset": "d", "rate": None, "width": 4}
+
+
+def test_an_empty_file_sets_nothing(tmp_path):
+    assert read_yaml(write(tmp_path, "# nothing\n")[1]) == {}
