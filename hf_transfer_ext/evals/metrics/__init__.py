@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics.answer_probability import answer_probability
+from hf_transfer_ext.evals.metrics.choice_accuracy import choice_accuracy
 from hf_transfer_ext.evals.metrics.choice_probability import choice_probability
 from hf_transfer_ext.evals.metrics.exact_memorization import exact_memorization
 from hf_transfer_ext.evals.metrics.extraction_strength import extraction_strength
@@ -33,6 +34,7 @@ METRICS: Registry[Metric] = Registry(
         nats_per_token,
         perplexity,
         answer_probability,
+        choice_accuracy,
         choice_probability,
         truth_ratio,
         rouge_l_recall,

@@ -1,0 +1,53 @@
+"""What a run leaves behind: whole weights under every way of sharding them, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hf_transfer_ext.files import replace_folder
+
+
+def save_whole(trainer: Any, folder: str | Path) -> Path:
+    """Save a trainer's model and tokenizer to `folder`, whole or not at all; every process calls it.
+
+    Under FSDP the Trainer's default, sharded state writes nothing here without a word: the full state is asked for.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.partial-save")
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(aside))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        if not any(aside.glob("*.safetensors")):
+            raise OSError(f"The trainer wrote no safetensors weights to {str(aside)!r}; nothing was replaced.")
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that may hold a token
+        replace_folder(aside, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest *whole* checkpoint of a training folder, or None.
+
+    The Trainer writes `trainer_state.json` last: a checkpoint without a readable one was cut off and is passed over.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match is None:
+            continue
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found.append((int(match[1]), str(path)))
+    return max(found)[1] if found else None

@@ -1,0 +1,41 @@
+import json
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_transfer_ext.trainers.saving import last_checkpoint, save_whole
+
+
+def trainer_of(model, folder):
+    return Trainer(model, TrainingArguments(str(folder), use_cpu=True, report_to="none"))
+
+
+def test_saved_weights_are_whole_and_hold_no_pickle(tmp_path):
+    model = tiny_llama()
+    folder = save_whole(trainer_of(model, tmp_path / "t"), tmp_path / "deep" / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    assert not list(folder.glob("*.bin")) and [p.name for p in folder.parent.iterdir()] == ["model"]
+    save_whole(trainer_of(tiny_llama(5), tmp_path / "t"), folder)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight, tiny_llama(5).lm_head.weight)
+
+
+def test_a_trainer_that_writes_nothing_is_noticed(tmp_path):
+    trainer = trainer_of(tiny_llama(), tmp_path / "t")
+    trainer.save_model = lambda folder: (tmp_path / ".model.partial-save").mkdir()
+    with pytest.raises(OSError, match="no safetensors weights"):
+        save_whole(trainer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_newest_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path / "absent") is None
+    for step, state in ((2, "{}"), (10, json.dumps({"global_step": 10})), (12, '{"global'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
