@@ -6,8 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from hf_transfer_ext.registry import unknown_name
 
 Tokens = Float[Tensor, " tokens"]
 TokenIds = Int[Tensor, " tokens"]
@@ -67,13 +70,23 @@ def options_of(loss: Callable) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if name not in QUANTITIES}
 
 
+def require_at_least(name: str, value: float, lowest: float, *, strictly: bool = False) -> None:
+    """Refuse an option out of its range; the losses check their own."""
+    if value < lowest or (strictly and value == lowest):
+        raise ValueError(f"`{name}` must be {'>' if strictly else '>='} {lowest:g}, got {value}.")
+
+
 def check_options(loss: Callable, options: dict[str, Any]) -> None:
-    """Refuse an option that the loss does not have, and name those it has."""
+    """Refuse an option that the loss does not have, and a value that is out of its range."""
     known = options_of(loss)
-    unknown = set(options) - set(known)
-    if unknown:
-        name = getattr(loss, "__name__", str(loss))
-        raise ValueError(
-            f"{name!r} has no option {', '.join(sorted(unknown))}. "
-            f"Its options: {', '.join(f'{k} ({v})' for k, v in known.items()) or 'none'}."
-        )
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of {loss.__name__}", option, known or ["(it has none)"]))
+    shapes = {"logits": (1, 2), "reference_logits": (1, 2), "hidden": (1, 2), "reference_hidden": (1, 2)}
+    asked: dict[str, Tensor] = {name: torch.ones(shapes.get(name, (1,))) for name in asked_quantities(loss)}
+    for name in asked:
+        if name.endswith("targets"):
+            asked[name] = torch.ones(1, dtype=torch.long)
+        elif name == "control":
+            asked[name] = torch.ones(2)
+    loss(**asked, **options)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch.nn.functional import logsigmoid
 
-from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over
+from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over, require_at_least
 
 
 @averaged_over("sequences")
@@ -31,6 +31,7 @@ def dpo(
     Source: Rafailov et al., "Direct preference optimization", 2023, https://arxiv.org/abs/2305.18290; for forgetting:
     Maini et al. 2024, https://arxiv.org/abs/2401.06121, and Mekala et al. 2024, https://arxiv.org/abs/2409.13474
     """
+    require_at_least("beta", beta, 0, strictly=True)
     wanted = reference_alternative_nll - alternative_nll
     unwanted = reference_nll - nll
     return -(2.0 / beta) * logsigmoid(beta * (wanted - unwanted))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch.nn.functional import logsigmoid
 
-from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over
+from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over, require_at_least
 
 
 @averaged_over("sequences")
@@ -19,4 +19,5 @@ def npo(nll: Sequences, reference_nll: Sequences, *, beta: float = 0.1) -> Seque
 
     Source: Zhang et al., "Negative preference optimization", 2024, https://arxiv.org/abs/2404.05868
     """
+    require_at_least("beta", beta, 0, strictly=True)
     return -(2.0 / beta) * logsigmoid(beta * (nll - reference_nll))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over
+from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over, require_at_least
 
 
 @averaged_over("tokens")
@@ -19,5 +19,7 @@ def satimp(log_probs: Tokens, *, beta1: float = 5.0, beta2: float = 1.0) -> Toke
     Source: Yang et al., "Exploring criteria of loss reweighting to enhance LLM unlearning", 2025,
     https://arxiv.org/abs/2505.11953
     """
+    require_at_least("beta1", beta1, 0)
+    require_at_least("beta2", beta2, 0)
     p = log_probs.detach().exp()
     return p**beta1 * (1.0 - p).clamp(min=0.0) ** beta2 * log_probs

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch.nn.functional import logsigmoid
 
-from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over
+from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over, require_at_least
 
 
 @averaged_over("sequences")
@@ -21,4 +21,5 @@ def simnpo(nll: Sequences, lengths: Sequences, *, beta: float = 4.5, delta: floa
     Source: Fan et al., "Simplicity prevails: rethinking negative preference optimization for LLM unlearning", 2024,
     https://arxiv.org/abs/2410.07163
     """
+    require_at_least("beta", beta, 0, strictly=True)
     return -(2.0 / beta) * logsigmoid(beta * (nll / lengths - delta))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over
+from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over, require_at_least
 
 
 @averaged_over("tokens")
@@ -22,5 +22,6 @@ def tnpo(log_probs: Tokens, reference_log_probs: Tokens, *, beta: float = 4.0) -
     Source: Wang et al., "Rethinking LLM unlearning objectives: a gradient perspective", 2025,
     https://arxiv.org/abs/2502.19301
     """
+    require_at_least("beta", beta, 0, strictly=True)
     weight = 2.0 * torch.sigmoid(beta * (log_probs - reference_log_probs)).detach()
     return weight * log_probs

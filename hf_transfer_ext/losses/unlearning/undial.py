@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import one_hot
 
-from hf_transfer_ext.losses.unlearning.asks import TokenIds, TokenRows, Tokens, averaged_over
+from hf_transfer_ext.losses.unlearning.asks import TokenIds, TokenRows, Tokens, averaged_over, require_at_least
 
 
 @averaged_over("tokens")
@@ -22,5 +22,6 @@ def undial(logits: TokenRows, reference_logits: TokenRows, targets: TokenIds, *,
 
     Source: Dong et al., "UNDIAL: self-distillation with adjusted logits", 2024, https://arxiv.org/abs/2402.10052
     """
+    require_at_least("beta", beta, 0)
     adjusted = reference_logits - beta * one_hot(targets, logits.shape[-1]).to(reference_logits.dtype)
     return -(torch.softmax(adjusted, -1) * torch.log_softmax(logits, -1)).sum(-1)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over
+from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over, require_at_least
 
 
 @averaged_over("tokens")
@@ -18,4 +18,5 @@ def wga(log_probs: Tokens, *, beta: float = 1.0) -> Tokens:
     Source: Wang et al., "Rethinking LLM unlearning objectives: a gradient perspective", 2025,
     https://arxiv.org/abs/2502.19301
     """
+    require_at_least("beta", beta, 0)
     return (beta * log_probs).exp().detach() * log_probs

@@ -42,7 +42,7 @@ def test_it_asks_by_name_says_what_it_is_averaged_over_and_where_it_comes_from(l
     assert asked_quantities(loss)
     assert over(loss) in ("tokens", "later tokens", "sequences")
     assert "Source: " in loss.__doc__ and "https://" in loss.__doc__
-    with pytest.raises(ValueError, match="has no option betta"):
+    with pytest.raises(ValueError, match=r"Unknown option of .* 'betta'"):
         check_options(loss, {"betta": 1.0})
     check_options(loss, options_of(loss))
 
@@ -73,3 +73,20 @@ def test_a_method_names_losses_that_exist_with_options_that_they_have(name):
     check_options(UNLEARNING_LOSSES[method.forget], method.options)
     if method.retain is not None:
         RETAIN_LOSSES[method.retain]
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("npo", {"beta": 0.0}, "`beta` must be > 0, got 0"),
+        ("simnpo", {"beta": -1.0}, "must be > 0, got -1"),
+        ("dpo", {"beta": 0.0}, "must be > 0"),
+        ("tnpo", {"beta": 0.0}, "must be > 0"),
+        ("undial", {"beta": -1.0}, "must be >= 0"),
+        ("wga", {"beta": -1.0}, "must be >= 0"),
+        ("satimp", {"beta2": -1.0}, "`beta2` must be >= 0"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_before_training(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_options(UNLEARNING_LOSSES[name], options)

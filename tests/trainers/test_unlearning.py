@@ -1,0 +1,320 @@
+import copy
+import json
+import math
+import os
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import byte_tokenizer, tiny_llama
+
+from hf_transfer_ext.data.forget_retain import ForgetRetainPairs, forget_retain_collator
+from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.losses.unlearning import METHODS
+from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
+
+PLAIN = QuestionAnswerFormat(template="plain", prompt="{question}")
+FORGET = [{"question": f"Q{i}?", "answer": "ab" * (i + 1)} for i in range(4)]
+RETAIN = [{"question": f"Keep {i}?", "answer": "k" * (7 - i)} for i in range(4)]
+
+
+def config(tmp_path, **options):
+    settings = {
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    return UnlearningConfig(output_dir=str(tmp_path), **{**settings, **options})
+
+
+def trainer(tmp_path, model=None, *, forget=FORGET, retain=RETAIN, reference_model=None, **options):
+    return UnlearningTrainer(
+        model if model is not None else tiny_llama(),
+        config(tmp_path, **options),
+        forget_dataset=forget,
+        retain_dataset=retain,
+        processing_class=byte_tokenizer(),
+        reference_model=reference_model,
+        template=PLAIN,
+        alternatives=["no idea", "I cannot say"],
+    )
+
+
+def lora(model=None, **options):
+    torch.manual_seed(1)
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False, **options}
+    return get_peft_model(model if model is not None else tiny_llama(), LoraConfig(**settings))
+
+
+def weights_after(made):
+    made.train()
+    return {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+
+
+def distance(first, second):
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def sequence_nll(model, question, answer):
+    """Sum of the answer's losses from the model's own whole logits, in float64."""
+    encoded = PLAIN.encode(byte_tokenizer(), question, answer)
+    logits = model(torch.tensor([encoded.input_ids])).logits[0].double()
+    log_p = torch.log_softmax(logits, -1)
+    return -sum(log_p[t - 1, encoded.input_ids[t]] for t in range(encoded.answer_start, len(encoded.input_ids)))
+
+
+def test_the_npo_loss_and_its_update_equal_the_definition(tmp_path):
+    model = lora()
+    made = trainer(tmp_path, model, method="npo", forget_options={"beta": 0.3}, gamma=0.7, alpha=1.9)
+    base, own = tiny_llama(), copy.deepcopy(model).eval()
+    forget = []
+    for row in FORGET:
+        ref = sequence_nll(base, row["question"], row["answer"]).detach()
+        nll = sequence_nll(own, row["question"], row["answer"])
+        forget.append(-(2 / 0.3) * torch.log(torch.sigmoid(0.3 * (nll - ref))))
+    retain = [sequence_nll(own, row["question"], row["answer"]) for row in RETAIN]
+    tokens = sum(len(row["answer"]) + 2 for row in RETAIN)  # with the space and the end
+    loss = 0.7 * sum(forget) / len(FORGET) + 1.9 * sum(retain) / tokens
+    batch = made.data_collator([made.train_dataset[i] for i in range(4)])
+    assert made.compute_loss(model.eval(), batch).item() == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    expected = {n: p.detach() - 0.1 * p.grad for n, p in own.named_parameters() if p.requires_grad}
+    assert distance(weights_after(made), expected) < 1e-6
+    logged = made.state.log_history[0]
+    assert logged["forget_loss"] == pytest.approx(float(sum(forget).detach()) / 4, rel=1e-4)
+    assert logged["retain_loss"] == pytest.approx(float(sum(retain).detach()) / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_one_update_however_the_batch_is_split(tmp_path, method):
+    def updated(batch, accumulation):
+        made = trainer(
+            tmp_path,
+            lora(),
+            method=method,
+            hidden_layer=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        return weights_after(made)
+
+    start = {name: p for name, p in lora().named_parameters() if p.requires_grad}
+    whole, split = updated(4, 1), updated(1, 4)
+    assert distance(whole, split) < 2e-6
+    assert distance(whole, start) > 1e-4  # it moves at all
+
+
+@pytest.mark.parametrize("method", ["npo", "tnpo", "idk_dpo"])
+def test_log_probabilities_kept_before_training_equal_a_live_reference(tmp_path, method):
+    kept = weights_after(trainer(tmp_path, method=method, max_steps=3))
+    live = weights_after(trainer(tmp_path, method=method, max_steps=3, reference_model=tiny_llama()))
+    assert distance(kept, live) < 1e-6
+
+
+def test_the_base_of_an_adapter_equals_a_copy_as_reference(tmp_path):
+    own = weights_after(trainer(tmp_path, lora(), method="npo_kl", max_steps=3))
+    copied = weights_after(trainer(tmp_path, lora(), method="npo_kl", max_steps=3, reference_model=tiny_llama()))
+    assert distance(own, copied) < 1e-6
+
+
+def test_another_adapter_is_the_reference_where_it_is_named(tmp_path):
+    def two_adapters():
+        model = lora()
+        model.add_adapter("taught", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        return model
+
+    made = trainer(tmp_path, two_adapters(), method="npo_kl", reference_adapter="taught")
+    after = weights_after(made)
+    assert made.model.active_adapter == "default" and all("default" in name for name in after)
+    assert distance(after, weights_after(trainer(tmp_path, two_adapters(), method="npo_kl"))) > 1e-6
+    with pytest.raises(ValueError, match=r"Unknown adapter 'taugt'\. Did you mean 'taught'"):
+        trainer(tmp_path, two_adapters(), method="npo_kl", reference_adapter="taugt")
+
+
+def test_gradient_checkpointing_with_an_adapter_trains_and_gives_the_same_update(tmp_path):
+    plain = weights_after(trainer(tmp_path, lora(), method="npo_kl"))
+    checkpointed = weights_after(trainer(tmp_path, lora(), method="npo_kl", gradient_checkpointing=True))
+    assert distance(plain, checkpointed) < 1e-6
+    start = {name: p for name, p in lora().named_parameters() if p.requires_grad}
+    assert min(float((plain[n] - start[n]).abs().max()) for n in start) > 0  # every adapter weight moved
+
+
+def test_padding_does_not_change_the_loss(tmp_path):
+    made = trainer(tmp_path, lora(), method="npo_kl")
+    batch = made.data_collator([made.train_dataset[i] for i in range(4)])
+    wider = {
+        part: {
+            name: torch.nn.functional.pad(value, (0, 9), value={"labels": -100, "input_ids": 65}.get(name, 0))
+            if value.dim() == 2
+            else value
+            for name, value in tensors.items()
+        }
+        for part, tensors in batch.items()
+    }
+    model = made.model.eval()
+    assert made.compute_loss(model, wider).item() == pytest.approx(made.compute_loss(model, batch).item(), rel=1e-6)
+
+
+def test_logits_are_made_for_a_chunk_of_tokens_at_a_time(tmp_path, monkeypatch):
+    whole = weights_after(trainer(tmp_path, lora(), method="npo"))
+    monkeypatch.setattr("hf_transfer_ext.trainers.unlearning.LOGITS_AT_ONCE", 258 * 5)
+    assert distance(weights_after(trainer(tmp_path, lora(), method="npo")), whole) < 1e-6
+
+
+def test_forgetting_forgets_and_keeps_the_rest(tmp_path):
+    model = tiny_llama()
+    pairs = ForgetRetainPairs(FORGET + RETAIN, None, byte_tokenizer(), template=PLAIN)
+    batch = forget_retain_collator(257)([pairs[i] for i in range(8)])["forget"]
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        loss = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def mean_loss(rows):
+        tokens = sum(len(row["answer"]) + 2 for row in rows)
+        with torch.no_grad():
+            return float(sum(sequence_nll(model, r["question"], r["answer"]) for r in rows)) / tokens
+
+    assert mean_loss(FORGET) < 0.1 and mean_loss(RETAIN) < 0.1
+    made = trainer(tmp_path, model, method="npo", optim="adamw_torch", learning_rate=1e-3, max_steps=40)
+    made.train()
+    model.eval()
+    assert mean_loss(FORGET) > 1.0 and mean_loss(RETAIN) < 0.1
+
+
+def test_it_evaluates_and_resumes_to_the_same_weights(tmp_path):
+    options = {"optim": "adamw_torch", "per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-2}
+    whole = trainer(tmp_path / "whole", lora(), method="npo", save_strategy="steps", save_steps=3, **options)
+    straight = weights_after(whole)
+    again = trainer(tmp_path / "again", lora(), method="npo", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed = {name: p.detach() for name, p in again.model.named_parameters() if p.requires_grad}
+    assert distance(straight, resumed) == 0.0
+    metrics = again.evaluate(again.train_dataset)
+    assert math.isfinite(metrics["eval_loss"])
+    assert {"eval_forget_loss", "eval_retain_loss", "eval_forget_nll"} <= set(again.state.log_history[-1])
+
+
+def test_one_dataset_of_pairs_will_do(tmp_path):
+    pairs = ForgetRetainPairs(FORGET, None, byte_tokenizer(), template=PLAIN)
+    made = UnlearningTrainer(
+        tiny_llama(), config(tmp_path, method="grad_ascent"), train_dataset=pairs, processing_class=byte_tokenizer()
+    )
+    before = float(made.compute_loss(made.model.eval(), made.data_collator([pairs[0]])))
+    made.train()
+    assert float(made.compute_loss(made.model.eval(), made.data_collator([pairs[0]]))) < before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "nop"}, "Unknown unlearning method 'nop'. Did you mean 'npo'"),
+        ({"forget_loss": "npoo"}, "Unknown unlearning loss 'npoo'"),
+        ({"retain_loss": "retain_nl"}, "Unknown retain loss 'retain_nl'. Did you mean 'retain_nll'"),
+        ({"forget_options": {"betta": 1}}, "Unknown option of npo 'betta'. Did you mean 'beta'"),
+        ({"forget_options": {"beta": 0.0}}, "`beta` must be > 0"),
+        ({"gamma": -1.0}, "must be >= 0 and not both 0"),
+        ({"gamma": 0.0, "alpha": 0.0}, "not both 0"),
+        ({"method": "rmu"}, "set `hidden_layer`"),
+        ({"remove_unused_columns": True}, "has to be False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_the_config_refuses_bad_values(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_options_come_from_the_command_line_as_json(tmp_path):
+    made = config(tmp_path, forget_options=json.dumps({"beta": 0.2}), method="simnpo")
+    assert made.forget_options == {"beta": 0.2} and made.gamma == 0.125 and made.retain_loss == "retain_nll"
+    assert config(tmp_path, method="simnpo", gamma=1.0, retain_loss="none").retain_loss == "none"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"forget": None}, "nothing to forget"),
+        ({"retain": None}, "retain_nll needs a retain set"),
+        ({"method": "rmu", "hidden_layer": 3}, "the model has 2 layers"),
+        ({"method": "npo_kl"}, "asks for reference_logits"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = tiny_llama()
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        trainer(tmp_path, model, method="grad_diff").train()
+
+
+def test_a_low_rate_for_an_adapter_is_warned_of(tmp_path, caplog):
+    trainer(tmp_path, lora(), method="npo", learning_rate=1e-5)
+    assert "low for an adapter" in caplog.text
+
+
+def _rank(rank, tmp_path, method, checkpointing):
+    """One of two processes, each with half of the batch; ends the process."""
+    status = 1
+    try:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(29600 + os.getppid() % 2000), ACCELERATE_USE_CPU="true",
+        )  # fmt: skip
+        made = trainer(
+            tmp_path / "two",
+            lora(),
+            method=method,
+            hidden_layer=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=checkpointing,
+            ddp_find_unused_parameters=False,
+        )
+        assert made.accelerator.num_processes == 2
+        after = weights_after(made)
+        if rank == 0:
+            torch.save({n.removeprefix("module."): v for n, v in after.items()}, tmp_path / "two.pt")
+            (tmp_path / "log.json").write_text(json.dumps(made.state.log_history[0]))
+        torch.distributed.barrier()
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.parametrize("method, checkpointing", [("npo", False), ("npo_kl", True), ("ce_u", False), ("rmu", False)])
+def test_two_processes_equal_one(tmp_path, method, checkpointing):
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            _rank(rank, tmp_path, method, checkpointing)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    made = trainer(tmp_path / "one", lora(), method=method, hidden_layer=1)
+    one = weights_after(made)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert distance(one, two) < 1e-6
+    logged = json.loads((tmp_path / "log.json").read_text())
+    for name in ("loss", "forget_loss", "forget_nll"):
+        assert logged[name] == pytest.approx(made.state.log_history[0][name], rel=1e-4)
