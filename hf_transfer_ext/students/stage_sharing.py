@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_transfer_ext.students.layers import check_depth, layer_stack, layer_tensors, with_layers
 
 #: How a teacher's stage becomes one layer.
-REPRESENTATIVES = ("mean", "first", "middle", "last")
+REPRESENTATIVES = ("first", "middle", "last", "mean")
 
 
 def stage_sharing(
@@ -20,7 +20,7 @@ def stage_sharing(
     num_layers: int,
     stages: Sequence[int] | None = None,
     repeats: Sequence[int] | None = None,
-    representative: str = "mean",
+    representative: str = "middle",
 ) -> PreTrainedModel:
     """A student of any depth: each stage of the teacher gives one layer, and the student repeats it.
 
@@ -31,7 +31,8 @@ def stage_sharing(
             by default `default_stages`.
         repeats: How often each stage's layer comes in the student. By default as even as possible with the longer
             stages first: 12 layers from 5 stages are 3-3-2-2-2, as in the authors' runs.
-        representative: What a stage's layer is: "mean" of its layers, or the "first", "middle" or "last" of them.
+        representative: What a stage's layer is: the "first", "middle" or "last" of its layers, or their "mean". Layers
+            of a trained transformer average badly, so that "mean" is only for layers that were trained to be alike.
 
     Returns:
         A new model of the teacher's class whose layers are free of each other and share no memory with the teacher.
@@ -57,7 +58,7 @@ def stage_sharing(
 
 
 def stage_shared_model(
-    teacher: PreTrainedModel, *, stages: Sequence[int] | None = None, representative: str = "mean"
+    teacher: PreTrainedModel, *, stages: Sequence[int] | None = None, representative: str = "middle"
 ) -> PreTrainedModel:
     """The model that SWS trains: as deep as the teacher, with one set of parameters for all layers of a stage.
 

@@ -41,7 +41,7 @@ def test_worked_by_hand():
         student = stage_sharing(teacher, num_layers=3, stages=[2, 3], representative=representative)
         expected = [weights[chosen[0]], weights[chosen[0]], weights[chosen[1]]]
         assert all(torch.equal(layer[name], e) for layer, e in zip(layer_tensors(student), expected, strict=True))
-    student = stage_sharing(teacher, num_layers=3, stages=[2, 3])
+    student = stage_sharing(teacher, num_layers=3, stages=[2, 3], representative="mean")
     torch.testing.assert_close(layer_tensors(student)[0][name], (weights[0] + weights[1]) / 2)
     torch.testing.assert_close(layer_tensors(student)[2][name], (weights[2] + weights[3] + weights[4]) / 3)
 
@@ -81,7 +81,7 @@ def test_the_auxiliary_model_trains_one_set_of_parameters_a_stage():
         ({"num_layers": 4, "stages": [2, 3], "repeats": [4]}, "2 stages need 2 repeats"),
         ({"num_layers": 4, "stages": [2, 3], "repeats": [4, 0]}, "at least 1"),
         ({"num_layers": 1, "stages": [2, 3]}, "at least 1"),
-        ({"num_layers": 5, "representative": "best"}, "one of mean, first, middle, last, got 'best'"),
+        ({"num_layers": 5, "representative": "best"}, "one of first, middle, last, mean, got 'best'"),
     ],
 )
 def test_bad_options(options, message):

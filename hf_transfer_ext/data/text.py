@@ -1,0 +1,261 @@
+"""Data sets of text by Hub id, file or folder, in one of the forms that trainers take, with their bad rows refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from hf_transfer_ext.data.facts import fact_texts
+from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.registry import unknown_name
+
+TextDataset: TypeAlias = Dataset | IterableDataset
+
+#: The forms of a row: each is the set of roles that its columns play. The first one that a data set has is taken.
+FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+ROLES = tuple(role for form in FORMS for role in form)
+
+#: File ending -> loader of `datasets`.
+FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+#: The name of the data set that is made from packages, without network or files.
+FACTS = "facts"
+
+_EMPTY = "The data set {name!r} has no rows in its split {split!r}. Give one with at least one row."
+
+
+def load_text_dataset(
+    name_or_path: str | Path,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+    config_name: str | None = None,
+) -> TextDataset:
+    """Load text in one of three forms, whatever its columns are called.
+
+    The result has the columns `text`, or `messages` (a list of `{"role", "content"}`), or `prompt` and `completion`;
+    a question with its answer becomes a prompt with its completion. These are the forms of TRL's `SFTTrainer`.
+
+    Args:
+        name_or_path: "facts" (see `data.facts`), a file (.json, .jsonl, .csv, .parquet, .txt), a folder of such files
+            or of `Dataset.save_to_disk`, or a Hub id.
+        split: Name of the split, or a slice of it as in "train[:1000]". A single file is all "train".
+        columns: Role -> name of the column that plays it, for example `{"text": "content"}` or
+            `{"question": "q", "answer": "a"}`. Roles: text; messages; prompt and completion; question and answer. By
+            default the columns that are called like their roles.
+        streaming: Read rows as they are needed (`IterableDataset`), for data larger than the disk.
+        revision: Branch, tag or commit of a Hub data set.
+        config_name: Which of a Hub data set's configurations.
+
+    Raises:
+        FileNotFoundError: Neither a file or folder nor a data set that can be reached on the Hub.
+        ValueError: The data set is empty, lacks the split or a column, or holds something else than text there.
+    """
+    dataset = _loaded(name_or_path, split, streaming, revision, config_name)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(_EMPTY.format(name=str(name_or_path), split=split))
+    form = _form(columns, list(first), str(name_or_path))
+    _check_types(first, form, str(name_or_path))
+    dataset = _renamed(dataset, form, list(first))
+    if set(form) == {"question", "answer"}:
+        asked = QuestionAnswerFormat(template="plain")
+        dataset = dataset.map(
+            lambda row: {
+                "prompt": asked.prompt.replace("{question}", row["question"]),
+                "completion": asked.separator + row["answer"],
+            },
+            remove_columns=["question", "answer"],
+        )
+    return dataset
+
+
+def require_labels(dataset: TextDataset, *, on_unlabelled: str = "error") -> TextDataset:
+    """Refuse or drop tokenised rows without a single token to learn: they would add nothing, or NaN, to a mean.
+
+    Args:
+        dataset: Rows with `input_ids` and perhaps `labels` (-100: not learnt) or a 0/1 `completion_mask` or
+            `assistant_masks`. The first token of a row is never predicted, so it never counts.
+        on_unlabelled: "error" or "skip". A streamed data set raises when the row is reached.
+
+    Raises:
+        ValueError: A row has no such token (under "error"), or none is left (under "skip").
+    """
+    advice = (
+        "The completion may be empty, or cut off by `max_length`. Mend the row, or skip such rows "
+        "(`on_unlabelled: skip`)."
+    )
+    return _kept(
+        dataset,
+        lambda row: labelled_tokens(row) > 0,
+        lambda index, row: f"Row {index} has no labelled token among its {len(row['input_ids'])}. {advice}",
+        _one_of("on_unlabelled", on_unlabelled, ("error", "skip")),
+    )
+
+
+def fit_context(dataset: TextDataset, context: int, *, on_long: str = "error") -> TextDataset:
+    """Refuse, cut or drop tokenised rows longer than the model's context.
+
+    Args:
+        context: The longest sequence in tokens, as in `loading.context_length(model)`.
+        on_long: "error"; "truncate" (the end of every per-token column is cut off: call `require_labels` afterwards);
+            or "skip". A streamed data set raises when the row is reached.
+    """
+    if context < 1:
+        raise ValueError(f"`context` has to be at least 1 token, got {context}.")
+    if _one_of("on_long", on_long, ("error", "truncate", "skip")) == "truncate":
+        return dataset.map(lambda row: _cut(row, context))
+    return _kept(
+        dataset,
+        lambda row: len(row["input_ids"]) <= context,
+        lambda index, row: (
+            f"Row {index} has {len(row['input_ids'])} tokens, but the model was built for {context}. Split the text, "
+            "or choose `on_long: truncate` (loses its end) or `on_long: skip`."
+        ),
+        on_long,
+    )
+
+
+def labelled_tokens(row: Mapping[str, Any]) -> int:
+    """How many tokens of a tokenised row are predicted and learnt."""
+    learnt = [True] * len(row["input_ids"])
+    if row.get("labels") is not None:
+        learnt = [label != -100 for label in row["labels"]]
+    for name in ("completion_mask", "assistant_masks"):
+        if row.get(name) is not None:
+            learnt = [kept and bool(mask) for kept, mask in zip(learnt, row[name], strict=True)]
+    return sum(learnt[1:])
+
+
+def _loaded(
+    name: str | Path, split: str, streaming: bool, revision: str | None, config_name: str | None
+) -> TextDataset:
+    path = Path(name)
+    if str(name) == FACTS and not path.exists():
+        dataset = Dataset.from_list(fact_texts(split))
+        return dataset.to_iterable_dataset() if streaming else dataset
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(unknown_name(f"split of {str(name)!r}", split, saved))
+            saved = saved[split]
+        return saved.to_iterable_dataset() if streaming else saved
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
+    if path.is_file():
+        if path.suffix not in FILE_KINDS:
+            raise ValueError(
+                f"{str(name)!r} is no data file that can be read. Known endings: {', '.join(sorted(FILE_KINDS))}."
+            )
+        source, options["data_files"] = FILE_KINDS[path.suffix], {"train": str(path)}
+    elif path.is_dir():
+        source = str(path)
+    elif path.suffix in FILE_KINDS or path.is_absolute() or str(name).startswith((".", "~")):
+        raise FileNotFoundError(f"There is no data file or folder at {str(name)!r}. Mend the path, or give a Hub id.")
+    else:
+        source, options["revision"], options["name"] = str(name), revision, config_name
+    try:
+        return load_dataset(source, **options)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"The data set {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local file or "
+            f"folder nor a data set that can be reached on the Hub ({type(error).__name__}). Mend the name, or log in."
+        ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"{str(name)!r} cannot be read as a data set: {error.__cause__ or error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The folder {str(name)!r} holds no data files that can be read: {error}") from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(_EMPTY.format(name=str(name), split=split)) from error
+        raise ValueError(f"The data set {str(name)!r} cannot be loaded: {error}") from error
+
+
+def _form(columns: Mapping[str, str] | None, available: list[str], name: str) -> dict[str, str]:
+    """Role -> column for one whole form."""
+    if columns is None:
+        for form in FORMS:
+            if all(role in available for role in form):
+                return {role: role for role in form}
+        raise ValueError(
+            f"The data set {name!r} has the columns {', '.join(available)}, and none of the forms "
+            f"{'; '.join(' + '.join(form) for form in FORMS)}. Say which column plays which role, for example "
+            f"`columns: {{text: {available[0]}}}`."
+        )
+    for role, column in columns.items():
+        if role not in ROLES:
+            raise ValueError(unknown_name("role of a column", role, ROLES))
+        if column not in available:
+            raise ValueError(f"{unknown_name('column', column, available)} (The data set is {name!r}.)")
+    if set(columns) not in [set(form) for form in FORMS]:
+        raise ValueError(
+            f"`columns` names {', '.join(columns)}; needed are the roles of one form: "
+            f"{'; '.join(' + '.join(form) for form in FORMS)}."
+        )
+    return dict(columns)
+
+
+def _check_types(row: Mapping[str, Any], form: Mapping[str, str], name: str) -> None:
+    for role, column in form.items():
+        value = row[column]
+        if role == "messages":
+            good = isinstance(value, list) and all(
+                isinstance(m, dict) and {"role", "content"} <= set(m) for m in value
+            )
+            needed = 'a list of {"role", "content"}'
+        else:
+            good, needed = isinstance(value, str), "text"
+        if not good:
+            raise ValueError(
+                f"Column {column!r} of the data set {name!r} has to hold {needed}, but its first row holds "
+                f"{type(value).__name__} {str(value)[:80]!r}."
+            )
+
+
+def _renamed(dataset: TextDataset, form: Mapping[str, str], available: list[str]) -> TextDataset:
+    """Give the columns the names of their roles. Columns of other forms go, so that one form remains."""
+    taken = set(form.values())
+    dataset = dataset.remove_columns([column for column in available if column in ROLES and column not in taken])
+    return dataset.rename_columns({column: role for role, column in form.items() if column != role})
+
+
+def _kept(
+    dataset: TextDataset,
+    good: Callable[[Mapping[str, Any]], bool],
+    message: Callable[[int, Mapping[str, Any]], str],
+    policy: str,
+) -> TextDataset:
+    """Rows that are good; a bad one is left out ("skip") or raises ("error")."""
+    if policy == "skip":
+        kept = dataset.filter(good)
+        if next(iter(kept), None) is None:
+            raise ValueError("No row is left after skipping: every one is too long or has nothing to learn.")
+        return kept
+
+    def checked(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        if not good(row):
+            raise ValueError(message(index, row))
+        return row
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(checked, with_indices=True)
+    for index, row in enumerate(dataset):
+        checked(row, index)
+    return dataset
+
+
+def _cut(row: Mapping[str, Any], context: int) -> dict[str, Any]:
+    length = len(row["input_ids"])
+    return {name: value[:context] for name, value in row.items() if isinstance(value, list) and len(value) == length}
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"`{name}` has to be one of {', '.join(known)}, got {value!r}.")
+    return value
