@@ -76,6 +76,21 @@ def load_text_dataset(
     return dataset
 
 
+def load_rows(
+    name_or_path: str | Path, *, split: str = "train", revision: str | None = None, config_name: str | None = None
+) -> list[dict[str, Any]]:
+    """All rows of a data set as they are, from the same places as `load_text_dataset`.
+
+    Raises:
+        FileNotFoundError: Neither a file or folder nor a data set that can be reached on the Hub.
+        ValueError: The data set is empty, or lacks the split.
+    """
+    rows = [dict(row) for row in _loaded(name_or_path, split, False, revision, config_name)]
+    if not rows:
+        raise ValueError(_EMPTY.format(name=str(name_or_path), split=split))
+    return rows
+
+
 def require_labels(dataset: TextDataset, *, on_unlabelled: str = "error") -> TextDataset:
     """Refuse or drop tokenised rows without a single token to learn: they would add nothing, or NaN, to a mean.
 

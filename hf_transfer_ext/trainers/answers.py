@@ -1,0 +1,40 @@
+"""Plain fine-tuning on answers: teaching a model what it does not know, and relearning what it was made to forget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from hf_transfer_ext.data.forget_retain import ForgetRetainPairs, forget_retain_collator
+from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+
+
+def train_on_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    args: TrainingArguments,
+    *,
+    template: QuestionAnswerFormat | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Trainer:
+    """Minimise the cross-entropy of the answers' tokens (of whole texts, where an example has no question).
+
+    The model is trained in place; the trainer is returned for its logs. Whatever tells examples apart is the same as
+    in unlearning and evaluation: one tokenisation of prompt and answer for all three.
+    """
+    pairs = ForgetRetainPairs(examples, None, tokenizer, template=template, columns=columns)
+    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    collate = forget_retain_collator(next(token for token in pad_ids if token is not None))
+
+    def flat(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = collate(samples)["forget"]
+        del batch["index"]
+        return batch
+
+    args.remove_unused_columns = False
+    trainer = Trainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer, data_collator=flat)
+    trainer.train()
+    return trainer
