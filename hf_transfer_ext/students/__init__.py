@@ -10,3 +10,5 @@ from hf_transfer_ext.students.uniform_depth import uniform_depth
 
 #: How a student of another depth starts from its teacher: `(teacher, *, num_layers, **options) -> new model`.
 STUDENT_INITS = Registry("student initialisation", [uniform_depth, last_depth, linear_expansion, stage_sharing])
+
+__all__ = ["STUDENT_INITS", *STUDENT_INITS]

