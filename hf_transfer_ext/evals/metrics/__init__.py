@@ -6,24 +6,33 @@ from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics.answer_probability import answer_probability
 from hf_transfer_ext.evals.metrics.choice_accuracy import choice_accuracy
 from hf_transfer_ext.evals.metrics.choice_probability import choice_probability
+from hf_transfer_ext.evals.metrics.concept_vector_distance import concept_vector_distance
 from hf_transfer_ext.evals.metrics.exact_memorization import exact_memorization
 from hf_transfer_ext.evals.metrics.extraction_strength import extraction_strength
+from hf_transfer_ext.evals.metrics.fluency_entropy import fluency_entropy
 from hf_transfer_ext.evals.metrics.forget_quality import forget_quality
 from hf_transfer_ext.evals.metrics.gradient_norm import gradient_norm
 from hf_transfer_ext.evals.metrics.kl_to_reference import kl_to_reference
+from hf_transfer_ext.evals.metrics.klom import klom
+from hf_transfer_ext.evals.metrics.knowledge_memorization import knowledge_memorization
+from hf_transfer_ext.evals.metrics.linear_probe import linear_probe
 from hf_transfer_ext.evals.metrics.loss_attack import loss_attack
+from hf_transfer_ext.evals.metrics.margin import margin
 from hf_transfer_ext.evals.metrics.membership_auc import membership_auc
 from hf_transfer_ext.evals.metrics.membership_tpr import membership_tpr
 from hf_transfer_ext.evals.metrics.min_k import min_k
 from hf_transfer_ext.evals.metrics.min_k_plus_plus import min_k_plus_plus
 from hf_transfer_ext.evals.metrics.model_utility import model_utility
 from hf_transfer_ext.evals.metrics.nats_per_token import nats_per_token
+from hf_transfer_ext.evals.metrics.negative_flip_rate import negative_flip_rate
 from hf_transfer_ext.evals.metrics.perplexity import perplexity
 from hf_transfer_ext.evals.metrics.privleak import privleak
 from hf_transfer_ext.evals.metrics.reference_attack import reference_attack
+from hf_transfer_ext.evals.metrics.retention import retention
 from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l_recall
 from hf_transfer_ext.evals.metrics.token_agreement import token_agreement
 from hf_transfer_ext.evals.metrics.truth_ratio import truth_ratio
+from hf_transfer_ext.evals.metrics.verbatim_memorization import verbatim_memorization
 from hf_transfer_ext.evals.metrics.zlib_attack import zlib_attack
 from hf_transfer_ext.registry import Registry
 
@@ -48,10 +57,26 @@ METRICS: Registry[Metric] = Registry(
         min_k,
         min_k_plus_plus,
         gradient_norm,
+        verbatim_memorization,
+        knowledge_memorization,
+        fluency_entropy,
+        margin,
     ],
 )
 
 #: Functions of several evaluations' values.
 COMPARISONS: Registry = Registry(
-    "comparison", [forget_quality, model_utility, membership_auc, membership_tpr, privleak]
+    "comparison",
+    [
+        forget_quality,
+        model_utility,
+        membership_auc,
+        membership_tpr,
+        privleak,
+        klom,
+        negative_flip_rate,
+        retention,
+        linear_probe,
+        concept_vector_distance,
+    ],
 )

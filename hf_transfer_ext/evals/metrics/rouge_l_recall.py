@@ -8,9 +8,10 @@ from hf_transfer_ext.evals.scoring import ScoredExample
 from hf_transfer_ext.evals.stemming import stem
 
 
-def rouge_tokens(text: str) -> list[str]:
+def rouge_tokens(text: str, *, stemmed: bool = True) -> list[str]:
     """Lower-case runs of a-z and 0-9; those of more than three characters are stemmed. Other scripts give no token."""
-    return [stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
+    words = re.findall("[a-z0-9]+", text.lower())
+    return [stem(word) if len(word) > 3 else word for word in words] if stemmed else words
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
@@ -25,9 +26,9 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return row[-1]
 
 
-def rouge_l(reference: str, prediction: str) -> tuple[float, float, float]:
+def rouge_l(reference: str, prediction: str, *, stemmed: bool = True) -> tuple[float, float, float]:
     """(recall, precision, F1), each 0 where either text has no token."""
-    wanted, written = rouge_tokens(reference), rouge_tokens(prediction)
+    wanted, written = rouge_tokens(reference, stemmed=stemmed), rouge_tokens(prediction, stemmed=stemmed)
     if not wanted or not written:
         return 0.0, 0.0, 0.0
     common = longest_common_subsequence(wanted, written)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.evals.measurement import Measurement
+
+
+def concept_vector_distance(
+    before: Float[Tensor, " hidden"],
+    after: Float[Tensor, " hidden"],
+    unembedding: Float[Tensor, "vocab hidden"],
+    *,
+    top: int = 200,
+) -> list[Measurement]:
+    r"""How much an MLP's value vector that stands for a concept was changed by unlearning.
+
+    .. math:: \frac{|T(v) \cap T(v')|}{|T(v) \cup T(v')|}, \quad \cos(v, v'), \quad \lVert v - v' \rVert_2
+
+    `T(v)` are the `top` tokens with the largest inner product of their unembedding with the vector: a column of a
+    layer's down projection. Methods that only teach a model to answer otherwise leave all three nearly unchanged.
+
+    Returns:
+        `concept_jaccard` (share), `concept_cosine` (from -1 to 1) and `concept_l2`; lower, lower and higher is more
+        forgotten.
+
+    Source: ConceptVectors, Hong et al., "Intrinsic evaluation of unlearning using parametric knowledge traces", 2024,
+    https://arxiv.org/abs/2406.11614
+    """
+    if not 1 <= top <= len(unembedding):
+        raise ValueError(f"`top` has to be from 1 to the {len(unembedding)} tokens of the vocabulary, got {top}.")
+    before, after = before.double(), after.double()
+    first, second = (set((unembedding.double() @ vector).topk(top).indices.tolist()) for vector in (before, after))
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=0).item()
+    return [
+        Measurement("concept_jaccard", len(first & second) / len(first | second), "share of top tokens", False, 1),
+        Measurement("concept_cosine", cosine, "cosine", False, 1),
+        Measurement("concept_l2", (before - after).norm().item(), "L2 distance", True, 1),
+    ]

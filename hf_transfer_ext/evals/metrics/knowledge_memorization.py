@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import re
+
+from hf_transfer_ext.evals.metric import metric
+from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
+from hf_transfer_ext.evals.scoring import ScoredExample
+
+
+@metric(unit="ROUGE-L F1", higher_is_better=False, needs=("generations",))
+def knowledge_memorization(example: ScoredExample) -> float:
+    """ROUGE-L F1 between the answer to a question about a text and what the model generates, in 32 tokens.
+
+    MUSE puts a few questions with their answers in front; give them in the plain template. Where the model goes on
+    with an empty line or a question of its own, that is cut off. Words are not stemmed. All of it as in MUSE's code.
+
+    Source: MUSE, Shi et al. 2024, section 3.1 (KnowMem), https://arxiv.org/abs/2407.06460
+    """
+    written = re.split(r"\n\n|Question:|\nQuestion", example.generation or "", maxsplit=1)[0]
+    return rouge_l(str(example.example["answer"]), written, stemmed=False)[2]

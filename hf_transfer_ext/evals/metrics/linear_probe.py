@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+
+
+def linear_probe(
+    hidden: Float[np.ndarray, "examples hidden"],
+    labels: Int[np.ndarray, " examples"],
+    *,
+    folds: int = 5,
+    ridge: float = 1e-2,
+    seed: int = 0,
+) -> Measurement:
+    r"""Whether a linear classifier reads something off hidden states, on examples it was not fitted to.
+
+    After unlearning, a probe that still tells the forgotten answers apart shows that the knowledge is there and only
+    the way out of the model is blocked. Compare with the share of the largest class, and with a retrained model.
+
+    Args:
+        hidden: One layer's hidden states (`TokenScores.hidden[layer]`). They are standardised with the mean and
+            deviation of the examples that a fold is fitted to.
+        labels: Class of each example, from 0.
+        folds: Parts of the data; each is predicted by a classifier fitted to the others.
+        ridge: Weight of the squared norm of the classifier's weights (its bias is free), > 0.
+
+    Returns:
+        Share of examples whose class is predicted.
+
+    Raises:
+        ValueError: Fewer than two classes, or fewer examples than folds.
+
+    Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes", 2016,
+    https://arxiv.org/abs/1610.01644
+    """
+    count, classes = len(labels), len(set(labels.tolist()))
+    if classes < 2 or count < folds or folds < 2:
+        raise ValueError(
+            f"A probe needs two classes and at least as many examples as folds (2 or more): got {classes} classes, "
+            f"{count} examples, {folds} folds."
+        )
+    order = np.random.default_rng(seed).permutation(count)
+    correct = np.zeros(count)
+    for fold in range(folds):
+        test = order[fold::folds]
+        train = np.setdiff1d(order, test)
+        mean, deviation = hidden[train].mean(0), hidden[train].std(0) + 1e-6
+        weights = _fit((hidden[train] - mean) / deviation, labels[train], int(labels.max()) + 1, ridge)
+        scores = np.c_[(hidden[test] - mean) / deviation, np.ones(len(test))] @ weights
+        correct[test] = scores.argmax(-1) == labels[test]
+    interval = bootstrap_interval(correct, np.ones(count), weighted_mean, seed=seed)
+    return Measurement("linear_probe", float(correct.mean()), "share of examples", False, count, interval)
+
+
+def _fit(features: np.ndarray, labels: np.ndarray, classes: int, ridge: float) -> np.ndarray:
+    """Multinomial logistic regression, bias in the last row; convex, so the start does not matter."""
+    inputs = torch.tensor(np.c_[features, np.ones(len(features))], dtype=torch.float64)
+    targets = torch.tensor(labels)
+    weights = torch.zeros(inputs.shape[1], classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(inputs @ weights, targets) + ridge * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return weights.detach().numpy()

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int
+
+from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+
+
+def negative_flip_rate(
+    old: Int[np.ndarray, " examples"], new: Int[np.ndarray, " examples"], right: Int[np.ndarray, " examples"]
+) -> list[Measurement]:
+    r"""How often an update breaks what worked, from the choice each model makes in each example.
+
+    .. math:: \mathrm{NFR} = P(\text{old right, new wrong}), \quad
+        \mathrm{NFR}_{mc} = P(\text{new wrong, new} \ne \text{old})
+
+    The second also counts a change from one wrong choice to another, which users see as a change all the same.
+
+    Returns:
+        `negative_flip_rate` and `negative_flip_rate_choices`, shares of all examples.
+
+    Source: Yan et al., "Positive-congruent training", 2021, https://arxiv.org/abs/2011.09161; with several choices
+    Echterhoff et al., "MUSCLE: a model update strategy for compatible LLM evolution", 2024,
+    https://arxiv.org/abs/2407.09435
+    """
+    if not len(old):
+        raise ValueError("Negative flips need at least one example.")
+    flips = {
+        "negative_flip_rate": (old == right) & (new != right),
+        "negative_flip_rate_choices": (new != right) & (old != new),
+    }
+    found = []
+    for name, flipped in flips.items():
+        values = flipped.astype(np.float64)
+        interval = bootstrap_interval(values, np.ones(len(values)), weighted_mean)
+        found.append(Measurement(name, float(values.mean()), "share of examples", False, len(values), interval))
+    return found

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from hf_transfer_ext.evals.metric import metric
+from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
+from hf_transfer_ext.evals.scoring import ScoredExample
+
+
+@metric(unit="ROUGE-L F1", higher_is_better=False, needs=("generations",))
+def verbatim_memorization(example: ScoredExample) -> float:
+    """ROUGE-L F1 between what a model writes after the start of a text and how the text really goes on.
+
+    The example's question is the start and its answer the continuation: use the plain template `"{question}"`, cut
+    the continuation to 128 tokens and generate as many. Words are not stemmed, as in MUSE's code.
+
+    Source: MUSE, Shi et al. 2024, section 3.1 (VerbMem), https://arxiv.org/abs/2407.06460
+    """
+    return rouge_l(str(example.example["answer"]), example.generation or "", stemmed=False)[2]
