@@ -238,7 +238,7 @@ class _Changes:
         return part is not self.head and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D")
 
     def _own_name(self, name: str) -> str:
-        """The name of a stored tensor in the model; old files leave the first part out (`h.0` of `transformer.h.0`)."""
+        """The tensor's name in the model; old files leave its first part out (`h.0` for `transformer.h.0`)."""
         for own in (name, f"{self.model.base_model_prefix}.{name}"):
             if own.rpartition(".")[0] in self.parts:
                 return own
@@ -266,7 +266,7 @@ def _skeleton(model: InputModel) -> Any:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-transfer-ext extract",
-        description="Extract a LoRA adapter from a full fine-tune: PeftModel.from_pretrained(base, OUT) gives it back.",
+        description="Extract a LoRA adapter from a full fine-tune, for PeftModel.from_pretrained(base, OUT).",
     )
     parser.add_argument("base", help="base model: folder or Hub id[@revision]")
     parser.add_argument("finetuned", help="fine-tuned model of the same shapes")

@@ -71,6 +71,11 @@ def check_weights(*, weight: PerModel, normalize: bool = False, **others: object
         raise ValueError(f"`normalize` divides by the sum of the weights, but {weights} sum to 0. Change a weight.")
 
 
+def check_multislerp(*, weight: PerModel, normalize_weights: bool = True, **others: object) -> None:
+    """As `check_mean_weights`, for the option's name in `multislerp`."""
+    check_mean_weights(weight=weight, normalize=normalize_weights)
+
+
 def check_mean_weights(*, weight: PerModel, normalize: bool = True, **others: object) -> None:
     """As `check_weights`, for means of models, where weights that are all 0 have no meaning either."""
     weights = [weight] if isinstance(weight, (int, float)) else list(weight)

@@ -28,8 +28,8 @@ Unit: TypeAlias = Literal["element", "row", "matrix"]
 
 BaseModel: TypeAlias = Literal["none", "member", "optional", "required"]
 
-#: Options of mergekit that are accepted and change nothing: masks never take memory here.
-WITHOUT_EFFECT = ("int8_mask",)
+#: Options that mergekit knows and that change nothing: masks take no memory here, and task arithmetic trims nothing.
+WITHOUT_EFFECT = ("int8_mask", "task_arithmetic.density", "task_arithmetic.rescale")
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,12 @@ RANGES: dict[str, Interval] = {
 class Pieces(Protocol):
     """One tensor of all models, piece by piece; every iteration starts again. Pieces are overwritten by the next."""
 
-    numel: int
-
+    @property
+    def numel(self) -> int: ...
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]: ...
+    def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        """Short runs (whole rows for `unit="row"`) from all over the tensor; all of a small tensor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class Whole:
         return self.models[0].numel()
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        yield self.base, self.models
+
+    def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         yield self.base, self.models
 
 
@@ -134,10 +140,16 @@ class MergeMethod:
     def __call__(self, base: Tensor | None, models: Sequence[Tensor], **options: Any) -> Tensor:
         if self.check is not None:
             self.check(**options)
+        base = base if self.base in ("optional", "required") else None
+        shape = models[0].shape
+        if self.unit == "row":
+            columns = shape[-1] if shape else 1
+            base = base if base is None else base.reshape(-1, columns)
+            models = [model.reshape(-1, columns) for model in models]
         if self.statistics is not None:
             defaults = {option.name: option.default for option in self.options.values() if not option.required}
             options |= self.statistics(Whole(base, list(models)), **{**defaults, **options})
-        return self.function(base, models, **options)
+        return self.function(base, models, **options).reshape(shape)
 
 
 def merge_method(

@@ -334,7 +334,7 @@ def _parameters(value: Any, method: MergeMethod, where: str, *, per_model: bool 
     if not isinstance(value, Mapping):
         raise ValueError(f"`{where}` has to be a mapping, got {value!r}.")
     for name, setting in value.items():
-        if name in WITHOUT_EFFECT:
+        if _has_no_effect(name, method):
             continue
         if name not in method.options:
             kind = f"option of merge method {method.__name__!r}"
@@ -345,7 +345,11 @@ def _parameters(value: Any, method: MergeMethod, where: str, *, per_model: bool 
                 "`parameters`, or to those of the slice."
             )
         _check_setting(name, setting, f"{where}.{name}")
-    return {name: setting for name, setting in value.items() if name not in WITHOUT_EFFECT}
+    return {name: setting for name, setting in value.items() if not _has_no_effect(name, method)}
+
+
+def _has_no_effect(name: str, method: MergeMethod) -> bool:
+    return name in WITHOUT_EFFECT or f"{method.__name__}.{name}" in WITHOUT_EFFECT
 
 
 def _check_setting(name: str, setting: Any, where: str) -> None:

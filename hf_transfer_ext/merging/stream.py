@@ -27,6 +27,9 @@ from hf_transfer_ext.merging.noise import Noise
 #: Elements of a piece. Small enough that the pieces of some models stay in a core's second-level cache.
 PIECE = 1 << 17
 
+#: Elements of a sample, and of each of the runs that it is made of.
+SAMPLE, SAMPLE_RUN = 1 << 16, 1 << 8
+
 #: Elements of a tensor that one thread takes at a time where nothing has to be known about the whole tensor.
 SEGMENT = 1 << 23
 
@@ -53,6 +56,16 @@ class StreamedPieces:
         for _, base, models in self.placed():
             yield base, models
 
+    def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        if self.numel <= PIECE or self.job.method.unit == "matrix":
+            yield from self
+            return
+        columns = columns_of(self.job)
+        run = -(-SAMPLE_RUN // columns) * columns
+        step = max(run, self.numel // (SAMPLE // run + 1) // columns * columns)
+        for start in range(self.start, self.stop - run + 1, step):
+            yield self._at(start, start + run, check=False)
+
     def placed(self) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
         """Also tell where a piece starts in the flat tensor."""
         check, self.check = self.check, False
@@ -61,9 +74,12 @@ class StreamedPieces:
             stop = min(start + step, self.stop)
             if self.halt.is_set():
                 raise InterruptedError("The merge was stopped.")
-            base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check)
-            models = [self._read(one, start, stop, slot + 1, check) for slot, one in enumerate(self.job.models)]
-            yield start, base, models
+            yield start, *self._at(start, stop, check=check)
+
+    def _at(self, start: int, stop: int, *, check: bool) -> tuple[Tensor | None, list[Tensor]]:
+        base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check)
+        models = [self._read(one, start, stop, slot + 1, check) for slot, one in enumerate(self.job.models)]
+        return base, models
 
     def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool) -> Tensor:
         out = self.scratch.floats(slot, stop - start)

@@ -1,0 +1,52 @@
+"""DARE with task arithmetic: drop most of each change at random, and add what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import add_changes, changes_of, check_weights
+from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging.trimming import drop_at_random
+
+
+@merge_method(check=check_weights)
+def dare_linear(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    weight: PerModel,
+    density: PerModel = 1.0,
+    rescale: bool = True,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    noise: Noise = Noise(),  # noqa: B008
+) -> Float[Tensor, "*shape"]:
+    r"""Drop each element of a change with probability 1 - density, rescale the others, and add all changes.
+
+    .. math:: \theta = \theta_0 + \lambda \sum_i w_i \, m_i t_i / d_i, \quad m_i \sim \mathrm{Bernoulli}(d_i)
+
+    Args:
+        weight: w_i.
+        density: d_i, the probability that an element is kept; 0.1 is typical.
+        rescale: Divide by d_i, so that the expected change stays.
+        normalize: Also divide by the sum of the weights.
+        lambda_: Strength of the whole change (`lambda` in YAML).
+        noise: Random numbers of the elements' places.
+
+    Returns:
+        The merged weights.
+
+    Deviations: none. mergekit divides by the share of the L1 norm that happened to be kept, which has the
+    same expectation for large tensors and depends on the tensor for small ones.
+
+    Source: Language models are super Mario, Yu et al. 2024, https://arxiv.org/abs/2311.03099
+    """
+    kept = [
+        drop_at_random(change, share, rescale=rescale, noise=noise, model=i)
+        for i, (change, share) in enumerate(zip(changes_of(base, models), for_each(density, models), strict=True))
+    ]
+    return add_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)

@@ -1,0 +1,53 @@
+"""DARE with TIES: drop most of each change at random, then elect a sign and add what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import add_elected_changes, changes_of, check_weights
+from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging.trimming import drop_at_random
+
+
+@merge_method(check=check_weights)
+def dare_ties(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    weight: PerModel,
+    density: PerModel = 1.0,
+    rescale: bool = True,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    noise: Noise = Noise(),  # noqa: B008
+) -> Float[Tensor, "*shape"]:
+    r"""Drop each element of a change with probability 1 - density, rescale the others, add those that agree in sign.
+
+    .. math::
+        c_i = w_i \, m_i t_i / d_i, \quad s = \mathrm{sign} \sum_i c_i, \quad
+        \theta = \theta_0 + \lambda \sum_{i: c_i s > 0} c_i
+
+    Args:
+        weight: w_i.
+        density: d_i, the probability that an element is kept; 0.1 is typical.
+        rescale: Divide by d_i, so that the expected change stays.
+        normalize: Divide by the weights of those that agree.
+        lambda_: Strength of the whole change (`lambda` in YAML).
+        noise: Random numbers of the elements' places.
+
+    Returns:
+        The merged weights.
+
+    Deviations: as `dare_linear` for the scale, as `ties` for changes that cancel.
+
+    Source: Language models are super Mario, Yu et al. 2024, https://arxiv.org/abs/2311.03099
+    """
+    kept = [
+        drop_at_random(change, share, rescale=rescale, noise=noise, model=i)
+        for i, (change, share) in enumerate(zip(changes_of(base, models), for_each(density, models), strict=True))
+    ]
+    return add_elected_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)

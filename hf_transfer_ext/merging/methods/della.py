@@ -1,0 +1,60 @@
+"""DELLA: drop small changes more often than large ones, then elect a sign and add what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import add_elected_changes, changes_of
+from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging.trimming import check_della, drop_by_rank
+
+
+@merge_method(unit="row", check=check_della)
+def della(
+    base: Float[Tensor, "rows columns"],
+    models: Sequence[Float[Tensor, "rows columns"]],
+    *,
+    weight: PerModel,
+    density: PerModel = 1.0,
+    epsilon: PerModel = 0.15,
+    rescale: bool = True,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    noise: Noise = Noise(),  # noqa: B008
+) -> Float[Tensor, "rows columns"]:
+    r"""Drop elements at random, the small ones of a row more often (MAGPRUNE), and add those that agree in sign.
+
+    .. math::
+        p_{ij} = d_i - \epsilon_i + 2 \epsilon_i \frac{r_{ij}}{n - 1}, \quad
+        c_{ij} = w_i \, m_{ij} t_{ij} / p_{ij}, \quad m_{ij} \sim \mathrm{Bernoulli}(p_{ij})
+
+    with r_ij the rank of |t_ij| among the n elements of its row, 0 for the smallest; then as in `ties`.
+
+    Args:
+        weight: w_i.
+        density: d_i, the mean probability that an element is kept; density +- epsilon has to lie in (0, 1).
+        epsilon: Half the difference between the largest and the smallest element's probability.
+        rescale: Divide by the element's own p, so that the expected change stays.
+        normalize: Also divide by the sum of the weights of those that agree.
+        lambda_: Strength of the whole change (`lambda` in YAML).
+        noise: Random numbers of the elements' places.
+
+    Returns:
+        The merged weights. A tensor with one dimension counts as one row.
+
+    Deviations: magnitudes that agree in their leading bits are ranked by place (`trimming.drop_by_rank`). mergekit
+    rescales by the share of the L1 norm that was kept, the same for all elements, instead of each by its probability.
+
+    Source: DELLA-Merging, Deep et al. 2024, https://arxiv.org/abs/2406.11617
+    """
+    kept = [
+        drop_by_rank(change, share, spread, rescale=rescale, noise=noise, model=i)
+        for i, (change, share, spread) in enumerate(
+            zip(changes_of(base, models), for_each(density, models), for_each(epsilon, models), strict=True)
+        )
+    ]
+    return add_elected_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)

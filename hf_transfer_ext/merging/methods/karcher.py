@@ -1,0 +1,62 @@
+"""Karcher mean: the point on the sphere with the least sum of squared distances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.geometry import Gram, combine, gram_of_models, norm_of, unit_gram
+from hf_transfer_ext.merging.method import merge_method
+
+
+@merge_method(base="member", statistics=gram_of_models)
+def karcher(
+    base: Float[Tensor, "*shape"] | None,
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    max_iter: int = 10,
+    tol: float = 1e-5,
+    gram: Gram,
+) -> Float[Tensor, "*shape"]:
+    r"""The Riemannian mean of the models' directions, with the mean of their norms.
+
+    .. math::
+        u \leftarrow \cos(\|v\|) u + \sin(\|v\|) \frac{v}{\|v\|}, \quad
+        v = \frac{1}{n} \sum_i \frac{\varphi_i}{\sin \varphi_i} (u_i - u \cos \varphi_i), \quad
+        \cos \varphi_i = \langle u, u_i \rangle
+
+    A base model counts as one more model.
+
+    Args:
+        max_iter: Largest number of steps.
+        tol: Norm of a step (and angle, and norm of a vector) below which it counts as 0.
+        gram: Scalar products of the models.
+
+    Returns:
+        The merged weights.
+
+    Source: Riemannian center of mass, Karcher 1977, https://doi.org/10.1002/cpa.3160300502
+    """
+    norms, units = unit_gram(gram)
+    valid = (norms > tol).double()
+    if not valid.any():
+        return models[0] * 0.0
+    shares = valid / valid.sum()
+    length = norm_of(shares, units)
+    point = shares / length if length >= tol else torch.eye(len(models), dtype=torch.float64)[int(valid.argmax())]
+    for _ in range(int(max_iter)):
+        cosines = (units @ point).clamp(-1, 1)
+        angles = cosines.arccos()
+        moves = torch.where(angles < tol, torch.zeros_like(angles), shares * angles / angles.sin().clamp(min=1e-300))
+        step = moves - (moves * cosines).sum() * point
+        size = norm_of(step, units)
+        if size < tol:
+            break
+        point = math.cos(size) * point + math.sin(size) / size * step
+        point = point / norm_of(point, units)
+    factors = point * norms.mean() / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return combine(models, factors.tolist())

@@ -1,0 +1,52 @@
+"""Model Stock: how far to go from the base to the mean of fine-tunes follows from the angle between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.geometry import combine, cosines_of, gram_of_models
+from hf_transfer_ext.merging.method import merge_method
+
+
+@merge_method(unit="row", count=(2, None), statistics=gram_of_models)
+def model_stock(
+    base: Float[Tensor, "rows columns"],
+    models: Sequence[Float[Tensor, "rows columns"]],
+    *,
+    filter_wise: bool = False,
+    gram: Float64[Tensor, "models models"],
+) -> Float[Tensor, "rows columns"]:
+    r"""Between the base and the mean of the fine-tunes, closer to the mean the more the fine-tunes agree.
+
+    .. math::
+        \theta = r \bar\theta + (1 - r) \theta_0, \quad r = \frac{k \cos \varphi}{1 + (k - 1) \cos \varphi}
+
+    with k models and cos phi the mean cosine between two changes.
+
+    Args:
+        filter_wise: One angle for each row instead of one for each tensor.
+        gram: Scalar products of the changes.
+
+    Returns:
+        The merged weights.
+
+    Deviations: the paper derives r for two models and for equal angles; for more models with different angles their
+    mean cosine is taken, as in mergekit.
+
+    Source: Model Stock, Jang et al. 2024, https://arxiv.org/abs/2403.19522
+    """
+    count = len(models)
+    mean = combine(models, [1 / count] * count)
+    products = gram
+    if filter_wise:
+        rows = torch.stack(changes_of(base, models), dim=1).double()  # (rows, models, columns)
+        products = rows @ rows.transpose(1, 2)
+    pairs = torch.triu(torch.ones(count, count, dtype=torch.bool), diagonal=1)
+    cosine = cosines_of(products)[..., pairs].mean(-1, keepdim=True)
+    share = (count * cosine / (1 + (count - 1) * cosine)).float()
+    return mean.mul_(share).add_(base * (1 - share))

@@ -1,0 +1,68 @@
+"""Multi-slerp: the mean of several models on a sphere, in the tangent space of their mean direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import check_multislerp
+from hf_transfer_ext.merging.geometry import Gram, combine, gram_of_models, norm_of, unit_gram
+from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+
+
+@merge_method(base="optional", statistics=gram_of_models, check=check_multislerp)
+def multislerp(
+    base: Float[Tensor, "*shape"] | None,
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    weight: PerModel,
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
+    gram: Gram,
+) -> Float[Tensor, "*shape"]:
+    r"""Interpolate any number of models on the hypersphere, around the base if there is one.
+
+    .. math::
+        u_i = x_i / \|x_i\|, \quad \mu = \frac{\sum_i w_i u_i}{\|\sum_i w_i u_i\|}, \quad
+        v = \sum_i w_i (u_i - \langle u_i, \mu \rangle \mu), \quad
+        x = \Big(\mu \cos \|v\| + v \frac{\sin \|v\|}{\|v\|}\Big) \sum_i w_i \|x_i\|
+
+    with x_i the models, or their changes from the base, which is then added.
+
+    Args:
+        weight: w_i.
+        normalize_weights: Divide the weights by their sum.
+        eps: Below this norm the mean has no direction.
+        gram: Scalar products of the x_i.
+
+    Returns:
+        The merged weights; two opposite vectors are interpolated on a line.
+
+    Raises:
+        ValueError: The weighted directions of more than two vectors cancel.
+
+    Source: Multi-SLERP, Goddard 2025, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
+    """
+    vectors = list(models) if base is None else [model - base for model in models]
+    origin = 0.0 if base is None else base
+    if len(vectors) == 1:
+        return vectors[0] + origin
+    weights = torch.tensor(for_each(weight, models), dtype=torch.float64)
+    if normalize_weights:
+        weights = weights / weights.sum()
+    norms, units = unit_gram(gram)
+    length = norm_of(weights, units)
+    if length < eps:
+        if len(vectors) > 2 and bool(norms.any()):
+            raise ValueError("The weighted directions of the models cancel each other. Choose other weights.")
+        return combine(vectors, weights.tolist()) + origin
+    mean = weights / length  # all vectors are coefficients of the u_i from here on
+    tangent = weights - (weights @ units @ mean) * mean
+    size = norm_of(tangent, units)
+    point = mean * math.cos(size) + tangent * (math.sin(size) / size if size > 0 else 1.0)
+    factors = point * (weights * norms).sum() / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return combine(vectors, factors.tolist()) + origin

@@ -1,0 +1,32 @@
+"""NearSwap: take the other model where it is near the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.method import merge_method
+
+
+@merge_method(count=(1, 1))
+def nearswap(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    t: float,
+) -> Float[Tensor, "*shape"]:
+    r"""Move from the base to the other model fully where they differ by at most t, and by t where they differ by more.
+
+    .. math:: \theta = \theta_0 + \min(1, t / |\theta_1 - \theta_0|) (\theta_1 - \theta_0)
+
+    Args:
+        t: Largest change of an element, in units of the weights; at least 0.
+
+    Returns:
+        The merged weights.
+
+    Source: QuartetAnemoi-70B, alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
+    """
+    return base + (models[0] - base).clamp_(-t, t)

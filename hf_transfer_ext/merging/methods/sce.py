@@ -1,0 +1,53 @@
+"""SCE: select what varies, weigh models by their energy, erase what disagrees in sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.variance import energies_and_threshold, keep_varying
+
+
+@merge_method(statistics=energies_and_threshold)
+def sce(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    select_topk: float = 1.0,
+    threshold: float,
+    shares: Sequence[float],
+) -> Float[Tensor, "*shape"]:
+    r"""Merge the changes whose variance over the models is largest, each model weighted by its mean squared change.
+
+    .. math::
+        \hat t_i = t_i [\mathrm{Var}_i(t) \ge q], \quad w_i \propto \mathrm{mean}(\hat t_i^2), \quad
+        \theta = \theta_0 + \sum_{i: \hat t_i s > 0} w_i \hat t_i \Big/ \sum_{i: \hat t_i s > 0} w_i, \quad
+        s = \mathrm{sign} \sum_i \hat t_i
+
+    Args:
+        select_topk: Share of the elements with a variance above 0 that is kept.
+        threshold: q, the smallest variance that is kept.
+        shares: w_i of the tensor, summing to 1.
+
+    Returns:
+        The merged weights.
+
+    Deviations: elements that tie with the smallest kept variance are all kept. mergekit gives all models the same
+    weight where the mean squares sum to less than 1e-6, as those of most fine-tunes do; here only where none changed.
+
+    Source: FuseChat, Wan et al. 2024, https://arxiv.org/abs/2408.07990
+    """
+    selected = keep_varying(changes_of(base, models), threshold)
+    # +1 where the sum is 0, as in TIES; adding 0.0 turns -0.0 into 0.0.
+    elected = torch.copysign(torch.ones_like(base), torch.stack(selected).sum(0) + 0.0)
+    merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
+    for change, share in zip(selected, shares, strict=True):
+        agrees = (change * elected) > 0
+        merged.add_(change * agrees, alpha=share)
+        divisor.add_(agrees, alpha=share)
+    return merged.div_(divisor.masked_fill_(divisor == 0, 1.0)).add_(base)

@@ -1,0 +1,49 @@
+"""TIES: trim each change to its largest elements, elect a sign, add what agrees with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import add_elected_changes, changes_of, check_weights
+from hf_transfer_ext.merging.method import PerModel, merge_method
+from hf_transfer_ext.merging.selection import keep_magnitudes
+from hf_transfer_ext.merging.trimming import smallest_kept
+
+
+@merge_method(statistics=smallest_kept, check=check_weights)
+def ties(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    weight: PerModel,
+    density: PerModel = 1.0,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    thresholds: Sequence[float],
+) -> Float[Tensor, "*shape"]:
+    r"""Keep the largest changes of each model, and of those the ones that agree with the weighted majority.
+
+    .. math::
+        c_i = w_i \, t_i [|t_i| \ge q_i], \quad s = \mathrm{sign} \sum_i c_i, \quad
+        \theta = \theta_0 + \lambda \sum_{i: c_i s > 0} c_i \Big/ \sum_{i: c_i s > 0} w_i
+
+    Args:
+        weight: w_i.
+        density: Share of the elements that is kept, by magnitude, in each tensor.
+        normalize: Divide by the weights of those that agree.
+        lambda_: Strength of the whole change (`lambda` in YAML).
+        thresholds: q_i, the smallest magnitude that is kept.
+
+    Returns:
+        The merged weights.
+
+    Deviations: the paper trims over the whole model; this trims in each tensor, as mergekit and PEFT do. Elements that
+    tie with the smallest kept one are all kept. Where the changes cancel to exactly 0, the positive ones win.
+
+    Source: TIES-Merging, Yadav et al. 2023, https://arxiv.org/abs/2306.01708
+    """
+    kept = [keep_magnitudes(change, low) for change, low in zip(changes_of(base, models), thresholds, strict=True)]
+    return add_elected_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)

@@ -1,0 +1,135 @@
+"""Which elements of a change are kept: the largest, those between two ranks, or a random share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import Weights, changes_of, check_weights
+from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
+from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging.selection import order_statistics
+
+
+def magnitudes(base: Tensor | None, models: list[Tensor]) -> list[Tensor]:
+    """|t_i| of one piece."""
+    if base is None:
+        return [model.abs() for model in models]
+    return [change.abs_() for change in changes_of(base, models)]
+
+
+@gives("thresholds")
+def smallest_kept(pieces: Pieces, *, density: PerModel = 1.0, **options: Any) -> dict[str, Any]:
+    """For each model the magnitude at which the largest int(density * numel) elements begin; inf if they are none."""
+    lows = [low for low, _ in kept_magnitudes(pieces, density, 0.0)]
+    return {"thresholds": lows}
+
+
+@gives("bounds")
+def inner_magnitudes(
+    pieces: Pieces, *, density: PerModel = 1.0, gamma: PerModel = 0.01, **options: Any
+) -> dict[str, Any]:
+    """For each model the smallest and the largest magnitude that is kept when the share `gamma` of outliers goes."""
+    return {"bounds": kept_magnitudes(pieces, density, gamma)}
+
+
+def kept_magnitudes(pieces: Pieces, density: PerModel, gamma: PerModel) -> list[tuple[float, float]]:
+    """Bounds (low, high) of the magnitudes that are kept, for each model: both are magnitudes of kept elements.
+
+    Of n elements the int(gamma n) largest go, then the smallest, until int(density n) are left. Where that is not
+    possible (density + gamma > 1) fewer of the largest go. Density 1 keeps everything.
+    """
+    _, models = next(iter(pieces.sample()))
+    ranks: list[tuple[int, int] | None] = []
+    for share, outliers in zip(for_each(density, models), for_each(gamma, models), strict=True):
+        kept = int(share * pieces.numel)
+        top = min(int(outliers * pieces.numel), pieces.numel - kept)
+        last = pieces.numel - 1 - top
+        ranks.append((last - kept + 1, last) if kept else None)
+    everything = (0, pieces.numel - 1)
+    wanted = sorted({rank for pair in ranks if pair not in (None, everything) for rank in pair or ()})
+    # One selection for all models: the series share the pieces, and models with equal options share the ranks.
+    values = order_statistics(pieces, magnitudes, wanted) if wanted else []
+    bounds = []
+    for i, pair in enumerate(ranks):
+        if pair is None:
+            bounds.append((float("inf"), float("inf")))
+        elif pair == everything:
+            bounds.append((0.0, float("inf")))
+        else:
+            low, high = (values[i][wanted.index(rank)] for rank in pair)
+            bounds.append((low, high if pair[1] < pieces.numel - 1 else float("inf")))
+    return bounds
+
+
+def drop_at_random(change: Weights, density: float, *, rescale: bool, noise: Noise, model: int) -> Weights:
+    """Keep each element with probability `density`; with `rescale` divide by it, so that the expectation stays."""
+    if density >= 1:
+        return change
+    if density <= 0:
+        return change.zero_()
+    kept = change * noise.keep(model, change, density)
+    return kept.div_(density) if rescale else kept
+
+
+def drop_by_rank(
+    change: Float[Tensor, "rows columns"], density: float, epsilon: float, *, rescale: bool, noise: Noise, model: int
+) -> Float[Tensor, "rows columns"]:
+    """Keep each element with a probability that grows with the rank of its magnitude in the row.
+
+    The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, those between
+    in even steps. With `rescale` each is divided by its own probability.
+
+    Magnitudes are compared by their leading bits only, as many as leave room for the place in a 32-bit word (11 bits
+    of the mantissa and more for rows of up to 4096), and equal ones are ranked by place. Sorting such words costs a
+    third of an argsort.
+    """
+    if density >= 1:
+        return change
+    if density <= 0:
+        return change.zero_()
+    rows, columns = change.shape
+    order = _order_of_magnitudes(change)
+    steps = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
+    # The words belong to ranks, not to places: which of the independent numbers goes where makes no difference.
+    words = noise.words(model, rows * columns).reshape(rows, columns)
+    kept = words < (steps * 2.0**32).astype(np.uint32)
+    factors = kept * (1 / steps if rescale else np.ones(columns)).astype(np.float32)
+    spread = np.empty((rows, columns), dtype=np.float32)
+    np.put_along_axis(spread, order, factors, axis=1)
+    return change * torch.from_numpy(spread)
+
+
+def _order_of_magnitudes(change: Float[Tensor, "rows columns"]) -> np.ndarray:
+    """The places of each row's elements, from the smallest magnitude to the largest."""
+    columns = change.shape[1]
+    width = max(1, (columns - 1).bit_length())
+    bits = change.contiguous().numpy().view(np.uint32) << np.uint32(1)  # without the sign
+    places = np.arange(columns, dtype=np.uint32)
+    if width <= 13:
+        mask = np.uint32((1 << width) - 1)
+        words = (bits & ~mask) | places
+        words.sort(axis=1)
+        return (words & mask).astype(np.int64)
+    long = (bits.astype(np.uint64) << np.uint64(32)) | places
+    long.sort(axis=1)
+    return (long & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def check_della(*, density: PerModel = 1.0, epsilon: PerModel = 0.15, **options: Any) -> None:
+    """Probabilities have to stay in (0, 1), and weights must have a sum where it divides."""
+    check_weights(**options)
+    densities = [density] if isinstance(density, (int, float)) else list(density)
+    epsilons = [epsilon] if isinstance(epsilon, (int, float)) else list(epsilon)
+    if len(epsilons) == 1:
+        epsilons *= len(densities)
+    for share, spread in zip(densities, epsilons, strict=False):
+        if 0 < share < 1 and not (share - spread > 0 and share + spread < 1):
+            raise ValueError(
+                f"`density` - `epsilon` and `density` + `epsilon` have to lie between 0 and 1, got {share} and "
+                f"{spread}. Choose a smaller epsilon."
+            )
