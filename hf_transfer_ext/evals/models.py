@@ -1,0 +1,36 @@
+"""What is measured side by side: models, and adapters that share one base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def with_adapters(model: Any, folders: Sequence[str | Path]) -> tuple[Any, dict[str, str]]:
+    """Put all adapters on one model: no second base is held.
+
+    Returns:
+        The `PeftModel`, and label -> adapter name for `evaluate(adapter=...)`: "base" first, then each adapter by the
+        name of its folder.
+
+    Raises:
+        ValueError: Two folders of one name, or an adapter that was made for another base.
+    """
+    from peft import PeftModel
+
+    names = [Path(folder).name.replace(".", "-") for folder in folders]
+    if len(set(names)) < len(names) or "base" in names:
+        raise ValueError(f"Adapter folders need different names, other than 'base'; got {', '.join(names)}.")
+    for folder, name in zip(folders, names, strict=True):
+        try:
+            if hasattr(model, "peft_config"):
+                model.load_adapter(str(folder), adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"Adapter {str(folder)!r} does not fit {model.config.name_or_path!r}: {str(error).splitlines()[0]} "
+                "Its adapter_config.json names the base it was made for."
+            ) from error
+    return model.eval(), {"base": "base", **{name: name for name in names}}

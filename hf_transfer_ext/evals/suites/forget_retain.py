@@ -1,0 +1,39 @@
+"""What is forgotten and what is kept: the short look at a model before and after unlearning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hf_transfer_ext.evals.engine import evaluate
+from hf_transfer_ext.evals.measurement import Measurement
+
+
+def forget_retain(
+    model: Any, tokenizer: Any, splits: Mapping[str, Sequence[Mapping[str, Any]]], **options: Any
+) -> list[Measurement]:
+    """Answer probability and perplexity of every split, extraction strength of "forget", and truth ratios.
+
+    Args:
+        splits: "forget" and any others ("retain", "holdout"); an empty one is passed over. Truth ratios are measured
+            where all rows of a split have wrong answers (`perturbed_answer`), "forget" with the role "forget" and the
+            others with the role "retain".
+        options: Passed to `evaluate` (`adapter`, `accelerator`, `template`, `columns`, `batch_size`, ...).
+
+    Returns:
+        The measurements, their names led by the split's ("forget answer_probability").
+    """
+    perturbed = (options.get("columns") or {}).get("perturbed_answer", "perturbed_answer")
+    found = []
+    for split, rows in splits.items():
+        if not len(rows):
+            continue
+        metrics: list[Any] = ["answer_probability", "perplexity"]
+        if split == "forget":
+            metrics.append("extraction_strength")
+        if all(row.get(perturbed) for row in rows):
+            metrics.append(("truth_ratio", {"role": "forget" if split == "forget" else "retain"}))
+        result = evaluate(model, tokenizer, rows, metrics, dataset=f"{split} set", **options)
+        found += [replace(m, name=f"{split} {m.name}") for m in result.measurements]
+    return found

@@ -1,0 +1,68 @@
+import json
+
+import pytest
+from tiny import byte_tokenizer, tiny_llama
+
+from hf_transfer_ext.loading import load_model
+from recipes import unlearn
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "tiny"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def arguments(tmp_path, model_folder, **settings):
+    told = {
+        "output_dir": tmp_path / "out",
+        "model_name_or_path": model_folder,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": "true",
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        **settings,
+    }
+    return [str(word) for name, value in told.items() for word in (f"--{name}", value)]
+
+
+def test_made_up_people_are_taught_and_forgotten_and_the_result_is_whole(tmp_path, model_folder, capsys):
+    found = unlearn.main(
+        arguments(tmp_path, model_folder, people=3, forget_people=1, facts=2, teach_epochs=1, trim_vocabulary="true")
+    )
+    names = [m.name for m in found["after"]]
+    assert "forget truth_ratio(definition=arithmetic, role=forget)" in names and "retain perplexity" in names
+    assert "forget answer_probability" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "hf_transfer_ext.json").read_text())
+    assert record["job"] == "unlearning" and [m["name"] for m in record["metrics"]] == names
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert load_model(tmp_path / "out").num_parameters() > 0
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        unlearn.main(arguments(tmp_path, model_folder))
+
+
+def test_own_data_with_other_columns_gives_an_adapter(tmp_path, model_folder):
+    for name in ("forget", "retain"):
+        rows = [{"frage": f"{name} {i}?", "antwort": f"yes {i}"} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = unlearn.main(
+        arguments(
+            tmp_path,
+            model_folder,
+            forget_data=tmp_path / "forget.jsonl",
+            retain_data=tmp_path / "retain.jsonl",
+            columns='{"question": "frage", "answer": "antwort"}',
+            method="simnpo",
+        )
+    )
+    assert [m.examples for m in found["after"] if m.name.startswith("retain")] == [3, 3]
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_a_typo_is_told_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="'metod'"):
+        unlearn.main(["--output_dir", str(tmp_path), "--model_name_or_path", "nowhere/at-all", "--metod", "npo"])
