@@ -66,6 +66,11 @@ def _parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
             raise ValueError(unknown_name("option", word[2:].split("=")[0].replace("-", "_"), known))
     if rest:
         raise ValueError(f"Unexpected argument {rest[0]!r}. Options are written as --key value.")
+    for instance in parsed[: len(types)]:
+        for f in fields(instance):
+            value = getattr(instance, f.name, None)
+            if isinstance(value, str) and value.lstrip().startswith("{") and _takes_mapping(hints[f.name]):
+                setattr(instance, f.name, _mapping(f.name, value))
     return tuple(parsed[: len(types)])
 
 
@@ -113,6 +118,18 @@ def _from_yaml(value: Any, hint: Any) -> Any:
         except ValueError:
             return value
     return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _takes_mapping(hint: Any) -> bool:
+    return any(dict in (part, typing.get_origin(part)) for part in (hint, *typing.get_args(hint)))
+
+
+def _mapping(name: str, text: str) -> dict[str, Any]:
+    """A mapping that came as JSON, from the command line or through the argument parser."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`{name}` has to be a mapping in JSON, got {text!r}: {error}.") from error
 
 
 def _raise(message: str) -> typing.NoReturn:

@@ -13,6 +13,7 @@ class Job:
     rate: float | None = 0.5
     shuffle: bool = True
     names: list[str] = field(default_factory=lambda: ["a"])
+    columns: dict[str, str] | str | None = None
 
 
 @dataclass
@@ -52,6 +53,14 @@ def test_without_a_file(tmp_path):
 def test_mistakes_are_told(tmp_path, text, extra, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(Job, argv=[*write(tmp_path, text), *extra])
+
+
+def test_a_mapping_comes_from_the_file_and_as_json(tmp_path):
+    argv = write(tmp_path, "dataset: d\ncolumns: {text: body}\n")
+    assert parse_recipe(Job, argv=argv)[0].columns == {"text": "body"}
+    assert parse_recipe(Job, argv=[*argv, "--columns", '{"text": "b"}'])[0].columns == {"text": "b"}
+    with pytest.raises(ValueError, match="`columns` has to be a mapping in JSON"):
+        parse_recipe(Job, argv=[*argv, "--columns", "{text: b}"])
 
 
 def test_a_missing_file_is_told():

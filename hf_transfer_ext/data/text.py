@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hf_transfer_ext.data.facts import fact_texts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.hub.record import RunInput, describe_input
 from hf_transfer_ext.registry import unknown_name
 
 TextDataset: TypeAlias = Dataset | IterableDataset
@@ -74,6 +76,14 @@ def load_text_dataset(
             remove_columns=["question", "answer"],
         )
     return dataset
+
+
+def describe_dataset(name_or_path: str | Path, revision: str | None = None) -> RunInput:
+    """Which data a run reads, for its record: Hub commit, digests of local files, or the packages behind "facts"."""
+    if str(name_or_path) == FACTS and not Path(FACTS).exists():
+        made_from = ", ".join(f"{package} {version(package)}" for package in ("countryinfo", "mendeleev"))
+        return RunInput(f"{FACTS} (made from {made_from})", "dataset")
+    return describe_input(name_or_path, revision, "dataset")
 
 
 def load_rows(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
+from hf_transfer_ext.data.text import fit_context, require_labels
+from hf_transfer_ext.data.vocabularies import compare_vocabularies
 from hf_transfer_ext.heads import LMHead, causal_lm_of, head_is_understood, head_module, head_replaced, is_plain_head
 from hf_transfer_ext.heads import logit_scale_and_softcap as scale_and_softcap
 from hf_transfer_ext.loading import context_length, load_model, load_tokenizer
@@ -27,7 +31,7 @@ from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_linear_divergence
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher, TeacherSignal
-from hf_transfer_ext.tensors import IGNORE_INDEX, next_token_targets
+from hf_transfer_ext.tensors import next_token_targets
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 
 logger = logging.getLogger(__name__)
@@ -100,6 +104,16 @@ def check_loss(name: str, options: dict[str, Any]) -> None:
     divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
 
 
+def without_teacher(args: DistillationConfig) -> DistillationConfig:
+    """The same training on cross entropy alone: a teacher's own fine-tuning, or a student's twin to compare with."""
+    plain = copy.copy(args)
+    plain.kd_weight, plain.ce_weight = 0.0, 1.0
+    plain.teacher_model_name_or_path = plain.teacher_adapter = None
+    plain.resume_from_checkpoint, plain.push_to_hub = None, False
+    plain.save_strategy = SaveStrategy.NO
+    return plain
+
+
 class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
     """Minimise `kd_weight * D(student, teacher) + ce_weight * CE` per labelled token, on fixed data.
 
@@ -148,6 +162,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         for name, checked in (("student", model), ("teacher", teacher)):
             if checked is not None:
                 check_length(name, checked, args.max_length)
+        self._context = context_length(causal_lm_of(model))
         with _any_head_passes(model):
             super().__init__(
                 model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
@@ -165,9 +180,9 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **kwargs)
-        if isinstance(dataset, Dataset) and not packing:
-            refuse_unlabelled(dataset, prepared, args)
-        return prepared
+        if packing or "input_ids" not in (prepared.column_names or []):
+            return prepared
+        return checked_samples(dataset, prepared, args, self._context)
 
     def compute_loss(
         self,
@@ -306,21 +321,20 @@ def _any_head_passes(model: Any) -> Iterator[None]:
             del model.get_output_embeddings
 
 
-def refuse_unlabelled(dataset: Dataset, prepared: Dataset, args: DistillationConfig) -> None:
-    """Refuse samples from which nothing can be learnt, unless the config drops them."""
-    dropped = len(dataset) - len(prepared)
-    if dropped and not args.drop_unlabelled:
+def checked_samples(dataset: Any, prepared: Any, args: DistillationConfig, context: int | None) -> Any:
+    """Refuse samples that are longer than the context, and those with nothing to learn unless the config drops them."""
+    if args.max_length is None and context is not None:
+        prepared = fit_context(prepared, context)
+    if args.drop_unlabelled:
+        return require_labels(prepared, on_unlabelled="skip")
+    dropped = len(dataset) - len(prepared) if isinstance(dataset, Dataset) else 0
+    if dropped:
         raise ValueError(
             f"{dropped} of {len(dataset)} samples have no labelled token within `max_length` ({args.max_length}): "
             "nothing can be learnt from them. Raise `max_length`, mend the data, or drop them with "
             "`drop_unlabelled=True`."
         )
-    for index, labels in enumerate(prepared["labels"] if "labels" in prepared.column_names else []):
-        if all(label == IGNORE_INDEX for label in labels[1:]):
-            raise ValueError(
-                f"Sample {index} has no labelled token that can be predicted ({len(labels)} tokens in all). Mend or "
-                "remove it."
-            )
+    return require_labels(prepared)
 
 
 def refuse_empty(dataset: Any) -> None:
@@ -353,15 +367,11 @@ def check_vocabularies(
 
     Token maps are compared, not sizes; without the teacher's tokenizer only models of one size pass.
     """
-    sizes = [head_module(model).weight.shape[0] for model in (student, teacher)]  # type: ignore[union-attr, index]
-    names = [causal_lm_of(model).config.name_or_path for model in (student, teacher)]  # type: ignore[union-attr]
+    sizes = [head_module(model).weight.shape[0] for model in (student, teacher)]
     if teacher_tokenizer is not None:
-        from hf_transfer_ext.data.vocabularies import require_same_vocabulary
-
-        require_same_vocabulary(
-            student_tokenizer, teacher_tokenizer, *sizes, student_name=names[0], teacher_name=names[1]
-        )
+        compare_vocabularies(student_tokenizer, teacher_tokenizer, *sizes).require_identical()
     elif sizes[0] != sizes[1]:
+        names = [causal_lm_of(model).config.name_or_path for model in (student, teacher)]
         raise ValueError(
             f"Student {names[0]!r} has {sizes[0]} vocabulary entries, teacher {names[1]!r} has {sizes[1]}. Pass "
             "`teacher_processing_class` so that their tokens can be compared: padding rows are fine."

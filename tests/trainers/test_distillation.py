@@ -369,14 +369,32 @@ def test_bad_input_is_told_before_training(tmp_path):
         make(tmp_path, teacher=tiny_llama(2, max_position_embeddings=32))
     with pytest.raises(ValueError, match=r"has 258 vocabulary entries, .* has 300"):
         make(tmp_path, teacher=tiny_llama(2, vocab_size=300))
-    with pytest.raises(ValueError, match="Sample 1 has no labelled token"):
+    with pytest.raises(ValueError, match="Row 1 has no labelled token"):
         make(tmp_path, teacher=tiny_llama(2), data=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
+    with pytest.raises(ValueError, match="Row 0 has 600 tokens, but the model was built for 512"):
+        make(tmp_path, teacher=tiny_llama(2), data=Dataset.from_dict({"text": ["x" * 599]}), max_length=None)
     with pytest.raises(FileNotFoundError, match="no/such/model"):
         make(tmp_path, teacher="no/such/model")
     long_prompt = Dataset.from_dict({"prompt": ["x" * 70, "y"], "completion": ["z", "z"]})
     with pytest.raises(ValueError, match="1 of 2 samples have no labelled token within `max_length`"):
         make(tmp_path, teacher=tiny_llama(2), data=long_prompt)
     assert len(make(tmp_path, teacher=tiny_llama(2), data=long_prompt, drop_unlabelled=True).train_dataset) == 1
+
+
+def test_vocabularies_are_compared_token_by_token(tmp_path):
+    def start(teacher, teacher_tokenizer):
+        return DistillationTrainer(
+            tiny_llama(1), teacher, config(tmp_path), Dataset.from_dict({"text": TEXTS}),
+            processing_class=byte_tokenizer(), teacher_processing_class=teacher_tokenizer,
+        )  # fmt: skip
+
+    padded = start(tiny_llama(2, vocab_size=320), byte_tokenizer())  # rows that no token uses
+    padded.train()
+    assert padded.state.global_step == 1
+    other = byte_tokenizer()
+    other.add_tokens(["<extra>"])
+    with pytest.raises(ValueError, match=r"known to the teacher alone \('<extra>'\).*cross-tokenizer loss"):
+        start(tiny_llama(2, vocab_size=320), other)
 
 
 def test_a_teacher_adapter_that_is_not_there_or_not_apart_is_refused(tmp_path):

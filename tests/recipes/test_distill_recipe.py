@@ -1,0 +1,147 @@
+"""The distillation recipe from its command line to the Hub and back, on models made on the spot."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from tiny import byte_tokenizer, tiny_llama
+
+from hf_transfer_ext.hub.record import read_record
+from hf_transfer_ext.loading import load_model, load_tokenizer
+from recipes import distill
+
+TEXTS = ["gold is a metal", "paris is a city", "iron is a metal", "rome is a city", "tin is a metal"] * 4
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """A teacher and data on disk, and the arguments of a run of a few steps."""
+    tiny_llama(1, num_hidden_layers=3).save_pretrained(tmp_path / "teacher")
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data").mkdir()
+    for split, texts in (("train", TEXTS), ("test", ["lead is a metal", "oslo is a city"])):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+    config = {
+        "output_dir": str(tmp_path / "out"),
+        "teacher": str(tmp_path / "teacher"),
+        "dataset": str(tmp_path / "data"),
+        "columns": {"text": "body"},
+        "student_layers": 1,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_steps": 2,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def run(folder, *extra):
+    return distill.main(["--config", str(folder / "config.yaml"), *extra])
+
+
+def values(measured, name):
+    return {model: m.value for model, found in measured.items() for m in found if m.name == name}
+
+
+def test_teach_trim_cut_distil_compare_save_push_and_pull(setup, hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    repo = f"{hub.user}/student"
+    measured = run(
+        setup, "--teach_steps", "3", "--trim_vocabulary", "true", "--compare_with_ce", "true",
+        "--push_to_hub", "true", "--hub_model_id", repo,
+    )  # fmt: skip
+    assert list(measured) == ["teacher", "student before", "student", "twin without teacher"]
+    divergence = values(measured, "kl_to_reference")
+    assert set(divergence) == {"student before", "student", "twin without teacher"}
+    assert divergence["student"] < divergence["student before"]
+    printed = capsys.readouterr().out
+    assert "kl_to_reference ↓" in printed and "train the twin" in printed and repo in printed
+
+    out = setup / "out"
+    assert {"model.safetensors", "README.md", "hf_transfer_ext.json", "comparison.png", "vocabulary_map.json"} <= {
+        p.name for p in out.iterdir()
+    }
+    record = read_record(out)
+    assert record.job == "distillation" and [i.role for i in record.inputs] == ["teacher", "dataset"]
+    assert {m.name: m.value for m in record.metrics}["kl_to_reference"] == divergence["student"]
+    assert "twin without teacher" in record.compared and "train the twin" in [s.name for s in record.stages]
+    for file in ("README.md", "hf_transfer_ext.json", "config.json"):
+        assert str(setup) not in (out / file).read_text()
+
+    student, pulled = load_model(out), load_model(repo)
+    ids = torch.tensor([load_tokenizer(repo)("tin is")["input_ids"]])
+    torch.testing.assert_close(pulled(ids).logits, student(ids).logits)
+    assert student.config.num_hidden_layers == 1 and student.config.vocab_size < 258 + 8
+    assert "distillation" in hub.files(repo)["README.md"].decode()
+
+
+def test_an_existing_result_is_refused_before_work_and_replaced_on_request(setup):
+    run(setup, "--max_steps", "1")
+    before = (setup / "out" / "hf_transfer_ext.json").read_text()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run(setup)
+    assert (setup / "out" / "hf_transfer_ext.json").read_text() == before
+    run(setup, "--overwrite", "true", "--max_steps", "1")
+    assert (setup / "out" / "hf_transfer_ext.json").read_text() != before
+
+
+def test_an_interrupted_recipe_goes_on_to_the_same_student(setup, monkeypatch):
+    run(setup, "--teach_steps", "2")
+    whole = load_model(setup / "out").state_dict()
+    shutil.rmtree(setup / "out")
+    shutil.rmtree(setup / "out.training")
+
+    class Stop(Exception):
+        pass
+
+    original = distill.DistillationTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.teacher is not None and self.state.global_step == 3:
+            raise Stop
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(distill.DistillationTrainer, "training_step", step)
+    with pytest.raises(Stop):
+        run(setup, "--teach_steps", "2")
+    assert not (setup / "out").exists() and (setup / "out.training" / "teacher" / "config.json").exists()
+    monkeypatch.setattr(distill.DistillationTrainer, "training_step", original)
+    run(setup, "--teach_steps", "2", "--resume_from_checkpoint", "true")
+    resumed = load_model(setup / "out").state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_student_of_its_own_and_streaming_data(setup):
+    tiny_llama(7, hidden_size=16, num_hidden_layers=1).save_pretrained(setup / "student")
+    byte_tokenizer().save_pretrained(setup / "student")
+    measured = run(setup, "--student", str(setup / "student"), "--streaming", "true")
+    assert list(measured) == ["teacher", "student before", "student"]
+    assert load_model(setup / "out").config.hidden_size == 16
+    assert [i.role for i in read_record(setup / "out").inputs] == ["teacher", "dataset", "student"]
+
+
+@pytest.mark.parametrize(
+    "extra, error, message",
+    [
+        (["--teacher", "./absent"], FileNotFoundError, "absent"),
+        (["--dataset", "./absent.jsonl"], FileNotFoundError, "no data file or folder"),
+        (["--columns", '{"text": "bdy"}'], ValueError, "Did you mean 'body'"),
+        (["--student_layers", "9"], ValueError, "9"),
+        (["--student_init", "unifrom_depth"], ValueError, "Did you mean 'uniform_depth'"),
+        (["--los", "forward_kl"], ValueError, "Did you mean 'loss'"),
+        (["--max_length", "9999"], ValueError, "takes at most 512 tokens"),
+    ],
+)
+def test_mistakes_are_told_and_leave_nothing(setup, extra, error, message):
+    with pytest.raises(error, match=message):
+        run(setup, *extra)
+    assert not (setup / "out").exists()
