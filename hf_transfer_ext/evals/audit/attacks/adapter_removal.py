@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from hf_transfer_ext.evals.audit.subject import AuditData, Subject
+from hf_transfer_ext.evals.metric import Values
+
+
+def adapter_removal(subject: Subject, data: AuditData) -> Values:
+    """Take the adapter that unlearned off again: whoever is given it beside the base can do so.
+
+    Raises:
+        ValueError: The model is no `PeftModel`; where the adapter was merged, there is nothing to remove.
+
+    Source: this package's own check; it needs no more than the published files.
+    """
+    if not hasattr(subject.model, "peft_config"):
+        raise ValueError("There is no adapter to remove: the model is no PeftModel.")
+    return subject.probability(data.forget, adapter="base")

@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+from hf_transfer_ext.evals.audit.subject import AuditData, Subject
+from hf_transfer_ext.evals.metric import Values
+
+
+def plain_generation(subject: Subject, data: AuditData) -> Values:
+    """No attack at all: the question as it was trained, and the share of the answer in a greedy generation.
+
+    Source: Maini et al., "TOFU", 2024, https://arxiv.org/abs/2401.06121
+    """
+    return subject.recall(data.forget)

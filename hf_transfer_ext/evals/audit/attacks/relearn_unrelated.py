@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from hf_transfer_ext.evals.audit.attacks.relearn_forget import relearn
+from hf_transfer_ext.evals.audit.subject import AuditData, Subject
+from hf_transfer_ext.evals.metric import Values
+
+
+def relearn_unrelated(
+    subject: Subject, data: AuditData, *, epochs: float = 1.0, learning_rate: float = 2e-5
+) -> Values:
+    """Fine-tune on data that says nothing of what was forgotten, as users of a published model do all the time.
+
+    Raises:
+        ValueError: There is no retain data to train on.
+
+    Source: Hu et al., "Unlearning or obfuscating?", 2025, https://arxiv.org/abs/2406.13356
+    """
+    if not data.retain:
+        raise ValueError("Relearning from unrelated data needs `retain` rows.")
+    return relearn(subject, data.retain, data.forget, epochs, learning_rate)
