@@ -55,7 +55,7 @@ def compare_vocabularies(
 ) -> VocabularyMatch:
     """Compare two token -> id maps. Heads of different sizes match where the surplus rows belong to no token.
 
-    Qwen2.5, for one, has 151,936 rows in its small and 152,064 in its large models for the same 151,665 tokens.
+    Qwen2.5, for one, has 151,936 rows in its small and 152,064 in its large models for the same tokens.
 
     Args:
         student_size: Rows of the student's head (the last dimension of its logits).
