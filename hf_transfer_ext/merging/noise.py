@@ -6,6 +6,7 @@ of its place, so a merge gives the same bytes whatever the pieces, the threads a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 _WORD = 1 << 32
+
+#: 2**32 divided by the golden ratio.
+_WEYL = 0x9E3779B1
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,9 @@ def _mix(low: int, key: np.ndarray, out: np.ndarray) -> None:
     The constants are those of Chris Wellons' lowbias32; the second half of the key enters between the rounds, so that
     two streams are no shifts of each other.
     """
-    out[:] = np.arange(low, low + len(out), dtype=np.uint64).astype(np.uint32)
     scratch = np.empty_like(out)
-    out *= np.uint32(0x9E3779B1)
-    out += key[0]
+    first = np.array((low * _WEYL + int(key[0])) % _WORD, dtype=np.uint32)
+    np.add(_weyl_sequence(len(out)), first, out=out)
     for shift, add, factor in ((16, 0, 0x7FEB352D), (15, key[1], 0x846CA68B)):
         np.right_shift(out, np.uint32(shift), out=scratch)
         out ^= scratch
@@ -68,3 +71,12 @@ def _mix(low: int, key: np.ndarray, out: np.ndarray) -> None:
         out *= np.uint32(factor)
     np.right_shift(out, np.uint32(16), out=scratch)
     out ^= scratch
+
+
+@functools.lru_cache(maxsize=4)
+def _weyl_sequence(count: int) -> np.ndarray:
+    """i * _WEYL modulo 2**32; the same few lengths are asked for again and again."""
+    sequence = np.arange(count, dtype=np.uint32)
+    sequence *= np.uint32(_WEYL)
+    sequence.flags.writeable = False
+    return sequence

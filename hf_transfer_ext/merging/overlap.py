@@ -13,12 +13,18 @@ from hf_transfer_ext.merging.method import Pieces, gives
 
 def merge_overlap(changes: Sequence[Weights], epsilon: float, scales: Sequence[float]) -> Weights:
     """Sum of the changes above `epsilon`: times s_i where only model i changed, divided by their number elsewhere."""
-    touched = [change.abs() > epsilon for change in changes]
-    count = torch.stack(touched).sum(0)
-    total = torch.zeros_like(changes[0])
-    for change, mask, scale in zip(changes, touched, scales, strict=True):
-        factor = torch.where(count == 1, torch.full_like(total, scale), 1 / count.clamp(min=1))
-        total += change * mask * factor
+    kept = [torch.nn.functional.hardshrink(change, epsilon) for change in changes]
+    count = torch.zeros_like(kept[0])
+    for one in kept:
+        count += one.sign().abs_()
+    unique = (2 - count).clamp_(0, 1)  # 1 where one model changed (or none, where all of `kept` is 0)
+    total = torch.zeros_like(count)
+    for one in kept:
+        total += one
+    total /= count.clamp_(min=1)
+    for one, scale in zip(kept, scales, strict=True):
+        if scale != 1:
+            total.add_(one.mul_(unique), alpha=scale - 1)
     return total
 
 

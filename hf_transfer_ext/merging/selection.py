@@ -56,13 +56,13 @@ def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> li
 class _Bracket:
     """Two values of a sorted sample between which the value of a rank is expected.
 
-    The margin is 12 standard deviations of a sample of independent elements, since neighbours in a tensor are alike.
+    The margin is 8 standard deviations of a sample of independent elements, since neighbours in a tensor are alike.
     """
 
     def __init__(self, sample: np.ndarray, rank: int, numel: int) -> None:
         self.rank, size = rank, len(sample)
         place = rank / max(1, numel - 1)
-        margin = 12 * (size * place * (1 - place)) ** 0.5 + 16
+        margin = 8 * (size * place * (1 - place)) ** 0.5 + 16
         low, high = int(place * (size - 1) - margin), int(place * (size - 1) + margin) + 1
         self.low = float(sample[low]) if low >= 0 else -np.inf
         self.high = float(sample[high]) if high < size else np.inf
@@ -86,6 +86,7 @@ class _Bracket:
     def value(self) -> float | None:
         """The value of the rank, or None if it lies outside."""
         inside = np.concatenate(self.inside) if self.inside else np.empty(0, dtype=np.float32)
+        self.inside = []
         if self.below <= self.rank < self.up_to_low:
             return self.low
         place = self.rank - self.up_to_low
@@ -138,9 +139,15 @@ def largest(numel: int, share: float) -> int:
 def keep_magnitudes(change: Tensor, low: float, high: float = float("inf")) -> Tensor:
     """Set to 0, in place, all elements but those with low <= |x| <= high."""
     if high < float("inf"):
-        change.masked_fill_(change.abs() > high, 0.0)
-    if low > 0:
-        # hardshrink keeps |x| > its argument; the next smaller float makes that >=.
-        below = float(np.nextafter(np.float32(low), np.float32(0)))
-        change = torch.nn.functional.hardshrink(change, below) if np.isfinite(low) else change.zero_()
-    return change
+        change -= torch.nn.functional.hardshrink(change, high)
+    return at_least(change, low)
+
+
+def at_least(values: Tensor, low: float) -> Tensor:
+    """Set to 0, perhaps in place, all elements with |x| < low."""
+    if low <= 0:
+        return values
+    if not np.isfinite(low):
+        return values.zero_()
+    # hardshrink keeps |x| > its argument; the next smaller float makes that >=.
+    return torch.nn.functional.hardshrink(values, float(np.nextafter(np.float32(low), np.float32(0))))

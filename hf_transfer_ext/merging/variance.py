@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_transfer_ext.merging.changes import Weights, changes_of
 from hf_transfer_ext.merging.method import Pieces, gives
-from hf_transfer_ext.merging.selection import order_statistics
+from hf_transfer_ext.merging.selection import at_least, order_statistics
 
 
 def variance_of(changes: Sequence[Weights]) -> Weights:
@@ -29,8 +29,8 @@ def keep_varying(changes: list[Weights], threshold: float) -> list[Weights]:
     """Set to 0 what varies less than the threshold."""
     if threshold <= 0:
         return changes
-    kept = variance_of(changes) >= threshold
-    return [change * kept for change in changes]
+    kept = at_least(variance_of(changes), threshold).sign_()
+    return [change.mul_(kept) for change in changes]
 
 
 @gives("threshold", "shares")

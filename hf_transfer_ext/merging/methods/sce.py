@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.changes import changes_of, one_for_zero, sign_or_plus
 from hf_transfer_ext.merging.method import merge_method
 from hf_transfer_ext.merging.variance import energies_and_threshold, keep_varying
 
@@ -43,11 +43,13 @@ def sce(
     Source: FuseChat, Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """
     selected = keep_varying(changes_of(base, models), threshold)
-    # +1 where the sum is 0, as in TIES; adding 0.0 turns -0.0 into 0.0.
-    elected = torch.copysign(torch.ones_like(base), torch.stack(selected).sum(0) + 0.0)
+    total = selected[0].clone()
+    for change in selected[1:]:
+        total += change
+    sign = sign_or_plus(total)
     merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
     for change, share in zip(selected, shares, strict=True):
-        agrees = (change * elected) > 0
-        merged.add_(change * agrees, alpha=share)
-        divisor.add_(agrees, alpha=share)
-    return merged.div_(divisor.masked_fill_(divisor == 0, 1.0)).add_(base)
+        agreeing = change.mul_(sign).relu_()
+        merged.add_(agreeing, alpha=share)
+        divisor.add_(agreeing.sign_(), alpha=share)
+    return merged.div_(one_for_zero(divisor)).mul_(sign).add_(base)

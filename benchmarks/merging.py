@@ -1,0 +1,410 @@
+"""Wall, CPU and memory of merges, ours beside mergekit's, on models of real shapes with random weights.
+
+    HF_TRANSFER_EXT_MERGEKIT_PYTHON=/path/to/python python -m benchmarks.merging --shapes qwen2-0.5b \
+        --methods linear ties della --out benchmarks/results/merging
+
+makes a base and three fine-tunes in bf16 in a temporary folder, and runs the same YAML by `hf-transfer-ext merge` and
+by `mergekit-yaml`, the latter with the interpreter of an environment that has mergekit 0.1.5. Every run is a process of
+its own, imports and planning included; wall is the parent's clock, CPU and peak RSS are those that the kernel reports
+for the child (`wait4`). The *floor* reads the bytes of the inputs and writes those of the result, in pieces of 8 MB by
+as many threads as the merge has, and computes nothing.
+
+`warm` runs find the inputs in the page cache; before `cold` ones they are dropped from it (`posix_fadvise`), and both
+the merge and the floor end with an fsync of the result that the measurement waits for. Times depend on the machine and
+its other work; the ratios, taken within one sitting, much less. Weights are normal with standard deviation 0.02, the
+changes of the fine-tunes with 0.001, so that about 6 % of the changes are lost in bf16, as in real fine-tunes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+
+from hf_transfer_ext.checkpoints import CheckpointWriter, TensorSpec
+from hf_transfer_ext.files import write_text
+
+Record = dict[str, Any]
+
+VARIABLE = "HF_TRANSFER_EXT_MERGEKIT_PYTHON"
+
+
+class Shape(NamedTuple):
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+    qkv_bias: bool
+
+
+SHAPES = {
+    "qwen2-0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 151_936, True, True),
+    "llama-1.1b": Shape("llama", 2048, 5632, 22, 32, 4, 32_000, False, False),
+    "toy": Shape("qwen2", 64, 160, 2, 4, 2, 1000, True, True),
+}
+
+#: method -> options of each model, options of the merge; slerp has two models.
+METHODS: dict[str, tuple[Record, Record]] = {
+    "linear": ({"weight": 0.4}, {}),
+    "slerp": ({}, {"t": 0.4}),
+    "task_arithmetic": ({"weight": 0.4}, {}),
+    "model_stock": ({}, {}),
+    "dare_linear": ({"weight": 0.4, "density": 0.5}, {}),
+    "dare_ties": ({"weight": 0.4, "density": 0.5}, {}),
+    "ties": ({"weight": 0.4, "density": 0.5}, {}),
+    "breadcrumbs": ({"weight": 0.4, "density": 0.5}, {}),
+    "della": ({"weight": 0.4, "density": 0.5}, {}),
+    "sce": ({}, {"select_topk": 0.1}),
+    "karcher": ({}, {}),
+}
+
+#: What the wall time of mergekit divided by ours is to reach.
+TARGETS = {
+    "linear": 3,
+    "task_arithmetic": 3,
+    "slerp": 4,
+    "dare_linear": 10,
+    "ties": 20,
+    "sce": 20,
+    "breadcrumbs": 30,
+    "della": 30,
+}
+
+
+def specs_of(shape: Shape) -> list[TensorSpec]:
+    head = shape.hidden // shape.heads
+    sizes = {
+        "self_attn.q_proj": (shape.heads * head, shape.hidden),
+        "self_attn.k_proj": (shape.kv_heads * head, shape.hidden),
+        "self_attn.v_proj": (shape.kv_heads * head, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, shape.heads * head),
+        "mlp.gate_proj": (shape.intermediate, shape.hidden),
+        "mlp.up_proj": (shape.intermediate, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.intermediate),
+    }
+    named: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
+    for i in range(shape.layers):
+        for name, size in sizes.items():
+            named[f"model.layers.{i}.{name}.weight"] = size
+            if shape.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
+                named[f"model.layers.{i}.{name}.bias"] = size[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            named[f"model.layers.{i}.{name}.weight"] = (shape.hidden,)
+    named["model.norm.weight"] = (shape.hidden,)
+    if not shape.tied:
+        named["lm_head.weight"] = (shape.vocab, shape.hidden)
+    return [TensorSpec(name, torch.bfloat16, size) for name, size in named.items()]
+
+
+def make_models(folder: Path, shape: Shape, tuned: int = 3) -> list[Path]:
+    """Write a base and fine-tunes; return their folders, the base first."""
+    config = {
+        "architectures": ["Qwen2ForCausalLM" if shape.model_type == "qwen2" else "LlamaForCausalLM"],
+        "model_type": shape.model_type,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "torch_dtype": "bfloat16",
+    }
+    folders = [folder / "base", *(folder / f"tuned{i}" for i in range(tuned))]
+    specs = specs_of(shape)
+    for path in folders:
+        path.mkdir(parents=True)
+        write_text(path / "config.json", json.dumps(config))
+    writers = [CheckpointWriter(path, specs) for path in folders]
+    random = np.random.Generator(np.random.SFC64(0))
+    for spec in specs:
+        for start in range(0, spec.numel, 1 << 22):
+            count = min(1 << 22, spec.numel - start)
+            base = torch.from_numpy(random.standard_normal(count, dtype=np.float32)) * 0.02
+            writers[0].write(spec.name, start, base.bfloat16())
+            for writer in writers[1:]:
+                change = torch.from_numpy(random.standard_normal(count, dtype=np.float32)) * 0.001
+                writer.write(spec.name, start, (base + change).bfloat16())
+    for writer in writers:
+        writer.close()
+    return folders
+
+
+def configuration(method: str, folders: Sequence[Path]) -> Record:
+    own, shared = METHODS[method]
+    base, *tuned = map(str, folders)
+    models: list[Record]
+    if method == "slerp":
+        models = [{"model": base}, {"model": tuned[0]}]
+    else:
+        models = [{"model": path, "parameters": dict(own)} for path in tuned]
+    config: Record = {"merge_method": method, "models": models, "dtype": "bfloat16"}
+    if method not in ("linear", "karcher"):
+        config["base_model"] = base
+    return {**config, "parameters": dict(shared)} if shared else config
+
+
+def run_engine(engine: str, config: Path, out: Path, threads: int, timeout_s: float) -> Record:
+    """Run one merge as a child; wall and CPU seconds and peak resident bytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    if engine == "ours":
+        command = [sys.executable, "-m", "hf_transfer_ext.cli", "merge", str(config), str(out), "--quiet"]
+        command += ["--threads", str(threads)]
+    else:
+        start = "from mergekit.scripts.run_yaml import main; main()"
+        command = [os.environ[VARIABLE], "-c", start, str(config), str(out)]
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        alarm = threading.Timer(timeout_s, child.kill)
+        alarm.start()
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - began
+        alarm.cancel()
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode != 0:
+            output.seek(0)
+            tail = output.read().decode(errors="replace")[-2000:]
+            return {"status": "failed" if wall < timeout_s else "timed out", "wall_s": wall, "output": tail}
+    return {
+        "status": "ok",
+        "wall_s": wall,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def floor(inputs: Sequence[Path], out: Path, threads: int) -> Record:
+    """Read the files of the inputs and write as many bytes as the first has."""
+    began, cpu = time.perf_counter(), time.process_time()
+    out.mkdir(parents=True)
+    files = [file for folder in inputs for file in sorted(folder.glob("*.safetensors"))]
+    step, size = 8 << 20, files[0].stat().st_size
+    target = os.open(out / "model.safetensors", os.O_RDWR | os.O_CREAT)
+    os.posix_fallocate(target, 0, size)
+    local = threading.local()
+
+    def work(task: tuple[Path | None, int]) -> None:
+        buffer = local.__dict__.setdefault("buffer", bytearray(step))
+        file, start = task
+        if file is None:
+            os.pwrite(target, memoryview(buffer)[: min(step, size - start)], start)
+            return
+        descriptor = os.open(file, os.O_RDONLY)
+        os.preadv(descriptor, [buffer], start)
+        os.close(descriptor)
+
+    tasks: list[tuple[Path | None, int]] = []
+    for file in files:
+        tasks += [(file, start) for start in range(0, file.stat().st_size, step)]
+    tasks += [(None, start) for start in range(0, size, step)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, tasks))
+    os.close(target)
+    return {"status": "ok", "wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+
+
+def drop_from_cache(folders: Sequence[Path]) -> None:
+    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def fsync_all(folder: Path) -> float:
+    began = time.perf_counter()
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return time.perf_counter() - began
+
+
+def measurements(arguments: argparse.Namespace, work: Path) -> Iterator[Record]:
+    engines = ["floor", "ours"] + (["mergekit"] if os.environ.get(VARIABLE) else [])
+    for shape in arguments.shapes:
+        folders = make_models(work / shape, SHAPES[shape])
+        drop_from_cache(folders)  # the pages are clean from here on
+        for method in arguments.methods:
+            config = configuration(method, folders)
+            path = work / "config.yml"
+            path.write_text(yaml.safe_dump(config))
+            used = [Path(p) for p in {str(one["model"]) for one in config["models"]} | {config.get("base_model")} if p]
+            for state in arguments.states:
+                for round_ in range(arguments.rounds):
+                    for engine in engines:
+                        out = work / "out"
+                        shutil.rmtree(out, ignore_errors=True)
+                        if state == "cold":
+                            drop_from_cache(used)
+                        else:
+                            floor(used, out, arguments.threads)  # fills the page cache
+                            shutil.rmtree(out)
+                        if engine == "floor":
+                            record = floor(used, out, arguments.threads)
+                        else:
+                            record = run_engine(engine, path, out, arguments.threads, arguments.timeout_s)
+                        if state == "cold":
+                            record["wall_s"] += fsync_all(out)
+                        read = sum(file.stat().st_size for folder in used for file in folder.glob("*.safetensors"))
+                        yield {
+                            "shape": shape,
+                            "method": method,
+                            "state": state,
+                            "engine": engine,
+                            "round": round_,
+                            "read_bytes": read,
+                            "threads": arguments.threads,
+                            **record,
+                        }
+        shutil.rmtree(work / shape)
+
+
+def median(values: Sequence[float]) -> float:
+    return float(np.median(values)) if values else float("nan")
+
+
+def rows_of(records: Sequence[Record]) -> list[Record]:
+    """One row for each shape, state and method: medians over the rounds."""
+    keys = dict.fromkeys((r["shape"], r["state"], r["method"]) for r in records)
+    rows = []
+    for shape, state, method in keys:
+        row: Record = {"shape": shape, "state": state, "method": method}
+        for engine in ("floor", "ours", "mergekit"):
+            own = [
+                r
+                for r in records
+                if (r["shape"], r["state"], r["method"], r["engine"]) == (shape, state, method, engine)
+                and r["status"] == "ok"
+            ]
+            for value in ("wall_s", "cpu_s", "peak_bytes"):
+                row[f"{engine}_{value}"] = median([r[value] for r in own if value in r])
+        row["speedup"] = row["mergekit_wall_s"] / row["ours_wall_s"]
+        row["memory"] = row["mergekit_peak_bytes"] / row["ours_peak_bytes"]
+        row["target"] = TARGETS.get(method)
+        rows.append(row)
+    return rows
+
+
+def markdown(records: Sequence[Record], command: str) -> str:
+    lines = [
+        "# Merging: ours beside mergekit",
+        "",
+        f"`{command}`",
+        "",
+        f"{os.cpu_count()} cores, {records[0]['threads']} threads, torch {torch.__version__}. Wall and CPU in seconds, "
+        "peak resident memory in MB, imports included; `floor` reads and writes the same bytes and computes nothing.",
+        "",
+        "| shape | state | method | floor | ours wall | ours CPU | ours MB | mergekit wall | mergekit CPU | mergekit MB "
+        "| times faster | target | times less memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows_of(records):
+        numbers = [
+            f"{row['floor_wall_s']:.2f}",
+            f"{row['ours_wall_s']:.2f}",
+            f"{row['ours_cpu_s']:.1f}",
+            f"{row['ours_peak_bytes'] / 1e6:.0f}",
+            f"{row['mergekit_wall_s']:.1f}",
+            f"{row['mergekit_cpu_s']:.1f}",
+            f"{row['mergekit_peak_bytes'] / 1e6:.0f}",
+            f"{row['speedup']:.1f}",
+            str(row["target"] or ""),
+            f"{row['memory']:.1f}",
+        ]
+        lines.append(f"| {row['shape']} | {row['state']} | {row['method']} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines).replace("nan", "-") + "\n"
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows_of(records) if row["state"] == "warm" and row["mergekit_wall_s"] > 0]
+    if not rows:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    names = [
+        row["method"] if row["shape"] == rows[0]["shape"] else f"{row['method']} ({row['shape']})" for row in rows
+    ]
+    places = np.arange(len(rows))
+    for axis, value, scale, label in ((left, "wall_s", 1.0, "wall, s"), (right, "peak_bytes", 1e6, "peak RSS, MB")):
+        for shift, engine in ((-0.2, "ours"), (0.2, "mergekit")):
+            axis.bar(places + shift, [row[f"{engine}_{value}"] / scale for row in rows], 0.4, label=engine)
+        if value == "wall_s":
+            axis.plot(places, [row["floor_wall_s"] for row in rows], "k_", markersize=18, label="read + write")
+        axis.set_yscale("log")
+        axis.set_ylabel(label)
+        axis.set_xticks(places, names, rotation=40, ha="right")
+        axis.legend()
+    figure.suptitle(f"Merging, base + 3 fine-tunes in bf16, {rows[0]['shape']}, {os.cpu_count()} cores")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_results(records: Sequence[Record], out: Path, command: str) -> None:
+    content = {
+        "command": command,
+        "versions": {name: version(name) for name in ("torch", "numpy", "hf_transfer_ext")} | {"mergekit": "0.1.5"},
+        "cores": os.cpu_count(),
+        "records": list(records),
+    }
+    write_text(out.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    write_text(out.with_suffix(".md"), markdown(records, command))
+    plot(records, out.with_suffix(".png"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen2-0.5b"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(TARGETS))
+    parser.add_argument("--states", nargs="+", choices=["warm", "cold"], default=["warm"])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="of one merge")
+    parser.add_argument("--work", type=Path, help="folder for the models (default: a temporary one)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merging"))
+    parser.add_argument("--append", action="store_true", help="add to the records in OUT.json")
+    arguments = parser.parse_args(argv)
+    command = "python -m benchmarks.merging " + " ".join(sys.argv[1:] if argv is None else argv)
+    records: list[Record] = []
+    if arguments.append and arguments.out.with_suffix(".json").exists():
+        before = json.loads(arguments.out.with_suffix(".json").read_text())
+        records, command = before["records"], before["command"] + "`, `" + command
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        for record in measurements(arguments, Path(folder)):
+            records.append(record)
+            print(
+                f"{record['shape']} {record['method']} {record['state']} {record['engine']}: {record['status']}, "
+                f"{record['wall_s']:.2f} s, CPU {record.get('cpu_s', 0):.1f} s, "
+                f"{record.get('peak_bytes', 0) / 1e6:.0f} MB",
+                flush=True,
+            )
+            write_results(records, arguments.out, command)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
