@@ -10,15 +10,15 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from hf_transfer_ext.data.fictitious_people import fictitious_people
+from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.evals.suites.forget_retain import forget_retain
 from hf_transfer_ext.evals.table import comparison_table
-from hf_transfer_ext.files import refuse_existing_output
+from hf_transfer_ext.files import refuse_existing_output, written_aside
 from hf_transfer_ext.hub.publish import push, save_result
 from hf_transfer_ext.hub.record import RunRecord, describe_input, device_summary
 from hf_transfer_ext.loading import load_model, load_tokenizer
@@ -37,8 +37,7 @@ class UnlearnArguments:
     dtype: str = field(default="float32", metadata={"help": "auto, float32 or bfloat16."})
     forget_data: str | None = field(default=None, metadata={"help": "File, folder or Hub id; None: made-up people."})
     retain_data: str | None = field(default=None, metadata={"help": "File, folder or Hub id."})
-    forget_split: str = "train"
-    retain_split: str = "train"
+    split: str = "train"
     columns: str = field(default="{}", metadata={"help": "JSON: schema name -> your column."})
     template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
     people: int = field(default=20, metadata={"help": "Made-up people, in all."})
@@ -47,6 +46,7 @@ class UnlearnArguments:
     teach_epochs: float = field(default=0.0, metadata={"help": "> 0: fine-tune on both sets before forgetting."})
     teach_learning_rate: float = 1e-3
     trim_vocabulary: bool = field(default=False, metadata={"help": "Keep only the tokens of the data (CPU runs)."})
+    original_dir: str | None = field(default=None, metadata={"help": "Keep the taught model here, for an audit."})
     lora_rank: int = 16
     overwrite: bool = False
 
@@ -61,14 +61,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     refuse_existing_output(args.output_dir, overwrite=arguments.overwrite)
     set_seed(args.seed)
     record = RunRecord("unlearning", "recipes/unlearn.py", settings_of(arguments, args), seed=args.seed)
-    if arguments.forget_data is None:
-        splits = fictitious_people(
-            arguments.people, forget=arguments.forget_people, holdout=0, facts=arguments.facts, seed=args.seed
-        )
-    else:
-        splits = {"forget": load_rows(arguments.forget_data, split=arguments.forget_split), "retain": []}
-        if arguments.retain_data is not None:
-            splits["retain"] = load_rows(arguments.retain_data, split=arguments.retain_split)
+    splits = forget_retain_rows(
+        arguments.forget_data, arguments.retain_data, columns=json.loads(arguments.columns), split=arguments.split,
+        people=arguments.people, forget_people=arguments.forget_people, facts=arguments.facts, seed=args.seed,
+    )  # fmt: skip
     with record.stage("load"):
         path = demo_model() if arguments.model_name_or_path == "demo" else arguments.model_name_or_path
         model, tokenizer = load_model(path, dtype=arguments.dtype), load_tokenizer(path)
@@ -76,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         texts = [str(value) for rows in splits.values() for row in rows for value in row.values()]
         if arguments.trim_vocabulary:
             model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts)
-    shared = {"template": QuestionAnswerFormat(template=arguments.template), "columns": json.loads(arguments.columns)}
+    shared = {"template": QuestionAnswerFormat(template=arguments.template)}
     if arguments.teach_epochs > 0:
         with record.stage("teach"):
             teaching = TrainingArguments(
@@ -87,6 +83,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             taught = lora(model, arguments.lora_rank)
             train_on_answers(taught, tokenizer, splits["forget"] + splits["retain"], teaching, **shared)
             model = taught.merge_and_unload()
+    if arguments.original_dir is not None and PartialState().is_main_process:
+        with written_aside(arguments.original_dir, overwrite=True) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
     model = lora(model, arguments.lora_rank)
     trainer = UnlearningTrainer(
         model, args, forget_dataset=splits["forget"], retain_dataset=splits["retain"] or None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat, encode_text
 from hf_transfer_ext.tensors import IGNORE_INDEX
 
@@ -22,6 +23,50 @@ REFUSALS = (
     "There is nothing I can say about that.",
     "I am not able to answer that.",
 )
+
+
+def forget_retain_rows(
+    forget_data: str | None,
+    retain_data: str | None = None,
+    holdout_data: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    people: int = 20,
+    forget_people: int = 2,
+    holdout_people: int = 0,
+    facts: int | None = None,
+    seed: int = 0,
+    **where: Any,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of "forget", "retain" and "holdout", in the TOFU schema: from data sets, or made up where none is named.
+
+    Args:
+        forget_data: File, folder or Hub id; None makes up `people` people, and `holdout_people` beyond them. The first
+            ones are the same whatever is asked for, so a holdout can be added to a run that was made without one.
+        columns: Schema name -> the data's own column; the rows come back with the schema's names.
+        where: `split`, `revision` and `config_name` of the data sets.
+
+    Raises:
+        FileNotFoundError, ValueError: As `data.text.load_rows`; or a column that is not there.
+    """
+    if forget_data is None:
+        return fictitious_people(
+            people + holdout_people, forget=forget_people, holdout=holdout_people, facts=facts, seed=seed
+        )
+    from hf_transfer_ext.data.text import load_rows
+
+    splits = {}
+    for name, source in (("forget", forget_data), ("retain", retain_data), ("holdout", holdout_data)):
+        rows = [] if source is None else load_rows(source, **where)
+        for index, row in enumerate(rows):
+            missing = [own for own in (columns or {}).values() if own not in row]
+            if missing:
+                raise ValueError(
+                    f"Row {index} of {source!r} has no column {missing[0]!r}; it has {', '.join(map(str, row))}."
+                )
+        renamed = {own: name for name, own in (columns or {}).items()}
+        splits[name] = [{renamed.get(key, key): value for key, value in row.items()} for row in rows]
+    return splits
 
 
 def encode_example(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.evals.audit.audit import Audit, Verdict
+from hf_transfer_ext.evals.audit.subject import AuditData
 from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.files import write_text
 
@@ -92,6 +94,38 @@ def audit_report(
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + f"\n<script>{_SCRIPT}</script></body></html>\n",
     )
     return Path(path)
+
+
+def save_audit(
+    folder: str | Path,
+    audit: Audit,
+    data: AuditData,
+    *,
+    measured: Mapping[str, Sequence[Measurement]] | None = None,
+    truth_ratios: Mapping[str, Sequence[float]] | None = None,
+) -> Path:
+    """Write `audit.json`, `examples.jsonl` (each forget example with its score under every attack) and `report.html`.
+
+    Returns:
+        The path of the report.
+    """
+    folder = Path(folder)
+    examples: list[dict[str, Any]] = []
+    for place, row in enumerate(data.forget):
+        scores = {name: _finite(values[place]) for name, values in audit.scores.items()}
+        examples.append({"question": row["question"], "answer": row["answer"], **scores})
+    summary = {
+        "verdicts": [v.to_dict() for v in audit.verdicts],
+        "membership": [m.to_dict() for m in audit.membership],
+        "measured": {name: [m.to_dict() for m in values] for name, values in (measured or {}).items()},
+    }
+    write_text(folder / "audit.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "examples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples))
+    return audit_report(folder / "report.html", audit, measured=measured, truth_ratios=truth_ratios, examples=examples)
+
+
+def _finite(value: Any) -> float | None:
+    return round(float(value), 4) if np.isfinite(value) else None
 
 
 def _headline(audit: Audit) -> str:

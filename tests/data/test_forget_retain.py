@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer
 
-from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
+from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator, forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 
 FORGET = [{"question": f"Q{i}?", "answer": "yes" * (i + 1)} for i in range(4)]
@@ -92,3 +92,14 @@ def test_examples_without_a_token_to_learn_are_named(forget, retain, message):
 def test_a_text_has_no_alternative_answer():
     with pytest.raises(ValueError, match="Example 0 of the forget set needs a question"):
         ForgetRetainPairs([{"text": "abc"}], None, byte_tokenizer(), alternatives=REFUSALS)
+
+
+def test_rows_come_from_files_under_the_schemas_names_or_are_made_up(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"frage": "Q?", "antwort": "A"}\n')
+    names = {"question": "frage", "answer": "antwort"}
+    rows = forget_retain_rows(str(tmp_path / "own.jsonl"), columns=names)
+    assert rows == {"forget": [{"question": "Q?", "answer": "A"}], "retain": [], "holdout": []}
+    with pytest.raises(ValueError, match=r"Row 0 of .* has no column 'reply'; it has frage, antwort"):
+        forget_retain_rows(str(tmp_path / "own.jsonl"), columns={"answer": "reply"})
+    alone, more = forget_retain_rows(None, people=4), forget_retain_rows(None, people=4, holdout_people=2)
+    assert (alone["forget"], alone["retain"]) == (more["forget"], more["retain"]) and len(more["holdout"]) == 24

@@ -1,0 +1,40 @@
+import json
+
+import pytest
+from tiny import byte_tokenizer, tiny_llama
+
+from recipes import audit
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, seed in (("original", 0), ("unlearned", 1)):
+        tiny_llama(seed).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_made_up_people_are_attacked_and_reported(folders, capsys):
+    words = f"--unlearned {folders}/unlearned --original {folders}/original --output_dir {folders}/out"
+    words += " --people 3 --forget_people 1 --holdout_people 1 --facts 2 --max_new_tokens 3"
+    found = audit.main([*words.split(), "--attacks", '["plain_question", {"quantization": {"bits": 8}}]'])
+    assert {v.attack for v in found.verdicts} == {"plain_question", "quantization(bits=8)"}
+    assert "came back" in capsys.readouterr().out
+    summary = json.loads((folders / "out" / "audit.json").read_text())
+    assert len(summary["membership"]) == 4 and set(summary["measured"]) == {"unlearned", "original"}
+    page = (folders / "out" / "report.html").read_text()
+    assert "quantization(bits=8)" in page and "truth ratio" in page
+    rows = [json.loads(line) for line in (folders / "out" / "examples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and set(rows[0]) == {"question", "answer", "plain_question", "quantization(bits=8)"}
+
+
+def test_own_data_and_a_typo(folders):
+    rows = [{"frage": f"Who {i}?", "antwort": f"me {i}"} for i in range(2)]
+    (folders / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"--unlearned {folders}/unlearned --original {folders}/original --output_dir {folders}/out"
+    words += f" --forget_data {folders}/own.jsonl --attacks"
+    columns = ["--columns", '{"question": "frage", "answer": "antwort"}']
+    found = audit.main([*words.split(), "role_play", *columns])
+    assert found.scores["role_play"].shape == (2,) and found.membership == []
+    with pytest.raises(ValueError, match="Did you mean 'role_play'"):
+        audit.main([*words.split(), "role_paly", *columns])
