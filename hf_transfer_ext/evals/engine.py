@@ -18,7 +18,7 @@ from hf_transfer_ext.evals.cache import ScoreCache, digest, model_fingerprint
 from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.metric import Metric, summarize
 from hf_transfer_ext.evals.metrics import METRICS
-from hf_transfer_ext.evals.scoring import ScoredExample, Scorer, TokenScores, active_adapter
+from hf_transfer_ext.evals.scoring import ScoredExample, Scorer, TokenScores, active_adapter, is_sharded
 from hf_transfer_ext.files import write_text
 
 #: The columns of the TOFU schema that are texts to be scored, and may be renamed.
@@ -324,11 +324,18 @@ def _batches(keys: Sequence[str], length: Callable[[str], int], batch_size: int)
 
 
 def _shared(
-    batches: list[list[str]], work: Callable[[list[str]], dict[str, Any]], rank: int, ranks: int, title: str, bar: bool
+    batches: list[list[str]],
+    work: Callable[[list[str]], dict[str, Any]],
+    rank: int,
+    ranks: int,
+    *,
+    lockstep: bool = False,
+    title: str = "",
+    bar: bool = False,
 ) -> dict[str, Any]:
     """Every process works on each `ranks`-th batch; all get all the results.
 
-    A process with one batch fewer repeats its last one: sharded models need every process in every forward pass.
+    In `lockstep`, which sharded models need, a process with one batch fewer repeats its last one.
     """
     done: dict[str, Any] = {}
     mine = batches[rank::ranks]
@@ -341,7 +348,7 @@ def _shared(
     for step in steps:
         if step < len(mine):
             done.update(work(mine[step]))
-        else:
+        elif lockstep:
             work(mine[-1] if mine else batches[0])
     if ranks > 1:
         from accelerate.utils import gather_object
@@ -383,7 +390,7 @@ def _score_all(
 
     missing = [key for key in sequences if key not in known]
     batches = _batches(missing, lambda key: len(sequences[key].input_ids), batch_size)
-    known.update(_shared(batches, work, rank, ranks, "scoring", progress))
+    known.update(_shared(batches, work, rank, ranks, lockstep=is_sharded(scorer.model), title="scoring", bar=progress))
     for example in prepared:
         example.texts = {
             column: [known[keys[id(encoded)]] for encoded in encoded_list]
@@ -426,7 +433,7 @@ def _generate_all(
 
     missing = [key for key in prompts if key not in known]
     batches = _batches(missing, lambda key: len(prompts[key]), batch_size)
-    known.update(_shared(batches, work, rank, ranks, "generating", progress))
+    known.update(_shared(batches, work, rank, ranks, lockstep=is_sharded(model), title="generating", bar=progress))
     for example in prepared:
         example.generation = known[key_of[example.index]]
 

@@ -34,7 +34,8 @@ p.soft, small, caption, .soft { color: var(--soft); }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.text { min-width: 11rem; overflow-wrap: anywhere; }
-svg { display: block; width: 100%; height: auto; background: var(--panel); } svg text { fill: var(--ink); }
+svg { display: block; width: 100%; min-width: 34rem; max-width: 46rem; height: auto; background: var(--panel); }
+svg text { fill: var(--ink); }
 svg .soft { fill: var(--soft); } input { width: 100%; max-width: 26rem; padding: .5rem; font: inherit;
   color: inherit; background: var(--panel); border: 1px solid var(--line); border-radius: 4px; }
 """
@@ -217,8 +218,8 @@ def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
 
 def _svg(width: int, height: int, body: str, label: str) -> str:
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" font-size="13" '
-        f'font-family="system-ui, sans-serif">{body}</svg>'
+        f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
+        f'font-size="13" font-family="system-ui, sans-serif">{body}</svg></div>'
     )
 
 
@@ -238,7 +239,7 @@ def _recovery_plot(verdicts: Sequence[Verdict]) -> str:
     for i, v in enumerate(judged):
         y = 12 + step * i
         scale = width - left - 60
-        name = v.attack if len(v.attack) <= 34 else v.attack[:33] + "…"
+        name = v.attack if len(v.attack) <= 30 else v.attack[:29] + "…"
         body.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
         length = max(1.0, (v.recovered or 0.0) * scale)
         body.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="18" fill="var(--bar)"/>')

@@ -147,6 +147,12 @@ def hidden_states(model: Any, **inputs: Any) -> tuple[Any, Any]:
     return kept[-1], output
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether weights are whole only within the model's own forward (FSDP, ZeRO-3), which all processes enter at once."""
+    parameter = next(iter(model.parameters()))
+    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
+
+
 @torch.no_grad()
 def head_is_faithful(model: Any) -> bool:
     """Whether hidden states + `output_head` give the model's own logits, tried on three tokens.
@@ -154,10 +160,9 @@ def head_is_faithful(model: Any) -> bool:
     Transformers writes what follows the head into each model's forward; a model whose steps are not known, or whose
     weights are whole only within its own forward (FSDP, ZeRO-3), is scored from its own logits.
     """
-    parameter = next(iter(model.parameters()))
-    if hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__:
+    if is_sharded(model):
         return False
-    ids = torch.arange(1, 4, device=parameter.device)[None] % vocabulary_size(model)
+    ids = torch.arange(1, 4, device=next(model.parameters()).device)[None] % vocabulary_size(model)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         own = model(**inputs).logits.float()

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import traceback
 
 import numpy as np
 import pytest
@@ -301,11 +303,74 @@ def test_the_training_flag_is_as_before():
     assert model.training
 
 
-def test_work_is_shared_by_processes_and_all_get_all_of_it(monkeypatch):
-    # Two processes played one after the other: what each of them computes, and what both see together.
+def test_sharded_models_get_every_process_into_every_pass(monkeypatch):
+    # Two processes played one after the other.
     batches = [["a", "b"], ["c", "d"], ["e"]]
-    asked = {0: [], 1: []}
-    for rank in (0, 1):
-        monkeypatch.setattr("accelerate.utils.gather_object", lambda items: items)
-        engine._shared(batches, lambda b, r=rank: asked[r].append(b) or dict.fromkeys(b), rank, 2, "", False)
-    assert asked == {0: [["a", "b"], ["e"]], 1: [["c", "d"], ["c", "d"]]}
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda items: items)
+    for lockstep, second in ((False, [["c", "d"]]), (True, [["c", "d"], ["c", "d"]])):
+        asked = {0: [], 1: []}
+        for rank in (0, 1):
+
+            def work(batch, rank=rank, asked=asked):
+                asked[rank].append(batch)
+                return dict.fromkeys(batch)
+
+            engine._shared(batches, work, rank, 2, lockstep=lockstep)
+        assert asked == {0: [["a", "b"], ["e"]], 1: second}
+
+
+def _rank(rank, tmp_path):
+    """One of two processes; ends the process."""
+    status = 1
+    try:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(27600 + os.getppid() % 2000), ACCELERATE_USE_CPU="true",
+        )  # fmt: skip
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == 2
+        found = evaluate(
+            tiny_llama(),
+            byte_tokenizer(),
+            EXAMPLES,
+            ["truth_ratio", "rouge_l_recall"],
+            template=PLAIN,
+            batch_size=4,
+            generation=GenerationSettings(5),
+            accelerator=accelerator,
+            cache=tmp_path / "cache",
+        )
+        found.save(tmp_path / f"rank-{rank}")
+        torch.distributed.barrier()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def test_two_processes_give_the_result_of_one_and_make_each_pass_once(tmp_path):
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            _rank(rank, tmp_path)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    both = [(tmp_path / f"rank-{rank}" / "per_example.jsonl").read_text() for rank in (0, 1)]
+    assert both[0] == both[1]
+    one = evaluate(
+        tiny_llama(),
+        byte_tokenizer(),
+        EXAMPLES,
+        ["truth_ratio", "rouge_l_recall"],
+        template=PLAIN,
+        batch_size=4,
+        generation=GenerationSettings(5),
+    )
+    for line, row in zip(both[0].splitlines(), one.per_example(), strict=True):
+        assert json.loads(line)["generation"] == row["generation"]
+        assert json.loads(line)["metrics"] == pytest.approx(row["metrics"], rel=1e-5)
+    two = json.loads((tmp_path / "rank-0" / "measurements.json").read_text())
+    assert two["cost"]["forward_tokens"] == one.cost["forward_tokens"]

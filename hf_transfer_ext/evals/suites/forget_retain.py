@@ -22,7 +22,8 @@ def forget_retain(
         options: Passed to `evaluate` (`adapter`, `accelerator`, `template`, `columns`, `batch_size`, ...).
 
     Returns:
-        The measurements, their names led by the split's ("forget answer_probability").
+        The measurements, their names led by the split's ("forget answer_probability"). On "forget", knowing less
+        counts as better.
     """
     perturbed = (options.get("columns") or {}).get("perturbed_answer", "perturbed_answer")
     found = []
@@ -35,5 +36,8 @@ def forget_retain(
         if all(row.get(perturbed) for row in rows):
             metrics.append(("truth_ratio", {"role": "forget" if split == "forget" else "retain"}))
         result = evaluate(model, tokenizer, rows, metrics, dataset=f"{split} set", **options)
-        found += [replace(m, name=f"{split} {m.name}") for m in result.measurements]
+        for m in result.measurements:
+            knows = split == "forget" and not m.name.startswith("truth_ratio")
+            better = m.higher_is_better != knows
+            found.append(replace(m, name=f"{split} {m.name}", higher_is_better=better))
     return found
