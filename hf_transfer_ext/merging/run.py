@@ -19,6 +19,7 @@ import yaml
 from hf_transfer_ext import __version__
 from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
 from hf_transfer_ext.files import refuse_existing_output, replace_folder, require_free_space, write_text
+from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.merging.inputs import InputModel, open_model
 from hf_transfer_ext.merging.layout import TensorJob, output_config, plan_tensors
 from hf_transfer_ext.merging.plan import MergeConfig, ModelReference, load_config
@@ -109,6 +110,11 @@ def merge(
     """
     began = time.perf_counter()
     parsed = load_config(config)
+    if parsed.tokenizer is not None or parsed.chat_template is not None:
+        raise ValueError(
+            "`tokenizer`, `tokenizer_source` and `chat_template` are read but not carried out yet. Leave them out: the "
+            "result then takes the tokenizer of the base model, or of the first one."
+        )
     target = refuse_existing_output(out_dir, overwrite=overwrite)
     if threads is not None and threads < 1:
         raise ValueError(f"`threads` has to be at least 1, got {threads}.")
@@ -244,9 +250,19 @@ def _bar(total: int, show: bool) -> Iterator[Any]:
 
 
 def _yaml_of(config: Mapping[str, Any] | str | Path) -> str:
-    if isinstance(config, Mapping):
-        return yaml.safe_dump(dict(config), sort_keys=False)
-    return Path(config).read_text(encoding="utf-8")
+    """The configuration as it goes into the result: word for word, unless it names folders of this machine."""
+    text = None if isinstance(config, Mapping) else Path(config).read_text(encoding="utf-8")
+    content = dict(config) if isinstance(config, Mapping) else yaml.safe_load(text or "")
+    public = _without_local_paths(content)
+    return text if text is not None and public == content else yaml.safe_dump(public, sort_keys=False)
+
+
+def _without_local_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_local_paths(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_local_paths(one) for one in value]
+    return public_text(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def _write_companions(folder: Path, donor: InputModel, config: dict[str, Any], text: str) -> None:
