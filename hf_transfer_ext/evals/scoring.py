@@ -148,7 +148,7 @@ def hidden_states(model: Any, **inputs: Any) -> tuple[Any, Any]:
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether weights are whole only within the model's own forward (FSDP, ZeRO-3), which all processes enter at once."""
+    """Whether weights are whole only within the forward of the model, as under FSDP and ZeRO-3."""
     parameter = next(iter(model.parameters()))
     return hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
 

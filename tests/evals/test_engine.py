@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -327,6 +328,7 @@ def _rank(rank, tmp_path):
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(27600 + os.getppid() % 2000), ACCELERATE_USE_CPU="true",
         )  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent set up for one process
         accelerator = Accelerator(cpu=True)
         assert accelerator.num_processes == 2
         found = evaluate(
