@@ -14,9 +14,12 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, str] = {
     "DistillationConfig": "hf_transfer_ext.trainers.distillation",
     "DistillationTrainer": "hf_transfer_ext.trainers.distillation",
+    "UnlearningConfig": "hf_transfer_ext.trainers.unlearning",
+    "UnlearningTrainer": "hf_transfer_ext.trainers.unlearning",
+    "evaluate": "hf_transfer_ext.evals.engine",
 }
 
-__all__ = ["DistillationConfig", "DistillationTrainer"]
+__all__ = ["DistillationConfig", "DistillationTrainer", "UnlearningConfig", "UnlearningTrainer", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,8 @@ class GenerationSettings:
 
     Args:
         max_new_tokens: Longest generation.
-        temperature: 0 for greedy decoding; > 0 samples (seeded per batch by `seed`).
+        temperature: 0 for greedy decoding; > 0 samples, seeded anew for each batch, so that samples (unlike everything
+            else here) depend on the batch size.
         prefix: Text the answer is forced to begin with (a jailbreak prefix, an empty thought); not part of the result.
     """
 
@@ -452,17 +453,20 @@ def generate(
     for i, prompt in enumerate(prompts):
         ids[i, length - len(prompt) :] = torch.tensor(list(prompt))
         mask[i, length - len(prompt) :] = 1
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if settings.temperature > 0:
-        torch.manual_seed(settings.seed)
-        sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": None, "top_k": None}
-    written = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=1,
-        pad_token_id=pad_id,
-        **sampling,
-    )[:, length:]
+    sampled = settings.temperature > 0
+    with torch.random.fork_rng(enabled=sampled):
+        if sampled:
+            torch.manual_seed(settings.seed)
+        written = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=settings.max_new_tokens,
+            num_beams=1,
+            pad_token_id=pad_id,
+            do_sample=sampled,
+            temperature=settings.temperature if sampled else None,
+            top_p=None,
+            top_k=None,
+        )[:, length:]
     tokens = int((written != pad_id).sum())
     return tokenizer.batch_decode(written, skip_special_tokens=True), tokens

@@ -184,6 +184,42 @@ def test_greedy_generations_do_not_depend_on_the_batch():
     assert one.scored[0].generation == tokenizer.decode(own, skip_special_tokens=True)
 
 
+def test_samples_follow_from_their_seed_and_leave_the_callers_random_numbers():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+
+    def written(seed):
+        settings = GenerationSettings(8, temperature=1.0, seed=seed)
+        found = evaluate(model, tokenizer, EXAMPLES, ["rouge_l_recall"], generation=settings, template=PLAIN)
+        return [s.generation for s in found.scored]
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = written(0)
+    assert torch.equal(torch.rand(3), expected)
+    assert written(0) == first != written(1)
+
+
+def test_logits_exist_for_a_few_tokens_at_a_time(monkeypatch):
+    made = []
+    real = scoring.output_head
+
+    def watched(model):
+        project = real(model)
+
+        def counted(rows):
+            logits = project(rows)
+            made.append(logits.numel())
+            return logits
+
+        return counted
+
+    monkeypatch.setattr(scoring, "output_head", watched)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 258 * 11)
+    evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, ["perplexity"], template=PLAIN)
+    assert len(made) > 5 and max(made) <= 258 * 11
+
+
 def test_a_cached_run_computes_nothing_and_a_changed_weight_everything(tmp_path):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     metrics = ["perplexity", "rouge_l_recall"]
