@@ -4,7 +4,7 @@
         --methods linear ties della --out benchmarks/results/merging
 
 makes a base and three fine-tunes in bf16 in a temporary folder, and runs the same YAML by `hf-transfer-ext merge` and
-by `mergekit-yaml`, the latter with the interpreter of an environment that has mergekit 0.1.5. Every run is a process of
+by `mergekit-yaml`, the latter with the interpreter of an environment that has mergekit 0.1.5. Each run is a process of
 its own, imports and planning included; wall is the parent's clock, CPU and peak RSS are those that the kernel reports
 for the child (`wait4`). The *floor* reads the bytes of the inputs and writes those of the result, in pieces of 8 MB by
 as many threads as the merge has, and computes nothing.
@@ -42,6 +42,8 @@ from hf_transfer_ext.files import write_text
 Record = dict[str, Any]
 
 VARIABLE = "HF_TRANSFER_EXT_MERGEKIT_PYTHON"
+
+ENGINES = ["floor", "ours", "mergekit"]
 
 
 class Shape(NamedTuple):
@@ -172,25 +174,33 @@ def run_engine(engine: str, config: Path, out: Path, threads: int, timeout_s: fl
     else:
         start = "from mergekit.scripts.run_yaml import main; main()"
         command = [os.environ[VARIABLE], "-c", start, str(config), str(out)]
-    began = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        alarm = threading.Timer(timeout_s, child.kill)
-        alarm.start()
-        _, status, usage = os.wait4(child.pid, 0)
-        wall = time.perf_counter() - began
-        alarm.cancel()
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode != 0:
-            output.seek(0)
-            tail = output.read().decode(errors="replace")[-2000:]
-            return {"status": "failed" if wall < timeout_s else "timed out", "wall_s": wall, "output": tail}
-    return {
-        "status": "ok",
-        "wall_s": wall,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_bytes": usage.ru_maxrss * 1024,
-    }
+    started = [sys.executable, "-S", "-c", _LAUNCHER, str(timeout_s), *command]
+    done = subprocess.run(started, env=environment, capture_output=True, text=True)
+    record: Record = json.loads(done.stdout.splitlines()[-1])
+    if record["status"] != "ok":
+        record["output"] = done.stderr[-2000:]
+    return record
+
+
+#: Starts a command and waits for it. A child inherits its parent's peak of resident memory through fork and exec, so
+#: the measured command is the child of a process that is small itself.
+_LAUNCHER = """
+import json, os, signal, sys, time
+began = time.perf_counter()
+child = os.fork()
+if child == 0:
+    os.dup2(2, 1)
+    os.execvp(sys.argv[2], sys.argv[2:])
+signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
+_, status, usage = os.wait4(child, 0)
+wall = time.perf_counter() - began
+late = os.WIFSIGNALED(status) and wall >= float(sys.argv[1])
+print(json.dumps({
+    "status": "ok" if status == 0 else "timed out" if late else "failed",
+    "wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024,
+}))
+"""
 
 
 def floor(inputs: Sequence[Path], out: Path, threads: int) -> Record:
@@ -241,7 +251,7 @@ def fsync_all(folder: Path) -> float:
 
 
 def measurements(arguments: argparse.Namespace, work: Path) -> Iterator[Record]:
-    engines = ["floor", "ours"] + (["mergekit"] if os.environ.get(VARIABLE) else [])
+    engines = arguments.engines
     for shape in arguments.shapes:
         folders = make_models(work / shape, SHAPES[shape])
         drop_from_cache(folders)  # the pages are clean from here on
@@ -307,16 +317,17 @@ def rows_of(records: Sequence[Record]) -> list[Record]:
 
 
 def markdown(records: Sequence[Record], command: str) -> str:
+    threads = records[0]["threads"]
     lines = [
         "# Merging: ours beside mergekit",
         "",
         f"`{command}`",
         "",
-        f"{os.cpu_count()} cores, {records[0]['threads']} threads, torch {torch.__version__}. Wall and CPU in seconds, "
+        f"{os.cpu_count()} cores, {threads} threads, torch {torch.__version__}. Wall and CPU in seconds, "
         "peak resident memory in MB, imports included; `floor` reads and writes the same bytes and computes nothing.",
         "",
-        "| shape | state | method | floor | ours wall | ours CPU | ours MB | mergekit wall | mergekit CPU | mergekit MB "
-        "| times faster | target | times less memory |",
+        "| shape | state | method | floor | ours wall | ours CPU | ours MB | mergekit wall | mergekit CPU "
+        "| mergekit MB | times faster | target | times less memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows_of(records):
@@ -381,6 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen2-0.5b"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(TARGETS))
     parser.add_argument("--states", nargs="+", choices=["warm", "cold"], default=["warm"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of one merge")
@@ -388,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merging"))
     parser.add_argument("--append", action="store_true", help="add to the records in OUT.json")
     arguments = parser.parse_args(argv)
+    if "mergekit" in arguments.engines and not os.environ.get(VARIABLE):
+        parser.error(f"mergekit needs {VARIABLE}, the interpreter of an environment with mergekit 0.1.5")
     command = "python -m benchmarks.merging " + " ".join(sys.argv[1:] if argv is None else argv)
     records: list[Record] = []
     if arguments.append and arguments.out.with_suffix(".json").exists():

@@ -68,10 +68,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     if arguments.data:
         with record.stage("evaluate"):
+            tokenizer = load_tokenizer(arguments.output_dir)
             record.compared = {
-                str(one): measure(str(one.lora or one.path), metrics, arguments) for one in plan.references
+                str(one): measure(str(one.lora or one.path), tokenizer, metrics, arguments) for one in plan.references
             }
-            record.metrics = measure(arguments.output_dir, metrics, arguments)
+            record.metrics = measure(arguments.output_dir, tokenizer, metrics, arguments)
         print(comparison_table({**{Path(k).name: v for k, v in record.compared.items()}, "merged": record.metrics}))
     else:
         record.not_measured.append("Nothing was measured: the run had no data.")
@@ -92,8 +93,8 @@ def named(value: Any) -> Any:
     return [named(one) for one in value] if isinstance(value, list) else value
 
 
-def measure(name: str, metrics: list[str], arguments: MergeArguments) -> list[Any]:
-    model, tokenizer = load_model(name, dtype=arguments.dtype), load_tokenizer(name)
+def measure(name: str, tokenizer: Any, metrics: list[str], arguments: MergeArguments) -> list[Any]:
+    model = load_model(name, dtype=arguments.dtype)
     found = []
     for dataset in arguments.data:
         rows = load_rows(dataset, split=arguments.split)[: arguments.limit]

@@ -19,6 +19,7 @@ from hf_transfer_ext.checkpoints import FLOAT_DTYPES, TensorSpec
 from hf_transfer_ext.merging.inputs import InputModel, InputTensor
 from hf_transfer_ext.merging.method import MergeMethod
 from hf_transfer_ext.merging.plan import MergeConfig, ModelReference, Module, Slice, Source, evaluate
+from hf_transfer_ext.merging.vocabulary import TOKEN_TENSORS, Vocabulary, rearranged
 
 _LAYER = re.compile(r"^(?P<stack>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
@@ -82,8 +83,11 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDING.search(name) is not None
 
 
-def plan_tensors(config: MergeConfig, models: Models) -> list[TensorJob]:
+def plan_tensors(config: MergeConfig, models: Models, vocabulary: Vocabulary | None = None) -> list[TensorJob]:
     """List the tensors of the result: embeddings, layers in order, head.
+
+    Args:
+        vocabulary: Of the result, where the configuration asks for one; embeddings and head are rearranged to it.
 
     Raises:
         ValueError: Tensors that are missing, or differ in shape, or options that are missing; the tensor and the
@@ -91,7 +95,7 @@ def plan_tensors(config: MergeConfig, models: Models) -> list[TensorJob]:
     """
     jobs: dict[str, TensorJob] = {}
     for i, module in enumerate(config.modules):
-        for job in _Module(config, module, models, first=i == 0).jobs():
+        for job in _Module(config, module, models, vocabulary, first=i == 0).jobs():
             if job.name in jobs:
                 raise ValueError(
                     f"Tensor {job.name!r} belongs to two modules of the configuration. Name the modules by the parts "
@@ -104,8 +108,11 @@ def plan_tensors(config: MergeConfig, models: Models) -> list[TensorJob]:
 class _Module:
     """The jobs of one module; a module "default" has all tensors."""
 
-    def __init__(self, config: MergeConfig, module: Module, models: Models, *, first: bool) -> None:
+    def __init__(
+        self, config: MergeConfig, module: Module, models: Models, vocabulary: Vocabulary | None, *, first: bool
+    ) -> None:
         self.config, self.module, self.models, self.first = config, module, models, first
+        self.vocabulary = vocabulary
         self.method = config.method
         self.slices = [self._resolve(one) for one in module.slices]
 
@@ -198,16 +205,17 @@ class _Module:
     def _job(self, name: str, names: list[str], part: Slice, depth: float) -> TensorJob:
         base_reference = part.base_model
         takes_base = self.method.base in ("optional", "required") and base_reference is not None
+        rearranged = self._rearranged(name, part) if split_layer(name) is None else {}
         base: InputTensor | None = None
         pairs: list[tuple[Source, str, InputTensor]] = []
         for source, source_name in zip(part.sources, names, strict=True):
-            tensor = self.models[source.model][source_name]
+            tensor = rearranged.get(source.model) or self.models[source.model][source_name]
             if takes_base and source.model == base_reference and base is None:
                 base = tensor
             else:
                 pairs.append((source, source_name, tensor))
         if takes_base and base is None and base_reference is not None:
-            base = self.models[base_reference][names[0]]
+            base = rearranged.get(base_reference) or self.models[base_reference][names[0]]
         self._check_count(len(pairs), base_reference)
         self._check_shapes(name, pairs, base, base_reference)
         options = self._options(name, pairs, part, depth)
@@ -218,6 +226,14 @@ class _Module:
         dtype = self.config.out_dtype or self.config.dtype or donor.dtype
         is_copy = self.method.__name__ == "passthrough" and options["scale"] == [1.0] and dtype == donor.dtype
         return TensorJob(name, donor.shape, dtype, self.method, base, tensors, options, is_copy)
+
+    def _rearranged(self, name: str, part: Slice) -> dict[ModelReference, InputTensor]:
+        """The inputs of a tensor with one row for each token, where the result has a vocabulary of its own."""
+        if self.vocabulary is None or not name.endswith(TOKEN_TENSORS):
+            return {}
+        takes_base = self.method.base in ("optional", "required") and part.base_model is not None
+        members = dict.fromkeys([source.model for source in part.sources] + ([part.base_model] if takes_base else []))
+        return rearranged(self.config, self.vocabulary, self.models, name, [one for one in members if one is not None])
 
     def _check_count(self, count: int, base: ModelReference | None) -> None:
         least, most = self.method.count
@@ -298,7 +314,7 @@ def _in_module(stack: str, module: str) -> bool:
     return module == "default" or module in stack.split(".")
 
 
-def output_config(config: MergeConfig, models: Models, donor: InputModel, jobs: Sequence[TensorJob]) -> dict[str, Any]:
+def output_config(config: MergeConfig, models: Models, donor: InputModel) -> dict[str, Any]:
     """config.json of the result: the donor's, with its layers counted anew, their lists stacked, and the dtype."""
     content = copy.deepcopy(donor.config)
     _stack_layers(content, config, models)
@@ -309,6 +325,13 @@ def output_config(config: MergeConfig, models: Models, donor: InputModel, jobs: 
                 if key in part or (key == "dtype" and part is content and "torch_dtype" not in part):
                     part[key] = str(dtype).removeprefix("torch.")
     return content
+
+
+def set_vocabulary_size(content: dict[str, Any], size: int) -> None:
+    """Write the number of embedding rows wherever a config.json counts them."""
+    for part in (content, content.get("text_config", {})):
+        if "vocab_size" in part:
+            part["vocab_size"] = size
 
 
 def _stack_layers(content: dict[str, Any], config: MergeConfig, models: Models) -> None:

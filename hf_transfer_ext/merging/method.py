@@ -57,6 +57,7 @@ RANGES: dict[str, Interval] = {
     "gamma": Interval(0, 1),
     "epsilon": Interval(0, 1),
     "select_topk": Interval(0, 1),
+    "common_space_fraction": Interval(0, 1),
     "max_iter": Interval(0),
     "tol": Interval(0),
 }

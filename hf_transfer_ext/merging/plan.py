@@ -177,7 +177,7 @@ def parse_config(content: Mapping[str, Any]) -> MergeConfig:
         dtype=_dtype(content.get("dtype"), "dtype"),
         out_dtype=_dtype(content.get("out_dtype"), "out_dtype"),
         tokenizer=_tokenizer(content),
-        chat_template=_typed(content.get("chat_template"), str, "chat_template"),
+        chat_template=_template(content.get("chat_template")),
         seed=_typed(content.get("seed"), int, "seed") or 0,
     )
 
@@ -241,6 +241,16 @@ def _typed(value: Any, kind: type, where: str) -> Any:
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
         raise ValueError(f"`{where}` has to be of type {kind.__name__}, got {value!r}.")
     return value
+
+
+def _template(value: Any) -> str | None:
+    text = _typed(value, str, "chat_template")
+    if text is not None and text != "auto" and "{" not in text:
+        raise ValueError(
+            f"`chat_template` has to be auto or the text of a Jinja template, got {text!r}. Templates by name are not "
+            "shipped; paste the template."
+        )
+    return text
 
 
 def _dtype(value: Any, where: str) -> torch.dtype | None:

@@ -21,9 +21,10 @@ from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
 from hf_transfer_ext.files import refuse_existing_output, replace_folder, require_free_space, write_text
 from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.merging.inputs import InputModel, open_model
-from hf_transfer_ext.merging.layout import TensorJob, output_config, plan_tensors
+from hf_transfer_ext.merging.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
 from hf_transfer_ext.merging.plan import MergeConfig, ModelReference, load_config
 from hf_transfer_ext.merging.stream import Stream
+from hf_transfer_ext.merging.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
 
 #: Files that go with the weights and are taken from the base model, or from the first one.
 COMPANIONS = (
@@ -110,18 +111,15 @@ def merge(
     """
     began = time.perf_counter()
     parsed = load_config(config)
-    if parsed.tokenizer is not None or parsed.chat_template is not None:
-        raise ValueError(
-            "`tokenizer`, `tokenizer_source` and `chat_template` are read but not carried out yet. Leave them out: the "
-            "result then takes the tokenizer of the base model, or of the first one."
-        )
     target = refuse_existing_output(out_dir, overwrite=overwrite)
     if threads is not None and threads < 1:
         raise ValueError(f"`threads` has to be at least 1, got {threads}.")
     models = _open_all(parsed, allow_pickle)
     try:
         donor = models[parsed.references[0]]
-        jobs = plan_tensors(parsed, models)
+        vocabulary = build_vocabulary(parsed, models) if parsed.tokenizer is not None else None
+        template = chat_template_of(parsed, models)
+        jobs = plan_tensors(parsed, models, vocabulary)
         report = MergeReport(
             folder=str(target),
             method=parsed.merge_method,
@@ -135,7 +133,7 @@ def merge(
             require_free_space(target, report.written_bytes)
             return report
         text = _yaml_of(config)
-        key = _plan_key(parsed, models, jobs, max_shard_bytes)
+        key = _plan_key(parsed, models, jobs, vocabulary, max_shard_bytes)
         with _resumable_folder(target, key, overwrite=overwrite) as folder:
             with CheckpointWriter(
                 folder, [job.spec for job in jobs], max_shard_bytes=max_shard_bytes, resume=True
@@ -150,7 +148,12 @@ def merge(
                         advance=advance,
                     )
                     resumed = stream.run(jobs)
-            _write_companions(folder, donor, output_config(parsed, models, donor, jobs), text)
+            content = output_config(parsed, models, donor)
+            if vocabulary is not None:
+                set_vocabulary_size(content, vocabulary.size)
+            _write_companions(folder, donor, content, text)
+            if vocabulary is not None or template is not None:
+                write_tokenizer(vocabulary, template, donor, folder)
             (folder / _JOURNAL).unlink()
     finally:
         for model in models.values():
@@ -175,7 +178,11 @@ def _open_all(config: MergeConfig, allow_pickle: bool) -> dict[ModelReference, I
 
 
 def _plan_key(
-    config: MergeConfig, models: Mapping[ModelReference, InputModel], jobs: list[TensorJob], max_shard_bytes: int
+    config: MergeConfig,
+    models: Mapping[ModelReference, InputModel],
+    jobs: list[TensorJob],
+    vocabulary: Vocabulary | None,
+    max_shard_bytes: int,
 ) -> str:
     """A hash of everything that the bytes of the result depend on, and of the boot.
 
@@ -188,6 +195,7 @@ def _plan_key(
         "boot": boot.read_text().strip() if boot.exists() else "",
         "config": repr(config),
         "layout": [(job.name, job.shape, str(job.dtype)) for job in jobs],
+        "vocabulary": sorted(vocabulary.tokens.items()) if vocabulary is not None else None,
         "shards": max_shard_bytes,
         "files": [
             (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)

@@ -32,9 +32,7 @@ OPTIONS = {
     "tsv": {},
     "iso_c": {},
     "iso_cts": {},
-    "wudi": {},
     "knots": {"weight": [0.5, 0.3, 0.7], "density": 0.5},
-    "cat": {},
 }
 
 

@@ -1,4 +1,4 @@
-"""A merge that is killed with SIGKILL leaves no output folder, and ends with the same bytes when it is started again."""
+"""A merge that is killed leaves no output folder, and ends with the same bytes when it is started again."""
 
 from __future__ import annotations
 

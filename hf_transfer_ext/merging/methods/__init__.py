@@ -10,7 +10,10 @@ from hf_transfer_ext.merging.methods.dare_linear import dare_linear
 from hf_transfer_ext.merging.methods.dare_ties import dare_ties
 from hf_transfer_ext.merging.methods.della import della
 from hf_transfer_ext.merging.methods.della_linear import della_linear
+from hf_transfer_ext.merging.methods.iso_c import iso_c
+from hf_transfer_ext.merging.methods.iso_cts import iso_cts
 from hf_transfer_ext.merging.methods.karcher import karcher
+from hf_transfer_ext.merging.methods.knots import knots
 from hf_transfer_ext.merging.methods.linear import linear
 from hf_transfer_ext.merging.methods.model_stock import model_stock
 from hf_transfer_ext.merging.methods.multislerp import multislerp
@@ -23,6 +26,7 @@ from hf_transfer_ext.merging.methods.sce import sce
 from hf_transfer_ext.merging.methods.slerp import slerp
 from hf_transfer_ext.merging.methods.task_arithmetic import task_arithmetic
 from hf_transfer_ext.merging.methods.ties import ties
+from hf_transfer_ext.merging.methods.tsv import tsv
 from hf_transfer_ext.registry import Registry
 
 #: Found by the `merge_method` of a configuration. Code outside the package adds its own with `@MERGE_METHODS.register`
@@ -52,5 +56,10 @@ MERGE_METHODS: Registry[MergeMethod] = Registry(
         arcee_fusion,
         ram,
         ramplus_tl,
+        # Whole matrices: one tensor of all models is in memory at a time and thread.
+        tsv,
+        iso_c,
+        iso_cts,
+        knots,
     ],
 )

@@ -35,10 +35,7 @@ ALONE = {
     "nearswap": {"t": 1e9},
     "ram": {"epsilon": 0.0},
     "tsv": {},
-    "iso_cts": None,
-    "wudi": {},
     "knots": {"weight": 1},
-    "cat": {},
 }
 
 

@@ -1,0 +1,40 @@
+"""Iso-C: the sum of the changes with all its singular values made equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.spectral import add_mean, svd
+
+
+@merge_method(unit="matrix")
+def iso_c(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    lambda_: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    r"""Give all directions of the summed change the same strength, so that no model's directions are drowned.
+
+    .. math::
+        \sum_i t_i = U S V^T, \quad \theta = \theta_0 + \lambda \, \bar\sigma \, U V^T, \quad
+        \bar\sigma = \mathrm{mean}(S)
+
+    Args:
+        lambda_: Strength of the whole change (`lambda` in YAML); 1 to 2 is typical.
+
+    Returns:
+        The merged weights. Tensors that are no matrices get the mean change.
+
+    Source: Isotropic model merging, Marczak et al. 2025, https://arxiv.org/abs/2502.04959
+    """
+    changes = changes_of(base, models)
+    if base.dim() != 2:
+        return add_mean(base, changes, lambda_)
+    left, values, right = svd(sum(changes[1:], changes[0]))
+    return base + lambda_ * values.mean() * (left @ right)

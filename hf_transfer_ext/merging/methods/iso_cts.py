@@ -1,0 +1,55 @@
+"""Iso-CTS: Iso-C with the least common directions replaced by those of single models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.spectral import add_mean, nearest_orthogonal, svd
+
+
+@merge_method(unit="matrix")
+def iso_cts(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    common_space_fraction: float = 0.8,
+    lambda_: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    r"""Keep the leading directions of the summed change, add each model's own leading directions outside of them.
+
+    .. math::
+        \sum_i t_i = U S V^T, \quad t_i - U^{:k} U^{:k\,T} t_i = U_i S_i V_i^T, \quad
+        \theta = \theta_0 + \lambda \, \bar\sigma \, \bar U \bar V^T
+
+    with U-bar and V-bar the nearest matrices with orthonormal columns to [U_1^{:s} ... U_n^{:s} U^{:k}] and
+    [V_1^{:s} ... V_n^{:s} V^{:k}], and sigma-bar the mean of all kept singular values. The part of the rank beyond
+    `common_space_fraction` is shared out evenly: n s + k is the rank.
+
+    Args:
+        common_space_fraction: Share of the rank for common directions, 0 to 1.
+        lambda_: Strength of the whole change (`lambda` in YAML).
+
+    Returns:
+        The merged weights. Tensors that are no matrices get the mean change.
+
+    Source: Isotropic model merging, Marczak et al. 2025, https://arxiv.org/abs/2502.04959
+    """
+    changes = changes_of(base, models)
+    if base.dim() != 2:
+        return add_mean(base, changes, lambda_)
+    rank = min(base.shape)
+    own = round((rank - int(rank * common_space_fraction)) / len(changes))
+    common = max(0, rank - own * len(changes))
+    left, values, right = svd(sum(changes[1:], changes[0]))
+    shared = left[:, :common]
+    parts = [svd(change - shared @ (shared.T @ change)) for change in changes]
+    lefts = torch.cat([*(u[:, :own] for u, _, _ in parts), shared], dim=1)
+    rights = torch.cat([*(v[:own] for _, _, v in parts), right[:common]], dim=0)
+    strength = torch.cat([*(s[:own] for _, s, _ in parts), values[:common]]).mean()
+    return base + lambda_ * strength * (nearest_orthogonal(lefts) @ nearest_orthogonal(rights))

@@ -1,0 +1,48 @@
+"""TSV-M: the leading singular vectors of all changes, made orthogonal to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.spectral import add_mean, nearest_orthogonal, svd
+
+
+@merge_method(unit="matrix")
+def tsv(
+    base: Float[Tensor, "*shape"],
+    models: Sequence[Float[Tensor, "*shape"]],
+    *,
+    lambda_: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    r"""Share the rank of a matrix out among the models, and take the interference of their singular vectors away.
+
+    .. math::
+        t_i = U_i S_i V_i^T, \quad U = [U_1^{:k} \dots U_n^{:k}], \quad V = [V_1^{:k} \dots V_n^{:k}], \quad
+        k = \lfloor \mathrm{rank} / n \rfloor, \quad
+        \theta = \theta_0 + \lambda \, \bar U \, \mathrm{diag}(S_1^{:k} \dots S_n^{:k}) \, \bar V^T
+
+    with U-bar and V-bar the nearest matrices to U and V with orthonormal columns.
+
+    Args:
+        lambda_: Strength of the whole change (`lambda` in YAML); the paper's alpha.
+
+    Returns:
+        The merged weights. Tensors that are no matrices get the mean change.
+
+    Source: Task Singular Vectors, Gargiulo et al. 2025, https://arxiv.org/abs/2412.00081
+    """
+    changes = changes_of(base, models)
+    if base.dim() != 2:
+        return add_mean(base, changes, lambda_)
+    kept = max(1, min(base.shape) // len(changes))
+    parts = [svd(change) for change in changes]
+    left = nearest_orthogonal(torch.cat([u[:, :kept] for u, _, _ in parts], dim=1))
+    right = nearest_orthogonal(torch.cat([v[:kept] for _, _, v in parts], dim=0))
+    values = torch.cat([s[:kept] for _, s, _ in parts])
+    return base + lambda_ * (left * values) @ right
