@@ -57,6 +57,9 @@ class DistillationConfig(SFTConfig):
         drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
             refusing them.
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
+
+    `bf16` left alone is on where the hardware computes in bfloat16; on a CPU without such instructions it is off, as
+    emulating them is several times slower than float32.
     """
 
     loss: str = "forward_kl"
@@ -75,6 +78,8 @@ class DistillationConfig(SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "loss_options"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
+            self.use_cpu, self.bf16 = True, cpu_computes_in_bf16()
         super().__post_init__()
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
         check_loss(self.loss, self.loss_options)
@@ -88,6 +93,12 @@ class DistillationConfig(SFTConfig):
             raise ValueError(
                 "Name one teacher: `teacher_adapter` (on the student's own model) or `teacher_model_name_or_path`."
             )
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether this processor has bfloat16 instructions (AVX-512 BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def check_loss(name: str, options: dict[str, Any]) -> None:
@@ -322,7 +333,7 @@ def _any_head_passes(model: Any) -> Iterator[None]:
 
 
 def checked_samples(dataset: Any, prepared: Any, args: DistillationConfig, context: int | None) -> Any:
-    """Refuse samples that are longer than the context, and those with nothing to learn unless the config drops them."""
+    """Refuse samples beyond the context, and those with nothing to learn unless the config drops them."""
     if args.max_length is None and context is not None:
         prepared = fit_context(prepared, context)
     if args.drop_unlabelled:
