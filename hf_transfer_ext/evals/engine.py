@@ -149,13 +149,12 @@ def evaluate(
     if "reference" in needs and reference is None:
         asking = [m.__name__ for m, _ in chosen if "reference" in m.needs]
         raise ValueError(f"{', '.join(asking)} compare with a reference: give `reference=` a model or adapter name.")
-    wanted = {column for m, _ in chosen for column in m.texts}
-    prepared = prepare_examples(examples, tokenizer, template, wanted, columns)
+    wanted = needs_of_columns([m for m, _ in chosen])
+    prepared = prepare_examples(examples, tokenizer, template, set(wanted), columns)
     model = accelerator.unwrap_model(model) if accelerator is not None else model
     ranks = accelerator.num_processes if accelerator is not None else 1
     rank = accelerator.process_index if accelerator is not None else 0
 
-    forward_needs = needs - {"generations"}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     fingerprint = ""
     if cache is not None:
@@ -170,8 +169,8 @@ def evaluate(
     scorer = Scorer(model, reference=reference if "reference" in needs else None, adapter=adapter, pad_id=pad_id)
     cost = {"forward_tokens": 0, "forwards": 0, "generated_tokens": 0, "cached": 0}
     with evaluation_mode(model, None if isinstance(reference, str) else reference):
-        if forward_needs:
-            _score_all(prepared, forward_needs, scorer, store, batch_size, rank, ranks, cost, progress)
+        if wanted:
+            _score_all(prepared, wanted, scorer, store, batch_size, rank, ranks, cost, progress)
             cost["forward_tokens"], cost["forwards"] = scorer.forward_tokens, scorer.forwards
         if "generations" in needs:
             with active_adapter(model, adapter):
@@ -184,6 +183,16 @@ def evaluate(
         gathered = gather_object([cost])
         cost = {name: sum(c[name] for c in gathered) for name in cost}
     return measure(prepared, chosen, dataset=dataset, resamples=resamples, seed=seed, cost=cost)
+
+
+def needs_of_columns(metrics: Sequence[Metric]) -> dict[str, frozenset[str]]:
+    """Column -> what has to be known of its texts: a reference for the answer is none for its five wrong variants."""
+    wanted: dict[str, frozenset[str]] = {}
+    for metric in metrics:
+        needs = metric.needs - {"generations"}
+        for column in metric.texts if needs else ():
+            wanted[column] = wanted.get(column, frozenset()) | needs
+    return wanted
 
 
 def measure(
@@ -360,7 +369,7 @@ def _shared(
 
 def _score_all(
     prepared: Sequence[ScoredExample],
-    needs: frozenset[str],
+    wanted: Mapping[str, frozenset[str]],
     scorer: Scorer,
     store: ScoreCache,
     batch_size: int,
@@ -370,32 +379,38 @@ def _score_all(
     progress: bool,
 ) -> None:
     sequences: dict[str, EncodedAnswer] = {}
+    needs: dict[str, frozenset[str]] = {}
     keys: dict[int, str] = {}
     for example in prepared:
-        for encoded_list in example.sequences.values():
-            for encoded in encoded_list:
+        for column, encoded_list in example.sequences.items():
+            for encoded in encoded_list if column in wanted else ():
                 key = digest([encoded.input_ids, encoded.answer_start])
                 sequences[key], keys[id(encoded)] = encoded, key
+                needs[key] = needs.get(key, frozenset()) | wanted[column]
     known = {}
     for key in sequences:
         value = store.get(key)
-        if value is not None and TokenScores.from_dict(value).has(needs):
+        if value is not None and TokenScores.from_dict(value).has(needs[key]):
             known[key] = TokenScores.from_dict(value)
     cost["cached"] += len(known) if rank == 0 else 0
 
     def work(batch: list[str]) -> dict[str, TokenScores]:
-        scores = dict(zip(batch, scorer.score([sequences[key] for key in batch], needs), strict=True))
-        for key, value in scores.items():
+        found = scorer.score([sequences[key] for key in batch], needs[batch[0]])
+        for key, value in zip(batch, found, strict=True):
             store.put(key, value.to_dict())
-        return scores
+        return dict(zip(batch, found, strict=True))
 
-    missing = [key for key in sequences if key not in known]
-    batches = _batches(missing, lambda key: len(sequences[key].input_ids), batch_size)
-    known.update(_shared(batches, work, rank, ranks, lockstep=is_sharded(scorer.model), title="scoring", bar=progress))
+    batches = []
+    for alike in sorted(set(needs.values()), key=sorted, reverse=True):
+        missing = [key for key in sequences if key not in known and needs[key] == alike]
+        batches += _batches(missing, lambda key: len(sequences[key].input_ids), batch_size)
+    lockstep = is_sharded(scorer.model)
+    known.update(_shared(batches, work, rank, ranks, lockstep=lockstep, title="scoring", bar=progress))
     for example in prepared:
         example.texts = {
             column: [known[keys[id(encoded)]] for encoded in encoded_list]
             for column, encoded_list in example.sequences.items()
+            if column in wanted
         }
 
 
