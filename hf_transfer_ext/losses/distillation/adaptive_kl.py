@@ -18,8 +18,10 @@ def head_share(
     """
     kept, vocab = 64, p.shape[-1]
     top = p.topk(min(kept, vocab))
-    while kept < vocab and (top.values.sum(-1) < head_mass).any():
-        kept *= 4
+    while kept < vocab and ((missing := head_mass - top.values.sum(-1)) > 0).any():
+        # Every further token is at most as likely as the last one kept: that many more are needed at least.
+        needed = (missing / top.values[..., -1]).nan_to_num().max().clamp(max=vocab)
+        kept = max(4 * kept, kept + 2 * int(needed))
         top = p.topk(min(kept, vocab))
     likelier = top.values.cumsum(-1) - top.values
     gap = (p - q).abs()

@@ -139,11 +139,15 @@ def test_the_ends_of_the_jensen_shannon_family_tend_to_the_two_kls():
         torch.testing.assert_close(near, DISTILLATION_LOSSES[end](student, teacher), rtol=0.05, atol=1e-3)
 
 
-def test_the_head_of_adaptive_kl_is_found_beyond_the_first_tokens():
+@pytest.mark.parametrize("head_mass", [0.5, 0.97])
+@pytest.mark.parametrize("excluded", [0, 500])
+def test_the_head_of_adaptive_kl_is_found_beyond_the_first_tokens(head_mass, excluded):
     """A flat teacher needs half of a large vocabulary for its head, far more than the first sorted slice."""
     student, teacher = logits(1, 2, 3000, scale=0.3), logits(1, 2, 3000, seed=1, scale=0.1)
-    result = DISTILLATION_LOSSES["adaptive_kl"](student, teacher)
+    student[..., :excluded] = teacher[..., :excluded] = -math.inf
+    teacher[0, 1, -1] = 12.0  # a row that needs one token, beside one that needs many
+    result = DISTILLATION_LOSSES["adaptive_kl"](student, teacher, head_mass=head_mass)
     for s in range(2):
         assert result[0, s].item() == pytest.approx(
-            oracles.value("adaptive_kl", student[0, s], teacher[0, s]), rel=1e-3
+            oracles.value("adaptive_kl", student[0, s], teacher[0, s], head_mass=head_mass), rel=1e-3
         )
