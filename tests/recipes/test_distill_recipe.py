@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tiny import byte_tokenizer, tiny_llama
 
+from hf_transfer_ext import DistillationConfig
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.recipe import parse_recipe
 from recipes import distill
 
 TEXTS = ["gold is a metal", "paris is a city", "iron is a metal", "rome is a city", "tin is a metal"] * 4
@@ -145,3 +148,10 @@ def test_mistakes_are_told_and_leave_nothing(setup, extra, error, message):
     with pytest.raises(error, match=message):
         run(setup, *extra)
     assert not (setup / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes/configs/distill").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_accepted(path, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments._validate_args", lambda self: None)  # bf16 needs its GPU
+    told, args = parse_recipe(distill.DistillArguments, DistillationConfig, argv=["--config", str(path)])
+    assert told.dataset and args.output_dir.startswith("runs/")

@@ -16,7 +16,8 @@ def test_saved_weights_are_whole_and_hold_no_pickle(tmp_path):
     model = tiny_llama()
     folder = save_whole(trainer_of(model, tmp_path / "t"), tmp_path / "deep" / "model")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    pairs = zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert not list(folder.glob("*.bin")) and [p.name for p in folder.parent.iterdir()] == ["model"]
     save_whole(trainer_of(tiny_llama(5), tmp_path / "t"), folder)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight, tiny_llama(5).lm_head.weight)

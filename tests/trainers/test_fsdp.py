@@ -1,0 +1,68 @@
+"""Student and teacher sharded by FSDP2. Accelerate shards on GPUs alone, so its state is told that this CPU is one."""
+
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from processes import on_two_ranks
+from tiny import byte_tokenizer, tiny_llama
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from hf_transfer_ext import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.trainers.saving import save_whole
+
+TEXTS = ["gold is a metal", "paris", "the sea is wide and the sky is high", "iron"]
+
+
+def shard_on_cpu():
+    """Let Accelerate take its FSDP2 branch on gloo ranks."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT",
+    )  # fmt: skip
+    original = PartialState.__init__
+
+    def patched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU  # AcceleratorState makes FSDP of it
+
+    PartialState.__init__ = patched
+
+
+def trained(folder, batch_size, **options):
+    args = DistillationConfig(
+        str(folder), use_cpu=True, bf16=False, report_to="none", max_length=64, optim="sgd", learning_rate=0.5,
+        lr_scheduler_type="constant", max_steps=2, per_device_train_batch_size=batch_size, max_grad_norm=0.0,
+        gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, ce_weight=0.5, **options,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        tiny_llama(1), tiny_llama(2, num_hidden_layers=3), args, Dataset.from_dict({"text": TEXTS}), byte_tokenizer()
+    )
+    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sharded_training_with_a_sharded_teacher_equals_one_process(tmp_path, fused):
+    whole = trained(tmp_path / "one", 4, fused=fused).model.state_dict()
+
+    def rank(_):
+        shard_on_cpu()
+        trainer = trained(tmp_path / "two", 2, fused=fused)
+        sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
+        teacher = [isinstance(p, DTensor) for p in trainer.teacher.model.parameters()]
+        save_whole(trainer, tmp_path / "saved")
+        return all(sharded) and all(teacher)
+
+    assert on_two_ranks(rank, tmp_path) == [True, True]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert saved.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(saved[name], whole[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
