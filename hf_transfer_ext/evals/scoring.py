@@ -113,9 +113,6 @@ class ScoredExample:
         return self.texts.get("paraphrased_answer", self.texts["answer"])[0]
 
 
-# --- the vocabulary, a chunk of rows at a time -----------------------------------------------------------------------
-
-
 def output_head(model: Any) -> Callable[[Rows], RowLogits]:
     """Hidden rows -> logits, as the model's own forward does: head (adapted or not), bias, logit scale, soft cap."""
     head = head_module(model)

@@ -219,8 +219,6 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         if args.hidden_layer is not None and layers is not None and args.hidden_layer > layers:
             raise ValueError(f"`hidden_layer` is {args.hidden_layer}, but the model has {layers} layers.")
 
-    # --- the reference -----------------------------------------------------------------------------------------------
-
     def _prepare_reference(self, wanted: set[str], reference_model: Any, pairs: ForgetRetainPairs) -> None:
         """Under PEFT the adapter is switched off; else a given model, else log-probabilities computed now."""
         if reference_model is not None:
@@ -274,8 +272,6 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
                 yield model
         finally:
             own.train(training)
-
-    # --- one step ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -412,8 +408,6 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
             drawn = torch.rand(hidden.shape[-1], generator=generator)
             self._control = drawn / drawn.norm()
         return self._control.to(hidden)
-
-    # --- counting, logging, evaluating -------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:  # type: ignore
         """Sequences, tokens and later tokens to forget, and tokens to retain, of a step on all processes."""
