@@ -294,6 +294,10 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(values)) if values else float("nan")
 
 
+def key_of(record: Record) -> tuple[str, ...]:
+    return record["shape"], record["state"], record["method"], record["engine"]
+
+
 def rows_of(records: Sequence[Record]) -> list[Record]:
     """One row for each shape, state and method: medians over the rounds."""
     keys = dict.fromkeys((r["shape"], r["state"], r["method"]) for r in records)
@@ -301,12 +305,7 @@ def rows_of(records: Sequence[Record]) -> list[Record]:
     for shape, state, method in keys:
         row: Record = {"shape": shape, "state": state, "method": method}
         for engine in ("floor", "ours", "mergekit"):
-            own = [
-                r
-                for r in records
-                if (r["shape"], r["state"], r["method"], r["engine"]) == (shape, state, method, engine)
-                and r["status"] == "ok"
-            ]
+            own = [r for r in records if key_of(r) == (shape, state, method, engine) and r["status"] == "ok"]
             for value in ("wall_s", "cpu_s", "peak_bytes"):
                 row[f"{engine}_{value}"] = median([r[value] for r in own if value in r])
         row["speedup"] = row["mergekit_wall_s"] / row["ours_wall_s"]
@@ -398,18 +397,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of one merge")
     parser.add_argument("--work", type=Path, help="folder for the models (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merging"))
-    parser.add_argument("--append", action="store_true", help="add to the records in OUT.json")
+    parser.add_argument("--append", action="store_true", help="keep the records in OUT.json but those measured again")
     arguments = parser.parse_args(argv)
     if "mergekit" in arguments.engines and not os.environ.get(VARIABLE):
         parser.error(f"mergekit needs {VARIABLE}, the interpreter of an environment with mergekit 0.1.5")
     command = "python -m benchmarks.merging " + " ".join(sys.argv[1:] if argv is None else argv)
     records: list[Record] = []
     if arguments.append and arguments.out.with_suffix(".json").exists():
-        before = json.loads(arguments.out.with_suffix(".json").read_text())
-        records, command = before["records"], before["command"] + "`, `" + command
+        earlier = json.loads(arguments.out.with_suffix(".json").read_text())
+        records, command = earlier["records"], earlier["command"] + "`, `" + command
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        before = list(records)
         for record in measurements(arguments, Path(folder)):
-            records.append(record)
+            records = [one for one in records if one not in before or key_of(one) != key_of(record)] + [record]
             print(
                 f"{record['shape']} {record['method']} {record['state']} {record['engine']}: {record['status']}, "
                 f"{record['wall_s']:.2f} s, CPU {record.get('cpu_s', 0):.1f} s, "

@@ -211,6 +211,11 @@ class _Module:
         for source, source_name in zip(part.sources, names, strict=True):
             tensor = rearranged.get(source.model) or self.models[source.model][source_name]
             if takes_base and source.model == base_reference and base is None:
+                if source.parameters:
+                    raise ValueError(
+                        f"Model {str(source.model)!r} is the base model, so its own options "
+                        f"({', '.join(source.parameters)}) have no effect. Take them away, or name another base."
+                    )
                 base = tensor
             else:
                 pairs.append((source, source_name, tensor))

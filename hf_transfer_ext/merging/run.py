@@ -243,8 +243,10 @@ def _only_one(lock: Path, target: Path) -> Iterator[None]:
             raise FileExistsError(
                 f"Another merge into {str(target)!r} is running. Wait for it, or name another folder."
             ) from error
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

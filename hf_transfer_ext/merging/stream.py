@@ -27,8 +27,8 @@ from hf_transfer_ext.merging.noise import Noise
 #: Elements of a piece. Small enough that the pieces of some models stay in a core's second-level cache.
 PIECE = 1 << 17
 
-#: A sample holds one element in 32, but no more than SAMPLE; it is made of runs of SAMPLE_RUN.
-SAMPLE, SAMPLE_RUN = 1 << 18, 1 << 8
+#: A sample holds one element in 64, but no more than SAMPLE; it is made of runs of SAMPLE_RUN.
+SAMPLE, SAMPLE_RUN = 1 << 18, 1 << 11
 
 #: Elements of a tensor that one thread takes at a time where nothing has to be known about the whole tensor.
 SEGMENT = 1 << 23
@@ -62,7 +62,7 @@ class StreamedPieces:
             return
         columns = columns_of(self.job)
         run = -(-SAMPLE_RUN // columns) * columns
-        runs = max(1, min(SAMPLE, self.numel // 32) // run)
+        runs = max(1, min(SAMPLE, self.numel // 64) // run)
         step = max(run, self.numel // runs // columns * columns)
         for start in range(self.start, self.stop - run + 1, step):
             yield self._at(start, start + run, check=False)
@@ -155,6 +155,8 @@ class Stream:
         finally:
             self._halt.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            if self.journal is not None:
+                self.journal.close()
             torch.set_num_threads(threads_before)
         return len(jobs) - len(todo)
 
