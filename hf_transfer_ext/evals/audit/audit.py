@@ -143,7 +143,7 @@ def _verdict(label: str, name: str, found: Values, original: Any, floor: Any, re
         return Verdict(label, None, None, *means, note="a model that never knew scores here too: give a retrained one")
     share = recovered_share(found, original, base)
     if np.isnan(share):
-        note = "the original knows no more of this than the retrained model does"
+        note = "the original shows nothing here that a model without the data does not show"
         return Verdict(label, None, None, *means, note=note)
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(found), size=(resamples, len(found)))
