@@ -101,9 +101,12 @@ def measure_in_child(
         return {"status": OUT_OF_MEMORY if memory else FAILED, "seen_bytes": seen, "output": said}
 
 
-def rounds_of(cases: Sequence[Case], rounds: int) -> Iterator[tuple[int, Case]]:
-    """Every case once a round, in an order that turns by one each round: no case always runs first."""
-    for number in range(rounds):
+def rounds_of(cases: Sequence[Case], rounds: int, first: int = 0) -> Iterator[tuple[int, Case]]:
+    """Every case once a round, in an order that turns by one each round: no case always runs first.
+
+    `first` is the number of the first round, where earlier sittings have had some.
+    """
+    for number in range(first, first + rounds):
         turn = number % max(1, len(cases))
         for case in (*cases[turn:], *cases[:turn]):
             yield number, case

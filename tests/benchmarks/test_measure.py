@@ -44,6 +44,7 @@ def test_a_failure_keeps_what_the_child_said():
 
 def test_rounds_turn_the_order_and_leave_nothing_out():
     assert list(measure.rounds_of("abc", 2)) == [(0, "a"), (0, "b"), (0, "c"), (1, "b"), (1, "c"), (1, "a")]
+    assert list(measure.rounds_of("abc", 1, first=2)) == [(2, "c"), (2, "a"), (2, "b")]
 
 
 def test_ratios_are_taken_within_a_round():
