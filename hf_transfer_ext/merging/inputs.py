@@ -204,14 +204,7 @@ def _adapt(model: InputModel, folder: Path) -> None:
     """Put an adapter's changes on a model's tensors."""
     adapter = read_lora(folder)
     model.opened.append(adapter.checkpoint)
-    for module, factors in adapter.modules.items():
-        name = _tensor_of(model, f"{module}.weight", folder)
-        if model.tensors[name].shape != factors.shape:
-            raise ValueError(
-                f"Adapter {str(folder)!r} changes {name!r} with shape {list(factors.shape)}, but model "
-                f"{str(model.reference)!r} has {list(model.tensors[name].shape)} there. It belongs to another model."
-            )
-        model.tensors[name] = AdaptedInput(model.tensors[name], factors)
+    # Whole tensors first: PEFT stores the base's embeddings beside the factors that change them.
     for key, entry in adapter.replaced.items():
         if key.endswith("lm_head.weight") and model.is_tied:
             embedding = next((other for other in adapter.replaced if other.endswith("embed_tokens.weight")), None)
@@ -225,6 +218,14 @@ def _adapt(model: InputModel, folder: Path) -> None:
                 )
             continue
         model.tensors[_tensor_of(model, key, folder)] = StoredInput(adapter.checkpoint, entry)
+    for module, factors in adapter.modules.items():
+        name = _tensor_of(model, f"{module}.weight", folder)
+        if model.tensors[name].shape != factors.shape:
+            raise ValueError(
+                f"Adapter {str(folder)!r} changes {name!r} with shape {list(factors.shape)}, but model "
+                f"{str(model.reference)!r} has {list(model.tensors[name].shape)} there. It belongs to another model."
+            )
+        model.tensors[name] = AdaptedInput(model.tensors[name], factors)
 
 
 def _tensor_of(model: InputModel, name: str, adapter: Path) -> str:
