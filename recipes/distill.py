@@ -16,10 +16,9 @@ from transformers import set_seed
 from hf_transfer_ext.data.facts import fact_questions
 from hf_transfer_ext.data.text import FACTS, describe_dataset, load_text_dataset
 from hf_transfer_ext.evals.language import as_example, measure_language_model
-from hf_transfer_ext.evals.table import comparison_plot, comparison_table, stage_table
-from hf_transfer_ext.files import refuse_existing_output
-from hf_transfer_ext.hub.publish import push, save_result
-from hf_transfer_ext.hub.record import RunRecord, describe_input, device_summary
+from hf_transfer_ext.files import refuse_existing_output, require_free_space
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import RunRecord, describe_input
 from hf_transfer_ext.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe, settings_of
 from hf_transfer_ext.students import STUDENT_INITS
@@ -28,7 +27,7 @@ from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.teachers.live import shards_parameters
 from hf_transfer_ext.teachers.taught import taught
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
-from hf_transfer_ext.trainers.saving import last_checkpoint, save_whole
+from hf_transfer_ext.trainers.saving import last_checkpoint, save_whole, training_folder
 
 
 @dataclass
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     told, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv)
     out = refuse_existing_output(args.output_dir, overwrite=told.overwrite)
     record = RunRecord("distillation", "recipes/distill.py", settings_of(told, args), seed=args.seed)
-    work = out.with_name(f"{out.name}.training")  # checkpoints; the output folder appears when it is whole
+    work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=told.overwrite)
     publish, args.push_to_hub, args.output_dir = args.push_to_hub, False, str(work / "checkpoints")
     set_seed(args.seed)
     load = partial(
@@ -95,6 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
             tokenizer = load_tokenizer(told.student, revision=told.student_revision)
             record.inputs.append(describe_input(told.student, told.student_revision, "student", model=student))
         twin = copy.deepcopy(student) if told.compare_with_ce else None
+        require_free_space(out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, and the result
     trainer = DistillationTrainer(student, teacher, args, data, tokenizer, teacher_processing_class=teacher_tokenizer)
     reference = None if shards_parameters(trainer.accelerator) else teacher  # a sharded one is not measured
     measured: dict[str, list[Any]] = {}
@@ -121,19 +121,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
         measure("twin without teacher", plain.accelerator.unwrap_model(plain.model), reference)
 
     if trainer.is_world_process_zero():
-        record.metrics = measured.get("student", [])
-        record.compared = {name: found for name, found in measured.items() if name != "student"}
-        record.device = device_summary(student, precision="bfloat16" if args.bf16 else None)
-        if measured:
-            files["comparison.png"] = comparison_plot(measured, work / "comparison.png", title=f"On {told.dataset}")
-            print(comparison_table(measured), end="\n\n")
-        print(stage_table(record.stages))
-        save_result(
-            out, model=student, tokenizer=tokenizer, record=record, overwrite=told.overwrite, extra_files=files
-        )
-        print(f"Saved to {out}; checkpoints are in {work}.")
-        if publish:
-            print("Pushed to", push(out, args.hub_model_id or out.name, private=args.hub_private_repo))
+        finish_run(
+            out, record, measured, result="student", model=student, tokenizer=tokenizer, files=files,
+            overwrite=told.overwrite, precision="bfloat16" if args.bf16 else None,
+            push_to=args.hub_model_id or out.name if publish else None, private=args.hub_private_repo,
+        )  # fmt: skip
     return measured
 
 

@@ -11,6 +11,33 @@ from typing import Any
 from hf_transfer_ext.files import replace_folder
 
 
+def training_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
+    """The folder beside `out` for checkpoints and finished stages; `out` itself appears only when it is whole.
+
+    What an earlier run left there is used on `resume`, removed on `overwrite`, and else refused: a new run must not
+    mix its stages with those of another one. Every process calls it.
+
+    Raises:
+        FileExistsError: An earlier run's folder, and neither `resume` nor `overwrite`.
+    """
+    from accelerate import PartialState
+
+    out = Path(out)
+    folder = out.with_name(f"{out.name}.training")
+    state = PartialState()
+    left = folder.exists() and not resume
+    state.wait_for_everyone()  # all have looked before one removes
+    if left and not overwrite:
+        raise FileExistsError(
+            f"An earlier run left its checkpoints in {str(folder)!r}. Go on with it by --resume_from_checkpoint true, "
+            "or start anew by --overwrite true, which removes them."
+        )
+    if left and state.is_main_process:
+        shutil.rmtree(folder)
+    state.wait_for_everyone()
+    return folder
+
+
 def save_whole(trainer: Any, folder: str | Path) -> Path:
     """Save a trainer's model and tokenizer to `folder`, whole or not at all; every process calls it.
 

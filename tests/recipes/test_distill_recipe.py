@@ -117,6 +117,8 @@ def test_an_interrupted_recipe_goes_on_to_the_same_student(setup, monkeypatch):
     with pytest.raises(Stop):
         run(setup, "--teach_steps", "2")
     assert not (setup / "out").exists() and (setup / "out.training" / "teacher" / "config.json").exists()
+    with pytest.raises(FileExistsError, match="An earlier run left its checkpoints"):
+        run(setup, "--teach_steps", "2")
     monkeypatch.setattr(distill.DistillationTrainer, "training_step", original)
     run(setup, "--teach_steps", "2", "--resume_from_checkpoint", "true")
     resumed = load_model(setup / "out").state_dict()

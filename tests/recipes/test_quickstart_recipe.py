@@ -19,7 +19,7 @@ def test_the_chain_leaves_a_card_at_every_stage_and_one_record_of_it_all(tmp_pat
     measured = quickstart.main(
         [
             "--output_dir", str(root), "--teacher", str(tmp_path / "teacher"), "--dataset", str(tmp_path / "data"),
-            "--student_layers", "1", "--teach_steps", "2", "--distill_steps", "2", "--people", "2", "--facts", "2",
+            "--student_layers", "2", "--teach_steps", "2", "--distill_steps", "2", "--people", "2", "--facts", "2",
             "--forget_people", "1", "--learn_epochs", "20", "--rank", "32", "--forget_epochs", "2", "--test_rows", "2",
         ]
     )  # fmt: skip

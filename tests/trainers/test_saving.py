@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_transfer_ext.trainers.saving import last_checkpoint, save_whole
+from hf_transfer_ext.trainers.saving import last_checkpoint, save_whole, training_folder
 
 
 def trainer_of(model, folder):
@@ -40,3 +40,15 @@ def test_the_newest_whole_checkpoint(tmp_path):
             (folder / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_what_an_earlier_run_left_is_used_removed_or_refused(tmp_path):
+    out = tmp_path / "out"
+    folder = training_folder(out, resume=False, overwrite=False)
+    assert folder == tmp_path / "out.training" and not folder.exists()
+    (folder / "teacher").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"--resume_from_checkpoint true, or start anew by --overwrite"):
+        training_folder(out, resume=False, overwrite=False)
+    assert (training_folder(out, resume=True, overwrite=False) / "teacher").exists()
+    training_folder(out, resume=False, overwrite=True)
+    assert not folder.exists()
