@@ -87,7 +87,8 @@ class StreamedPieces:
         tensor.read(start, out, self.scratch)
         if check and not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
             bad = start + int((~torch.isfinite(out)).nonzero()[0])
-            whose = "of the base model" if tensor is self.job.base else f"of model {self.job.models.index(tensor) + 1}"
+            number = next((i + 1 for i, one in enumerate(self.job.models) if one is tensor), 0)
+            whose = f"of model {number}" if number else "of the base model"
             where = f" ({str(tensor.entry.file)!r})" if isinstance(tensor, StoredInput) else ""
             raise ValueError(
                 f"Tensor {self.job.name!r} {whose}{where} holds NaN or infinity, first at element {bad}. Mend the "
