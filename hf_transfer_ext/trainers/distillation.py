@@ -141,6 +141,10 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
 
     _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
     _name = "Distillation"
+    nan_advice = (
+        "Lower the learning rate, check the data for corrupt samples, or choose a divergence that stays finite where "
+        "one model excludes tokens (skew_kl, generalized_jsd)."
+    )
 
     def __init__(
         self,
@@ -211,10 +215,18 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         head = head_module(model)
         if self._fused is None:
             self._fused = head_is_understood(model, inputs["input_ids"])
+        terms = {
+            "weights": weight.expand(int(mask.sum())),
+            "labels": targets[mask],
+            "kd_weight": self.args.kd_weight,
+            "ce_weight": self.args.ce_weight,
+            "temperature": self.args.distill_temperature,
+            **self.args.loss_options,
+        }
         if self._fused and (signal is None or signal.hidden is not None) and not return_outputs:
-            outputs, parts = self._loss_inside_the_head(model, head, inputs, targets, mask, weight, signal)
+            outputs, parts = self._loss_inside_the_head(model, head, inputs, mask, signal, terms)
         else:
-            outputs, parts = self._loss_on_logits(model, inputs, targets, mask, weight, signal)
+            outputs, parts = self._loss_on_logits(model, inputs, mask, signal, terms)
         loss = parts.loss
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
@@ -227,10 +239,9 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         model: nn.Module,
         head: nn.Module,
         inputs: dict[str, Any],
-        targets: Tensor,
         mask: Tensor,
-        weight: Tensor,
         signal: TeacherSignal | None,
+        terms: dict[str, Any],
     ) -> tuple[Any, FusedLoss]:
         """Run the student with its head replaced by the loss: no logits, and the weights whole however sharded."""
         scale, softcap = scale_and_softcap(causal_lm_of(model).config)
@@ -243,21 +254,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
                 teacher_rows, teacher_head = signal.hidden[:, :-1][mask], signal.head
             else:
                 teacher_rows, teacher_head = rows.detach(), student  # not read: kd_weight is 0
-            found.append(
-                fused_linear_divergence(
-                    rows,
-                    student,
-                    teacher_rows,
-                    teacher_head,
-                    self.divergence,
-                    weights=weight.expand(rows.shape[0]),
-                    labels=targets[mask],
-                    kd_weight=self.args.kd_weight,
-                    ce_weight=self.args.ce_weight,
-                    temperature=self.args.distill_temperature,
-                    **self.args.loss_options,
-                )
-            )
+            found.append(fused_linear_divergence(rows, student, teacher_rows, teacher_head, self.divergence, **terms))
             # Stands where the logits would. DDP and FSDP follow a model's output to the parameters that made it, so it
             # has to lead to the loss, and through it to the head.
             return hidden[..., :1] + 0.0 * found[-1].loss
@@ -271,10 +268,9 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        targets: Tensor,
         mask: Tensor,
-        weight: Tensor,
         signal: TeacherSignal | None,
+        terms: dict[str, Any],
     ) -> tuple[Any, FusedLoss]:
         outputs = model(**inputs)
         rows = outputs.logits[:, :-1][mask]
@@ -284,17 +280,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
                 teacher_rows = signal.logits[:, :-1][mask]
             elif signal.hidden is not None and signal.head is not None:
                 teacher_rows = signal.head.logits(signal.hidden[:, :-1][mask])
-        parts = divergence_of_logits(
-            rows,
-            teacher_rows,
-            self.divergence,
-            weights=weight.expand(rows.shape[0]),
-            labels=targets[mask],
-            kd_weight=self.args.kd_weight,
-            ce_weight=self.args.ce_weight,
-            temperature=self.args.distill_temperature,
-            **self.args.loss_options,
-        )
+        parts = divergence_of_logits(rows, teacher_rows, self.divergence, **terms)
         return outputs, parts._replace(loss=parts.loss + 0.0 * outputs.logits[..., :1].sum())
 
     def _note(self, model: nn.Module, parts: FusedLoss, mask: Tensor) -> None:
@@ -306,16 +292,6 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             if self.args.kd_weight > 0:
                 self._metrics[mode]["kd"].append(kd / tokens)
             self._metrics[mode]["ce"].append(ce / tokens)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.args.stop_on_nan and not torch.isfinite(loss).all():
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}. Lower the learning rate, check the data "
-                f"for empty or corrupt samples, or choose a divergence that stays finite (skew_kl, generalized_jsd) "
-                "where one model excludes tokens. Checkpoints written so far are whole."
-            )
-        return loss
 
 
 @contextmanager

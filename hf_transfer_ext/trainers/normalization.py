@@ -20,8 +20,11 @@ class TokenLossNormalization:
 
     #: Tells the Trainer (transformers >= 5.19) that the loss is a share of the whole step already.
     loss_is_scaled_for_ga: bool | None = True
+    #: What helps against a loss that is not finite.
+    nan_advice = "Lower the learning rate, and check the data for empty or corrupt samples."
     accelerator: Any
     args: Any
+    state: Any
     get_tp_size: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,3 +49,13 @@ class TokenLossNormalization:
     ) -> Float[Tensor, ""]:
         """Sum of the kept per-token losses times `token_weight`: this process's share of the step's mean."""
         return masked_sum(loss, mask) * self.token_weight(mask, num_items_in_batch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; with `stop_on_nan`, a loss that is NaN or infinite ends the run with an error."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.args.stop_on_nan and not torch.isfinite(loss).all():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step}. {self.nan_advice} "
+                "Checkpoints written so far are whole."
+            )
+        return loss

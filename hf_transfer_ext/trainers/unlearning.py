@@ -138,6 +138,7 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
     """
 
     _tag_names = ("unlearning", "hf_transfer_ext")
+    nan_advice = "Lower the learning rate or gamma, or choose a bounded forget loss (npo, simnpo, jensun)."
 
     def __init__(
         self,
@@ -446,15 +447,6 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.args.stop_on_nan and not torch.isfinite(loss).all():
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}. Lower the learning rate or gamma, or "
-                "choose a bounded forget loss (npo, simnpo, jensun). Checkpoints written so far are whole."
-            )
-        return loss
 
 
 class _EpochOfPairs(TrainerCallback):
