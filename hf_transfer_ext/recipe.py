@@ -90,15 +90,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def settings_of(*configs: Any) -> dict[str, Any]:
-    """What was set, for the run record: fields that differ from their defaults, and those without one."""
+    """What was set, for the run record: every field of ours, and what differs from the defaults of a trainer's config."""
     told: dict[str, Any] = {}
     for config in configs:
+        inherited = {
+            name
+            for base in type(config).__mro__
+            if base.__module__.split(".")[0] in ("transformers", "trl")
+            for name in vars(base).get("__annotations__", {})
+        }
         for f in fields(config):
             value = getattr(config, f.name, None)
             default = f.default if f.default is not MISSING else None
             if f.default_factory is not MISSING:
                 default = f.default_factory()
-            if f.init and value != default:
+            if f.init and (f.name not in inherited or value != default):
                 told[f.name] = value
     return told
 

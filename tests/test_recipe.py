@@ -86,8 +86,11 @@ def test_a_trainers_config_with_a_dictionary(tmp_path):
         parse_recipe(DistillationConfig, argv=[*argv, "--loss_options", '{"beta": 3}', "--bf16", "false"])
 
 
-def test_settings_that_differ_from_their_defaults():
-    assert settings_of(Job("d", steps=3, rate=None), Other(4)) == {"dataset": "d", "rate": None, "width": 4}
+def test_the_settings_are_all_of_ours_and_what_differs_of_the_trainers(tmp_path):
+    assert settings_of(Other(4)) == {"width": 4} and settings_of(Other()) == {"width": 2}
+    told = settings_of(DistillationConfig(str(tmp_path), bf16=False, learning_rate=0.1))
+    assert told["loss"] == "forward_kl" and told["learning_rate"] == 0.1 and told["output_dir"] == str(tmp_path)
+    assert "weight_decay" not in told and "packing" not in told
 
 
 def test_an_empty_file_sets_nothing(tmp_path):

@@ -67,11 +67,13 @@ def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") ->
             if m.interval is not None:
                 below, above = max(0.0, m.value - m.interval[0]), max(0.0, m.interval[1] - m.value)
                 axis.errorbar(place, m.value, [[below], [above]], color="black", capsize=3, linewidth=1)
-            axis.annotate(f"{m.value:.3g}", (place, m.value), ha="left", va="bottom", fontsize=8)
+            axis.annotate(f"{m.value:.3g}", (place, m.value), (4, 2), textcoords="offset points", fontsize=8)
         axis.set_title(f"{name} ({'higher' if first.higher_is_better else 'lower'} is better)", fontsize=9)
         axis.set_ylabel(first.unit, fontsize=8)
         axis.set_xticks(range(len(measured)), list(measured), rotation=30, ha="right", fontsize=8)
         axis.margins(y=0.15)
+        if min(values) > 0 and max(values) > 50 * min(values):
+            axis.set_yscale("log")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
