@@ -90,7 +90,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def settings_of(*configs: Any) -> dict[str, Any]:
-    """What was set, for the run record: every field of ours, and what differs from the defaults of a trainer's config."""
+    """What was set, for the run record: every field of ours, and of a trainer's own what differs from its default."""
     told: dict[str, Any] = {}
     for config in configs:
         inherited = {
