@@ -88,6 +88,12 @@ def head_module(model: nn.Module) -> Any:
     return head
 
 
+def head_rows(model: nn.Module) -> int:
+    """Vocabulary entries of a model's head, also where ZeRO-3 left an empty weight in place of the whole one."""
+    weight = head_module(model).weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def is_plain_head(head: nn.Module) -> bool:
     """True for an unadapted, unquantised linear layer, whose weight alone tells what it computes."""
     return type(head) is nn.Linear and head.weight.is_floating_point()

@@ -24,7 +24,15 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_transfer_ext.data.text import fit_context, require_labels
 from hf_transfer_ext.data.vocabularies import compare_vocabularies
-from hf_transfer_ext.heads import LMHead, causal_lm_of, head_is_understood, head_module, head_replaced, is_plain_head
+from hf_transfer_ext.heads import (
+    LMHead,
+    causal_lm_of,
+    head_is_understood,
+    head_module,
+    head_replaced,
+    head_rows,
+    is_plain_head,
+)
 from hf_transfer_ext.heads import logit_scale_and_softcap as scale_and_softcap
 from hf_transfer_ext.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
@@ -354,7 +362,7 @@ def check_vocabularies(
 
     Token maps are compared, not sizes; without the teacher's tokenizer only models of one size pass.
     """
-    sizes = [head_module(model).weight.shape[0] for model in (student, teacher)]
+    sizes = [head_rows(model) for model in (student, teacher)]
     if teacher_tokenizer is not None:
         compare_vocabularies(student_tokenizer, teacher_tokenizer, *sizes).require_identical()
     elif sizes[0] != sizes[1]:

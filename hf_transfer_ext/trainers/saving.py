@@ -41,12 +41,15 @@ def training_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
 def save_whole(trainer: Any, folder: str | Path) -> Path:
     """Save a trainer's model and tokenizer to `folder`, whole or not at all; every process calls it.
 
-    Under FSDP the Trainer's default, sharded state writes nothing here without a word: the full state is asked for.
+    Under FSDP the Trainer's default, sharded state writes nothing here without a word, and under ZeRO-3 a checkpoint
+    that only DeepSpeed reads: the full state is asked for.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.partial-save")
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if trainer.is_deepspeed_enabled:  # DeepSpeed has no public setter; it reads this when it saves
+        trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
     if trainer.is_world_process_zero():
         shutil.rmtree(aside, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
