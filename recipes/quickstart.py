@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     unlearn.main([
         "--output_dir", str(root / "unlearned"), "--model_name_or_path", str(root / "merged"), "--overwrite", "true",
         "--forget_data", str(root / "forget.jsonl"), "--retain_data", str(root / "retain.jsonl"), "--method", "npo",
-        "--num_train_epochs", str(told.forget_epochs), "--learning_rate", "1e-3", "--alpha", "3",
+        "--num_train_epochs", str(told.forget_epochs), "--learning_rate", "3e-4", "--alpha", "15",
         "--per_device_train_batch_size", "4", "--save_strategy", "no", "--report_to", "none", "--seed", str(seed),
     ])  # fmt: skip
     stages += read_record(root / "unlearned").stages

@@ -17,15 +17,15 @@ from transformers import TrainingArguments, set_seed
 from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.suites.forget_retain import forget_retain
-from hf_transfer_ext.evals.table import comparison_table
 from hf_transfer_ext.files import refuse_existing_output, written_aside
-from hf_transfer_ext.hub.publish import push, save_result
-from hf_transfer_ext.hub.record import RunRecord, describe_input, device_summary
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import RunRecord, describe_input
 from hf_transfer_ext.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe, settings_of
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.trainers.answers import train_on_answers
+from hf_transfer_ext.trainers.saving import last_checkpoint, training_folder
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 
@@ -58,9 +58,11 @@ def lora(model: Any, rank: int) -> Any:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv)
     publish, args.push_to_hub = args.push_to_hub, False  # the whole result at the end, not the trainer's checkpoints
-    refuse_existing_output(args.output_dir, overwrite=arguments.overwrite)
-    set_seed(args.seed)
+    out = refuse_existing_output(args.output_dir, overwrite=arguments.overwrite)
     record = RunRecord("unlearning", "recipes/unlearn.py", settings_of(arguments, args), seed=args.seed)
+    work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=arguments.overwrite)
+    args.output_dir = str(work / "checkpoints")
+    set_seed(args.seed)
     splits = forget_retain_rows(
         arguments.forget_data, arguments.retain_data, columns=json.loads(arguments.columns), split=arguments.split,
         people=arguments.people, forget_people=arguments.forget_people, facts=arguments.facts, seed=args.seed,
@@ -76,9 +78,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if arguments.teach_epochs > 0:
         with record.stage("teach"):
             teaching = TrainingArguments(
-                args.output_dir, learning_rate=arguments.teach_learning_rate, num_train_epochs=arguments.teach_epochs,
-                per_device_train_batch_size=8, lr_scheduler_type="cosine", warmup_steps=5, seed=args.seed,
-                save_strategy="no", report_to="none", logging_steps=20,
+                str(work / "teaching"), num_train_epochs=arguments.teach_epochs,
+                learning_rate=arguments.teach_learning_rate, per_device_train_batch_size=8, seed=args.seed,
+                lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no", report_to="none", logging_steps=20,
             )  # fmt: skip
             taught = lora(model, arguments.lora_rank)
             train_on_answers(taught, tokenizer, splits["forget"] + splits["retain"], teaching, **shared)
@@ -97,19 +99,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with record.stage("measure before"):
         before = forget_retain(model, tokenizer, splits, adapter="base", **looks)
     with record.stage("unlearn"):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint and last_checkpoint(args.output_dir))
     with record.stage("measure after"):
         after = forget_retain(model, tokenizer, splits, adapter="default", **looks)
+    measured = {"before": before, "after": after}
     if trainer.is_world_process_zero():
-        print(comparison_table({"before": before, "after": after}))
-        record.metrics, record.compared = after, {"before": before}
-        record.device = device_summary(model)
         changed = arguments.teach_epochs > 0 or arguments.trim_vocabulary
-        result = model.merge_and_unload() if changed else model  # an adapter alone needs a base that others have
-        save_result(args.output_dir, model=result, tokenizer=tokenizer, record=record, overwrite=True)
-        if publish:
-            push(args.output_dir, args.hub_model_id or args.output_dir)
-    return {"before": before, "after": after}
+        finish_run(
+            out, record, measured, result="after", tokenizer=tokenizer, overwrite=arguments.overwrite,
+            model=model.merge_and_unload() if changed else model,  # an adapter alone needs a base that others have
+            push_to=args.hub_model_id or out.name if publish else None, private=args.hub_private_repo,
+        )  # fmt: skip
+    return measured
 
 
 if __name__ == "__main__":
