@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -34,6 +36,7 @@ def parse_recipe(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, 
     """
     if argv is not None:
         return _parse(types, list(argv))
+    use_all_cores()
     try:
         return _parse(types, sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -72,6 +75,18 @@ def _parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
             if isinstance(value, str) and value.lstrip().startswith("{") and _takes_mapping(hints[f.name]):
                 setattr(instance, f.name, _mapping(f.name, value))
     return tuple(parsed[: len(types)])
+
+
+def use_all_cores() -> None:
+    """Give a lone process on a CPU all cores: `accelerate launch` leaves it one thread unless it is told a number.
+
+    Several processes, and a number of threads other than 1, are left as they are.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.accelerator.is_available():
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_transfer_ext.data.facts import fact_questions
 from hf_transfer_ext.data.text import FACTS, describe_dataset, load_text_dataset
@@ -27,7 +28,7 @@ from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.teachers.live import shards_parameters
 from hf_transfer_ext.teachers.taught import taught
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
-from hf_transfer_ext.trainers.saving import last_checkpoint, save_whole, training_folder
+from hf_transfer_ext.trainers.saving import last_checkpoint, load_whole, save_whole, training_folder
 
 
 @dataclass
@@ -58,6 +59,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     told, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv)
     out = refuse_existing_output(args.output_dir, overwrite=told.overwrite)
     record = RunRecord("distillation", "recipes/distill.py", settings_of(told, args), seed=args.seed)
+    if is_deepspeed_zero3_enabled() and (told.student is None or told.trim_vocabulary or told.compare_with_ce):
+        raise ValueError(
+            "ZeRO-3 shards models while they are loaded, so none can be cut, trimmed or copied. Make the student in a "
+            "run of its own and name it with `student`; leave `trim_vocabulary` and `compare_with_ce` off."
+        )
     work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=told.overwrite)
     publish, args.push_to_hub, args.output_dir = args.push_to_hub, False, str(work / "checkpoints")
     set_seed(args.seed)
@@ -112,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
         measure("student before", student, reference)
     with record.stage("distil"):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint and last_checkpoint(args.output_dir))
-        student = load_model(save_whole(trainer, work / "student"))  # what is saved is what is measured
+        student = load_whole(save_whole(trainer, work / "student"))  # what is saved is what is measured
     measure("student", student, reference)
     if twin is not None:
         with record.stage("train the twin"):

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_transfer_ext import DistillationConfig
-from hf_transfer_ext.recipe import parse_recipe, read_yaml, settings_of
+from hf_transfer_ext.recipe import parse_recipe, read_yaml, settings_of, use_all_cores
 
 
 @dataclass
@@ -95,3 +95,19 @@ def test_the_settings_are_all_of_ours_and_what_differs_of_the_trainers(tmp_path)
 
 def test_an_empty_file_sets_nothing(tmp_path):
     assert read_yaml(write(tmp_path, "# nothing\n")[1]) == {}
+
+
+def test_a_lone_process_of_the_launcher_gets_all_cores(monkeypatch):
+    given = []
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    use_all_cores()  # not launched: the number is the user's own
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    use_all_cores()
+    assert given == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    use_all_cores()
+    assert given == [3]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.files import replace_folder
+from hf_transfer_ext.loading import load_model
 
 
 def training_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
@@ -63,6 +65,18 @@ def save_whole(trainer: Any, folder: str | Path) -> Path:
         replace_folder(aside, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def load_whole(folder: str | Path) -> Any:
+    """Load what `save_whole` saved, whole on every process: a sharded run would load empty shards instead.
+
+    Call it when training is over; it ends the sharding of whatever is loaded afterwards.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return load_model(folder)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

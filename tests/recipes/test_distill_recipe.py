@@ -134,6 +134,13 @@ def test_a_student_of_its_own_and_streaming_data(setup):
     assert [i.role for i in read_record(setup / "out").inputs] == ["teacher", "dataset", "student"]
 
 
+def test_what_zero_3_cannot_do_is_refused(setup, monkeypatch):
+    monkeypatch.setattr(distill, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 shards models while they are loaded"):
+        run(setup)
+    assert not (setup / "out").exists()
+
+
 @pytest.mark.parametrize(
     "extra, error, message",
     [
