@@ -320,7 +320,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Peak growth (upper row) and wall time (lower row) of the divergences that all methods have."""
+    """Peak growth (upper row) and CPU time (lower row) of the divergences that all methods have."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -339,7 +339,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         divergences = list(dict.fromkeys(row["divergence"] for row in chosen))
         methods = [method for method in LOSSES if any(row["method"] == method for row in chosen)]
         floor = [r for r in result["rows"] if (r["shape"], r["dtype"], r["method"]) == (shape, dtype, FLOOR)]
-        for axis, field, unit in ((axes[0, column], "growth_gb", "GB"), (axes[1, column], "wall_s", "s")):
+        for axis, field, unit in ((axes[0, column], "growth_gb", "GB"), (axes[1, column], "cpu_s", "s")):
             width = 0.8 / len(methods)
             for row in chosen:
                 x = divergences.index(row["divergence"]) + (methods.index(row["method"]) + 0.5) * width - 0.4
@@ -351,13 +351,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     continue
                 bar = axis.bar(x, row[field], 0.92 * width, color=colours[row["method"]])
                 axis.bar_label(bar, fmt="%.1f" if row[field] >= 1 else "%.2g", fontsize=7)
-            if field == "wall_s" and floor and floor[0]["wall_s"] is not None:
-                axis.axhline(floor[0]["wall_s"], color="black", linestyle="--", linewidth=0.8)
+            if field == "cpu_s" and floor and floor[0]["cpu_s"] is not None:
+                axis.axhline(floor[0]["cpu_s"], color="black", linestyle="--", linewidth=0.8)
             axis.set_xticks(range(len(divergences)), [name.replace("_", " ") for name in divergences], fontsize=8)
-            axis.set_ylabel(("peak growth" if unit == "GB" else "wall time") + f", {unit}")
+            axis.set_ylabel(("peak growth" if unit == "GB" else "CPU time") + f", {unit}")
+            axis.set_xlim(-0.5, len(divergences) - 0.5)
             axis.margins(y=0.1)
             axis.spines[["top", "right"]].set_visible(False)
-        axes[0, column].set_title(f"{shape}, {dtype}", fontsize=10)
+        axes[0, column].set_title(f"{shape}, {dtype}, {SHAPES[shape].tokens} tokens", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     line = pyplot.Line2D([], [], color="black", linestyle="--", linewidth=0.8)
     figure.legend(
