@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.evals.engine import evaluate
-from hf_transfer_ext.evals.language import measure_language_model
+from hf_transfer_ext.evals.language import as_example, measure_language_model
 from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.table import comparison_plot, comparison_table, stage_table
 from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
@@ -50,6 +51,7 @@ class QuickstartArguments:
     forget_people: int = 2
     facts: int = field(default=4, metadata={"help": "Questions about each of the people."})
     learn_epochs: float = 8.0
+    rehearsed: int = field(default=48, metadata={"help": "Training texts repeated beside the people."})
     rank: int = field(default=32, metadata={"help": "Rank of the extracted LoRA."})
     forget_epochs: float = 5.0
     test_rows: int = 32
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
         found = measure_language_model(model, tokenizer, test, limit=told.test_rows, dataset=told.dataset)[:1]
         for part, title in (("retain", "people to keep"), ("forget", "people to forget")):
             result = evaluate(model, tokenizer, people[part], PEOPLE_METRICS, dataset=title)
-            found += [replace(m, name=f"{title}: {m.name}") for m in result.measurements]
+            keep = part == "retain"
+            found += [replace(m, name=f"{title}: {m.name}", higher_is_better=keep) for m in result.measurements]
         measured[name] = found
         return found
 
@@ -102,7 +105,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
             str(root / "learnt.training"), learning_rate=3e-4, num_train_epochs=told.learn_epochs,
             per_device_train_batch_size=8, save_strategy="no", report_to="none", seed=seed, logging_steps=10,
         )  # fmt: skip
-        train_on_answers(learnt, tokenizer, people["forget"] + people["retain"], args)
+        known = islice(load_text_dataset(told.dataset, split="train"), told.rehearsed)
+        rehearsal = [as_example(row, tokenizer) for row in known]  # or the people would drive the facts out
+        train_on_answers(learnt, tokenizer, people["forget"] + people["retain"] + rehearsal, args)
     with written_aside(root / "learnt", overwrite=True) as aside:
         learnt.save_pretrained(aside)
     saved(record, "learnt", "+ people", tokenizer=tokenizer)
