@@ -8,14 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_transfer_ext.merging import kernels
 from hf_transfer_ext.merging.method import PerModel, for_each
 
 Weights = Float[Tensor, "*shape"]
 
 
 def changes_of(base: Weights, models: Sequence[Weights]) -> list[Weights]:
-    """t_i = theta_i - theta_0."""
-    return [model - base for model in models]
+    """t_i = theta_i - theta_0, in float32 at least."""
+    base = in_float(base)
+    return [in_float(model) - base for model in models]
+
+
+def in_float(tensor: Weights) -> Weights:
+    """As float32 where it has fewer bits; itself otherwise."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def sum_of(tensors: Sequence[Weights]) -> Weights:
@@ -31,7 +38,9 @@ def sum_of(tensors: Sequence[Weights]) -> Weights:
 def weighted_sum(tensors: Sequence[Weights], weight: PerModel) -> Weights:
     """sum_i w_i x_i."""
     weights = for_each(weight, tensors)
-    total = tensors[0] * weights[0]
+    if kernels.take(*tensors):
+        return kernels.merge_changes(None, tensors, weights)
+    total = in_float(tensors[0]) * weights[0]
     for one, tensor in zip(weights[1:], tensors[1:], strict=True):
         total.add_(tensor, alpha=one)
     return total
@@ -41,34 +50,54 @@ def add_changes(
     base: Weights, changes: Sequence[Weights], weight: PerModel, *, normalize: bool, lambda_: float
 ) -> Weights:
     """theta_0 + lambda * sum_i w_i t_i, divided by sum_i w_i with `normalize`."""
-    scale = lambda_
-    if normalize:
-        total = sum(for_each(weight, changes))
-        scale = lambda_ / total if total else 0.0  # all weights 0: check_weights has refused any other sum of 0
+    scale = strength_of(for_each(weight, changes), normalize, lambda_)
+    if kernels.take(base, *changes):
+        return kernels.merge_changes(base, changes, for_each(weight, changes), lambda_=scale)
     return weighted_sum(changes, weight).mul_(scale).add_(base)
 
 
-def add_elected_changes(
-    base: Weights, changes: Sequence[Weights], weight: PerModel, *, normalize: bool, lambda_: float
-) -> Weights:
-    """Add only those changes that agree with the sign of the weighted sum (TIES, "elect" and "merge").
+def strength_of(weights: Sequence[float], normalize: bool, lambda_: float) -> float:
+    """lambda, divided by the sum of the weights with `normalize`."""
+    if not normalize:
+        return lambda_
+    total = sum(weights)
+    return lambda_ / total if total else 0.0  # all weights 0: check_weights has refused any other sum of 0
 
-    With c_i = w_i t_i and s the sign of sum_i c_i (+1 where the sum is 0): lambda * sum of the c_i with sign s,
+
+def add_elected_changes(
+    base: Weights,
+    changes: Sequence[Weights],
+    weight: PerModel,
+    *,
+    votes: Sequence[float] | None = None,
+    normalize: bool,
+    lambda_: float,
+) -> Weights:
+    """Add only those changes that agree with the sign of a weighted sum (TIES, "elect" and "merge").
+
+    With s the sign of sum_i v_i t_i (+1 where the sum is 0): lambda * sum of the w_i t_i for which v_i t_i has sign s,
     divided by the sum of their w_i with `normalize`. The changes are overwritten.
+
+    Args:
+        votes: v_i; the weights themselves if None.
     """
     weights = for_each(weight, changes)
-    weighted = [change.mul_(one) if one != 1 else change for change, one in zip(changes, weights, strict=True)]
-    sign = sign_or_plus(sum_of(weighted))
-    merged = torch.zeros_like(base)
-    divisor = torch.zeros_like(base)
-    for one, share in zip(weighted, weights, strict=True):
+    if kernels.take(base, *changes):
+        return kernels.merge_changes(
+            base, changes, weights, votes=votes or weights, normalize=normalize, lambda_=lambda_
+        )
+    voting = [change.mul_(one) if one != 1 else change for change, one in zip(changes, votes or weights, strict=True)]
+    sign = sign_or_plus(sum_of(voting))
+    merged = torch.zeros_like(sign)
+    divisor = torch.zeros_like(sign)
+    for one, share, vote in zip(voting, weights, votes or weights, strict=True):
         agreeing = one.mul_(sign).relu_()
-        merged += agreeing
+        merged.add_(agreeing, alpha=share / vote if vote else 0.0)
         if normalize:
             divisor.add_(agreeing.gt_(0), alpha=share)
     if normalize:
         merged /= one_for_zero(divisor)
-    return torch.addcmul(base, merged, sign, value=lambda_)
+    return torch.addcmul(in_float(base), merged, sign, value=lambda_)
 
 
 def sign_or_plus(values: Weights) -> Weights:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.changes import changes_of, in_float
 from hf_transfer_ext.merging.method import Pieces, gives
 
 Gram = Float[Tensor, "models models"]
@@ -47,21 +47,13 @@ def _gram(pieces: Pieces, *, with_base: bool) -> Gram:
 
 
 def _products(vectors: Sequence[Tensor]) -> Gram:
-    rows = torch.stack([vector.reshape(-1) for vector in vectors])
+    rows = torch.stack([in_float(vector).reshape(-1) for vector in vectors])
     length = rows.shape[1]
     # A block's error is that of float32, but many blocks err in both directions; short vectors have too few.
     whole = length - length % BLOCK if length >= 64 * BLOCK else 0
     blocks = rows[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1)
     rest = rows[:, whole:].double()
     return (blocks @ blocks.mT).sum(0, dtype=torch.float64) + rest @ rest.T
-
-
-def combine(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    """sum_i f_i x_i."""
-    total = tensors[0] * factors[0]
-    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
-        total.add_(tensor, alpha=factor)
-    return total
 
 
 def norm_of(factors: Tensor, gram: Gram) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -29,14 +30,16 @@ class Scratch:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
-        self._raw = np.empty(0, dtype=np.uint8)
+        self._raw: dict[Hashable, np.ndarray] = {}
         self._floats: dict[int, Tensor] = {}
 
-    def raw(self, nbytes: int) -> np.ndarray:
-        if len(self._raw) < nbytes:
+    def raw(self, nbytes: int, slot: Hashable = 0) -> np.ndarray:
+        """The buffer of bytes with the name `slot`."""
+        buffer = self._raw.get(slot)
+        if buffer is None or len(buffer) < nbytes:
             pinned = self.device.type == "cuda"
-            self._raw = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
-        return self._raw[:nbytes]
+            buffer = self._raw[slot] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
+        return buffer[:nbytes]
 
     def floats(self, slot: int, count: int) -> Tensor:
         """The float32 buffer number `slot`."""
@@ -85,9 +88,14 @@ class StoredInput:
         if self.dtype == torch.float32 and on_host(out):
             self.checkpoint.read_bytes(self.entry, start * size, bytes_of(out))
             return
-        raw = scratch.raw(out.numel() * size)
+        out.copy_(self.stored(start, out.numel(), scratch).to(out.device))  # converted there: fewer bytes travel
+
+    def stored(self, start: int, count: int, scratch: Scratch, slot: Hashable = 0) -> Tensor:
+        """Elements as they lie in the file, in the buffer `slot` of the scratch memory."""
+        size = self.dtype.itemsize
+        raw = scratch.raw(count * size, slot)
         self.checkpoint.read_bytes(self.entry, start * size, memoryview(raw))  # type: ignore[arg-type]
-        out.copy_(torch.from_numpy(raw).view(self.dtype).to(out.device))  # converted there, so fewer bytes travel
+        return torch.from_numpy(raw).view(self.dtype)
 
 
 class DerivedInput:

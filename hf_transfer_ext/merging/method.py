@@ -7,6 +7,7 @@ whole tensors it is its own definition. The stream calls it with pieces, so it d
 - `statistics`: a function `(pieces, **options) -> dict` that reads the tensor once or more and returns numbers that
   hold for all of it (a threshold, a Gram matrix); they arrive in the method as keyword arguments. `pieces` can be
   iterated over again and again, and gives `(base, models)` for one piece after the other.
+- `stored`: pieces may come as bfloat16, as they lie in the files, since all that touches them takes them (`kernels`).
 - a keyword argument `noise`: random numbers by position, so that a mask does not depend on the pieces.
 """
 
@@ -71,6 +72,11 @@ class Pieces(Protocol):
 
     @property
     def numel(self) -> int: ...
+    @property
+    def count(self) -> int:
+        """Number of models."""
+        ...
+
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]: ...
     def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         """Short runs (whole rows for `unit="row"`) from all over the tensor; all of a small tensor."""
@@ -87,6 +93,10 @@ class Whole:
     @property
     def numel(self) -> int:
         return self.models[0].numel()
+
+    @property
+    def count(self) -> int:
+        return len(self.models)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         yield self.base, self.models
@@ -112,7 +122,7 @@ class MergeMethod:
         base: "required": changes against a base model; "optional": with or without one; "none": a base model only
             lends its configuration; "member": a base model is one more of the models.
         count: Least and greatest number of models beside the base.
-        statistics: See the top of this file.
+        statistics, stored: See the top of this file.
         check: Called with the options before any work; raises `ValueError` where they contradict each other.
     """
 
@@ -124,12 +134,13 @@ class MergeMethod:
         base: BaseModel,
         count: tuple[int, int | None],
         statistics: Callable[..., dict[str, Any]] | None,
+        stored: bool,
         check: Callable[..., None] | None,
     ) -> None:
         functools.update_wrapper(self, function)
         self.__name__: str = function.__name__
         self.function, self.unit, self.base, self.count = function, unit, base, count
-        self.statistics, self.check = statistics, check
+        self.statistics, self.stored, self.check = statistics, stored, check
         given = getattr(statistics, "gives", ())
         parameters = inspect.signature(function).parameters
         self.takes_noise = "noise" in parameters
@@ -161,12 +172,15 @@ def merge_method(
     base: BaseModel = "required",
     count: tuple[int, int | None] = (1, None),
     statistics: Callable[..., dict[str, Any]] | None = None,
+    stored: bool = False,
     check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., Tensor]], MergeMethod]:
     """Declare what a method needs; the arguments are those of `MergeMethod`."""
 
     def declare(function: Callable[..., Tensor]) -> MergeMethod:
-        return MergeMethod(function, unit=unit, base=base, count=count, statistics=statistics, check=check)
+        return MergeMethod(
+            function, unit=unit, base=base, count=count, statistics=statistics, stored=stored, check=check
+        )
 
     return declare
 
@@ -191,14 +205,15 @@ def _option(name: str, parameter: inspect.Parameter) -> Option:
     return Option(name, "PerModel" in str(parameter.annotation), required, None if required else parameter.default)
 
 
-def for_each(value: PerModel, models: Sequence[Any]) -> list[float]:
-    """One value for each model.
+def for_each(value: PerModel, models: Sequence[Any] | int) -> list[float]:
+    """One value for each model, or for each of that many.
 
     Raises:
         ValueError: There are not as many values as models.
     """
+    count = models if isinstance(models, int) else len(models)
     if not isinstance(value, Sequence):
-        return [float(value)] * len(models)
-    if len(value) != len(models):
-        raise ValueError(f"One value for each model is needed: got {len(value)} values for {len(models)} models.")
+        return [float(value)] * count
+    if len(value) != count:
+        raise ValueError(f"One value for each model is needed: got {len(value)} values for {count} models.")
     return [float(one) for one in value]

@@ -59,11 +59,21 @@ class Noise:
             done += run
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
+    def counter(self, count: int) -> int | None:
+        """Where the words of the next `count` elements begin in their sequence; None if they lie in two sequences."""
+        low = self.start % _WORD
+        return low if low + count <= _WORD else None
+
+    def keys(self, model: int) -> tuple[int, int]:
+        """What tells the sequences of words apart."""
+        first, second = self._key(model, self.start // _WORD)
+        return int(first), int(second)
+
     def keep(self, model: int, like: Tensor, share: float) -> Bool[Tensor, "*shape"]:
         """A mask in the shape of `like`, each element True with probability `share` (resolution 2**-32)."""
         if share >= 1:
             return torch.ones(like.shape, dtype=torch.bool, device=like.device)
-        limit = min(round(share * _WORD), _WORD - 1)
+        limit = limit_of(share)
         if on_host(like):
             mask = torch.from_numpy(self.words(model, like.numel()) < np.uint32(limit))
         else:
@@ -73,6 +83,11 @@ class Noise:
     def _key(self, model: int, high: int) -> np.ndarray:
         key = hashlib.blake2b(f"{self.seed}/{self.tensor}/{model}/{high}".encode(), digest_size=8).digest()
         return np.frombuffer(key, dtype="<u4")
+
+
+def limit_of(share: float) -> int:
+    """Words below this one keep an element with probability `share`."""
+    return max(0, min(round(share * _WORD), _WORD - 1))
 
 
 def _mix(low: int, key: np.ndarray, out: np.ndarray) -> None:

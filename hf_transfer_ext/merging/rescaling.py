@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_transfer_ext.merging.changes import Weights, changes_of
+from hf_transfer_ext.merging.changes import changes_of
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
 from hf_transfer_ext.merging.selection import keep_magnitudes
 from hf_transfer_ext.merging.trimming import inner_magnitudes, smallest_kept
@@ -24,8 +24,9 @@ def smallest_kept_and_scales(
 
     A density above 0 keeps the largest element of each tensor at least, as in mergekit.
     """
-    _, models = next(iter(pieces.sample()))
-    shares = [max(share, 1.5 / max(1, pieces.numel)) if share > 0 else 0.0 for share in for_each(density, models)]
+    shares = [
+        max(share, 1.5 / max(1, pieces.numel)) if share > 0 else 0.0 for share in for_each(density, pieces.count)
+    ]
     found = smallest_kept(pieces, density=shares, **options)
     bounds = [(low, float("inf")) for low in found["thresholds"]]
     return {**found, "scales": _scales(pieces, bounds) if rescale else [1.0] * len(bounds)}
@@ -51,8 +52,3 @@ def _scales(pieces: Pieces, bounds: Sequence[tuple[float, float]]) -> list[float
             sums[0, i] += change.abs().sum().double().cpu()
             sums[1, i] += keep_magnitudes(change, *bounds[i]).abs().sum().double().cpu()
     return [float(before / after) if min(before, after) >= SMALLEST_SUM else 1.0 for before, after in sums.T]
-
-
-def scaled(change: Weights, scale: float) -> Weights:
-    """The change times its factor; perhaps in place."""
-    return change if scale == 1.0 else change.mul_(scale)

@@ -21,6 +21,7 @@ from hf_transfer_ext import __version__
 from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
 from hf_transfer_ext.files import refuse_existing_output, replace_folder, require_free_space, write_text
 from hf_transfer_ext.hub.privacy import public_text
+from hf_transfer_ext.merging import kernels
 from hf_transfer_ext.merging.devices import resolve_device
 from hf_transfer_ext.merging.inputs import InputModel, open_model
 from hf_transfer_ext.merging.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
@@ -280,7 +281,7 @@ def _plan_key(
         "layout": [(job.name, job.shape, str(job.dtype)) for job in jobs],
         "vocabulary": sorted(vocabulary.tokens.items()) if vocabulary is not None else None,
         "shards": max_shard_bytes,
-        "device": device,
+        "arithmetic": [device, kernels.LIBRARY is not None],
         "files": [
             (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
             for model in models.values()

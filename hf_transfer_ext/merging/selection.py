@@ -8,23 +8,44 @@ over the bits of the numbers give it. Both ways are exact, and neither sorts or 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.merging import kernels
+from hf_transfer_ext.merging.changes import in_float
 from hf_transfer_ext.merging.devices import on_host
 from hf_transfer_ext.merging.method import Pieces
 
+
+@dataclass(frozen=True)
+class Distances:
+    """|one - other| as scores, or |one|: kernels count them without writing them down."""
+
+    one: Tensor
+    other: Tensor | None = None
+
+    def values(self) -> Tensor:
+        if self.other is None:
+            return in_float(self.one).abs()
+        return (in_float(self.one) - in_float(self.other)).abs_()
+
+
+Series: TypeAlias = Tensor | Distances
+
 #: From one piece to the numbers of each series; a series is, for example, the magnitudes of one model's change.
-Scores = Callable[[Tensor | None, list[Tensor]], Sequence[Tensor]]
+Scores: TypeAlias = Callable[[Tensor | None, list[Tensor]], Sequence[Series]]
 
 
 def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> list[list[float]]:
     """The values of given ranks in each series of scores.
 
     Args:
-        scores: Gives for one piece one tensor (float32, as many elements as the piece) for each series.
+        scores: Gives for one piece one tensor (float32, as many elements as the piece), or what it is calculated from,
+            for each series.
         ranks: Counted from the smallest, 0 .. numel - 1.
 
     Returns:
@@ -35,14 +56,13 @@ def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> li
     bad = [rank for rank in ranks if not 0 <= rank < pieces.numel]
     if bad:
         raise ValueError(f"Ranks go from 0 to {pieces.numel - 1}, got {bad[0]}.")
-    sample = _sorted_sample(pieces, scores)
+    sample = _sample(pieces, scores)
     if len(sample[0]) == pieces.numel:
-        return [[float(one[rank]) for rank in ranks] for one in sample]
+        return [[one[rank] for rank in ranks] for one in sample]
     brackets = [[_Bracket(one, rank / max(1, pieces.numel - 1)) for rank in ranks] for one in sample]
     for base, models in pieces:
         for series, row in zip(scores(base, models), brackets, strict=True):
-            for bracket in row:
-                bracket.take(series.reshape(-1))
+            _take(row, series)
     found = []
     for i, row in enumerate(brackets):
         values = [bracket.value(rank) for bracket, rank in zip(row, ranks, strict=True)]
@@ -57,19 +77,16 @@ def smallest_of_largest(pieces: Pieces, scores: Scores, share: float) -> float:
     Args:
         scores: Gives for one piece one series of numbers that are at least 0.
     """
-    (sample,) = _sorted_sample(pieces, scores)
-    some = len(sample) - int(np.searchsorted(sample, 0.0, side="right"))
+    (sample,) = _sample(pieces, scores)
+    some = sample.positive
     if len(sample) == pieces.numel:
         kept = int(some * share)
-        return float(sample[len(sample) - kept]) if kept else float("inf")
+        return sample[len(sample) - kept] if kept else float("inf")
     # The sample tells about where to look; how many scores are above 0 is counted in the same pass.
     bracket = _Bracket(sample, 1 - some * share / len(sample))
     above_zero = 0
     for base, models in pieces:
-        values = scores(base, models)[0].reshape(-1)
-        positive = values.numpy() > 0 if on_host(values) else (values > 0).cpu().numpy()
-        above_zero += int(np.count_nonzero(positive))
-        bracket.take(values)
+        above_zero += _take([bracket], scores(base, models)[0])
     kept = int(above_zero * share)
     if not kept:
         return float("inf")
@@ -77,13 +94,34 @@ def smallest_of_largest(pieces: Pieces, scores: Scores, share: float) -> float:
     return _by_histograms(pieces, scores, 0, [pieces.numel - kept])[0] if value is None else value
 
 
+class _Ordered:
+    """Numbers of which the value at a place in their order can be asked, without sorting all of them."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self.positive = int(np.count_nonzero(numbers > 0))
+        self._words = _sortable(numbers)
+        self._least = self._words.min(initial=np.uint32(0xFFFFFFFF))
+        span = int(self._words.max(initial=self._least) - self._least)
+        self._bins = (self._words - self._least) >> np.uint32(max(0, span.bit_length() - 12))
+        self._ends = np.cumsum(np.bincount(self._bins))
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def __getitem__(self, place: int) -> float:
+        """The number that `place` others precede."""
+        bin_ = int(np.searchsorted(self._ends, place, side="right"))
+        among = np.sort(self._words[self._bins == bin_])
+        return _from_sortable(int(among[place - (int(self._ends[bin_ - 1]) if bin_ else 0)]))
+
+
 class _Bracket:
-    """Two values of a sorted sample between which the value at a place (0: the least, 1: the largest) is expected.
+    """Two values of a sample between which the value at a place (0: the least, 1: the largest) is expected.
 
     The margin is 8 standard deviations of a sample of independent elements, since neighbours in a tensor are alike.
     """
 
-    def __init__(self, sample: np.ndarray, place: float) -> None:
+    def __init__(self, sample: _Ordered, place: float) -> None:
         size = len(sample)
         margin = 8 * (size * place * (1 - place)) ** 0.5 + 16
         low, high = int(place * (size - 1) - margin), int(place * (size - 1) + margin) + 1
@@ -91,6 +129,13 @@ class _Bracket:
         self.high = np.float32(sample[high] if high < size else np.inf)
         self.below = self.up_to_low = self.up_to_high = 0
         self.inside: list[np.ndarray] = []
+
+    def add(self, below: int, up_to_low: int, up_to_high: int, inside: np.ndarray) -> None:
+        """Add what was counted in one piece; the edges are counted and not collected."""
+        self.below, self.up_to_low = self.below + below, self.up_to_low + up_to_low
+        if self.low < self.high < np.inf:
+            self.up_to_high += up_to_high
+        self.inside.append(inside)
 
     def take(self, values: Tensor) -> None:
         """Count one piece. The edges are counted and not collected: often a tenth of all changes are exactly 0."""
@@ -126,27 +171,45 @@ class _Bracket:
             return float(self.low)
         place = rank - self.up_to_low
         if 0 <= place < len(inside):
-            return float(np.partition(inside, place)[place])
+            return _Ordered(inside)[place]
         return float(self.high) if 0 <= place and rank < self.up_to_high else None
 
 
-def _sorted_sample(pieces: Pieces, scores: Scores) -> list[np.ndarray]:
-    """The sample of each series, sorted."""
-    collected = [[one.reshape(-1).clone() for one in scores(base, models)] for base, models in pieces.sample()]
-    series = [torch.cat(one) for one in zip(*collected, strict=True)]
-    return [np.sort(one.numpy()) if on_host(one) else one.sort().values.cpu().numpy() for one in series]
+def _take(brackets: Sequence[_Bracket], series: Series) -> int:
+    """Let the brackets of a series count one piece; returns how many numbers are above 0."""
+    if isinstance(series, Distances) and kernels.take(series.one, series.other):
+        numel = series.one.numel()
+        lows, highs = [one.low for one in brackets], [one.high for one in brackets]
+        taken = kernels.take_magnitudes(series.one, series.other, lows, highs)
+        for bracket, (below, above_low, above_high), inside in zip(brackets, taken.counts, taken.inside, strict=True):
+            bracket.add(int(below), numel - int(above_low), numel - int(above_high), inside)
+        return taken.positive
+    values = _values(series)
+    for bracket in brackets:
+        bracket.take(values)
+    return int(np.count_nonzero(values.numpy() > 0)) if on_host(values) else int((values > 0).sum())
+
+
+def _values(series: Series) -> Tensor:
+    return (series.values() if isinstance(series, Distances) else series).reshape(-1)
+
+
+def _sample(pieces: Pieces, scores: Scores) -> list[_Ordered]:
+    """The sample of each series."""
+    collected = [[_values(one).cpu().clone() for one in scores(base, models)] for base, models in pieces.sample()]
+    return [_Ordered(torch.cat(one).numpy()) for one in zip(*collected, strict=True)]
 
 
 def _by_histograms(pieces: Pieces, scores: Scores, series: int, ranks: Sequence[int]) -> list[float]:
     """Find the upper 16 bits of each value by a histogram, then the lower 16 among the numbers that share them."""
     upper = np.zeros(1 << 16, dtype=np.int64)
     for base, models in pieces:
-        upper += np.bincount(_sortable(scores(base, models)[series].cpu()) >> 16, minlength=1 << 16)
+        upper += np.bincount(_sortable(_values(scores(base, models)[series]).cpu().numpy()) >> 16, minlength=1 << 16)
     ends = np.cumsum(upper)
     buckets = [int(np.searchsorted(ends, rank, side="right")) for rank in ranks]
     lower = {bucket: np.zeros(1 << 16, dtype=np.int64) for bucket in buckets}
     for base, models in pieces:
-        words = _sortable(scores(base, models)[series].cpu())
+        words = _sortable(_values(scores(base, models)[series]).cpu().numpy())
         for bucket, histogram in lower.items():
             histogram += np.bincount(words[words >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
     values = []
@@ -157,20 +220,15 @@ def _by_histograms(pieces: Pieces, scores: Scores, series: int, ranks: Sequence[
     return values
 
 
-def _sortable(values: Tensor) -> np.ndarray:
+def _sortable(values: np.ndarray) -> np.ndarray:
     """float32 -> uint32 in the same order: bits of positive numbers grow with them, those of negative ones fall."""
-    bits = (values.reshape(-1) + 0.0).numpy().view(np.uint32)
-    return np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
+    bits = (values + np.float32(0)).view(np.uint32)  # which makes 0 of -0
+    return bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
 
 
 def _from_sortable(word: int) -> float:
     bits = word & 0x7FFFFFFF if word >> 31 else ~word & 0xFFFFFFFF
     return float(np.array(bits, dtype=np.uint32).view(np.float32))
-
-
-def largest(numel: int, share: float) -> int:
-    """How many elements a share of the largest is: int(share * numel), as mergekit and the TIES paper count."""
-    return int(share * numel)
 
 
 def keep_magnitudes(change: Tensor, low: float, high: float = float("inf")) -> Tensor:

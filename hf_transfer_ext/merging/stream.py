@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.checkpoints import CheckpointWriter
+from hf_transfer_ext.merging import kernels
 from hf_transfer_ext.merging.inputs import InputTensor, Scratch, StoredInput
 from hf_transfer_ext.merging.layout import TensorJob
 from hf_transfer_ext.merging.noise import Noise
@@ -34,8 +35,12 @@ PIECE = 1 << 18
 #: Elements of a piece on a GPU; with buffers and intermediate results about half a gigabyte for each thread.
 DEVICE_PIECE = 1 << 23
 
-#: A sample holds one element in 64, but no more than SAMPLE; it is made of runs of SAMPLE_RUN.
-SAMPLE, SAMPLE_RUN = 1 << 18, 1 << 11
+#: A sample holds one element in SAMPLE_STEP, a number that has no factor in common with most widths of matrices. Where
+#: every run has to be read by itself, it holds no more than SAMPLE, in runs of SAMPLE_RUN.
+SAMPLE_STEP, SAMPLE, SAMPLE_RUN = 61, 1 << 18, 1 << 9
+
+#: Bytes that all threads together may hold of tensors that are looked at several times, so that they are read once.
+HELD = 96 << 20
 
 #: Elements of a tensor that one thread takes at a time where nothing has to be known about the whole tensor.
 SEGMENT = 1 << 23
@@ -45,7 +50,8 @@ SEGMENT = 1 << 23
 class StreamedPieces:
     """The pieces of one tensor (or of a segment of it) for a method's statistics and arithmetic.
 
-    `check` refuses NaN and infinity, and is done in the first pass over a tensor.
+    `check` refuses NaN and infinity, and is done in the first pass over a tensor. A tensor of up to `hold` bytes is
+    read in the first pass and kept for the others.
     """
 
     job: TensorJob
@@ -54,10 +60,21 @@ class StreamedPieces:
     stop: int
     check: bool
     halt: threading.Event
+    hold: int = 0
+    held: list[tuple[int, Tensor | None, list[Tensor]]] = field(default_factory=list)
+
+    @property
+    def stored(self) -> bool:
+        """Whether pieces may come in the dtype of the files."""
+        return self.job.method.stored and kernels.LIBRARY is not None and self.scratch.device.type == "cpu"
 
     @property
     def numel(self) -> int:
         return self.stop - self.start
+
+    @property
+    def count(self) -> int:
+        return len(self.job.models)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         for _, base, models in self.placed():
@@ -67,33 +84,53 @@ class StreamedPieces:
         if self.numel <= elements_on(self.scratch.device) or self.job.method.unit == "matrix":
             yield from self
             return
+        if self._is_held():
+            for start, base, models in self.placed():
+                own = slice((self.start - start) % SAMPLE_STEP, None, SAMPLE_STEP)
+                yield None if base is None else base.reshape(-1)[own], [one.reshape(-1)[own] for one in models]
+            return
         columns = columns_of(self.job)
-        run = -(-SAMPLE_RUN // columns) * columns
-        runs = max(1, min(SAMPLE, self.numel // 64) // run)
+        run = min(-(-SAMPLE_RUN // columns) * columns, self.numel)
+        runs = max(1, min(SAMPLE, self.numel // SAMPLE_STEP) // run)
         step = max(run, self.numel // runs // columns * columns)
         for start in range(self.start, self.stop - run + 1, step):
             yield self._at(start, start + run, check=False)
 
     def placed(self) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
         """Also tell where a piece starts in the flat tensor."""
-        check, self.check = self.check, False
-        step = piece_of(self.job, self.scratch.device)
+        if self.held:
+            yield from self.held
+            return
+        step, hold = piece_of(self.job, self.scratch.device), self._is_held()
+        pieces: list[tuple[int, Tensor | None, list[Tensor]]] = []
         for start in range(self.start, self.stop, step):
             stop = min(start + step, self.stop)
             if self.halt.is_set():
                 raise InterruptedError("The merge was stopped.")
-            yield start, *self._at(start, stop, check=check)
+            piece = (start, *self._at(start, stop, check=self.check, number=len(pieces)))
+            if hold:
+                pieces.append(piece)
+            yield piece
+        self.held, self.check = pieces, False  # only now, when all of them were seen
 
-    def _at(self, start: int, stop: int, *, check: bool) -> tuple[Tensor | None, list[Tensor]]:
-        base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check)
-        models = [self._read(one, start, stop, slot + 1, check) for slot, one in enumerate(self.job.models)]
+    def _is_held(self) -> bool:
+        tensors = [self.job.base, *self.job.models] if self.job.base is not None else self.job.models
+        nbytes = self.numel * len(tensors) * torch.bfloat16.itemsize
+        return self.stored and nbytes <= self.hold and all(_is_bfloat16(one) for one in tensors)
+
+    def _at(self, start: int, stop: int, *, check: bool, number: int = 0) -> tuple[Tensor | None, list[Tensor]]:
+        base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check, number)
+        models = [self._read(one, start, stop, slot + 1, check, number) for slot, one in enumerate(self.job.models)]
         return base, models
 
-    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool) -> Tensor:
-        out = self.scratch.floats(slot, stop - start)
-        tensor.read(start, out, self.scratch)
-        if check and not math.isfinite(float(out.sum())) and not torch.isfinite(out).all():
-            bad = start + int((~torch.isfinite(out)).nonzero()[0])
+    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool, number: int) -> Tensor:
+        if self.stored and isinstance(tensor, StoredInput) and tensor.dtype == torch.bfloat16:
+            out = tensor.stored(start, stop - start, self.scratch, (slot, number))
+        else:
+            out = self.scratch.floats(slot, stop - start)
+            tensor.read(start, out, self.scratch)
+        bad = start + first_nonfinite(out) if check else -1
+        if bad >= start:
             number = next((i + 1 for i, one in enumerate(self.job.models) if one is tensor), 0)
             whose = f"of model {number}" if number else "of the base model"
             where = f" ({str(tensor.entry.file)!r})" if isinstance(tensor, StoredInput) else ""
@@ -191,7 +228,9 @@ class Stream:
 
     def _merge(self, task: _Task) -> None:
         job, method = task.job, task.job.method
-        pieces = StreamedPieces(job, self._local.scratch, task.start, task.stop, not self.allow_nonfinite, self._halt)
+        hold = HELD // self.threads if method.statistics is not None else 0
+        check = not self.allow_nonfinite
+        pieces = StreamedPieces(job, self._local.scratch, task.start, task.stop, check, self._halt, hold)
         options: dict[str, Any] = dict(job.options)
         if method.statistics is not None:
             options |= method.statistics(pieces, **options)
@@ -223,6 +262,19 @@ class Stream:
             self.writer.write_bytes(job.name, start, view)
             with self._lock:
                 self.advance(len(view))
+
+
+def _is_bfloat16(tensor: InputTensor) -> bool:
+    return isinstance(tensor, StoredInput) and tensor.dtype == torch.bfloat16
+
+
+def first_nonfinite(values: Tensor) -> int:
+    """The place of the first element that is NaN or infinite, -1 if there is none."""
+    if kernels.take(values):
+        return kernels.first_nonfinite(values)
+    if math.isfinite(float(values.sum())) or torch.isfinite(values).all():
+        return -1
+    return int((~torch.isfinite(values)).nonzero()[0])
 
 
 def _keep_freed_memory() -> None:

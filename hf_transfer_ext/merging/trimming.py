@@ -10,21 +10,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from hf_transfer_ext.merging import kernels
 from hf_transfer_ext.merging.changes import Weights, changes_of, check_weights
 from hf_transfer_ext.merging.devices import on_host
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
 from hf_transfer_ext.merging.noise import Noise
-from hf_transfer_ext.merging.selection import order_statistics
+from hf_transfer_ext.merging.selection import Distances, order_statistics
 
 #: The places of a row may take that many bits of a word of 32; the rest compares magnitudes.
 _PLACE_BITS = 13
 
 
-def magnitudes(base: Tensor | None, models: list[Tensor]) -> list[Tensor]:
+def magnitudes(base: Tensor | None, models: list[Tensor]) -> list[Distances]:
     """|t_i| of one piece."""
-    if base is None:
-        return [model.abs() for model in models]
-    return [change.abs_() for change in changes_of(base, models)]
+    return [Distances(model, base) for model in models]
 
 
 @gives("thresholds")
@@ -56,9 +55,8 @@ def kept_magnitudes(pieces: Pieces, density: PerModel, gamma: PerModel) -> list[
     Of n elements the int(gamma n) largest go, then the smallest, until int(density n) are left. Where that is not
     possible (density + gamma > 1) fewer of the largest go. Density 1 keeps everything.
     """
-    _, models = next(iter(pieces.sample()))
     ranks: list[tuple[int, int] | None] = []
-    for share, outliers in zip(for_each(density, models), for_each(gamma, models), strict=True):
+    for share, outliers in zip(for_each(density, pieces.count), for_each(gamma, pieces.count), strict=True):
         kept = int(share * pieces.numel)
         top = min(int(outliers * pieces.numel), pieces.numel - kept)
         last = pieces.numel - 1 - top
@@ -79,11 +77,8 @@ def kept_magnitudes(pieces: Pieces, density: PerModel, gamma: PerModel) -> list[
     return bounds
 
 
-def drop_at_random(change: Weights, density: float, *, rescale: bool, noise: Noise, model: int) -> Weights:
-    """Keep each element with probability `density`; with `rescale` divide by it, so that the expectation stays.
-
-    The change is overwritten.
-    """
+def drop_at_random(change: Weights, density: float, *, noise: Noise, model: int) -> Weights:
+    """Keep each element with probability `density`. The change is overwritten."""
     if density >= 1:
         return change
     if density <= 0:
@@ -92,15 +87,21 @@ def drop_at_random(change: Weights, density: float, *, rescale: bool, noise: Noi
     if on_host(change):  # numpy multiplies by booleans three times faster than torch
         numbers = change.numpy()
         np.multiply(numbers, kept.numpy(), out=numbers)
-    else:
-        change *= kept
-    return change.div_(density) if rescale else change
+        return change
+    return change.mul_(kept)
 
 
 def drop_by_rank(
-    change: Float[Tensor, "rows columns"], density: float, epsilon: float, *, rescale: bool, noise: Noise, model: int
+    base: Float[Tensor, "rows columns"],
+    model: Float[Tensor, "rows columns"],
+    density: float,
+    epsilon: float,
+    *,
+    rescale: bool,
+    noise: Noise,
+    number: int,
 ) -> Float[Tensor, "rows columns"]:
-    """Keep each element with a probability that grows with the rank of its magnitude in the row.
+    """Keep each element of a change with a probability that grows with the rank of its magnitude in the row.
 
     The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, those between
     in even steps. With `rescale` each is divided by its own probability.
@@ -108,23 +109,40 @@ def drop_by_rank(
     Magnitudes are compared by their leading bits only, as many as leave room for the place in a 32-bit word (11 bits
     of the mantissa and more for rows of up to 4096), and equal ones are ranked by place. Sorting such words costs a
     third of an argsort.
+
+    Args:
+        number: Of the model, which tells its random numbers from those of the others.
     """
     if density >= 1:
-        return change
+        return changes_of(base, [model])[0]
     if density <= 0:
-        return change.zero_()
-    rows, columns = change.shape
+        return torch.zeros(model.shape, device=model.device)
+    rows, columns = model.shape
     steps = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
     limits = (steps * 2.0**32).astype(np.uint32)
     scales = (1 / steps if rescale else np.ones(columns)).astype(np.float32)
     # The words belong to ranks, not to places: which of the independent numbers goes where makes no difference.
+    counter = noise.counter(rows * columns)
+    if counter is not None and kernels.take(base, model):
+        width = _bits_of_places(columns)
+        return kernels.drop_by_rank(
+            base,
+            model,
+            limits,
+            scales,
+            width=width,
+            wide=width > _PLACE_BITS,
+            counter=counter,
+            keys=noise.keys(number),
+        )
+    (change,) = changes_of(base, [model])
     if on_host(change):
         order = torch.from_numpy(_order_of_magnitudes(change.contiguous()))
-        kept = noise.words(model, rows * columns).reshape(rows, columns) < limits
+        kept = noise.words(number, rows * columns).reshape(rows, columns) < limits
         factors = torch.from_numpy(kept * scales)
     else:
         order = _order_on_device(change)
-        words = noise.words_on(change.device, model, rows * columns).reshape(rows, columns)
+        words = noise.words_on(change.device, number, rows * columns).reshape(rows, columns)
         chosen = words < torch.from_numpy(limits.astype(np.int64)).to(change.device)
         factors = chosen * torch.from_numpy(scales).to(change.device)
     return change * torch.empty_like(factors).scatter_(1, order, factors)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import Weights, changes_of
+from hf_transfer_ext.merging import kernels
+from hf_transfer_ext.merging.changes import Weights, changes_of, in_float
 from hf_transfer_ext.merging.method import Pieces, gives
-from hf_transfer_ext.merging.selection import smallest_of_largest
+from hf_transfer_ext.merging.selection import Distances, smallest_of_largest
 
 
 def variance_of(models: Sequence[Weights]) -> Weights:
@@ -19,6 +20,9 @@ def variance_of(models: Sequence[Weights]) -> Weights:
     With y_i the differences from the first model: sum y_i^2 / n - (sum y_i / n)^2. It is exactly 0 where all models
     are equal, and otherwise loses no more digits than n has, since the first model is one of them.
     """
+    if kernels.take(*models):
+        return kernels.variances(models)
+    models = [in_float(model) for model in models]
     count = len(models)
     if count == 1:
         return torch.zeros_like(models[0])
@@ -51,6 +55,9 @@ def energies_and_threshold(pieces: Pieces, *, select_topk: float = 1.0, **option
     for base, models in pieces:
         if base is None:
             raise ValueError("`sce` needs a base model.")
+        if kernels.take(base, *models):
+            energies = energies + torch.from_numpy(kernels.energies(base, models, threshold))
+            continue
         kept = [one.reshape(-1) for one in keep_varying(base, models, threshold)]
         energies = energies + torch.stack([torch.dot(one, one) for one in kept]).double().cpu()
     total = float(energies.sum())
@@ -58,5 +65,5 @@ def energies_and_threshold(pieces: Pieces, *, select_topk: float = 1.0, **option
     return {"threshold": threshold, "shares": [float(e) / total if total else 1 / count for e in energies]}
 
 
-def _variances(base: Tensor | None, models: list[Tensor]) -> list[Tensor]:
-    return [variance_of(models)]
+def _variances(base: Tensor | None, models: list[Tensor]) -> list[Distances]:
+    return [Distances(variance_of(models))]

@@ -160,7 +160,7 @@ class _Search:
 
 
 def _bits(base: torch.Tensor | None, models: list[torch.Tensor]) -> list[np.ndarray]:
-    return [one.reshape(-1).cpu().numpy().view(np.int32) for one in magnitudes(base, models)]
+    return [one.values().reshape(-1).cpu().numpy().view(np.int32) for one in magnitudes(base, models)]
 
 
 def _counted(bits: np.ndarray, window: _Window) -> tuple[int, np.ndarray]:

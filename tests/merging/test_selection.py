@@ -12,6 +12,8 @@ from hf_transfer_ext.merging.selection import keep_magnitudes, order_statistics
 class Pieces:
     """A tensor in pieces of 64, with a sample of chosen places."""
 
+    count = 1
+
     def __init__(self, values, sample):
         self.values, self.places = values, sample
 

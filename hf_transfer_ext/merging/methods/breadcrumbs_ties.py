@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import add_elected_changes, changes_of, check_weights
+from hf_transfer_ext.merging.changes import check_weights
+from hf_transfer_ext.merging.masks import Mask, merge_masked_changes
 from hf_transfer_ext.merging.method import PerModel, merge_method
-from hf_transfer_ext.merging.rescaling import inner_magnitudes_and_scales, scaled
-from hf_transfer_ext.merging.selection import keep_magnitudes
+from hf_transfer_ext.merging.rescaling import inner_magnitudes_and_scales
 
 
-@merge_method(statistics=inner_magnitudes_and_scales, check=check_weights)
+@merge_method(statistics=inner_magnitudes_and_scales, check=check_weights, stored=True)
 def breadcrumbs_ties(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
@@ -51,8 +51,5 @@ def breadcrumbs_ties(
 
     Source: Model breadcrumbs, Davari and Belilovsky 2024, https://arxiv.org/abs/2312.06795
     """
-    kept = [
-        scaled(keep_magnitudes(change, *pair), scale)
-        for change, pair, scale in zip(changes_of(base, models), bounds, scales, strict=True)
-    ]
-    return add_elected_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)
+    masks = [Mask(low=low, high=high, scale=scale) for (low, high), scale in zip(bounds, scales, strict=True)]
+    return merge_masked_changes(base, models, weight, masks, elect=True, normalize=normalize, lambda_=lambda_)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import add_changes, changes_of, check_weights
-from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.changes import check_weights
+from hf_transfer_ext.merging.masks import merge_masked_changes, random_masks
+from hf_transfer_ext.merging.method import PerModel, merge_method
 from hf_transfer_ext.merging.noise import Noise
-from hf_transfer_ext.merging.trimming import drop_at_random
 
 
-@merge_method(check=check_weights)
+@merge_method(check=check_weights, stored=True)
 def dare_linear(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
@@ -45,8 +45,7 @@ def dare_linear(
 
     Source: Language models are super Mario, Yu et al. 2024, https://arxiv.org/abs/2311.03099
     """
-    kept = [
-        drop_at_random(change, share, rescale=rescale, noise=noise, model=i)
-        for i, (change, share) in enumerate(zip(changes_of(base, models), for_each(density, models), strict=True))
-    ]
-    return add_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)
+    masks = random_masks(density, models, rescale=rescale)
+    return merge_masked_changes(
+        base, models, weight, masks, elect=False, normalize=normalize, lambda_=lambda_, noise=noise
+    )

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import add_elected_changes, changes_of
+from hf_transfer_ext.merging.changes import add_elected_changes
 from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
 from hf_transfer_ext.merging.noise import Noise
 from hf_transfer_ext.merging.trimming import check_della, drop_by_rank
 
 
-@merge_method(unit="row", check=check_della)
+@merge_method(unit="row", check=check_della, stored=True)
 def della(
     base: Float[Tensor, "rows columns"],
     models: Sequence[Float[Tensor, "rows columns"]],
@@ -52,9 +52,9 @@ def della(
     Source: DELLA-Merging, Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
     kept = [
-        drop_by_rank(change, share, spread, rescale=rescale, noise=noise, model=i)
-        for i, (change, share, spread) in enumerate(
-            zip(changes_of(base, models), for_each(density, models), for_each(epsilon, models), strict=True)
+        drop_by_rank(base, model, share, spread, rescale=rescale, noise=noise, number=i)
+        for i, (model, share, spread) in enumerate(
+            zip(models, for_each(density, models), for_each(epsilon, models), strict=True)
         )
     ]
     return add_elected_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)

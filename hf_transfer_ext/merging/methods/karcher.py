@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.geometry import Gram, combine, gram_of_models, norm_of, unit_gram
+from hf_transfer_ext.merging.changes import weighted_sum
+from hf_transfer_ext.merging.geometry import Gram, gram_of_models, norm_of, unit_gram
 from hf_transfer_ext.merging.method import merge_method
 
 
@@ -59,4 +60,4 @@ def karcher(
         point = math.cos(size) * point + math.sin(size) / size * step
         point = point / norm_of(point, units)
     factors = point * norms.mean() / torch.where(norms > 0, norms, torch.ones_like(norms))
-    return combine(models, factors.tolist())
+    return weighted_sum(models, factors.tolist())

@@ -11,7 +11,7 @@ from hf_transfer_ext.merging.changes import check_mean_weights, weighted_sum
 from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
 
 
-@merge_method(base="none", check=check_mean_weights)
+@merge_method(base="none", check=check_mean_weights, stored=True)
 def linear(
     base: Float[Tensor, "*shape"] | None,
     models: Sequence[Float[Tensor, "*shape"]],

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import changes_of
-from hf_transfer_ext.merging.geometry import combine, cosines_of, gram_of_models
+from hf_transfer_ext.merging.changes import changes_of, weighted_sum
+from hf_transfer_ext.merging.geometry import cosines_of, gram_of_models
 from hf_transfer_ext.merging.method import merge_method
 
 
@@ -41,7 +41,7 @@ def model_stock(
     Source: Model Stock, Jang et al. 2024, https://arxiv.org/abs/2403.19522
     """
     count = len(models)
-    mean = combine(models, [1 / count] * count)
+    mean = weighted_sum(models, [1 / count] * count)
     products = gram
     if filter_wise:
         rows = torch.stack(changes_of(base, models), dim=1).double()  # (rows, models, columns)

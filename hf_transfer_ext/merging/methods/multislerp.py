@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import check_multislerp
-from hf_transfer_ext.merging.geometry import Gram, combine, gram_of_models, norm_of, unit_gram
+from hf_transfer_ext.merging.changes import check_multislerp, weighted_sum
+from hf_transfer_ext.merging.geometry import Gram, gram_of_models, norm_of, unit_gram
 from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
 
 
@@ -59,10 +59,10 @@ def multislerp(
     if length < eps:
         if len(vectors) > 2 and bool(norms.any()):
             raise ValueError("The weighted directions of the models cancel each other. Choose other weights.")
-        return combine(vectors, weights.tolist()) + origin
+        return weighted_sum(vectors, weights.tolist()) + origin
     mean = weights / length  # all vectors are coefficients of the u_i from here on
     tangent = weights - (weights @ units @ mean) * mean
     size = norm_of(tangent, units)
     point = mean * math.cos(size) + tangent * (math.sin(size) / size if size > 0 else 1.0)
     factors = point * (weights * norms).sum() / torch.where(norms > 0, norms, torch.ones_like(norms))
-    return combine(vectors, factors.tolist()) + origin
+    return weighted_sum(vectors, factors.tolist()) + origin

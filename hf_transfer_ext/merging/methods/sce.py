@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import one_for_zero, sign_or_plus, sum_of
+from hf_transfer_ext.merging import kernels
+from hf_transfer_ext.merging.changes import add_elected_changes
 from hf_transfer_ext.merging.method import merge_method
 from hf_transfer_ext.merging.variance import energies_and_threshold, keep_varying
 
 
-@merge_method(statistics=energies_and_threshold)
+@merge_method(statistics=energies_and_threshold, stored=True)
 def sce(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
@@ -42,11 +42,10 @@ def sce(
 
     Source: FuseChat, Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """
+    votes = [1.0] * len(models)
+    if kernels.take(base, *models):
+        return kernels.merge_changes(
+            base, models, shares, subtract=True, variance=threshold, votes=votes, normalize=True
+        )
     selected = keep_varying(base, models, threshold)
-    sign = sign_or_plus(sum_of(selected))
-    merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
-    for change, share in zip(selected, shares, strict=True):
-        agreeing = change.mul_(sign).relu_()
-        merged.add_(agreeing, alpha=share)
-        divisor.add_(agreeing.gt_(0), alpha=share)
-    return torch.addcmul(base, merged.div_(one_for_zero(divisor)), sign)
+    return add_elected_changes(base, selected, shares, votes=votes, normalize=True, lambda_=1.0)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.geometry import Gram, combine, gram_with_base
+from hf_transfer_ext.merging.changes import weighted_sum
+from hf_transfer_ext.merging.geometry import Gram, gram_with_base
 from hf_transfer_ext.merging.method import merge_method
 
 
-@merge_method(count=(1, 1), statistics=gram_with_base)
+@merge_method(count=(1, 1), statistics=gram_with_base, stored=True)
 def slerp(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
@@ -38,8 +39,8 @@ def slerp(
     norms = gram.diagonal().sqrt()
     cosine = float(gram[0, 1] / (norms[0] * norms[1]).clamp(min=1e-16))
     if abs(cosine) > 0.9995:
-        return combine([base, models[0]], [1 - t, t])
+        return weighted_sum([base, models[0]], [1 - t, t])
     angle = math.acos(cosine)
-    return combine(
+    return weighted_sum(
         [base, models[0]], [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
     )

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import add_changes, changes_of, check_weights
+from hf_transfer_ext.merging.changes import check_weights
+from hf_transfer_ext.merging.masks import Mask, merge_masked_changes
 from hf_transfer_ext.merging.method import PerModel, merge_method
 
 
-@merge_method(check=check_weights)
+@merge_method(check=check_weights, stored=True)
 def task_arithmetic(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
@@ -34,4 +35,5 @@ def task_arithmetic(
 
     Source: Editing models with task arithmetic, Ilharco et al. 2023, https://arxiv.org/abs/2212.04089
     """
-    return add_changes(base, changes_of(base, models), weight, normalize=normalize, lambda_=lambda_)
+    everything = [Mask()] * len(models)
+    return merge_masked_changes(base, models, weight, everything, elect=False, normalize=normalize, lambda_=lambda_)

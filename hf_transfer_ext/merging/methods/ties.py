@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import add_elected_changes, changes_of, check_weights
+from hf_transfer_ext.merging.changes import check_weights
+from hf_transfer_ext.merging.masks import Mask, merge_masked_changes
 from hf_transfer_ext.merging.method import PerModel, merge_method
-from hf_transfer_ext.merging.rescaling import scaled, smallest_kept_and_scales
-from hf_transfer_ext.merging.selection import keep_magnitudes
+from hf_transfer_ext.merging.rescaling import smallest_kept_and_scales
 
 
-@merge_method(statistics=smallest_kept_and_scales, check=check_weights)
+@merge_method(statistics=smallest_kept_and_scales, check=check_weights, stored=True)
 def ties(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
@@ -51,8 +51,5 @@ def ties(
 
     Source: TIES-Merging, Yadav et al. 2023, https://arxiv.org/abs/2306.01708
     """
-    kept = [
-        scaled(keep_magnitudes(change, low), scale)
-        for change, low, scale in zip(changes_of(base, models), thresholds, scales, strict=True)
-    ]
-    return add_elected_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)
+    masks = [Mask(low=low, scale=scale) for low, scale in zip(thresholds, scales, strict=True)]
+    return merge_masked_changes(base, models, weight, masks, elect=True, normalize=normalize, lambda_=lambda_)

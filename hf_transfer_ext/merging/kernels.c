@@ -1,0 +1,344 @@
+/* The arithmetic of merging in one pass over memory, for tensors on the CPU in float32 or bfloat16.
+ *
+ * Each function does what a few functions in Python define with torch (kernels.py names them), block by block, so that
+ * intermediate results stay in the first cache. Sums are taken in the order of the models, and products are fused with
+ * them only where it says so (-ffp-contract=off), so the result is the same on every machine. Everything is calculated
+ * in float32.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* With gcc and glibc each function is compiled for three generations of x86, and the machine chooses. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+#define VERSION 1
+#define BLOCK 512
+#define MAX_MODELS 32
+#define LANES 16
+#define TOP 13
+
+/* A tensor: where its elements are, and whether they are bfloat16. */
+typedef struct {
+    const void *data;
+    int64_t is_bfloat16;
+} Tensor;
+
+/* What is kept of a change, see `changes.Mask`: random where limit < 2**32 - 1. */
+typedef struct {
+    float low, high, scale;
+    uint32_t limit, key, second_key;
+} Mask;
+
+int64_t version(void) { return VERSION; }
+
+INLINE void load(Tensor tensor, int64_t start, int count, float *restrict out) {
+    if (tensor.data == NULL) {
+        memset(out, 0, sizeof(float) * count);
+    } else if (tensor.is_bfloat16) {
+        const uint16_t *from = (const uint16_t *)tensor.data + start;
+        for (int j = 0; j < count; j++) {
+            uint32_t word = (uint32_t)from[j] << 16;
+            memcpy(out + j, &word, 4);
+        }
+    } else {
+        memcpy(out, (const float *)tensor.data + start, sizeof(float) * count);
+    }
+}
+
+/* `noise._mix` for one counter: a Weyl sequence, and lowbias32 with the second key between its rounds. */
+INLINE uint32_t random_word(uint32_t counter, uint32_t key, uint32_t second_key) {
+    uint32_t word = counter * 0x9E3779B1u + key;
+    word = (word ^ (word >> 16)) * 0x7FEB352Du;
+    word = ((word ^ (word >> 15)) + second_key) * 0x846CA68Bu;
+    return word ^ (word >> 16);
+}
+
+/* `variance.variance_of`: variance over the models, from the differences to the first. */
+INLINE void variance_of(float values[][BLOCK], int models, int count, float *restrict out) {
+    float total[BLOCK] = {0}, squares[BLOCK] = {0};
+    for (int i = 1; i < models; i++)
+        for (int j = 0; j < count; j++) {
+            float other = values[i][j] - values[0][j];
+            total[j] += other;
+            squares[j] += other * other;
+        }
+    for (int j = 0; j < count; j++) {
+        float found = (squares[j] - total[j] * total[j] / models) / models;
+        out[j] = found > 0 ? found : 0;
+    }
+}
+
+INLINE void apply(Mask mask, uint32_t counter, int count, float *restrict change) {
+    if (mask.low > 0 || mask.high < INFINITY)
+        for (int j = 0; j < count; j++) {
+            float magnitude = fabsf(change[j]);
+            change[j] = (magnitude >= mask.low) & (magnitude <= mask.high) ? change[j] : 0;
+        }
+    if (mask.limit < UINT32_MAX)
+        for (int j = 0; j < count; j++) {
+            uint32_t word = random_word(counter + (uint32_t)j, mask.key, mask.second_key);
+            change[j] = word < mask.limit ? change[j] : 0;
+        }
+    if (mask.scale != 1)
+        for (int j = 0; j < count; j++) change[j] *= mask.scale;
+}
+
+/* theta_0 + lambda sum_i w_i m_i (theta_i - theta_0).
+ *
+ * Without `subtract` the tensors are the changes already. `masks` may be NULL. With `variance` > 0 elements that vary
+ * less over the models are 0. With `votes` only those changes count whose vote_i t_i has the sign of sum_i vote_i t_i
+ * (plus for 0), and with `normalize` their sum is divided by that of their w_i.
+ */
+FOR_EACH_CPU void merge_changes(
+    Tensor base, const Tensor *tensors, int64_t models, int64_t subtract, const Mask *masks, uint32_t counter,
+    float variance, const float *weights, const float *votes, int64_t normalize, float lambda, int64_t size,
+    float *restrict out
+) {
+    float origin[BLOCK], sum[BLOCK], merged[BLOCK], divisor[BLOCK], values[MAX_MODELS][BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
+        load(base, start, count, origin);
+        for (int i = 0; i < models; i++) load(tensors[i], start, count, values[i]);
+        if (variance > 0) variance_of(values, (int)models, count, sum);
+        for (int i = 0; i < models && subtract; i++)
+            for (int j = 0; j < count; j++) values[i][j] -= origin[j];
+        for (int i = 0; i < models && variance > 0; i++)
+            for (int j = 0; j < count; j++) values[i][j] = sum[j] >= variance ? values[i][j] : 0;
+        if (masks)
+            for (int i = 0; i < models; i++) apply(masks[i], counter + (uint32_t)start, count, values[i]);
+        for (int j = 0; j < count; j++) merged[j] = 0;
+        if (votes == NULL) {
+            for (int i = 0; i < models; i++)
+                for (int j = 0; j < count; j++) merged[j] = fmaf(weights[i], values[i][j], merged[j]);
+        } else {
+            for (int j = 0; j < count; j++) sum[j] = divisor[j] = 0;
+            for (int i = 0; i < models; i++)
+                for (int j = 0; j < count; j++) sum[j] += votes[i] * values[i][j];
+            for (int j = 0; j < count; j++) sum[j] = sum[j] >= 0 ? 1 : -1;
+            for (int i = 0; i < models; i++) {
+                float weight = weights[i], vote = votes[i];
+                for (int j = 0; j < count; j++) {
+                    float value = values[i][j], agrees = vote * value * sum[j] > 0 ? 1 : 0;
+                    merged[j] += agrees * (weight * value);
+                    divisor[j] += agrees * weight;
+                }
+            }
+            if (normalize)
+                for (int j = 0; j < count; j++) merged[j] /= divisor[j] == 0 ? 1 : divisor[j];
+        }
+        for (int j = 0; j < count; j++) out[start + j] = origin[j] + lambda * merged[j];
+    }
+}
+
+/* Place of the first element that is NaN or infinite, or -1. */
+FOR_EACH_CPU int64_t first_nonfinite(Tensor tensor, int64_t size) {
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
+        float values[BLOCK];
+        int finite = 0;
+        load(tensor, start, count, values);
+        for (int j = 0; j < count; j++) finite += fabsf(values[j]) < INFINITY;
+        for (int j = 0; finite < count && j < count; j++)
+            if (!(fabsf(values[j]) < INFINITY)) return start + j;
+    }
+    return -1;
+}
+
+/* Count the magnitudes |x - base| below, up to and above the edges of some brackets, and collect those inside.
+ *
+ * counts: for each bracket the numbers of magnitudes < low, > low and > high; collected: how many are in `inside`.
+ * Returns the number of magnitudes above 0.
+ */
+FOR_EACH_CPU int64_t take_magnitudes(
+    Tensor base, Tensor tensor, int64_t size, int64_t brackets, const float *low, const float *high,
+    int64_t *counts, float *const *inside, int64_t *collected
+) {
+    int64_t positive = 0;
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
+        float magnitudes[BLOCK], origin[BLOCK];
+        uint8_t flags[BLOCK] = {0};
+        int above_zero = 0;
+        load(tensor, start, count, magnitudes);
+        load(base, start, count, origin);
+        for (int j = 0; j < count; j++) {
+            magnitudes[j] = fabsf(magnitudes[j] - origin[j]);
+            above_zero += magnitudes[j] > 0;
+        }
+        positive += above_zero;
+        for (int k = 0; k < brackets; k++) {
+            float from = low[k], to = high[k], *kept = inside[k];
+            int64_t end = collected[k];
+            int below = 0, above_low = 0, above_high = 0;
+            for (int j = 0; j < count; j++) {
+                below += magnitudes[j] < from;
+                above_low += magnitudes[j] > from;
+                above_high += magnitudes[j] > to;
+            }
+            counts[3 * k] += below;
+            counts[3 * k + 1] += above_low;
+            counts[3 * k + 2] += above_high;
+            if (above_low == above_high) continue;
+            for (int j = 0; j < count; j++) flags[j] = (magnitudes[j] > from) & (magnitudes[j] < to);
+            for (int first = 0; first < count; first += 8) { /* few are inside: look at eight flags of 0 or 1 at once */
+                uint64_t eight;
+                memcpy(&eight, flags + first, 8);
+                if (!eight) continue;
+                for (int j = first; j < first + 8; j++) {
+                    kept[end] = magnitudes[j]; /* the buffer has room for eight more than the piece has elements */
+                    end += flags[j];
+                }
+            }
+            collected[k] = end;
+        }
+    }
+    return positive;
+}
+
+/* `variance.variance_of` of a piece. */
+FOR_EACH_CPU void variances(const Tensor *tensors, int64_t models, int64_t size, float *restrict out) {
+    float values[MAX_MODELS][BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
+        for (int i = 0; i < models; i++) load(tensors[i], start, count, values[i]);
+        variance_of(values, (int)models, count, out + start);
+    }
+}
+
+/* For each model the sum of its squared changes where the variance reaches the threshold, added to `energies`. */
+FOR_EACH_CPU void add_energies(
+    Tensor base, const Tensor *tensors, int64_t models, int64_t size, float threshold, double *energies
+) {
+    float values[MAX_MODELS][BLOCK], origin[BLOCK], variance[BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
+        for (int i = 0; i < models; i++) load(tensors[i], start, count, values[i]);
+        load(base, start, count, origin);
+        variance_of(values, (int)models, count, variance);
+        for (int j = count; j < BLOCK; j++) variance[j] = -1;
+        for (int i = 0; i < models; i++) {
+            float lanes[LANES] = {0};
+            double total = 0;
+            for (int first = 0; first < count; first += LANES)
+                for (int lane = 0; lane < LANES; lane++) {
+                    int j = first + lane;
+                    float change = variance[j] >= threshold ? values[i][j] - origin[j] : 0;
+                    lanes[lane] += change * change;
+                }
+            for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+            energies[i] += total;
+        }
+    }
+}
+
+/* Words of 64 bits, or of 32 where not wide. */
+INLINE uint64_t get(const void *words, int wide, int64_t j) {
+    return wide ? ((const uint64_t *)words)[j] : ((const uint32_t *)words)[j];
+}
+
+INLINE void put(void *words, int wide, int64_t j, uint64_t word) {
+    if (wide) ((uint64_t *)words)[j] = word;
+    else ((uint32_t *)words)[j] = (uint32_t)word;
+}
+
+/* From the numbers of words in each bucket to the places where these begin. */
+INLINE uint32_t begins_of(uint32_t *counts, int64_t first, int64_t last, uint32_t before) {
+    for (int64_t bucket = first; bucket <= last; bucket++) {
+        uint32_t here = counts[bucket];
+        counts[bucket] = before;
+        before += here;
+    }
+    return before;
+}
+
+/* Multiply each element of a row by the factor of its rank by magnitude, equal magnitudes ranked by place.
+ *
+ * A word is the leading bits of the magnitude and, in its last `low` bits, the place. Words are sorted by radix, first by
+ * the bits after the first TOP ones in `rounds` rounds, then by these, when an element's rank is known and its word is
+ * not needed any more. Differences of bfloat16 numbers have few bits and exponents. So most words are 0 after the first
+ * TOP bits and only the others take part in the first rounds; and most buckets of the last round are empty, and only
+ * those from the least to the greatest that occur are looked at, beside that of 0.
+ */
+INLINE void scale_by_rank(
+    float *restrict row, int64_t columns, const float *factors, int wide, int rounds, int low, void *words,
+    void *restrict sorted, void *restrict spare
+) {
+    uint32_t counts[1 << 11], top_counts[1 << TOP];
+    int bits = wide ? 64 : 32, top = bits - TOP, digit = (top - low + rounds - 1) / rounds;
+    uint32_t greatest = 0, least = UINT32_MAX; /* of the buckets above 0 */
+    uint64_t places = ((uint64_t)1 << low) - 1, last_digit = ((uint64_t)1 << digit) - 1;
+    for (int64_t j = 0; j < columns; j++) {
+        uint32_t magnitude, bucket, before;
+        memcpy(&magnitude, row + j, 4);
+        magnitude <<= 1;
+        bucket = magnitude >> (32 - TOP);
+        before = bucket - 1; /* the largest number for 0 */
+        greatest = bucket > greatest ? bucket : greatest;
+        least = before < least ? before : least;
+        put(words, wide, j, (wide ? (uint64_t)magnitude << 32 : magnitude & ~places) | (uint64_t)j);
+    }
+    least = least < greatest ? least + 1 : 1;
+    for (uint32_t bucket = least; bucket <= greatest; bucket++) top_counts[bucket] = 0;
+    top_counts[0] = 0;
+    int64_t short_words = 0, long_words = 0;
+    for (int64_t j = 0; j < columns; j++) {
+        uint64_t word = get(words, wide, j);
+        int is_long = (word & (((uint64_t)1 << top) - 1) & ~places) != 0;
+        top_counts[word >> top]++;
+        put(sorted, wide, short_words, word);
+        put(words, wide, long_words, word);
+        short_words += !is_long;
+        long_words += is_long;
+    }
+    for (int round = 0; round < rounds && long_words > 0; round++) {
+        int shift = low + round * digit, last = round == rounds - 1;
+        memset(counts, 0, sizeof counts[0] << digit);
+        for (int64_t j = 0; j < long_words; j++) counts[(get(words, wide, j) >> shift) & last_digit]++;
+        begins_of(counts, 0, (int64_t)last_digit, last ? (uint32_t)short_words : 0);
+        for (int64_t j = 0; j < long_words; j++) {
+            uint64_t word = get(words, wide, j);
+            put(last ? sorted : spare, wide, counts[(word >> shift) & last_digit]++, word);
+        }
+        words = spare;
+    }
+    begins_of(top_counts, least, greatest, begins_of(top_counts, 0, 0, 0));
+    for (int64_t j = 0; j < columns; j++) {
+        uint64_t word = get(sorted, wide, j);
+        row[word & places] *= factors[top_counts[word >> top]++];
+    }
+}
+
+/* `trimming.drop_by_rank` of the changes x - base, row by row. */
+FOR_EACH_CPU void drop_by_rank(
+    Tensor base, Tensor tensor, int64_t rows, int64_t columns, int64_t width, int64_t wide, const uint32_t *limits,
+    const float *scales, uint32_t counter, uint32_t key, uint32_t second_key, void *words, void *sorted,
+    void *spare, float *restrict factors, float *restrict out
+) {
+    for (int64_t row = 0; row < rows; row++, out += columns) {
+        for (int64_t first = 0; first < columns; first += BLOCK) {
+            int count = columns - first < BLOCK ? (int)(columns - first) : BLOCK;
+            float origin[BLOCK];
+            load(tensor, row * columns + first, count, out + first);
+            load(base, row * columns + first, count, origin);
+            for (int j = 0; j < count; j++) out[first + j] -= origin[j];
+        }
+        for (int64_t j = 0; j < columns; j++) {
+            uint32_t word = random_word(counter + (uint32_t)(row * columns + j), key, second_key);
+            factors[j] = word < limits[j] ? scales[j] : 0;
+        }
+        if (wide) scale_by_rank(out, columns, factors, 1, 2, 32, words, sorted, spare);
+        else if (width < 9) scale_by_rank(out, columns, factors, 0, 2, (int)width, words, sorted, spare);
+        else scale_by_rank(out, columns, factors, 0, 1, (int)width, words, sorted, spare);
+    }
+}
