@@ -10,9 +10,8 @@ asked for; a question is answered right where the whole answer is the model's gr
 *normalised* is the accuracy of a merged model on a task, divided by that of the model fine-tuned on this task and
 seed; the table gives its mean over the tasks, and the mean and standard deviation of that over the seeds.
 
-The methods on whole matrices (tsv, iso_c, iso_cts, knots, wudi) take minutes for one merge on a CPU and run only where
-`--methods` names them. What is done is kept: started again, the same command goes on where it stopped, and other
-methods join the table. `--minutes` ends a sitting.
+The whole table takes hours on two cores, most of them for `wudi`. What is done is kept: started
+again, the same command goes on where it stopped, and other methods join the table. `--minutes` ends a sitting.
 """
 
 from __future__ import annotations
@@ -149,6 +148,8 @@ def merged(method: str, options: dict[str, Any], work: Path, seed: int) -> Path:
     recipe, known = RECIPES[method], MERGE_METHODS[method]
     shared = {"merge_method": method, "dtype": "float32", "out_dtype": "bfloat16", "seed": seed}
     if not recipe.pairwise:
+        if known.unit == "matrix":
+            return _scaled(method, options, work, seed, shared)
         each = {"weight": 1.0} if "weight" in known.options else {}
         plan = shared | {"models": [{"model": one, "parameters": each} for one in models], "parameters": options}
         if known.base in ("required", "optional"):
@@ -169,6 +170,24 @@ def merged(method: str, options: dict[str, Any], work: Path, seed: int) -> Path:
         merge(plan, out, overwrite=True)
         first = str(out)
     return Path(first)
+
+
+def _scaled(method: str, options: dict[str, Any], work: Path, seed: int, shared: dict[str, Any]) -> Path:
+    """As `merged`, for methods on whole matrices: `lambda` scales their change, which is calculated once and kept."""
+    base, others = str(work / "base"), {name: value for name, value in options.items() if name != "lambda"}
+    kept = work / f"merged-{method}-{seed}"
+    if not (kept / "config.json").exists():
+        each = {"weight": 1.0} if "weight" in MERGE_METHODS[method].options else {}
+        models = [{"model": str(work / f"{task}-{seed}"), "parameters": each} for task in TASKS]
+        plan = shared | {"models": models, "base_model": base, "parameters": others, "out_dtype": "float32"}
+        merge(plan, kept, overwrite=True)
+    one = {"model": str(kept), "parameters": {"weight": options.get("lambda", 1.0)}}
+    merge(
+        shared | {"merge_method": "task_arithmetic", "base_model": base, "models": [one]},
+        work / "merged",
+        overwrite=True,
+    )
+    return work / "merged"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -321,8 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/merged_tasks"), help="folder for models")
     parser.add_argument("--out", type=Path, required=True, help="path without ending; .json, .md and .png are written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    quick = [name for name in RECIPES if MERGE_METHODS[name].unit != "matrix"]
-    parser.add_argument("--methods", nargs="+", default=quick, choices=list(RECIPES))
+    parser.add_argument("--methods", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many; the same command goes on")

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hf_transfer_ext.adapters.factors import LoraFactors, low_rank, save_lora, truncated
 from hf_transfer_ext.checkpoints import FLOAT_DTYPES
-from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
+from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.merging.inputs import AdaptedInput, InputModel, Scratch, open_model
 from hf_transfer_ext.merging.plan import parse_reference
+from hf_transfer_ext.merging.resume import Parts, key_of, resumable_folder
 
 #: What the adapter leaves out, module by module, in its folder.
 RESIDUALS_FILE = "residuals.json"
@@ -120,6 +121,7 @@ def extract_lora(
                 out,
                 rank=rank,
                 dtype=factor_dtype,
+                key=key_of({"rank": rank, "dtype": str(dtype), "base": base_name}, [*start.files, *end.files]),
                 base_model=base_name or base_reference.path,
                 revision=base_reference.revision,
                 overwrite=overwrite,
@@ -138,6 +140,7 @@ def write_change(
     *,
     rank: int,
     dtype: torch.dtype,
+    key: str,
     base_model: str,
     revision: str | None,
     overwrite: bool = False,
@@ -146,13 +149,17 @@ def write_change(
 ) -> ExtractionReport:
     """`extract_lora` for models that are open; `end` may be one that is calculated while it is read.
 
+    Factors that a killed run of the same work has found are not calculated again.
+
     Args:
+        key: Names the work (`merging.resume.key_of`).
         files: Name -> text of further files of the folder.
     """
     began = time.perf_counter()
-    found = _Changes(start, end)
-    found.collect(rank, progress=progress)
-    with written_aside(out, overwrite=overwrite) as folder:
+    with resumable_folder(refuse_existing_output(out, overwrite=overwrite), key, overwrite=overwrite) as folder:
+        parts = Parts(folder / ".factors")
+        found = _Changes(start, end, parts)
+        found.collect(rank, progress=progress)
         save_lora(
             folder,
             found.factors,
@@ -182,14 +189,15 @@ def write_change(
         write_text(folder / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
         for name, text in (files or {}).items():
             write_text(folder / name, text)
+        parts.remove()
     return report
 
 
 class _Changes:
     """Goes through the tensors of two models and sorts what changed by what an adapter can hold."""
 
-    def __init__(self, start: InputModel, end: InputModel) -> None:
-        self.start, self.end = start, end
+    def __init__(self, start: InputModel, end: InputModel, parts: Parts) -> None:
+        self.start, self.end, self.finished = start, end, parts
         self.model = _skeleton(start)
         self.parts = dict(self.model.named_modules())
         self.head = self.model.get_output_embeddings()
@@ -240,6 +248,11 @@ class _Changes:
         if is_factored and isinstance(after, AdaptedInput) and after.inner is self.start[name]:
             self._keep(owner, *truncated(after.factors, rank))
             return
+        earlier = self.finished.get(name) if is_factored else None
+        if earlier is not None:
+            norm, lost = earlier["norm_and_lost"].tolist()
+            self._keep(owner, LoraFactors(earlier["left"], earlier["right"]), norm, lost)
+            return
         change, tuned = self._change(name)
         if not bool(change.any()):
             return
@@ -247,6 +260,8 @@ class _Changes:
             factors = low_rank(change, min(rank, *change.shape))
             norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
             lost = float(torch.linalg.vector_norm(change - factors.rows(0, len(change)), dtype=torch.float64))
+            norms = torch.tensor([norm, lost], dtype=torch.float64)
+            self.finished.put(name, {"left": factors.left, "right": factors.right, "norm_and_lost": norms})
             self._keep(owner, factors, norm, lost)
         elif leaf == "bias" and self._is_linear(owner, part):
             self.replaced[own] = tuned

@@ -22,6 +22,7 @@ from hf_transfer_ext.merging.inputs import AdaptedInput, InputModel, InputTensor
 from hf_transfer_ext.merging.layout import TensorJob
 from hf_transfer_ext.merging.noise import Noise
 from hf_transfer_ext.merging.plan import MergeConfig, ModelReference
+from hf_transfer_ext.merging.resume import key_of
 from hf_transfer_ext.merging.stream import StreamedPieces
 
 
@@ -71,6 +72,7 @@ def write_adapter(
     out: str | Path,
     *,
     rank: int,
+    content: Mapping[str, Any],
     files: Mapping[str, str],
     allow_nonfinite: bool = False,
     overwrite: bool = False,
@@ -82,6 +84,7 @@ def write_adapter(
 
     Args:
         jobs: All tensors of the result.
+        content: What the result depends on beside the files of the models (`resume.key_of`).
         files: Name -> text of further files of the folder.
 
     Raises:
@@ -108,6 +111,9 @@ def write_adapter(
             out,
             rank=rank,
             dtype=config.out_dtype or config.dtype or torch.float32,
+            key=key_of(
+                {**content, "rank": rank}, [*start.files, *(f for model in models.values() for f in model.files)]
+            ),
             base_model=reference.path,
             revision=reference.revision,
             overwrite=overwrite,

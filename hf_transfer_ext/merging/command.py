@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.files import require_free_space
 from hf_transfer_ext.merging.inputs import open_model
 from hf_transfer_ext.merging.plan import load_config
 from hf_transfer_ext.merging.ranks import is_first_rank
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     print(summary(report))
     if arguments.dry_run:
         print(time_floor(report, arguments.config, allow_pickle=arguments.allow_pickle))
+        require_free_space(report.folder, report.written_bytes)
     elif not arguments.quiet:
         speed = (report.read_bytes + report.written_bytes) / 1e9 / report.seconds
         resumed = f", {report.resumed_tensors} of them by an earlier run" if report.resumed_tensors else ""

@@ -22,10 +22,15 @@
 #define INLINE static inline
 #endif
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the flags in `collect` are read as little-endian words; without the kernels torch does their work"
+#endif
+
 #define VERSION 1
 #define BLOCK 512
 #define MAX_MODELS 32
 #define LANES 16
+#define BINS 2048
 #define TOP 13
 
 /* A tensor: where its elements are, and whether they are bfloat16. */
@@ -155,55 +160,114 @@ FOR_EACH_CPU int64_t first_nonfinite(Tensor tensor, int64_t size) {
     return -1;
 }
 
-/* Count the magnitudes |x - base| below, up to and above the edges of some brackets, and collect those inside.
+/* Put the numbers between two others one after the other; `kept` has room for eight more than there are. */
+INLINE int collect(const float *numbers, int count, float from, float to, float *kept) {
+    uint8_t flags[BLOCK] = {0};
+    int end = 0;
+    for (int j = 0; j < count; j++) flags[j] = (numbers[j] > from) & (numbers[j] < to);
+    for (int first = 0; first < count; first += 8) { /* few are inside: eight flags of 0 or 1 at once */
+        uint64_t eight;
+        memcpy(&eight, flags + first, 8);
+        for (; eight; eight &= eight - 1) kept[end++] = numbers[first + (__builtin_ctzll(eight) >> 3)];
+    }
+    return end;
+}
+
+/* Count the magnitudes |x_i - base| below, up to and above the edges of brackets, and collect those inside.
  *
- * counts: for each bracket the numbers of magnitudes < low, > low and > high; collected: how many are in `inside`.
- * Returns the number of magnitudes above 0.
+ * Every tensor has the same number of brackets; what belongs to a bracket stands at `i * brackets + k` in low, high,
+ * counts (three numbers each: magnitudes < low, > low and > high), inside and collected (how many are in `inside`).
+ * positive: for each tensor the number of magnitudes above 0.
  */
-FOR_EACH_CPU int64_t take_magnitudes(
-    Tensor base, Tensor tensor, int64_t size, int64_t brackets, const float *low, const float *high,
-    int64_t *counts, float *const *inside, int64_t *collected
+FOR_EACH_CPU void take_magnitudes(
+    Tensor base, const Tensor *tensors, int64_t models, int64_t size, int64_t brackets, const float *low,
+    const float *high, int64_t *counts, float *const *inside, int64_t *collected, int64_t *positive
 ) {
-    int64_t positive = 0;
+    float magnitudes[BLOCK] = {0}, origin[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
         int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
-        float magnitudes[BLOCK], origin[BLOCK];
-        uint8_t flags[BLOCK] = {0};
-        int above_zero = 0;
-        load(tensor, start, count, magnitudes);
         load(base, start, count, origin);
-        for (int j = 0; j < count; j++) {
-            magnitudes[j] = fabsf(magnitudes[j] - origin[j]);
-            above_zero += magnitudes[j] > 0;
-        }
-        positive += above_zero;
-        for (int k = 0; k < brackets; k++) {
-            float from = low[k], to = high[k], *kept = inside[k];
-            int64_t end = collected[k];
-            int below = 0, above_low = 0, above_high = 0;
+        for (int i = 0; i < models; i++) {
+            int above_zero = 0;
+            load(tensors[i], start, count, magnitudes);
             for (int j = 0; j < count; j++) {
-                below += magnitudes[j] < from;
-                above_low += magnitudes[j] > from;
-                above_high += magnitudes[j] > to;
+                magnitudes[j] = fabsf(magnitudes[j] - origin[j]);
+                above_zero += magnitudes[j] > 0;
             }
-            counts[3 * k] += below;
-            counts[3 * k + 1] += above_low;
-            counts[3 * k + 2] += above_high;
-            if (above_low == above_high) continue;
-            for (int j = 0; j < count; j++) flags[j] = (magnitudes[j] > from) & (magnitudes[j] < to);
-            for (int first = 0; first < count; first += 8) { /* few are inside: look at eight flags of 0 or 1 at once */
-                uint64_t eight;
-                memcpy(&eight, flags + first, 8);
-                if (!eight) continue;
-                for (int j = first; j < first + 8; j++) {
-                    kept[end] = magnitudes[j]; /* the buffer has room for eight more than the piece has elements */
-                    end += flags[j];
+            positive[i] += above_zero;
+            for (int64_t k = i * brackets; k < (i + 1) * brackets; k++) {
+                float from = low[k], to = high[k], *kept = inside[k] + collected[k];
+                int below = 0, above_low = 0, above_high = 0;
+                for (int j = 0; j < count; j++) {
+                    below += magnitudes[j] < from;
+                    above_low += magnitudes[j] > from;
+                    above_high += magnitudes[j] > to;
                 }
+                counts[3 * k] += below;
+                counts[3 * k + 1] += above_low;
+                counts[3 * k + 2] += above_high;
+                if (above_low > above_high) collected[k] += collect(magnitudes, count, from, to, kept);
             }
-            collected[k] = end;
         }
     }
-    return positive;
+}
+
+/* The bits of a number in the order of the numbers: those of negative ones fall as they grow. -0 becomes 0. */
+INLINE uint32_t sortable(float number) {
+    uint32_t bits;
+    number += 0.0f;
+    memcpy(&bits, &number, 4);
+    return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+}
+
+/* Count words by their leading bits between the least and the greatest; returns the bits that are left out. */
+INLINE int count_words(const uint32_t *words, int64_t size, uint32_t *least, int64_t counts[BINS]) {
+    uint32_t low = UINT32_MAX, high = 0, parts[4][BINS] = {{0}};
+    int shift = 0;
+    for (int64_t j = 0; j < size; j++) {
+        low = words[j] < low ? words[j] : low;
+        high = words[j] > high ? words[j] : high;
+    }
+    while ((high - low) >> shift >= BINS) shift++;
+    for (int64_t j = 0; j < size; j++) parts[j & 3][(words[j] - low) >> shift]++; /* neighbours often are equal */
+    for (int bin = 0; bin < BINS; bin++)
+        counts[bin] = (int64_t)parts[0][bin] + parts[1][bin] + parts[2][bin] + parts[3][bin];
+    *least = low;
+    return shift;
+}
+
+/* The numbers at some places of the sorted sequence, without sorting it; `words` and `spare` have its size. */
+FOR_EACH_CPU void values_at(
+    const float *numbers, int64_t size, const int64_t *places, int64_t count, uint32_t *words, uint32_t *spare,
+    float *out
+) {
+    int64_t all_counts[BINS], some_counts[BINS];
+    uint32_t least_of_all;
+    for (int64_t j = 0; j < size; j++) words[j] = sortable(numbers[j]);
+    int shift_of_all = count_words(words, size, &least_of_all, all_counts);
+    for (int64_t k = 0; k < count; k++) {
+        const uint32_t *from = words;
+        const int64_t *counts = all_counts;
+        int64_t place = places[k], left = size;
+        uint32_t least = least_of_all, bin = 0;
+        int shift = shift_of_all;
+        for (;;) {
+            for (bin = 0; place >= counts[bin]; bin++) place -= counts[bin];
+            if (shift == 0) break;
+            int64_t end = 0, next = counts[bin];
+            for (int64_t j = 0; j < left && end < next; j++) {
+                uint32_t word = from[j];
+                spare[end] = word;
+                end += (word - least) >> shift == bin;
+            }
+            from = spare;
+            left = next;
+            counts = some_counts;
+            shift = count_words(from, left, &least, some_counts);
+        }
+        uint32_t word = least + bin, bits = word >> 31 ? word & 0x7FFFFFFFu : ~word;
+        memcpy(out + k, &bits, 4);
+    }
 }
 
 /* `variance.variance_of` of a piece. */

@@ -9,6 +9,7 @@ rounding of float32, in several times the time.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -48,7 +49,8 @@ _TYPES = {"t": _Tensor, "p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c
 _ARGUMENTS = {
     "merge_changes": "tpiipufppifip",
     "first_nonfinite": "ti",
-    "take_magnitudes": "ttiippppp",
+    "take_magnitudes": "tpiiipppppp",
+    "values_at": "pipippp",
     "variances": "piip",
     "add_energies": "tpiifp",
     "drop_by_rank": "ttiiiippuuuppppp",
@@ -66,7 +68,7 @@ def _load() -> ctypes.CDLL | None:
             for name, arguments in _ARGUMENTS.items():
                 function = getattr(library, name)
                 function.argtypes = [_TYPES[letter] for letter in arguments]
-                function.restype = ctypes.c_int64 if name in ("first_nonfinite", "take_magnitudes") else None
+                function.restype = ctypes.c_int64 if name == "first_nonfinite" else None
             return library
     return None
 
@@ -133,27 +135,58 @@ def first_nonfinite(tensor: Tensor) -> int:
 
 
 class Taken(NamedTuple):
-    """What one piece tells about brackets: numbers of magnitudes < low, > low and > high, and those between."""
+    """What one piece of a tensor tells about brackets: for each the numbers of magnitudes < low, > low and > high, and
+    the magnitudes between; and the number of those above 0."""
 
     counts: np.ndarray
     inside: list[np.ndarray]
     positive: int
 
 
-def take_magnitudes(
-    tensor: Tensor, base: Tensor | None, lows: Sequence[np.float32], highs: Sequence[np.float32]
-) -> Taken:
-    """Count |tensor - base| by the edges of brackets, and collect what lies inside of them."""
-    brackets = len(lows)
-    counts, collected = np.zeros((brackets, 3), dtype=np.int64), np.zeros(brackets, dtype=np.int64)
-    inside = [np.empty(tensor.numel() + 8, dtype=np.float32) for _ in lows]
-    edges = [np.array(one, dtype=np.float32) for one in (lows, highs)]
-    addresses = np.array([one.ctypes.data for one in inside], dtype=np.uint64)
-    positive = _library().take_magnitudes(
-        _described(base), _described(tensor), tensor.numel(), brackets, *(edge.ctypes.data for edge in edges),
-        counts.ctypes.data, addresses.ctypes.data, collected.ctypes.data,
+def take_magnitudes(tensors: Sequence[Tensor], base: Tensor | None, edges: np.ndarray) -> list[Taken]:
+    """Count |tensor - base| by the edges of brackets, and collect what lies inside of them.
+
+    Args:
+        edges: float32, (2, tensors, brackets): lower and upper edges.
+    """
+    size = tensors[0].numel()
+    _, models, brackets = edges.shape
+    low, high = np.ascontiguousarray(edges, dtype=np.float32)
+    counts = np.zeros((models, brackets, 3), dtype=np.int64)
+    collected, positive = np.zeros((models, brackets), dtype=np.int64), np.zeros(models, dtype=np.int64)
+    room = _room(models * brackets, size + 8)
+    places = np.array([row.ctypes.data for row in room], dtype=np.uint64)
+    _library().take_magnitudes(
+        _described(base), _array(tensors), models, size, brackets, low.ctypes.data, high.ctypes.data,
+        counts.ctypes.data, places.ctypes.data, collected.ctypes.data, positive.ctypes.data,
     )  # fmt: skip
-    return Taken(counts, [one[:count].copy() for one, count in zip(inside, collected, strict=True)], positive)
+    found = []
+    for i in range(models):
+        own = zip(room[i * brackets : (i + 1) * brackets], collected[i], strict=True)
+        found.append(Taken(counts[i], [row[:count].copy() for row, count in own], int(positive[i])))
+    return found
+
+
+_LOCAL = threading.local()
+
+
+def _room(rows: int, size: int) -> np.ndarray:
+    """Buffers of this thread for what is collected; new memory costs more than the work on it."""
+    kept: np.ndarray | None = getattr(_LOCAL, "room", None)
+    if kept is None or kept.shape[0] < rows or kept.shape[1] < size:
+        kept = _LOCAL.room = np.empty((rows, size), dtype=np.float32)
+    return kept[:rows]
+
+
+def values_at(numbers: np.ndarray, places: Sequence[int]) -> list[float]:
+    """The numbers (float32) that stand at some places when they are sorted."""
+    words, out = np.empty((2, len(numbers)), dtype=np.uint32), np.empty(len(places), dtype=np.float32)
+    wanted = np.array(places, dtype=np.int64)
+    _library().values_at(
+        numbers.ctypes.data, len(numbers), wanted.ctypes.data, len(wanted), words[0].ctypes.data, words[1].ctypes.data,
+        out.ctypes.data,
+    )  # fmt: skip
+    return out.tolist()
 
 
 def variances(models: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ whole tensors it is its own definition. The stream calls it with pieces, so it d
 - `statistics`: a function `(pieces, **options) -> dict` that reads the tensor once or more and returns numbers that
   hold for all of it (a threshold, a Gram matrix); they arrive in the method as keyword arguments. `pieces` can be
   iterated over again and again, and gives `(base, models)` for one piece after the other.
-- `stored`: pieces may come as bfloat16, as they lie in the files, since all that touches them takes them (`kernels`).
+- `stored`: pieces may come as they lie in the files, in bfloat16 too: all functions that the method hands them to take
+  them (`kernels`), and none overwrites them.
 - a keyword argument `noise`: random numbers by position, so that a mask does not depend on the pieces.
 """
 

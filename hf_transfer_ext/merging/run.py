@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from hf_transfer_ext import __version__
-from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
-from hf_transfer_ext.files import refuse_existing_output, replace_folder, require_free_space, write_text
+from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.merging import kernels
 from hf_transfer_ext.merging.devices import resolve_device
@@ -27,7 +24,8 @@ from hf_transfer_ext.merging.inputs import InputModel, open_model
 from hf_transfer_ext.merging.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
 from hf_transfer_ext.merging.plan import MergeConfig, ModelReference, load_config
 from hf_transfer_ext.merging.ranks import Ranks, local_ranks, ranks_of_launch
-from hf_transfer_ext.merging.stream import FAILURE, JOURNAL, Stream, finished_tensors
+from hf_transfer_ext.merging.resume import key_of, resumable_folder
+from hf_transfer_ext.merging.stream import write_tensors
 from hf_transfer_ext.merging.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
 from hf_transfer_ext.merging.whole_model import with_model_thresholds
 
@@ -114,7 +112,7 @@ def merge(
         device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one. Results of a GPU agree with those of
             the CPU to the rounding of float32. A LoRA is calculated on the CPU.
         lora_rank: Write a LoRA adapter of this rank on the base model instead of a model; wins over `output.lora`.
-        dry_run: Open and check everything, write nothing.
+        dry_run: Open and check everything but the room on the disk, write nothing.
         max_shard_bytes: Largest size of a file of the result.
         allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
         allow_nonfinite: Accept NaN and infinity in the inputs.
@@ -158,8 +156,6 @@ def merge(
                 )
                 if rank is not None:
                     report = replace(report, written_bytes=sum(job.factor_bytes(rank) for job in jobs))
-                if dry_run:
-                    require_free_space(target, report.written_bytes)
                 text = public_yaml(config)
             if dry_run:
                 return report
@@ -167,6 +163,7 @@ def merge(
             jobs = with_model_thresholds(
                 jobs, threads=workers, device=where, allow_nonfinite=allow_nonfinite, ranks=ranks
             )
+            content = _plan_content(parsed, jobs, vocabulary, max_shard_bytes, where.type)
             if rank is not None:
                 adapter = None
                 with ranks.together():
@@ -179,6 +176,7 @@ def merge(
                             jobs,
                             target,
                             rank=rank,
+                            content=content,
                             files={_CONFIG_FILE: text},
                             allow_nonfinite=allow_nonfinite,
                             overwrite=overwrite,
@@ -187,45 +185,33 @@ def merge(
                 adapter = ranks.gather(adapter)[0]
                 size = (target / "adapter_model.safetensors").stat().st_size
                 return replace(report, adapter=adapter, written_bytes=size, seconds=time.perf_counter() - began)
-            key = ranks.gather(_plan_key(parsed, models, jobs, vocabulary, max_shard_bytes, where.type))[0]
-            with _resumable_folder(target, key, ranks, overwrite=overwrite) as folder:
-                specs = [job.spec for job in jobs]
-                with ranks.together():  # the first rank lays the files out, the others find them
-                    if ranks.is_first:
-                        (folder / FAILURE).unlink(missing_ok=True)  # a failed run that was killed may have left it
-                        CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True).close()
-                    finished = finished_tensors(folder)
-                done = ranks.gather(finished)[0]
-                with ranks.together():
-                    own = ranks.share_of([job for job in jobs if job.name not in done])
-                    with (
-                        CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True) as writer,
-                        _bar(sum(job.input_bytes for job in own), progress and ranks.is_first) as advance,
-                    ):
-                        Stream(
-                            writer,
-                            threads=workers,
-                            device=where,
-                            journal=folder / f"{JOURNAL}-{ranks.rank}",
-                            failure=folder / FAILURE,
-                            seed=parsed.seed,
-                            allow_nonfinite=allow_nonfinite,
-                            advance=advance,
-                        ).run(own)
+            key = ranks.gather(key_of(content, [file for model in models.values() for file in model.files]))[0]
+            with resumable_folder(target, key, ranks, overwrite=overwrite) as folder:
+                own = sum(job.input_bytes for job in ranks.share_of(jobs))
+                with _bar(own, progress and ranks.is_first) as advance:
+                    done = write_tensors(
+                        folder,
+                        jobs,
+                        ranks=ranks,
+                        threads=workers,
+                        device=where,
+                        max_shard_bytes=max_shard_bytes,
+                        seed=parsed.seed,
+                        allow_nonfinite=allow_nonfinite,
+                        advance=advance,
+                    )
                 with ranks.together():
                     if ranks.is_first:
-                        content = output_config(parsed, models, donor)
+                        described = output_config(parsed, models, donor)
                         if vocabulary is not None:
-                            set_vocabulary_size(content, vocabulary.size)
-                        _write_companions(folder, donor, content, text)
+                            set_vocabulary_size(described, vocabulary.size)
+                        _write_companions(folder, donor, described, text)
                         if vocabulary is not None or template is not None:
                             write_tokenizer(vocabulary, template, donor, folder)
-                        for journal in folder.glob(f"{JOURNAL}-*"):
-                            journal.unlink()
         finally:
             for model in models.values():
                 model.close()
-    return replace(report, resumed_tensors=len(done), seconds=time.perf_counter() - began)
+    return replace(report, resumed_tensors=done, seconds=time.perf_counter() - began)
 
 
 def _own_device(device: str | torch.device, ranks: Ranks) -> torch.device:
@@ -260,86 +246,17 @@ def _open_all(config: MergeConfig, allow_pickle: bool) -> dict[ModelReference, I
     return models
 
 
-def _plan_key(
-    config: MergeConfig,
-    models: Mapping[ModelReference, InputModel],
-    jobs: list[TensorJob],
-    vocabulary: Vocabulary | None,
-    max_shard_bytes: int,
-    device: str,
-) -> str:
-    """A hash of everything that the bytes of the result depend on, and of the boot.
-
-    What a killed process wrote is safe with the system; what was written before the machine went down may not be, so
-    after a new start of the machine nothing is taken over.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    content = {
-        "version": __version__,
-        "boot": boot.read_text().strip() if boot.exists() else "",
+def _plan_content(
+    config: MergeConfig, jobs: list[TensorJob], vocabulary: Vocabulary | None, max_shard_bytes: int, device: str
+) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on, beside the files of the models."""
+    return {
         "config": repr(config),
         "layout": [(job.name, job.shape, str(job.dtype)) for job in jobs],
         "vocabulary": sorted(vocabulary.tokens.items()) if vocabulary is not None else None,
         "shards": max_shard_bytes,
         "arithmetic": [device, kernels.LIBRARY is not None],
-        "files": [
-            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-            for model in models.values()
-            for file in model.files
-        ],
     }
-    return hashlib.sha256(json.dumps(content, default=list).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _resumable_folder(target: Path, key: str, ranks: Ranks, *, overwrite: bool) -> Iterator[Path]:
-    """Yield the hidden folder of the merge `key`, which becomes `target` when the block ends without an error.
-
-    It outlives a kill and Ctrl-C, for the next run of the same merge; after any other error nothing is left. Partial
-    folders of other merges into `target` are removed. The first rank makes, publishes and removes; the others wait.
-    """
-    prefix = f".{target.name}.partial-merge-"
-    partial = target.parent / f"{prefix}{key}"
-    with ExitStack() as lock:
-        with ranks.together():
-            if ranks.is_first:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                lock.enter_context(_only_one(target.parent / f".{target.name}.merge-lock", target))
-                for other in target.parent.glob(f"{prefix}*"):
-                    if other != partial:
-                        shutil.rmtree(other, ignore_errors=True)
-                partial.mkdir(exist_ok=True)
-        try:
-            yield partial
-            with ranks.together():
-                if ranks.is_first:
-                    refuse_existing_output(target, overwrite=overwrite)
-                    replace_folder(partial, target)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            if ranks.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def _only_one(lock: Path, target: Path) -> Iterator[None]:
-    """Hold a lock file; the system releases it when the process ends, however it ends."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FileExistsError(
-                f"Another merge into {str(target)!r} is running. Wait for it, or name another folder."
-            ) from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

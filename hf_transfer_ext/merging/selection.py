@@ -58,11 +58,10 @@ def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> li
         raise ValueError(f"Ranks go from 0 to {pieces.numel - 1}, got {bad[0]}.")
     sample = _sample(pieces, scores)
     if len(sample[0]) == pieces.numel:
-        return [[one[rank] for rank in ranks] for one in sample]
+        return [values_at(one, ranks) for one in sample]
     brackets = [[_Bracket(one, rank / max(1, pieces.numel - 1)) for rank in ranks] for one in sample]
     for base, models in pieces:
-        for series, row in zip(scores(base, models), brackets, strict=True):
-            _take(row, series)
+        _take(brackets, scores(base, models))
     found = []
     for i, row in enumerate(brackets):
         values = [bracket.value(rank) for bracket, rank in zip(row, ranks, strict=True)]
@@ -78,41 +77,20 @@ def smallest_of_largest(pieces: Pieces, scores: Scores, share: float) -> float:
         scores: Gives for one piece one series of numbers that are at least 0.
     """
     (sample,) = _sample(pieces, scores)
-    some = sample.positive
+    some = int(np.count_nonzero(sample > 0))
     if len(sample) == pieces.numel:
         kept = int(some * share)
-        return sample[len(sample) - kept] if kept else float("inf")
+        return values_at(sample, [len(sample) - kept])[0] if kept else float("inf")
     # The sample tells about where to look; how many scores are above 0 is counted in the same pass.
     bracket = _Bracket(sample, 1 - some * share / len(sample))
     above_zero = 0
     for base, models in pieces:
-        above_zero += _take([bracket], scores(base, models)[0])
+        above_zero += _take([[bracket]], scores(base, models))[0]
     kept = int(above_zero * share)
     if not kept:
         return float("inf")
     value = bracket.value(pieces.numel - kept)
     return _by_histograms(pieces, scores, 0, [pieces.numel - kept])[0] if value is None else value
-
-
-class _Ordered:
-    """Numbers of which the value at a place in their order can be asked, without sorting all of them."""
-
-    def __init__(self, numbers: np.ndarray) -> None:
-        self.positive = int(np.count_nonzero(numbers > 0))
-        self._words = _sortable(numbers)
-        self._least = self._words.min(initial=np.uint32(0xFFFFFFFF))
-        span = int(self._words.max(initial=self._least) - self._least)
-        self._bins = (self._words - self._least) >> np.uint32(max(0, span.bit_length() - 12))
-        self._ends = np.cumsum(np.bincount(self._bins))
-
-    def __len__(self) -> int:
-        return len(self._words)
-
-    def __getitem__(self, place: int) -> float:
-        """The number that `place` others precede."""
-        bin_ = int(np.searchsorted(self._ends, place, side="right"))
-        among = np.sort(self._words[self._bins == bin_])
-        return _from_sortable(int(among[place - (int(self._ends[bin_ - 1]) if bin_ else 0)]))
 
 
 class _Bracket:
@@ -121,12 +99,13 @@ class _Bracket:
     The margin is 8 standard deviations of a sample of independent elements, since neighbours in a tensor are alike.
     """
 
-    def __init__(self, sample: _Ordered, place: float) -> None:
+    def __init__(self, sample: np.ndarray, place: float) -> None:
         size = len(sample)
         margin = 8 * (size * place * (1 - place)) ** 0.5 + 16
         low, high = int(place * (size - 1) - margin), int(place * (size - 1) + margin) + 1
-        self.low = np.float32(sample[low] if low >= 0 else -np.inf)
-        self.high = np.float32(sample[high] if high < size else np.inf)
+        edges = values_at(sample, [max(low, 0), min(high, size - 1)])
+        self.low = np.float32(edges[0] if low >= 0 else -np.inf)
+        self.high = np.float32(edges[1] if high < size else np.inf)
         self.below = self.up_to_low = self.up_to_high = 0
         self.inside: list[np.ndarray] = []
 
@@ -171,33 +150,46 @@ class _Bracket:
             return float(self.low)
         place = rank - self.up_to_low
         if 0 <= place < len(inside):
-            return _Ordered(inside)[place]
+            return values_at(inside, [place])[0]
         return float(self.high) if 0 <= place and rank < self.up_to_high else None
 
 
-def _take(brackets: Sequence[_Bracket], series: Series) -> int:
-    """Let the brackets of a series count one piece; returns how many numbers are above 0."""
-    if isinstance(series, Distances) and kernels.take(series.one, series.other):
-        numel = series.one.numel()
-        lows, highs = [one.low for one in brackets], [one.high for one in brackets]
-        taken = kernels.take_magnitudes(series.one, series.other, lows, highs)
-        for bracket, (below, above_low, above_high), inside in zip(brackets, taken.counts, taken.inside, strict=True):
-            bracket.add(int(below), numel - int(above_low), numel - int(above_high), inside)
-        return taken.positive
-    values = _values(series)
-    for bracket in brackets:
-        bracket.take(values)
-    return int(np.count_nonzero(values.numpy() > 0)) if on_host(values) else int((values > 0).sum())
+def values_at(numbers: np.ndarray, places: Sequence[int]) -> list[float]:
+    """The numbers (float32) that stand at some places when they are sorted; without sorting all where kernels are."""
+    return kernels.values_at(numbers, places) if kernels.take() else np.sort(numbers)[list(places)].tolist()
+
+
+def _take(brackets: Sequence[Sequence[_Bracket]], series: Sequence[Series]) -> list[int]:
+    """Let the brackets of each series count one piece; returns how many numbers of each are above 0."""
+    distances = [one for one in series if isinstance(one, Distances)]
+    alike = len(distances) == len(series) and len({id(one.other) for one in distances}) == 1
+    if alike and kernels.take(distances[0].other, *(one.one for one in distances)):
+        edges = np.array(
+            [[[one.low for one in row] for row in brackets], [[one.high for one in row] for row in brackets]]
+        )
+        found = kernels.take_magnitudes([one.one for one in distances], distances[0].other, edges)
+        numel = distances[0].one.numel()
+        for row, taken in zip(brackets, found, strict=True):
+            for bracket, (below, above_low, above_high), inside in zip(row, taken.counts, taken.inside, strict=True):
+                bracket.add(int(below), numel - int(above_low), numel - int(above_high), inside)
+        return [taken.positive for taken in found]
+    positive = []
+    for row, one in zip(brackets, series, strict=True):
+        values = _values(one)
+        for bracket in row:
+            bracket.take(values)
+        positive.append(int(np.count_nonzero(values.numpy() > 0)) if on_host(values) else int((values > 0).sum()))
+    return positive
 
 
 def _values(series: Series) -> Tensor:
     return (series.values() if isinstance(series, Distances) else series).reshape(-1)
 
 
-def _sample(pieces: Pieces, scores: Scores) -> list[_Ordered]:
+def _sample(pieces: Pieces, scores: Scores) -> list[np.ndarray]:
     """The sample of each series."""
     collected = [[_values(one).cpu().clone() for one in scores(base, models)] for base, models in pieces.sample()]
-    return [_Ordered(torch.cat(one).numpy()) for one in zip(*collected, strict=True)]
+    return [torch.cat(one).numpy() for one in zip(*collected, strict=True)]
 
 
 def _by_histograms(pieces: Pieces, scores: Scores, series: int, ranks: Sequence[int]) -> list[float]:

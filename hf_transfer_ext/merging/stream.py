@@ -23,21 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.checkpoints import CheckpointWriter
+from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
 from hf_transfer_ext.merging import kernels
 from hf_transfer_ext.merging.inputs import InputTensor, Scratch, StoredInput
 from hf_transfer_ext.merging.layout import TensorJob
 from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging.ranks import Ranks
 
 #: Elements of a piece: few enough for the caches of a core, enough that Python's part of the work is small.
 PIECE = 1 << 18
+
+#: Elements of a piece for the kernels, which need no caches for what lies between two operations.
+STORED_PIECE = 1 << 19
 
 #: Elements of a piece on a GPU; with buffers and intermediate results about half a gigabyte for each thread.
 DEVICE_PIECE = 1 << 23
 
 #: A sample holds one element in SAMPLE_STEP, a number that has no factor in common with most widths of matrices. Where
 #: every run has to be read by itself, it holds no more than SAMPLE, in runs of SAMPLE_RUN.
-SAMPLE_STEP, SAMPLE, SAMPLE_RUN = 61, 1 << 18, 1 << 9
+SAMPLE_STEP, SAMPLE, SAMPLE_RUN = 61, 1 << 17, 1 << 7
 
 #: Bytes that all threads together may hold of tensors that are looked at several times, so that they are read once.
 HELD = 96 << 20
@@ -66,7 +70,7 @@ class StreamedPieces:
     @property
     def stored(self) -> bool:
         """Whether pieces may come in the dtype of the files."""
-        return self.job.method.stored and kernels.LIBRARY is not None and self.scratch.device.type == "cpu"
+        return _is_for_kernels(self.job, self.scratch.device)
 
     @property
     def numel(self) -> int:
@@ -81,7 +85,7 @@ class StreamedPieces:
             yield base, models
 
     def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
-        if self.numel <= elements_on(self.scratch.device) or self.job.method.unit == "matrix":
+        if self.numel <= elements_of(self.job, self.scratch.device) or self.job.method.unit == "matrix":
             yield from self
             return
         if self._is_held():
@@ -115,8 +119,8 @@ class StreamedPieces:
 
     def _is_held(self) -> bool:
         tensors = [self.job.base, *self.job.models] if self.job.base is not None else self.job.models
-        nbytes = self.numel * len(tensors) * torch.bfloat16.itemsize
-        return self.stored and nbytes <= self.hold and all(_is_bfloat16(one) for one in tensors)
+        nbytes = self.numel * sum(one.dtype.itemsize for one in tensors)
+        return self.stored and nbytes <= self.hold and all(_is_stored(one) for one in tensors)
 
     def _at(self, start: int, stop: int, *, check: bool, number: int = 0) -> tuple[Tensor | None, list[Tensor]]:
         base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check, number)
@@ -124,7 +128,7 @@ class StreamedPieces:
         return base, models
 
     def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool, number: int) -> Tensor:
-        if self.stored and isinstance(tensor, StoredInput) and tensor.dtype == torch.bfloat16:
+        if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
             out = tensor.stored(start, stop - start, self.scratch, (slot, number))
         else:
             out = self.scratch.floats(slot, stop - start)
@@ -264,8 +268,8 @@ class Stream:
                 self.advance(len(view))
 
 
-def _is_bfloat16(tensor: InputTensor) -> bool:
-    return isinstance(tensor, StoredInput) and tensor.dtype == torch.bfloat16
+def _is_stored(tensor: InputTensor) -> bool:
+    return isinstance(tensor, StoredInput) and tensor.dtype in kernels.DTYPES
 
 
 def first_nonfinite(values: Tensor) -> int:
@@ -297,8 +301,15 @@ def _tasks_of(job: TensorJob, device: torch.device) -> list[_Task]:
     ]
 
 
-def elements_on(device: torch.device) -> int:
-    return PIECE if device.type == "cpu" else DEVICE_PIECE
+def elements_of(job: TensorJob, device: torch.device) -> int:
+    """Elements of a piece, before it is rounded to whole rows."""
+    if device.type != "cpu":
+        return DEVICE_PIECE
+    return STORED_PIECE if _is_for_kernels(job, device) else PIECE
+
+
+def _is_for_kernels(job: TensorJob, device: torch.device) -> bool:
+    return job.method.stored and kernels.LIBRARY is not None and device.type == "cpu"
 
 
 def piece_of(job: TensorJob, device: torch.device) -> int:
@@ -306,7 +317,7 @@ def piece_of(job: TensorJob, device: torch.device) -> int:
     if job.method.unit == "matrix" and not job.is_copy:
         return max(1, job.numel)
     columns = columns_of(job)
-    return max(1, elements_on(device) // columns) * columns
+    return max(1, elements_of(job, device) // columns) * columns
 
 
 def columns_of(job: TensorJob) -> int:
@@ -318,6 +329,54 @@ JOURNAL = ".finished_tensors"
 
 #: File in the folder of a merge that tells all processes that one of them failed.
 FAILURE = ".failed"
+
+
+def write_tensors(
+    folder: Path,
+    jobs: Sequence[TensorJob],
+    *,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    threads: int,
+    device: torch.device | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    seed: int = 0,
+    allow_nonfinite: bool = False,
+    advance: Callable[[int], object] = lambda count: None,
+) -> int:
+    """Write the tensors of all jobs into a folder, shared out over the ranks; those that are there already stay.
+
+    Args:
+        folder: Of all ranks; files of tensors and journals in it were left by the same jobs.
+        advance: Called with the number of input bytes that were worked through, or not needed any more.
+
+    Returns:
+        How many tensors were there.
+    """
+    specs = [job.spec for job in jobs]
+    with ranks.together():  # the first rank lays the files out, the others find them
+        if ranks.is_first:
+            (folder / FAILURE).unlink(missing_ok=True)  # a failed run that was killed may have left it
+            CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True).close()
+        finished = finished_tensors(folder)
+    done: set[str] = ranks.gather(finished)[0]
+    with ranks.together():
+        own = ranks.share_of([job for job in jobs if job.name not in done])
+        with CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True) as writer:
+            Stream(
+                writer,
+                threads=threads,
+                device=device,
+                journal=folder / f"{JOURNAL}-{ranks.rank}",
+                failure=folder / FAILURE,
+                seed=seed,
+                allow_nonfinite=allow_nonfinite,
+                advance=advance,
+            ).run(own)
+    with ranks.together():
+        if ranks.is_first:
+            for journal in folder.glob(f"{JOURNAL}-*"):
+                journal.unlink()
+    return len(done)
 
 
 class Journal:

@@ -7,7 +7,7 @@ import torch
 from merging.method_cases import config_of
 from merging.tiny_models import family, load
 
-from hf_transfer_ext.merging import MERGE_METHODS, inputs, merge, noise, selection, stream, trimming
+from hf_transfer_ext.merging import MERGE_METHODS, inputs, kernels, merge, noise, selection, stream, trimming
 from hf_transfer_ext.merging.devices import resolve_device
 from hf_transfer_ext.merging.noise import Noise
 
@@ -16,11 +16,14 @@ from hf_transfer_ext.merging.noise import Noise
 def as_on_a_gpu(monkeypatch):
     for module in (inputs, noise, selection, trimming):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
+    monkeypatch.setattr(kernels, "LIBRARY", None)
 
 
 @pytest.mark.parametrize("name", MERGE_METHODS)
 def test_every_method(tmp_path, name, monkeypatch, request):
+    monkeypatch.setattr(kernels, "LIBRARY", None)
     monkeypatch.setattr(stream, "PIECE", 96)
+    monkeypatch.setattr(stream, "STORED_PIECE", 96)
     monkeypatch.setattr(stream, "SAMPLE", 64)
     monkeypatch.setattr(stream, "SAMPLE_RUN", 4)
     config = config_of(name, *family(tmp_path))

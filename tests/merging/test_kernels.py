@@ -15,7 +15,7 @@ from hf_transfer_ext.merging.changes import add_elected_changes, changes_of, wei
 from hf_transfer_ext.merging.masks import Mask, merge_masked_changes
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.noise import Noise
-from hf_transfer_ext.merging.selection import Distances, _Ordered, order_statistics
+from hf_transfer_ext.merging.selection import Distances, order_statistics, smallest_of_largest, values_at
 from hf_transfer_ext.merging.trimming import drop_by_rank
 from hf_transfer_ext.merging.variance import energies_and_threshold, variance_of
 
@@ -202,7 +202,7 @@ def test_models_in_bfloat16(method, tmp_path, monkeypatch):
         "dtype": "float32",
         **({} if known.base == "none" else {"base_model": base}),
     }
-    monkeypatch.setattr(stream, "PIECE", 64)
+    monkeypatch.setattr(stream, "STORED_PIECE", 64)
     merge(config, tmp_path / "held", threads=1)
     monkeypatch.setattr(stream, "HELD", 0)
     merge(config, tmp_path / "read again", threads=3)
@@ -221,7 +221,7 @@ def test_a_number_that_is_not_finite_is_named(tmp_path, monkeypatch):
     name = next(name for name in tensors if name.endswith("q_proj.weight"))
     tensors[name].view(-1)[200] = float("nan")
     save_file(tensors, f"{tuned[1]}/model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(stream, "PIECE", 64)  # so that it lies in a later piece
+    monkeypatch.setattr(stream, "STORED_PIECE", 64)  # so that it lies in a later piece
     models = [{"model": one, "parameters": {"weight": 1, "density": 0.5}} for one in tuned]
     config = {"merge_method": "ties", "base_model": base, "models": models, "dtype": "bfloat16"}
     with pytest.raises(ValueError, match=r"q_proj.weight' of model 2 .* first at element 200"):
@@ -229,9 +229,20 @@ def test_a_number_that_is_not_finite_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_ordered_numbers_with_many_that_are_equal():
-    numbers = np.random.default_rng(0).integers(-3, 4, 3000).astype(np.float32)
-    numbers[:10] = [0.0, -0.0, 1e-40, -1e-40, np.inf, -np.inf, 3e38, -3e38, 1.0, 1.0]
-    ordered, expected = _Ordered(numbers), np.sort(numbers)
-    assert [ordered[place] for place in range(len(numbers))] == expected.tolist()
-    assert ordered.positive == int((numbers > 0).sum())
+@pytest.mark.parametrize("size", [1, 2, 700, 5000])
+@pytest.mark.parametrize("kind", ["different", "equal", "special"])
+def test_values_at_places(kind, size):
+    random = np.random.default_rng(0)
+    numbers = random.standard_normal(size, dtype=np.float32)
+    if kind == "equal":
+        numbers = (numbers * 2).round()
+    if kind == "special":
+        special = [0.0, -0.0, 1e-40, -1e-40, np.inf, -np.inf, 3e38, -3e38, 1.0, 1.0]
+        numbers[: len(special)] = special[:size]
+    assert values_at(numbers, range(size)) == np.sort(numbers).tolist()
+
+
+def test_distances_that_are_0_can_be_told_apart_from_the_others():
+    numbers = torch.tensor([0.0, 0.0, 3.0, 2.0, 1.0])
+    pieces = PiecesOf(numbers, [numbers])
+    assert smallest_of_largest(pieces, lambda base, models: [Distances(models[0])], 0.7) == 2.0

@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from merging.tiny_models import load
+from merging.tiny_models import interrupted_at_read, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_transfer_ext.adapters.factors import LoraFactors, truncated
+from hf_transfer_ext.adapters import extract
+from hf_transfer_ext.adapters.factors import LoraFactors, low_rank, truncated
 from hf_transfer_ext.checkpoints import Checkpoint
 from hf_transfer_ext.cli import main
 from hf_transfer_ext.merging import merge
@@ -146,6 +147,25 @@ def test_adapters_alone_read_no_matrix_of_the_base(tmp_path, inputs, monkeypatch
     monkeypatch.setattr(Checkpoint, "read_bytes", spy)
     merge(config_of(inputs, "task_arithmetic", ["lora0", "lora1"]), tmp_path / "out", lora_rank=4)
     assert not [name for name in read if name.endswith(("q_proj.weight", "down_proj.weight")) and "lora" not in name]
+
+
+def test_an_interrupted_one_goes_on(tmp_path, inputs, monkeypatch):
+    config = config_of(inputs, "ties", ["full", "lora0"])
+    merge(config, tmp_path / "whole", lora_rank=3)
+    with interrupted_at_read(60), pytest.raises(KeyboardInterrupt):
+        merge(config, tmp_path / "out", lora_rank=3)
+    (partial,) = tmp_path.glob(".out.partial-merge-*")
+    finished = len(list((partial / ".factors").glob("*.safetensors")))
+    assert finished > 3 and not (tmp_path / "out").exists()
+    found = []
+    monkeypatch.setattr(extract, "low_rank", lambda change, rank: found.append(rank) or low_rank(change, rank))
+    merge(config, tmp_path / "out", lora_rank=3)
+    assert len(found) == len(stored(tmp_path / "out")) - finished
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in names:
+        if name != "README.md":
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_truncation_of_a_product():

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from merging.tiny_models import load
+from merging.tiny_models import interrupted_at_read, load
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer
 from transformers import (
@@ -105,6 +105,19 @@ def test_equal_experts_are_the_dense_model(tmp_path, dense, kind, mode):
     assert content["model_type"] == report.architecture and content["num_experts_per_tok"] == 2
     assert torch.allclose(logits(tmp_path / "out"), logits(model), atol=2e-5)
     assert report.parameters == sum(tensor.numel() for tensor in load(tmp_path / "out").values())
+
+
+def test_an_interrupted_one_goes_on(tmp_path, dense):
+    config = config_of(dense["qwen3"][0], dense["qwen3"], "random")
+    assemble(config, tmp_path / "whole")
+    with interrupted_at_read(40), pytest.raises(KeyboardInterrupt):
+        assemble(config, tmp_path / "out", threads=1)
+    assert list(tmp_path.glob(".out.partial-merge-*")) and not (tmp_path / "out").exists()
+    report = assemble(config, tmp_path / "out")
+    assert 10 < report.resumed_tensors < report.tensors
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_llama_with_a_shared_expert(tmp_path, dense):

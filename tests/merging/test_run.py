@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging.tiny_models import family, load, names, random_tensors, write_model
+from merging.tiny_models import family, interrupted_at_read, load, names, random_tensors, write_model
 
-from hf_transfer_ext.checkpoints import Checkpoint
 from hf_transfer_ext.cli import main
 from hf_transfer_ext.merging import merge, stream
 from hf_transfer_ext.merging.stream import FAILURE, JOURNAL
@@ -81,6 +80,7 @@ def test_gradients_filters_and_precedence(tmp_path, models):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_do_not_change_a_byte(tmp_path, models, threads, monkeypatch):
     monkeypatch.setattr(stream, "PIECE", 64)
+    monkeypatch.setattr(stream, "STORED_PIECE", 64)
     monkeypatch.setattr(stream, "SEGMENT", 128)
     base, tuned = models
     config = linear_config(tuned, merge_method="task_arithmetic", base_model=base, out_dtype="bfloat16")
@@ -239,24 +239,12 @@ class TestRefused:
         self.refused(tmp_path, linear_config(models[1]), "truncated")
 
 
-def test_an_interrupted_merge_goes_on(tmp_path, models, monkeypatch):
+def test_an_interrupted_merge_goes_on(tmp_path, models):
     _, tuned = models
     config = linear_config(tuned)
     merge(config, tmp_path / "whole")
-    count = 0
-    original = Checkpoint.read_bytes
-
-    def stop_in_the_middle(self, entry, start, view):
-        nonlocal count
-        count += 1
-        if count > 60:
-            raise KeyboardInterrupt
-        original(self, entry, start, view)
-
-    monkeypatch.setattr(Checkpoint, "read_bytes", stop_in_the_middle)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at_read(60), pytest.raises(KeyboardInterrupt):
         merge(config, tmp_path / "out", threads=1)
-    monkeypatch.undo()
     partial = list(tmp_path.glob(".out.partial-merge-*"))
     assert len(partial) == 1 and not (tmp_path / "out").exists()
     finished = (partial[0] / f"{JOURNAL}-0").read_text().count("\n")

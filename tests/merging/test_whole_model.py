@@ -54,6 +54,7 @@ def test_definition(tmp_path, densities, sampled, bins, monkeypatch):
     monkeypatch.setattr(whole_model, "BINS", bins)
     monkeypatch.setattr(whole_model, "SEGMENT", 128)
     monkeypatch.setattr(stream, "PIECE", 64)
+    monkeypatch.setattr(stream, "STORED_PIECE", 64)
     monkeypatch.setattr(stream, "SAMPLE_RUN", 4)
     base, tuned = uneven(tmp_path)
     merge(config_of(base, tuned, densities), tmp_path / "out")

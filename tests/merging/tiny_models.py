@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from hf_transfer_ext.checkpoints import Checkpoint
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -79,3 +84,21 @@ def load(folder: Path | str) -> dict[str, torch.Tensor]:
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
+
+
+@contextmanager
+def interrupted_at_read(number: int) -> Iterator[None]:
+    """Let Ctrl-C come when a file is read for the `number`th time."""
+    count = 0
+    original = Checkpoint.read_bytes
+
+    def read_bytes(self, entry, start, view):
+        nonlocal count
+        count += 1
+        if count > number:
+            raise KeyboardInterrupt
+        original(self, entry, start, view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "read_bytes", read_bytes)
+        yield

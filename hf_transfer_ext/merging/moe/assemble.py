@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
-from hf_transfer_ext.files import refuse_existing_output, require_free_space, write_text, written_aside
+from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.files import refuse_existing_output, require_free_space, write_text
 from hf_transfer_ext.merging.inputs import DerivedInput, InputModel, InputTensor, Scratch, open_model
 from hf_transfer_ext.merging.layout import TensorJob, layer_count
 from hf_transfer_ext.merging.methods.passthrough import passthrough
@@ -30,8 +31,9 @@ from hf_transfer_ext.merging.moe.gates import Gates, alike_layers, make_gates
 from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, load_moe_config
 from hf_transfer_ext.merging.noise import Noise
 from hf_transfer_ext.merging.plan import ModelReference
+from hf_transfer_ext.merging.resume import key_of, resumable_folder
 from hf_transfer_ext.merging.run import COMPANIONS, public_yaml
-from hf_transfer_ext.merging.stream import Stream
+from hf_transfer_ext.merging.stream import write_tensors
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class MoeReport:
         parameters: Number of its parameters.
         written_bytes: Bytes of its tensors.
         alike_layers: Layers in which the rows of the gate are nearly alike; the prompts do not tell the experts apart.
+        resumed_tensors: Tensors that an earlier run, which was killed, had finished.
         seconds: Wall time; 0 for a dry run.
     """
 
@@ -53,6 +56,7 @@ class MoeReport:
     parameters: int
     written_bytes: int
     alike_layers: list[int]
+    resumed_tensors: int = 0
     seconds: float = 0.0
 
 
@@ -108,6 +112,8 @@ def assemble(
 ) -> MoeReport:
     """Make a mixture of experts of dense models: attention, norms and embeddings of the base, experts of the others.
 
+    A run that was killed leaves a hidden folder beside `out_dir`; the same one started again goes on from there.
+
     With equal experts (and, where there is a shared expert, a `residual_scale` of 0 for it) the result calculates
     what the base does, whatever the gates: its weights sum to 1.
 
@@ -162,9 +168,17 @@ def assemble(
         if dry_run:
             require_free_space(target, report.written_bytes)
             return report
-        with written_aside(target, overwrite=overwrite) as folder:
-            with CheckpointWriter(folder, [job.spec for job in jobs], max_shard_bytes=max_shard_bytes) as writer:
-                Stream(writer, threads=threads or os.cpu_count() or 1).run(jobs)
+        content = {
+            "config": repr(parsed),
+            "layout": [(job.name, job.shape, str(job.dtype)) for job in jobs],
+            "gates": hashlib.sha256(gates.numpy().tobytes()).hexdigest(),
+            "shards": max_shard_bytes,
+        }
+        key = key_of(content, [file for model in models.values() for file in model.files])
+        with resumable_folder(target, key, overwrite=overwrite) as folder:
+            resumed = write_tensors(
+                folder, jobs, threads=threads or os.cpu_count() or 1, max_shard_bytes=max_shard_bytes
+            )
             _write_config(folder, mixture, architecture, jobs[0].dtype)
             write_text(folder / "mergekit_moe_config.yml", public_yaml(config))
             for name in COMPANIONS:
@@ -173,7 +187,7 @@ def assemble(
     finally:
         for model in models.values():
             model.close()
-    return replace(report, seconds=time.perf_counter() - began)
+    return replace(report, resumed_tensors=resumed, seconds=time.perf_counter() - began)
 
 
 def _check_experts(config: MoeConfig, allow_same: bool) -> None:

@@ -82,6 +82,7 @@ def test_models_that_did_not_change_give_the_base(name):
 def test_the_stream_gives_what_the_method_gives_for_whole_tensors(tmp_path, name, piece, monkeypatch):
     """Pieces, samples that miss, segments and threads make no difference beyond rounding of the statistics."""
     monkeypatch.setattr(stream, "PIECE", piece)
+    monkeypatch.setattr(stream, "STORED_PIECE", piece)
     monkeypatch.setattr(stream, "SEGMENT", 2 * piece)
     monkeypatch.setattr(stream, "SAMPLE", 16)
     monkeypatch.setattr(stream, "SAMPLE_RUN", 4)
