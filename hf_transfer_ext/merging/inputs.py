@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -92,9 +92,15 @@ class StoredInput:
 
     def stored(self, start: int, count: int, scratch: Scratch, slot: Hashable = 0) -> Tensor:
         """Elements as they lie in the file, in the buffer `slot` of the scratch memory."""
+        return self.stored_runs([start], count, scratch, slot)
+
+    def stored_runs(self, starts: Sequence[int], count: int, scratch: Scratch, slot: Hashable = 0) -> Tensor:
+        """Several runs of elements as they lie in the file, one after the other in the buffer `slot`."""
         size = self.dtype.itemsize
-        raw = scratch.raw(count * size, slot)
-        self.checkpoint.read_bytes(self.entry, start * size, memoryview(raw))  # type: ignore[arg-type]
+        raw = scratch.raw(len(starts) * count * size, slot)
+        view = memoryview(raw)  # type: ignore[arg-type]
+        for i, start in enumerate(starts):
+            self.checkpoint.read_bytes(self.entry, start * size, view[i * count * size : (i + 1) * count * size])
         return torch.from_numpy(raw).view(self.dtype)
 
 

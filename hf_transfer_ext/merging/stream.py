@@ -97,8 +97,9 @@ class StreamedPieces:
         run = min(-(-SAMPLE_RUN // columns) * columns, self.numel)
         runs = max(1, min(SAMPLE, self.numel // SAMPLE_STEP) // run)
         step = max(run, self.numel // runs // columns * columns)
-        for start in range(self.start, self.stop - run + 1, step):
-            yield self._at(start, start + run, check=False)
+        starts = range(self.start, self.stop - run + 1, step)
+        base = None if self.job.base is None else self._read_runs(self.job.base, starts, run, 0)
+        yield base, [self._read_runs(one, starts, run, slot + 1) for slot, one in enumerate(self.job.models)]
 
     def placed(self) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
         """Also tell where a piece starts in the flat tensor."""
@@ -126,6 +127,16 @@ class StreamedPieces:
         base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check, number)
         models = [self._read(one, start, stop, slot + 1, check, number) for slot, one in enumerate(self.job.models)]
         return base, models
+
+    def _read_runs(self, tensor: InputTensor, starts: Sequence[int], run: int, slot: int) -> Tensor:
+        """Several runs of a tensor, one after the other."""
+        if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
+            out = tensor.stored_runs(starts, run, self.scratch, (slot, 0))
+        else:
+            out = self.scratch.floats(slot, len(starts) * run)
+            for i, start in enumerate(starts):
+                tensor.read(start, out[i * run : (i + 1) * run], self.scratch)
+        return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
 
     def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool, number: int) -> Tensor:
         if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
