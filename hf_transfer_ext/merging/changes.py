@@ -38,7 +38,7 @@ def sum_of(tensors: Sequence[Weights]) -> Weights:
 def weighted_sum(tensors: Sequence[Weights], weight: PerModel) -> Weights:
     """sum_i w_i x_i."""
     weights = for_each(weight, tensors)
-    if kernels.take(*tensors):
+    if kernels.can_take(*tensors):
         return kernels.merge_changes(None, tensors, weights)
     total = in_float(tensors[0]) * weights[0]
     for one, tensor in zip(weights[1:], tensors[1:], strict=True):
@@ -51,7 +51,7 @@ def add_changes(
 ) -> Weights:
     """theta_0 + lambda * sum_i w_i t_i, divided by sum_i w_i with `normalize`."""
     scale = strength_of(for_each(weight, changes), normalize, lambda_)
-    if kernels.take(base, *changes):
+    if kernels.can_take(base, *changes):
         return kernels.merge_changes(base, changes, for_each(weight, changes), lambda_=scale)
     return weighted_sum(changes, weight).mul_(scale).add_(base)
 
@@ -82,7 +82,7 @@ def add_elected_changes(
         votes: v_i; the weights themselves if None.
     """
     weights = for_each(weight, changes)
-    if kernels.take(base, *changes):
+    if kernels.can_take(base, *changes):
         return kernels.merge_changes(
             base, changes, weights, votes=votes or weights, normalize=normalize, lambda_=lambda_
         )

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Of the functions in `kernels.c`; a library of another version is not used.
-VERSION = 1
+#: Of the functions in `kernels.c`, and another one there after every change of their arguments: a library of another
+#: version, which an old installation left, is not used.
+VERSION = 2
 
 #: Models that the kernels have room for.
 MAX_MODELS = 32
@@ -76,13 +77,14 @@ def _load() -> ctypes.CDLL | None:
 LIBRARY = _load()
 
 
-def take(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and take these tensors; None stands for no tensor."""
-    return (
-        LIBRARY is not None
-        and len(tensors) <= MAX_MODELS
-        and all(t is None or (t.dtype in DTYPES and t.device.type == "cpu" and t.is_contiguous()) for t in tensors)
-    )
+def can_take(*tensors: Tensor | None) -> bool:
+    """Whether the kernels are there and take these tensors; None stands for no tensor. They give no gradients."""
+    return LIBRARY is not None and len(tensors) <= MAX_MODELS and all(t is None or _fits(t) for t in tensors)
+
+
+def _fits(tensor: Tensor) -> bool:
+    on_host = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return on_host and tensor.dtype in DTYPES and not tensor.requires_grad
 
 
 class Kept(NamedTuple):
@@ -237,7 +239,7 @@ def drop_by_rank(
 
 
 def _library() -> ctypes.CDLL:
-    assert LIBRARY is not None, "ask `take` first"
+    assert LIBRARY is not None, "ask `can_take` first"
     return LIBRARY
 
 

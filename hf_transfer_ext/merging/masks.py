@@ -43,7 +43,7 @@ def merge_masked_changes(
 ) -> Weights:
     """theta_0 + lambda sum_i w_i m_i t_i; with `elect` only of what agrees in sign (`changes.add_elected_changes`)."""
     counter = noise.counter(base.numel())
-    if counter is not None and kernels.take(base, *models):
+    if counter is not None and kernels.can_take(base, *models):
         weights = for_each(weight, models)
         return kernels.merge_changes(
             base,

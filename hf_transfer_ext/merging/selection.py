@@ -156,14 +156,14 @@ class _Bracket:
 
 def values_at(numbers: np.ndarray, places: Sequence[int]) -> list[float]:
     """The numbers (float32) that stand at some places when they are sorted; without sorting all where kernels are."""
-    return kernels.values_at(numbers, places) if kernels.take() else np.sort(numbers)[list(places)].tolist()
+    return kernels.values_at(numbers, places) if kernels.can_take() else np.sort(numbers)[list(places)].tolist()
 
 
 def _take(brackets: Sequence[Sequence[_Bracket]], series: Sequence[Series]) -> list[int]:
     """Let the brackets of each series count one piece; returns how many numbers of each are above 0."""
     distances = [one for one in series if isinstance(one, Distances)]
     alike = len(distances) == len(series) and len({id(one.other) for one in distances}) == 1
-    if alike and kernels.take(distances[0].other, *(one.one for one in distances)):
+    if alike and kernels.can_take(distances[0].other, *(one.one for one in distances)):
         edges = np.array(
             [[[one.low for one in row] for row in brackets], [[one.high for one in row] for row in brackets]]
         )

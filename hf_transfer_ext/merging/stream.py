@@ -285,7 +285,7 @@ def _is_stored(tensor: InputTensor) -> bool:
 
 def first_nonfinite(values: Tensor) -> int:
     """The place of the first element that is NaN or infinite, -1 if there is none."""
-    if kernels.take(values):
+    if kernels.can_take(values):
         return kernels.first_nonfinite(values)
     if math.isfinite(float(values.sum())) or torch.isfinite(values).all():
         return -1

@@ -123,7 +123,7 @@ def drop_by_rank(
     scales = (1 / steps if rescale else np.ones(columns)).astype(np.float32)
     # The words belong to ranks, not to places: which of the independent numbers goes where makes no difference.
     counter = noise.counter(rows * columns)
-    if counter is not None and kernels.take(base, model):
+    if counter is not None and kernels.can_take(base, model):
         width = _bits_of_places(columns)
         return kernels.drop_by_rank(
             base,

@@ -20,7 +20,7 @@ def variance_of(models: Sequence[Weights]) -> Weights:
     With y_i the differences from the first model: sum y_i^2 / n - (sum y_i / n)^2. It is exactly 0 where all models
     are equal, and otherwise loses no more digits than n has, since the first model is one of them.
     """
-    if kernels.take(*models):
+    if kernels.can_take(*models):
         return kernels.variances(models)
     models = [in_float(model) for model in models]
     count = len(models)
@@ -55,7 +55,7 @@ def energies_and_threshold(pieces: Pieces, *, select_topk: float = 1.0, **option
     for base, models in pieces:
         if base is None:
             raise ValueError("`sce` needs a base model.")
-        if kernels.take(base, *models):
+        if kernels.can_take(base, *models):
             energies = energies + torch.from_numpy(kernels.energies(base, models, threshold))
             continue
         kept = [one.reshape(-1) for one in keep_varying(base, models, threshold)]

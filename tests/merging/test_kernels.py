@@ -165,11 +165,12 @@ def test_the_first_that_is_not_finite(value, dtype):
 
 def test_what_they_do_not_take():
     base, models = some(10)
-    assert not kernels.take(base.double())
-    assert not kernels.take(base.half())
-    assert not kernels.take(base[::2])
-    assert not kernels.take(*[base] * (kernels.MAX_MODELS + 1))
-    assert kernels.take(base, None, *models) == (kernels.LIBRARY is not None)
+    assert not kernels.can_take(base.double())
+    assert not kernels.can_take(base.half())
+    assert not kernels.can_take(base[::2])
+    assert not kernels.can_take(base.clone().requires_grad_())
+    assert not kernels.can_take(*[base] * (kernels.MAX_MODELS + 1))
+    assert kernels.can_take(base, None, *models) == (kernels.LIBRARY is not None)
 
 
 def test_random_words_that_end_in_the_piece_are_left_to_torch(monkeypatch):
@@ -183,6 +184,18 @@ def test_random_words_that_end_in_the_piece_are_left_to_torch(monkeypatch):
 
     assert noise.counter(100) is None and noise.counter(30) == (1 << 32) - 30
     assert torch.equal(merged(), by_torch(monkeypatch, merged))
+
+
+def test_gradients_reach_the_models():
+    base, models = some(50)
+    for model in models:
+        model.requires_grad_()
+    masks = [Mask(low=0.0005)] * 3
+    merged = merge_masked_changes(base, models, [0.5, 1.0, 2.0], masks, elect=False, normalize=False, lambda_=1.0)
+    merged.sum().backward()
+    for weight, model in zip([0.5, 1.0, 2.0], models, strict=True):
+        kept = (model.detach() - base).abs() >= 0.0005
+        assert torch.equal(model.grad, weight * kept)
 
 
 STORED = [name for name, method in MERGE_METHODS.items() if method.stored]

@@ -43,7 +43,7 @@ def sce(
     Source: FuseChat, Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """
     votes = [1.0] * len(models)
-    if kernels.take(base, *models):
+    if kernels.can_take(base, *models):
         return kernels.merge_changes(
             base, models, shares, subtract=True, variance=threshold, votes=votes, normalize=True
         )
