@@ -56,12 +56,13 @@ def run() -> NoReturn:
 
 def _imported(name: str) -> ModuleType:
     """A module, imported without the garbage collector, which finds nothing in a hundred thousand new objects."""
+    collecting = gc.isenabled()
     gc.disable()
     try:
         return import_module(name)
     finally:
-        gc.freeze()
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def extract_lora(
 
     The change of each linear layer becomes the best product of rank `rank`, with alpha = r. Changed embeddings, norms
     and heads are stored whole (`modules_to_save`), as are changed biases (`bias: all`). One matrix is in memory at a
-    time.
+    time. A run that was killed leaves a hidden folder beside `out`; the same one started again goes on from there.
 
     Args:
         base: Folder or Hub id, `@revision` allowed, as in a merge configuration.
@@ -157,8 +157,7 @@ def write_change(
     """
     began = time.perf_counter()
     with resumable_folder(refuse_existing_output(out, overwrite=overwrite), key, overwrite=overwrite) as folder:
-        parts = Parts(folder / ".factors")
-        found = _Changes(start, end, parts)
+        found = _Changes(start, end, Parts(folder / ".factors"))
         found.collect(rank, progress=progress)
         save_lora(
             folder,
@@ -189,7 +188,6 @@ def write_change(
         write_text(folder / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
         for name, text in (files or {}).items():
             write_text(folder / name, text)
-        parts.remove()
     return report
 
 

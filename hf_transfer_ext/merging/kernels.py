@@ -78,8 +78,13 @@ LIBRARY = _load()
 
 
 def can_take(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and take these tensors; None stands for no tensor. They give no gradients."""
-    return LIBRARY is not None and len(tensors) <= MAX_MODELS and all(t is None or _fits(t) for t in tensors)
+    """Whether the kernels are there and take these tensors; None stands for no tensor.
+
+    They read all tensors as one length and give no gradients: shapes that differ are torch's, to broadcast or refuse.
+    """
+    there = [tensor for tensor in tensors if tensor is not None]
+    alike = len({tensor.shape for tensor in there}) <= 1
+    return LIBRARY is not None and alike and len(there) <= MAX_MODELS and all(map(_fits, there))
 
 
 def _fits(tensor: Tensor) -> bool:

@@ -47,7 +47,8 @@ def resumable_folder(
     """Yield the hidden folder of the work `key`, which becomes `target` when the block ends without an error.
 
     It outlives a kill and Ctrl-C, for the next run of the same work; after any other error nothing is left. Partial
-    folders of other work on `target` are removed. The first rank makes, publishes and removes; the others wait.
+    folders of other work on `target` are removed. What begins with a dot is bookkeeping for the next run, and is not
+    published. The first rank makes, publishes and removes; the others wait.
     """
     prefix = f".{target.name}.partial-merge-"
     partial = target.parent / f"{prefix}{key}"
@@ -65,6 +66,8 @@ def resumable_folder(
             with ranks.together():
                 if ranks.is_first:
                     refuse_existing_output(target, overwrite=overwrite)
+                    for bookkeeping in partial.glob(".*"):
+                        shutil.rmtree(bookkeeping) if bookkeeping.is_dir() else bookkeeping.unlink()
                     replace_folder(partial, target)
         except KeyboardInterrupt:
             raise
@@ -83,7 +86,7 @@ def _only_one(lock: Path, target: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise FileExistsError(
-                f"Another merge into {str(target)!r} is running. Wait for it, or name another folder."
+                f"Another run that writes {str(target)!r} is going on. Wait for it, or name another folder."
             ) from error
         try:
             yield
@@ -109,9 +112,6 @@ class Parts:
         aside = file.with_suffix(".partial")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside)
         os.replace(aside, file)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"

@@ -172,8 +172,8 @@ class Stream:
         writer: Takes the result; it knows all tensors of the jobs.
         threads: Workers; each works with one thread of torch.
         device: Where the methods calculate.
-        journal: File that notes finished tensors, or None.
-        failure: File that is made when a tensor fails, and that ends the streams of other processes, or None.
+        journal: File that notes finished tensors.
+        failure: File that is made when a tensor fails, and that ends the streams of other processes.
         advance: Called with the number of input bytes that were worked through.
     """
 
@@ -183,8 +183,8 @@ class Stream:
         *,
         threads: int,
         device: torch.device | None = None,
-        journal: Path | None = None,
-        failure: Path | None = None,
+        journal: Path,
+        failure: Path,
         seed: int = 0,
         allow_nonfinite: bool = False,
         advance: Callable[[int], object] = lambda count: None,
@@ -193,7 +193,7 @@ class Stream:
         self.device = device or torch.device("cpu")
         self.failure = failure
         self.allow_nonfinite, self.advance = allow_nonfinite, advance
-        self.journal = Journal(journal) if journal is not None else None
+        self.journal = Journal(journal)
         self._halt = threading.Event()
         self._lock = threading.Lock()
         self._left: dict[str, int] = {}
@@ -215,18 +215,16 @@ class Stream:
             for future in finished:
                 future.result()
         except Exception:
-            if self.failure is not None:
-                self.failure.touch()
+            self.failure.touch()
             raise
         finally:
             self._halt.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            if self.journal is not None:
-                self.journal.close()
+            self.journal.close()
             torch.set_num_threads(threads_before)
 
     def _work(self, task: _Task) -> None:
-        if self.failure is not None and self.failure.exists():
+        if self.failure.exists():
             raise InterruptedError("The merge was stopped, since another process of it failed.")
         if not hasattr(self._local, "scratch"):
             self._local.scratch = Scratch(self.device)
@@ -238,7 +236,7 @@ class Stream:
                 self._merge(task)
         with self._lock:
             self._left[task.job.name] -= 1
-            if self._left[task.job.name] == 0 and self.journal is not None:
+            if self._left[task.job.name] == 0:
                 self.journal.finish(task.job.name)
 
     def _merge(self, task: _Task) -> None:
@@ -357,7 +355,7 @@ def write_tensors(
     """Write the tensors of all jobs into a folder, shared out over the ranks; those that are there already stay.
 
     Args:
-        folder: Of all ranks; files of tensors and journals in it were left by the same jobs.
+        folder: Of all ranks (`resume.resumable_folder`); tensors and journals in it were left by the same jobs.
         advance: Called with the number of input bytes that were worked through, or not needed any more.
 
     Returns:
@@ -383,10 +381,6 @@ def write_tensors(
                 allow_nonfinite=allow_nonfinite,
                 advance=advance,
             ).run(own)
-    with ranks.together():
-        if ranks.is_first:
-            for journal in folder.glob(f"{JOURNAL}-*"):
-                journal.unlink()
     return len(done)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from hf_transfer_ext.merging import kernels
-from hf_transfer_ext.merging.changes import Weights, changes_of, check_weights
+from hf_transfer_ext.merging.changes import Weights, changes_of, check_weights, in_float
 from hf_transfer_ext.merging.devices import on_host
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
 from hf_transfer_ext.merging.noise import Noise
@@ -116,7 +116,7 @@ def drop_by_rank(
     if density >= 1:
         return changes_of(base, [model])[0]
     if density <= 0:
-        return torch.zeros(model.shape, device=model.device)
+        return torch.zeros_like(in_float(model))
     rows, columns = model.shape
     steps = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
     limits = (steps * 2.0**32).astype(np.uint32)

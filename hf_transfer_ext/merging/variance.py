@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.merging import kernels
-from hf_transfer_ext.merging.changes import Weights, changes_of, in_float
+from hf_transfer_ext.merging.changes import Weights, add_elected_changes, changes_of, in_float
 from hf_transfer_ext.merging.method import Pieces, gives
 from hf_transfer_ext.merging.selection import Distances, smallest_of_largest
 
@@ -42,6 +42,19 @@ def keep_varying(base: Weights, models: Sequence[Weights], threshold: float) -> 
         return changes
     kept = variance_of(models).ge_(threshold)
     return [change.mul_(kept) for change in changes]
+
+
+def add_varying_changes(
+    base: Weights, models: Sequence[Weights], shares: Sequence[float], threshold: float
+) -> Weights:
+    """The base and, of the changes that vary, the mean of those that agree with the majority, weighted by shares."""
+    votes = [1.0] * len(models)
+    if kernels.can_take(base, *models):
+        return kernels.merge_changes(
+            base, models, shares, subtract=True, variance=threshold, votes=votes, normalize=True
+        )
+    kept = keep_varying(base, models, threshold)
+    return add_elected_changes(base, kept, shares, votes=votes, normalize=True, lambda_=1.0)
 
 
 @gives("threshold", "shares")

@@ -169,6 +169,7 @@ def test_what_they_do_not_take():
     assert not kernels.can_take(base.half())
     assert not kernels.can_take(base[::2])
     assert not kernels.can_take(base.clone().requires_grad_())
+    assert not kernels.can_take(base, base[:5])
     assert not kernels.can_take(*[base] * (kernels.MAX_MODELS + 1))
     assert kernels.can_take(base, None, *models) == (kernels.LIBRARY is not None)
 

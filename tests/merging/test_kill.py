@@ -80,6 +80,6 @@ def test_two_merges_into_one_folder(tmp_path):
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     while child.poll() is None and not list(tmp_path.glob(".out.partial-merge-*")):
         time.sleep(0.001)
-    with pytest.raises(FileExistsError, match="Another merge"):
+    with pytest.raises(FileExistsError, match="Another run"):
         merge(config, tmp_path / "out")
     assert child.wait() == 0 and (tmp_path / "out" / "model.safetensors").exists()

@@ -10,7 +10,7 @@ import torch
 from merging.tiny_models import family, interrupted_at_read, load, names, random_tensors, write_model
 
 from hf_transfer_ext.cli import main
-from hf_transfer_ext.merging import merge, stream
+from hf_transfer_ext.merging import merge, run, stream
 from hf_transfer_ext.merging.stream import FAILURE, JOURNAL
 
 
@@ -260,6 +260,19 @@ def test_an_interrupted_merge_goes_on(tmp_path, models):
         "model.safetensors",
     ]
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_merge_that_was_interrupted_after_its_last_tensor_calculates_nothing_again(tmp_path, models, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_write_companions", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge(linear_config(models[1]), tmp_path / "out")
+    monkeypatch.undo()
+    report = merge(linear_config(models[1]), tmp_path / "out")
+    assert report.resumed_tensors == report.tensors
+    assert not list((tmp_path / "out").glob(".*")) and not list(tmp_path.glob(".out*"))
 
 
 def test_what_another_merge_left_is_not_taken_over(tmp_path, models):

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging import kernels
-from hf_transfer_ext.merging.changes import add_elected_changes
 from hf_transfer_ext.merging.method import merge_method
-from hf_transfer_ext.merging.variance import energies_and_threshold, keep_varying
+from hf_transfer_ext.merging.variance import add_varying_changes, energies_and_threshold
 
 
 @merge_method(statistics=energies_and_threshold, stored=True)
@@ -42,10 +40,4 @@ def sce(
 
     Source: FuseChat, Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """
-    votes = [1.0] * len(models)
-    if kernels.can_take(base, *models):
-        return kernels.merge_changes(
-            base, models, shares, subtract=True, variance=threshold, votes=votes, normalize=True
-        )
-    selected = keep_varying(base, models, threshold)
-    return add_elected_changes(base, selected, shares, votes=votes, normalize=True, lambda_=1.0)
+    return add_varying_changes(base, models, shares, threshold)
