@@ -56,7 +56,7 @@ def step_of(way: str, vocabulary: int, people: int, few: bool) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from hf_transfer_ext.data.fictitious_people import fictitious_people
-    from hf_transfer_ext.evals.engine import evaluate
+    from hf_transfer_ext.evals.engine.evaluate import evaluate
 
     rows = fictitious_people(people, forget=people - 1, holdout=0)["forget"]
     alphabet = {symbol: i for i, symbol in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"])}

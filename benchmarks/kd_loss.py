@@ -44,9 +44,9 @@ from torch import Tensor
 
 from benchmarks import measure
 from hf_transfer_ext.files import write_text
-from hf_transfer_ext.heads import LMHead
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import fused_linear_divergence
+from hf_transfer_ext.models.heads import LMHead
 
 
 class Shape(NamedTuple):

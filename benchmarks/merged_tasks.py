@@ -32,11 +32,11 @@ from transformers import TrainingArguments
 from benchmarks import measure
 from hf_transfer_ext.data.facts import SPLITS, facts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine import evaluate
+from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.files import write_text, written_aside
-from hf_transfer_ext.loading import load_model, load_tokenizer
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.methods import MERGE_METHODS
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.trainers.answers import train_on_answers

@@ -43,8 +43,8 @@ import numpy as np
 import torch
 import yaml
 
-from hf_transfer_ext.checkpoints import CheckpointWriter, TensorSpec
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.weights.checkpoints import CheckpointWriter, TensorSpec
 
 Record = dict[str, Any]
 

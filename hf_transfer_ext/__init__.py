@@ -16,7 +16,7 @@ _EXPORTS: dict[str, str] = {
     "DistillationTrainer": "hf_transfer_ext.trainers.distillation",
     "UnlearningConfig": "hf_transfer_ext.trainers.unlearning",
     "UnlearningTrainer": "hf_transfer_ext.trainers.unlearning",
-    "evaluate": "hf_transfer_ext.evals.engine",
+    "evaluate": "hf_transfer_ext.evals.engine.evaluate",
 }
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "UnlearningConfig", "UnlearningTrainer", "evaluate"]

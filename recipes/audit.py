@@ -19,13 +19,13 @@ from transformers import TrainingArguments
 from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
-from hf_transfer_ext.evals.audit.audit import audit
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
+from hf_transfer_ext.evals.audit.report.html import save_audit
+from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
-from hf_transfer_ext.evals.engine import GenerationSettings, evaluate
-from hf_transfer_ext.evals.report import save_audit
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate
 from hf_transfer_ext.evals.suites.forget_retain import forget_retain
-from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe
 from hf_transfer_ext.trainers.answers import train_on_answers
 

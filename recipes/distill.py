@@ -20,15 +20,15 @@ from hf_transfer_ext.evals.language import as_example, measure_language_model
 from hf_transfer_ext.files import refuse_existing_output, require_free_space
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import RunRecord, describe_input
-from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe, settings_of
 from hf_transfer_ext.students import STUDENT_INITS
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.teachers.live import shards_parameters
-from hf_transfer_ext.teachers.taught import taught
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
 from hf_transfer_ext.trainers.saving import last_checkpoint, load_whole, save_whole, training_folder
+from hf_transfer_ext.trainers.taught import taught
 
 
 @dataclass

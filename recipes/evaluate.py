@@ -18,14 +18,14 @@ from accelerate import Accelerator
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import load_rows
-from hf_transfer_ext.evals.engine import GenerationSettings, evaluate, resolve_metric
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate, resolve_metric
 from hf_transfer_ext.evals.harness import measure_with_lm_eval
 from hf_transfer_ext.evals.models import with_adapters
 from hf_transfer_ext.evals.suite_run import SuiteRun
 from hf_transfer_ext.evals.suites import SUITES
 from hf_transfer_ext.evals.table import comparison_plot, comparison_table
 from hf_transfer_ext.files import write_text
-from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe
 from hf_transfer_ext.teachers.demo import demo_model
 

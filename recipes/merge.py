@@ -16,17 +16,17 @@ import yaml
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import load_rows
-from hf_transfer_ext.evals.engine import evaluate, resolve_metric
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.engine.evaluate import evaluate, resolve_metric
 from hf_transfer_ext.evals.table import comparison_table
 from hf_transfer_ext.hub.publish import push, save_result
 from hf_transfer_ext.hub.record import RunRecord, describe_input
-from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging import merge
-from hf_transfer_ext.merging.plan import load_config
-from hf_transfer_ext.merging.ranks import is_first_rank
+from hf_transfer_ext.merging.planning.config import load_config
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe
 from hf_transfer_ext.teachers.demo import demo_model
+from hf_transfer_ext.weights.ranks import is_first_rank
 
 
 @dataclass

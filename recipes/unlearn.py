@@ -21,7 +21,7 @@ from hf_transfer_ext.evals.suites.forget_retain import forget_retain
 from hf_transfer_ext.files import refuse_existing_output, written_aside
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import RunRecord, describe_input
-from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe, settings_of
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model

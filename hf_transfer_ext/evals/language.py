@@ -7,8 +7,8 @@ from itertools import islice
 from typing import Any
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine import evaluate
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.engine.evaluate import evaluate
+from hf_transfer_ext.measurement import Measurement
 
 #: Prompt and completion stand for themselves: nothing is put around or between them.
 VERBATIM = QuestionAnswerFormat(template="plain", prompt="{question}", separator="", end_of_sequence=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.measurement import Measurement
 
 #: What a metric may ask of the engine beyond the log-probability of each token.
 QUANTITIES = (

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import load_rows
-from hf_transfer_ext.evals.engine import (
+from hf_transfer_ext.evals.engine.evaluate import (
     EvaluationResult,
     GenerationSettings,
     MetricSpec,
@@ -24,8 +24,8 @@ from hf_transfer_ext.evals.engine import (
     prepare_examples,
     resolve_metric,
 )
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.measurement import Measurement
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -7,10 +7,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.suite import Suite, SuiteResult
 from hf_transfer_ext.evals.suites import SUITES
-from hf_transfer_ext.evals.text_models import entailment_classifier, sentence_encoder
+from hf_transfer_ext.evals.text.text_models import entailment_classifier, sentence_encoder
+from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.registry import unknown_name
 
 #: Parameters of loaders and suites that are no options of the user.

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.hub.record import Stage
+from hf_transfer_ext.measurement import Measurement
 
 Measured = Mapping[str, Sequence[Measurement]]
 

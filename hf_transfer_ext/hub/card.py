@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.hub.record import RunInput, RunRecord
+from hf_transfer_ext.measurement import Measurement
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.table import comparison_plot, comparison_table, stage_table
 from hf_transfer_ext.hub.publish import push, save_result
 from hf_transfer_ext.hub.record import RunRecord, device_summary
+from hf_transfer_ext.measurement import Measurement
 
 
 def finish_run(

@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.files import sha256_of, write_text
 from hf_transfer_ext.hub.privacy import is_absolute_path, last_component, public_text, public_value
-from hf_transfer_ext.hub.repository import connection_error, file_of
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.weights.repository import connection_error, file_of
 
 #: The record's file in a model folder or repository.
 RECORD_FILE = "hf_transfer_ext.json"

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hf_transfer_ext.heads import LMHead
 from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient
+from hf_transfer_ext.models.heads import LMHead
 
 #: Bytes of one chunk's logits, for each of the two models: 192 tokens of a 152k vocabulary in float32 on a CPU.
 CHUNK_BYTES = {"cpu": 117_000_000}

@@ -7,12 +7,12 @@ import os
 import time
 from pathlib import Path
 
-from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES
 from hf_transfer_ext.files import require_free_space
-from hf_transfer_ext.merging.inputs import open_model
-from hf_transfer_ext.merging.plan import load_config
-from hf_transfer_ext.merging.ranks import is_first_rank
+from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.merging.run import MergeReport, merge
+from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.weights.opened import open_model
+from hf_transfer_ext.weights.ranks import is_first_rank
 
 
 def parser() -> argparse.ArgumentParser:

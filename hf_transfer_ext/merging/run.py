@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES
 from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.privacy import public_text
-from hf_transfer_ext.merging import kernels
-from hf_transfer_ext.merging.devices import resolve_device
-from hf_transfer_ext.merging.inputs import InputModel, open_model
-from hf_transfer_ext.merging.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
-from hf_transfer_ext.merging.plan import MergeConfig, ModelReference, load_config
-from hf_transfer_ext.merging.ranks import Ranks, local_ranks, ranks_of_launch
-from hf_transfer_ext.merging.resume import key_of, resumable_folder
-from hf_transfer_ext.merging.stream import write_tensors
-from hf_transfer_ext.merging.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
-from hf_transfer_ext.merging.whole_model import with_model_thresholds
+from hf_transfer_ext.merging.arithmetic import kernels
+from hf_transfer_ext.merging.planning.config import MergeConfig, ModelReference, load_config
+from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
+from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
+from hf_transfer_ext.merging.streaming.stream import write_tensors
+from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
+from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.weights.devices import resolve_device
+from hf_transfer_ext.weights.opened import InputModel, open_model
+from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
+from hf_transfer_ext.weights.resume import key_of, resumable_folder
 
 if TYPE_CHECKING:
     from hf_transfer_ext.adapters.extract import ExtractionReport
@@ -168,7 +168,9 @@ def merge(
                 adapter = None
                 with ranks.together():
                     if ranks.is_first:
-                        from hf_transfer_ext.merging.adapter import write_adapter  # which imports this package
+                        from hf_transfer_ext.merging.streaming.as_lora import (
+                            write_adapter,  # which imports this package
+                        )
 
                         adapter = write_adapter(
                             parsed,

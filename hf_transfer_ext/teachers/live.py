@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hf_transfer_ext.heads import (
+from hf_transfer_ext.models.heads import (
     LMHead,
     causal_lm_of,
     head_is_understood,

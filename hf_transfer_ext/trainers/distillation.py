@@ -24,7 +24,9 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_transfer_ext.data.text import fit_context, require_labels
 from hf_transfer_ext.data.vocabularies import compare_vocabularies
-from hf_transfer_ext.heads import (
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.models.heads import (
     LMHead,
     causal_lm_of,
     head_is_understood,
@@ -33,10 +35,8 @@ from hf_transfer_ext.heads import (
     head_rows,
     is_plain_head,
 )
-from hf_transfer_ext.heads import logit_scale_and_softcap as scale_and_softcap
-from hf_transfer_ext.loading import context_length, load_model, load_tokenizer
-from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.models.heads import logit_scale_and_softcap as scale_and_softcap
+from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher, TeacherSignal
 from hf_transfer_ext.tensors import next_token_targets

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.files import replace_folder
-from hf_transfer_ext.loading import load_model
+from hf_transfer_ext.models.loading import load_model
 
 
 def training_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Path:

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
-from hf_transfer_ext.evals.scoring import LOGITS_AT_ONCE, Scorer, active_adapter, output_head, vocabulary_size
-from hf_transfer_ext.heads import head_module, head_replaced
+from hf_transfer_ext.losses.needs import asked_quantities, check_options, over
 from hf_transfer_ext.losses.unlearning import METHODS, RETAIN_LOSSES, UNLEARNING_LOSSES
-from hf_transfer_ext.losses.unlearning.asks import asked_quantities, check_options, over
+from hf_transfer_ext.models.heads import head_module, head_replaced
+from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer, active_adapter, output_head, vocabulary_size
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen, shards_parameters
 from hf_transfer_ext.tensors import next_token_targets

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import merging
-from hf_transfer_ext.merging.plan import parse_config
+from hf_transfer_ext.merging.planning.config import parse_config
 
 
 def test_a_toy_run(tmp_path, capsys):

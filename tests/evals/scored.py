@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_transfer_ext.evals.scoring import ScoredExample, TokenScores
+from hf_transfer_ext.models.scoring import ScoredExample, TokenScores
 
 
 def tokens(log_probs, first_choice=None, **known) -> TokenScores:

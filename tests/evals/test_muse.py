@@ -3,7 +3,7 @@ import json
 import pytest
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.evals.engine import GenerationSettings, generate
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, generate
 from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
 from hf_transfer_ext.evals.suites.muse import SETS, few_shot, first_tokens, load_muse, muse, muse_sequence
 

@@ -5,7 +5,7 @@ import pytest
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals import engine
+from hf_transfer_ext.evals.engine.evaluate import evaluate as engine
 from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
 from hf_transfer_ext.evals.suites.r_tofu import (
     DECODINGS,

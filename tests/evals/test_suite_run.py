@@ -1,9 +1,9 @@
 import pytest
 
 from hf_transfer_ext.evals import suite_run
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.suite import SuiteResult, suite
 from hf_transfer_ext.evals.suite_run import SuiteRun
+from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.registry import Registry
 
 seen = []

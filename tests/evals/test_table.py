@@ -1,5 +1,5 @@
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.table import comparison_plot, comparison_table
+from hf_transfer_ext.measurement import Measurement
 
 MEASURED = {
     "teacher": [Measurement("perplexity", 3.25, "exp(nats per token)", False, 10, interval=(3.0, 3.5))],

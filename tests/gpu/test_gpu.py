@@ -10,10 +10,10 @@ from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine import evaluate
-from hf_transfer_ext.heads import LMHead
+from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.models.heads import LMHead
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,7 +7,8 @@ import torch
 from merging.method_cases import config_of
 from merging.tiny_models import load, write_model
 
-from hf_transfer_ext.merging import MERGE_METHODS, merge, stream
+from hf_transfer_ext.merging import MERGE_METHODS, merge
+from hf_transfer_ext.merging.streaming import stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -5,9 +5,9 @@ import yaml
 from hub_server import check_card, front_matter
 from huggingface_hub import ModelCard
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.hub.card import base_models, model_card
 from hf_transfer_ext.hub.record import RunInput, RunRecord
+from hf_transfer_ext.measurement import Measurement
 
 TOKEN = "hf_" + "aB3" * 12
 MIT = {"license": "mit"}

@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.hub.publish import pull, push, save_result
 from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input, read_record
-from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 
 IDS = torch.arange(24).reshape(2, 12)
 

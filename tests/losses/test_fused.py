@@ -6,9 +6,9 @@ import oracles
 import pytest
 import torch
 
-from hf_transfer_ext.heads import LMHead
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.models.heads import LMHead
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 9, 6, 5, 23
 

@@ -19,7 +19,8 @@ from hf_transfer_ext.merging import merge
 #: Runs the merge slowly enough for a signal to hit it, and says when it begins.
 RUN = """
 import sys, time
-from hf_transfer_ext.merging import merge, stream
+from hf_transfer_ext.merging import merge
+from hf_transfer_ext.merging.streaming import stream
 work = stream.Stream._work
 def slow(self, task):
     time.sleep(0.004)

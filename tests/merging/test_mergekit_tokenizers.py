@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from merging.mergekit_environment import run_mergekit
-from merging.test_merge_vocabulary import word_tokenizer
+from merging.planning.test_merge_vocabulary import word_tokenizer
 from merging.tiny_models import load, write_model
 from transformers import AutoTokenizer
 

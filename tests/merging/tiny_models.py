@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_transfer_ext.checkpoints import Checkpoint
+from hf_transfer_ext.weights.checkpoints import Checkpoint
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext import DistillationConfig
 from hf_transfer_ext.hub.record import read_record
-from hf_transfer_ext.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe
 from recipes import distill
 

@@ -12,7 +12,7 @@ import pytest
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.hub.record import read_record
-from hf_transfer_ext.loading import load_model
+from hf_transfer_ext.models.loading import load_model
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

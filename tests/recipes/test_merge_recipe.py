@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.hub.record import read_record
-from hf_transfer_ext.loading import load_model
+from hf_transfer_ext.models.loading import load_model
 from recipes import merge
 
 

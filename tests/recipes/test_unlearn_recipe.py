@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.loading import load_model
+from hf_transfer_ext.models.loading import load_model
 from recipes import unlearn
 
 

@@ -276,7 +276,7 @@ def gemma():
     pytest.importorskip("countryinfo")
     pytest.importorskip("mendeleev")
     from hf_transfer_ext.data.facts import SPLITS, fact_questions, fact_texts
-    from hf_transfer_ext.loading import load_model, load_tokenizer
+    from hf_transfer_ext.models.loading import load_model, load_tokenizer
     from hf_transfer_ext.teachers.demo import demo_model
 
     folder = demo_model(Path.home() / ".cache" / "huggingface" / "hf_transfer_ext" / "gemma-3-270m")

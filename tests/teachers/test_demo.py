@@ -111,7 +111,7 @@ def test_the_default_folder_follows_hf_home(package, tmp_path, monkeypatch):
 def test_the_real_teacher_loads_and_knows_paris():
     """Needs the extra `demo`; the first run converts the model (most of a minute)."""
     pytest.importorskip(demo.MODULE)
-    from hf_transfer_ext.loading import load_model, load_tokenizer
+    from hf_transfer_ext.models.loading import load_model, load_tokenizer
 
     folder = demo.demo_model()
     model, tokenizer = load_model(folder), load_tokenizer(folder)

@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, tiny_llama
 from transformers import BitsAndBytesConfig
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer
-from hf_transfer_ext.loading import load_model
+from hf_transfer_ext.models.loading import load_model
 
 pytestmark = pytest.mark.slow
 TEXTS = ["gold is a metal", "paris", "the sea is wide and the sky is high", "iron"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hf_transfer_ext.evals.audit.subject import merged_adapter, restored_weights
-from hf_transfer_ext.evals.measurement import Measurement
-from hf_transfer_ext.heads import causal_lm_of
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.models.heads import causal_lm_of
 
 
 def weight_distance(unlearned: Any, original: Any, *, bits: tuple[int, ...] = (4, 8)) -> list[Measurement]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def share_of_true(true_loss: float, false_losses: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.measurement import Measurement
 
 
 def concept_vector_distance(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 @metric(unit="share of tokens", higher_is_better=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def strength(first_choice: Sequence[bool]) -> float:

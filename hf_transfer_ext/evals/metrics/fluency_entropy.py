@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def ngram_entropy(words: list[str], size: int) -> float:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.measurement import Measurement
 
 
 def kolmogorov_smirnov(

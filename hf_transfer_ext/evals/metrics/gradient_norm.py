@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 @metric(unit="nats per unit of weight", higher_is_better=False, needs=("token_log_probs", "gradients"))

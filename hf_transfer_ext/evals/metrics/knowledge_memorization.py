@@ -4,7 +4,7 @@ import re
 
 from hf_transfer_ext.evals.metric import metric
 from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 @metric(unit="ROUGE-L F1", higher_is_better=False, needs=("generations",))

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+from hf_transfer_ext.measurement import Measurement
 
 
 def linear_probe(

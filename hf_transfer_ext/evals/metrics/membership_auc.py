@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.measurement import Measurement
 
 
 def check_scores(members: np.ndarray, nonmembers: np.ndarray) -> None:

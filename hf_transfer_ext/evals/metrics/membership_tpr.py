@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.metrics.membership_auc import check_scores
+from hf_transfer_ext.measurement import Measurement
 
 
 def membership_tpr(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def mean_of_lowest(values: np.ndarray, share: float) -> float:

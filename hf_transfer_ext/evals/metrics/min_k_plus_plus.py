@@ -4,7 +4,7 @@ import numpy as np
 
 from hf_transfer_ext.evals.metric import metric
 from hf_transfer_ext.evals.metrics.min_k import mean_of_lowest
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 @metric(unit="standard deviations", higher_is_better=False, needs=("token_log_probs", "vocabulary_moments"))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.measurement import Measurement
 
 
 def model_utility(parts: Mapping[str, Measurement]) -> Measurement:

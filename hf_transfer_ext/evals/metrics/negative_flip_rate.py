@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+from hf_transfer_ext.measurement import Measurement
 
 
 def negative_flip_rate(

@@ -4,7 +4,7 @@ import math
 
 from hf_transfer_ext.evals.metric import Values, metric, weighted_mean
 from hf_transfer_ext.evals.metrics.nats_per_token import nats_per_token
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def _perplexity_of_set(values: Values, weights: Values) -> float:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.measurement import Measurement
 
 
 def privleak(unlearned: Measurement, retrained: Measurement) -> Measurement:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
-from hf_transfer_ext.evals.stemming import stem
+from hf_transfer_ext.evals.text.stemming import stem
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def rouge_tokens(text: str, *, stemmed: bool = True) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_transfer_ext.evals.metric import Summary, Values, metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def ratio_of_losses(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import zlib
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.scoring import ScoredExample
+from hf_transfer_ext.models.scoring import ScoredExample
 
 
 @metric(unit="nats per token and compressed byte", higher_is_better=False)

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine import GenerationSettings
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
 from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
 from hf_transfer_ext.evals.metrics import concept_vector_distance
 from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
-from hf_transfer_ext.evals.scoring import active_adapter
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, require_columns, suite
-from hf_transfer_ext.heads import causal_lm_of
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.scoring import active_adapter
 
 COLUMNS = ("Concept", "Layer", "Dim", "QA", "unrelated_QA")
 QUESTIONS = QuestionAnswerFormat(template="plain", prompt="Question: {question}\nAnswer:")

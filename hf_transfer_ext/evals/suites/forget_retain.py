@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hf_transfer_ext.evals.engine import evaluate
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.engine.evaluate import evaluate
+from hf_transfer_ext.measurement import Measurement
 
 
 def forget_retain(

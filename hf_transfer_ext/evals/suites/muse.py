@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine import GenerationSettings
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
 from hf_transfer_ext.evals.metrics import membership_auc, privleak
 from hf_transfer_ext.evals.suite import (
     BARE,
@@ -24,6 +23,7 @@ from hf_transfer_ext.evals.suite import (
     require_columns,
     suite,
 )
+from hf_transfer_ext.measurement import Measurement
 
 #: Set -> (configuration, split, columns) on the Hub; a local folder holds configuration/split.json.
 SETS = {

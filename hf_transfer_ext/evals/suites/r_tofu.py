@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine import EvaluationResult, GenerationSettings
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.engine.evaluate import EvaluationResult, GenerationSettings
 from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
 from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_set, require_columns, suite
-from hf_transfer_ext.evals.text_models import Encoder, Entails
+from hf_transfer_ext.evals.text.text_models import Encoder, Entails
+from hf_transfer_ext.measurement import Measurement
 
 OPEN, CLOSE = "<think>", "</think>"
 

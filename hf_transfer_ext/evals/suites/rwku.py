@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine import GenerationSettings, measure
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, measure
 from hf_transfer_ext.evals.suite import (
     Part,
     Rows,

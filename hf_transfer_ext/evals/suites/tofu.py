@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_transfer_ext.evals.engine import GenerationSettings, measure
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, measure
 from hf_transfer_ext.evals.metrics import forget_quality, model_utility
 from hf_transfer_ext.evals.suite import Part, SuiteResult, evaluate_parts, load_set, renamed, suite
 

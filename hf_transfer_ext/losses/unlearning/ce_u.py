@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.unlearning.asks import TokenIds, TokenRows, Tokens, averaged_over
+from hf_transfer_ext.losses.needs import TokenIds, TokenRows, Tokens, averaged_over
 
 
 @averaged_over("later tokens")

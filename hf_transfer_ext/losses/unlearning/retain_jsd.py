@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from hf_transfer_ext.losses.unlearning.asks import TokenRows, Tokens, averaged_over
+from hf_transfer_ext.losses.needs import TokenRows, Tokens, averaged_over
 
 
 @averaged_over("tokens")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over
+from hf_transfer_ext.losses.needs import Tokens, averaged_over
 
 
 @averaged_over("tokens")

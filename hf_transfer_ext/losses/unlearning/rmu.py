@@ -3,7 +3,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.losses.unlearning.asks import HiddenRows, Tokens, averaged_over
+from hf_transfer_ext.losses.needs import HiddenRows, Tokens, averaged_over
 
 
 @averaged_over("tokens")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over, require_at_least
+from hf_transfer_ext.losses.needs import Tokens, averaged_over, require_at_least
 
 
 @averaged_over("tokens")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch.nn.functional import logsigmoid
 
-from hf_transfer_ext.losses.unlearning.asks import Sequences, averaged_over, require_at_least
+from hf_transfer_ext.losses.needs import Sequences, averaged_over, require_at_least
 
 
 @averaged_over("sequences")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.unlearning.asks import Tokens, averaged_over, require_at_least
+from hf_transfer_ext.losses.needs import Tokens, averaged_over, require_at_least
 
 
 @averaged_over("tokens")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import one_hot
 
-from hf_transfer_ext.losses.unlearning.asks import TokenIds, TokenRows, Tokens, averaged_over, require_at_least
+from hf_transfer_ext.losses.needs import TokenIds, TokenRows, Tokens, averaged_over, require_at_least
 
 
 @averaged_over("tokens")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.importance import importance_of, outstanding
+from hf_transfer_ext.merging.arithmetic.importance import importance_of, outstanding
 from hf_transfer_ext.merging.method import merge_method
 
 

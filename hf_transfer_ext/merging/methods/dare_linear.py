@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import check_weights
-from hf_transfer_ext.merging.masks import merge_masked_changes, random_masks
+from hf_transfer_ext.merging.arithmetic.changes import check_weights
+from hf_transfer_ext.merging.arithmetic.masks import merge_masked_changes, random_masks
+from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.method import PerModel, merge_method
-from hf_transfer_ext.merging.noise import Noise
 
 
 @merge_method(check=check_weights, stored=True)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import add_elected_changes
+from hf_transfer_ext.merging.arithmetic.changes import add_elected_changes
+from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.merging.arithmetic.trimming import check_della, drop_by_rank
 from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
-from hf_transfer_ext.merging.noise import Noise
-from hf_transfer_ext.merging.trimming import check_della, drop_by_rank
 
 
 @merge_method(unit="row", check=check_della, stored=True)

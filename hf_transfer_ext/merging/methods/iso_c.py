@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.arithmetic.changes import changes_of
+from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
 from hf_transfer_ext.merging.method import merge_method
-from hf_transfer_ext.merging.spectral import add_mean, svd
 
 
 @merge_method(unit="matrix")

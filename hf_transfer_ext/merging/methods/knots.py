@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import add_elected_changes, changes_of, check_weights
+from hf_transfer_ext.merging.arithmetic.changes import add_elected_changes, changes_of, check_weights
+from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
+from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
+from hf_transfer_ext.merging.arithmetic.trimming import kept_magnitudes
 from hf_transfer_ext.merging.method import PerModel, Whole, merge_method
-from hf_transfer_ext.merging.selection import keep_magnitudes
-from hf_transfer_ext.merging.spectral import add_mean, svd
-from hf_transfer_ext.merging.trimming import kept_magnitudes
 
 
 @merge_method(unit="matrix", check=check_weights)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import check_mean_weights, weighted_sum
+from hf_transfer_ext.merging.arithmetic.changes import check_mean_weights, weighted_sum
 from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
 
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import changes_of, weighted_sum
-from hf_transfer_ext.merging.geometry import cosines_of, gram_of_models
+from hf_transfer_ext.merging.arithmetic.changes import changes_of, weighted_sum
+from hf_transfer_ext.merging.arithmetic.geometry import cosines_of, gram_of_models
 from hf_transfer_ext.merging.method import merge_method
 
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import check_multislerp, weighted_sum
-from hf_transfer_ext.merging.geometry import Gram, gram_of_models, norm_of, unit_gram
+from hf_transfer_ext.merging.arithmetic.changes import check_multislerp, weighted_sum
+from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_of_models, norm_of, unit_gram
 from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
 
 

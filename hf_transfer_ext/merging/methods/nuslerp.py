@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from hf_transfer_ext.merging.geometry import cosine_sums, slerp_factors
+from hf_transfer_ext.merging.arithmetic.geometry import cosine_sums, slerp_factors
 from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
 
 

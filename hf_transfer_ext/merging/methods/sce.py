@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_transfer_ext.merging.arithmetic.variance import add_varying_changes, energies_and_threshold
 from hf_transfer_ext.merging.method import merge_method
-from hf_transfer_ext.merging.variance import add_varying_changes, energies_and_threshold
 
 
 @merge_method(statistics=energies_and_threshold, stored=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import weighted_sum
-from hf_transfer_ext.merging.geometry import Gram, gram_with_base
+from hf_transfer_ext.merging.arithmetic.changes import weighted_sum
+from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_with_base
 from hf_transfer_ext.merging.method import merge_method
 
 

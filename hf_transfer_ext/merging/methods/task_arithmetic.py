@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import check_weights
-from hf_transfer_ext.merging.masks import Mask, merge_masked_changes
+from hf_transfer_ext.merging.arithmetic.changes import check_weights
+from hf_transfer_ext.merging.arithmetic.masks import Mask, merge_masked_changes
 from hf_transfer_ext.merging.method import PerModel, merge_method
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import check_weights
-from hf_transfer_ext.merging.masks import Mask, merge_masked_changes
+from hf_transfer_ext.merging.arithmetic.changes import check_weights
+from hf_transfer_ext.merging.arithmetic.masks import Mask, merge_masked_changes
+from hf_transfer_ext.merging.arithmetic.rescaling import smallest_kept_and_scales
 from hf_transfer_ext.merging.method import PerModel, merge_method
-from hf_transfer_ext.merging.rescaling import smallest_kept_and_scales
 
 
 @merge_method(statistics=smallest_kept_and_scales, check=check_weights, stored=True)

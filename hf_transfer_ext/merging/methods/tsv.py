@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.changes import changes_of
+from hf_transfer_ext.merging.arithmetic.changes import changes_of
+from hf_transfer_ext.merging.arithmetic.spectral import add_mean, nearest_orthogonal, svd
 from hf_transfer_ext.merging.method import merge_method
-from hf_transfer_ext.merging.spectral import add_mean, nearest_orthogonal, svd
 
 
 @merge_method(unit="matrix")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer_ext.merging.inputs import InputModel
 from hf_transfer_ext.merging.moe.plan import MoeConfig
+from hf_transfer_ext.weights.opened import InputModel
 
 #: The matrices of a feed-forward layer, as Llama and its relatives call them; the last one writes its output.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

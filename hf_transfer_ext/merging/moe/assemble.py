@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.checkpoints import MAX_SHARD_BYTES
 from hf_transfer_ext.files import refuse_existing_output, require_free_space, write_text
-from hf_transfer_ext.merging.inputs import DerivedInput, InputModel, InputTensor, Scratch, open_model
-from hf_transfer_ext.merging.layout import TensorJob, layer_count
+from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.methods.passthrough import passthrough
 from hf_transfer_ext.merging.moe.architectures import (
     PROJECTIONS,
@@ -29,11 +27,13 @@ from hf_transfer_ext.merging.moe.architectures import (
 )
 from hf_transfer_ext.merging.moe.gates import Gates, alike_layers, make_gates
 from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, load_moe_config
-from hf_transfer_ext.merging.noise import Noise
-from hf_transfer_ext.merging.plan import ModelReference
-from hf_transfer_ext.merging.resume import key_of, resumable_folder
+from hf_transfer_ext.merging.planning.config import ModelReference
+from hf_transfer_ext.merging.planning.layout import TensorJob, layer_count
 from hf_transfer_ext.merging.run import COMPANIONS, public_yaml
-from hf_transfer_ext.merging.stream import write_tensors
+from hf_transfer_ext.merging.streaming.stream import write_tensors
+from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, open_model
+from hf_transfer_ext.weights.resume import key_of, resumable_folder
 
 
 @dataclass(frozen=True)

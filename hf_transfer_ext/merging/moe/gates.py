@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.inputs import InputModel, Scratch
 from hf_transfer_ext.merging.moe.plan import Expert, MoeConfig
+from hf_transfer_ext.weights.opened import InputModel, Scratch
 
 Gates = Float[Tensor, "layers experts hidden"]
 
@@ -96,7 +96,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _tokenizer(base: InputModel) -> Any:
-    from hf_transfer_ext.loading import load_tokenizer
+    from hf_transfer_ext.models.loading import load_tokenizer
 
     return load_tokenizer(base.folder)
 

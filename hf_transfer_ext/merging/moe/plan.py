@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 
-from hf_transfer_ext.merging.plan import ModelReference, known_keys, parse_dtype, parse_reference, yaml_mapping
+from hf_transfer_ext.merging.planning.config import (
+    ModelReference,
+    known_keys,
+    parse_dtype,
+    parse_reference,
+    yaml_mapping,
+)
 from hf_transfer_ext.registry import unknown_name
 
 #: Where the gates come from; `hidden_last` is another name of `hidden`.

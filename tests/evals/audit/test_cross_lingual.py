@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
 from hf_transfer_ext.evals.audit.attacks.cross_lingual import asked_in, languages_of
-from hf_transfer_ext.evals.audit.audit import audit
+from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData
 
 ROWS = [

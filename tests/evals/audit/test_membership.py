@@ -4,15 +4,15 @@ import torch
 from evals.audit.planted_people import DATA, FORGET, HOLDOUT, PLAIN, planted, subject
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.evals.audit.audit import audit
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
 from hf_transfer_ext.evals.audit.membership.adversarial_query import adversarial_query, losses_of
 from hf_transfer_ext.evals.audit.membership.label_only import label_only
 from hf_transfer_ext.evals.audit.membership.references import References
 from hf_transfer_ext.evals.audit.membership.scores import membership_scores
+from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import reworded
 from hf_transfer_ext.evals.metrics.membership_auc import membership_auc
-from hf_transfer_ext.evals.scoring import Batch
+from hf_transfer_ext.models.scoring import Batch
 
 ROWS = [*FORGET, *HOLDOUT]
 ALL = [*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS]

@@ -3,7 +3,7 @@ import pytest
 from evals.audit.planted_people import DATA, FORGET, HOLDOUT, planted, subject
 
 from hf_transfer_ext.evals.audit.attacks.multiple_choice import by_chance, multiple_choice
-from hf_transfer_ext.evals.audit.audit import audit
+from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.evals.engine import evaluate
+from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.metrics import gradient_norm
 
 

@@ -1,7 +1,7 @@
 import pytest
 from evals.scored import example, tokens
 
-from hf_transfer_ext.evals.engine import measure
+from hf_transfer_ext.evals.engine.evaluate import measure
 from hf_transfer_ext.evals.metrics import kl_to_reference
 
 

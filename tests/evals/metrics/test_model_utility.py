@@ -3,9 +3,9 @@ import pytest
 from evals.metrics.test_truth_ratio import SETS, from_log
 from evals.shared_tofu import reference_log
 
-from hf_transfer_ext.evals.engine import measure
-from hf_transfer_ext.evals.measurement import Measurement
+from hf_transfer_ext.evals.engine.evaluate import measure
 from hf_transfer_ext.evals.metrics import model_utility
+from hf_transfer_ext.measurement import Measurement
 
 
 def share(value, examples=1):

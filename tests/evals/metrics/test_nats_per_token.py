@@ -1,7 +1,7 @@
 import pytest
 from evals.scored import example, tokens
 
-from hf_transfer_ext.evals.engine import measure
+from hf_transfer_ext.evals.engine.evaluate import measure
 
 
 def test_the_mean_is_over_tokens_not_over_examples():

@@ -3,7 +3,7 @@ import math
 import pytest
 from evals.scored import example, tokens
 
-from hf_transfer_ext.evals.engine import measure
+from hf_transfer_ext.evals.engine.evaluate import measure
 
 
 def test_it_is_the_exponential_of_the_mean_over_all_tokens():

@@ -1,7 +1,7 @@
 import pytest
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.metrics import privleak
+from hf_transfer_ext.measurement import Measurement
 
 
 def auc(value):

@@ -1,7 +1,7 @@
 import pytest
 
-from hf_transfer_ext.evals.measurement import Measurement
 from hf_transfer_ext.evals.metrics import retention
+from hf_transfer_ext.measurement import Measurement
 
 
 def points(*values, name="accuracy", higher=True):

@@ -7,7 +7,7 @@ from evals.shared_tofu import reference_log, tofu_folder
 
 from hf_transfer_ext.evals.metrics import rouge_l_recall
 from hf_transfer_ext.evals.metrics.rouge_l_recall import longest_common_subsequence, rouge_l, rouge_tokens
-from hf_transfer_ext.evals.stemming import stem
+from hf_transfer_ext.evals.text.stemming import stem
 
 
 def test_the_longest_common_subsequence_is_the_longest_of_all():

@@ -5,7 +5,7 @@ import pytest
 from evals.scored import example, tokens
 from evals.shared_tofu import reference_log
 
-from hf_transfer_ext.evals.engine import measure
+from hf_transfer_ext.evals.engine.evaluate import measure
 from hf_transfer_ext.evals.metrics import truth_ratio
 from hf_transfer_ext.evals.metrics.truth_ratio import forget_summary, ratio_of_losses, retain_summary
 

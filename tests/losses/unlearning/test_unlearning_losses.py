@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hf_transfer_ext.losses.needs import QUANTITIES, asked_quantities, check_options, options_of, over
 from hf_transfer_ext.losses.unlearning import METHODS, RETAIN_LOSSES, UNLEARNING_LOSSES
-from hf_transfer_ext.losses.unlearning.asks import QUANTITIES, asked_quantities, check_options, options_of, over
 
 LOSSES = [loss for registry in (UNLEARNING_LOSSES, RETAIN_LOSSES) for _, loss in registry.items()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_transfer_ext.merging import kernels
+from hf_transfer_ext.merging.arithmetic import kernels
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch"])

@@ -11,8 +11,9 @@ from merging.method_cases import OPTIONS, inputs_of, tensors
 from merging.tiny_models import load, write_model
 
 import hf_transfer_ext.merging.methods as methods
-from hf_transfer_ext.merging import MERGE_METHODS, merge, stream
-from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging import MERGE_METHODS, merge
+from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.merging.streaming import stream
 
 FILES = [path for path in Path(methods.__file__).parent.glob("*.py") if path.stem != "__init__"]
 

@@ -6,7 +6,7 @@ import torch
 from merging.method_cases import close, per_element, tensors
 
 from hf_transfer_ext.merging import MERGE_METHODS
-from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging.arithmetic.noise import Noise
 
 dare_linear = MERGE_METHODS["dare_linear"]
 

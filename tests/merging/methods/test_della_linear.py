@@ -7,7 +7,7 @@ import torch
 from merging.method_cases import close, tensors
 
 from hf_transfer_ext.merging import MERGE_METHODS
-from hf_transfer_ext.merging.noise import Noise
+from hf_transfer_ext.merging.arithmetic.noise import Noise
 
 della_linear = MERGE_METHODS["della_linear"]
 

@@ -4,7 +4,7 @@ import torch
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
-from hf_transfer_ext.evals.engine import evaluation_mode
+from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
 
 

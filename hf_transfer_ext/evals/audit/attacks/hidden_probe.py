@@ -9,10 +9,10 @@ from jaxtyping import Float
 from hf_transfer_ext.data.question_answer import EncodedAnswer
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Row, Subject
-from hf_transfer_ext.evals.engine import evaluation_mode
+from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.evals.scoring import Batch
-from hf_transfer_ext.heads import head_module, head_replaced
+from hf_transfer_ext.models.heads import head_module, head_replaced
+from hf_transfer_ext.models.scoring import Batch
 
 States = Float[np.ndarray, "examples layers hidden"]
 

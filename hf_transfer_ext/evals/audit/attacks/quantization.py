@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject, merged_adapter, restored_weights
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.heads import causal_lm_of
+from hf_transfer_ext.models.heads import causal_lm_of
 
 
 def rounded(weight: Float[Tensor, "rows columns"], bits: int, block: int = 64) -> Float[Tensor, "rows columns"]:

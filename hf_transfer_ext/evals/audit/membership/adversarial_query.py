@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hf_transfer_ext.evals.audit.membership.references import References
 from hf_transfer_ext.evals.audit.subject import Row, Subject
-from hf_transfer_ext.evals.engine import evaluation_mode
+from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.evals.scoring import Batch
+from hf_transfer_ext.models.scoring import Batch
 
 
 def losses_of(subject: Subject, batch: Batch, change: Float[Tensor, "batch length hidden"]) -> Float[Tensor, " batch"]:

@@ -12,7 +12,7 @@ from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHI
 from hf_transfer_ext.evals.audit.membership.references import References
 from hf_transfer_ext.evals.audit.subject import Row, Subject
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.heads import causal_lm_of
+from hf_transfer_ext.models.heads import causal_lm_of
 
 #: Scores that one forward pass gives together; `References.made` keeps them, so one `References` is for one audit.
 ONE_PASS = ("loss_attack", "zlib_attack", "min_k", "min_k_plus_plus")

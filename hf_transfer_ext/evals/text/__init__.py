@@ -1,0 +1,1 @@
+"""Text against text: ROUGE, stemming, sentence encoders and entailment models."""

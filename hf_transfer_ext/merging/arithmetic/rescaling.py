@@ -1,0 +1,54 @@
+"""Trimmed changes made as large as they were before: mergekit's `rescale` for methods that trim by magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_transfer_ext.merging.arithmetic.changes import changes_of
+from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
+from hf_transfer_ext.merging.arithmetic.trimming import inner_magnitudes, smallest_kept
+from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
+
+#: Sums of magnitudes below this one leave a change as it is.
+SMALLEST_SUM = 1e-7
+
+
+@gives("thresholds", "scales")
+def smallest_kept_and_scales(
+    pieces: Pieces, *, density: PerModel = 1.0, rescale: bool = False, **options: Any
+) -> dict[str, Any]:
+    """`smallest_kept`, and with `rescale` the factors of the kept changes.
+
+    A density above 0 keeps the largest element of each tensor at least, as in mergekit.
+    """
+    shares = [
+        max(share, 1.5 / max(1, pieces.numel)) if share > 0 else 0.0 for share in for_each(density, pieces.count)
+    ]
+    found = smallest_kept(pieces, density=shares, **options)
+    bounds = [(low, float("inf")) for low in found["thresholds"]]
+    return {**found, "scales": _scales(pieces, bounds) if rescale else [1.0] * len(bounds)}
+
+
+@gives("bounds", "scales")
+def inner_magnitudes_and_scales(
+    pieces: Pieces, *, density: PerModel = 1.0, gamma: PerModel = 0.01, rescale: bool = False, **options: Any
+) -> dict[str, Any]:
+    """`inner_magnitudes`, and with `rescale` the factors of the kept changes."""
+    found = inner_magnitudes(pieces, density=density, gamma=gamma, **options)
+    bounds = found["bounds"]
+    return {**found, "scales": _scales(pieces, bounds) if rescale else [1.0] * len(bounds)}
+
+
+def _scales(pieces: Pieces, bounds: Sequence[tuple[float, float]]) -> list[float]:
+    """Sum of |t_i| over sum of |t_i| among the kept, for each model; 1 where one of them is (nearly) 0."""
+    sums = torch.zeros(2, len(bounds), dtype=torch.float64)
+    for base, models in pieces:
+        if base is None:
+            raise ValueError("`rescale` needs a base model.")
+        for i, change in enumerate(changes_of(base, models)):
+            sums[0, i] += change.abs().sum().double().cpu()
+            sums[1, i] += keep_magnitudes(change, *bounds[i]).abs().sum().double().cpu()
+    return [float(before / after) if min(before, after) >= SMALLEST_SUM else 1.0 for before, after in sums.T]

@@ -1,0 +1,196 @@
+"""Which elements of a change are kept: the largest, those between two ranks, or a random share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from hf_transfer_ext.merging.arithmetic import kernels
+from hf_transfer_ext.merging.arithmetic.changes import Weights, changes_of, check_weights, in_float
+from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.merging.arithmetic.selection import Distances, order_statistics
+from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
+from hf_transfer_ext.weights.devices import on_host
+
+#: The places of a row may take that many bits of a word of 32; the rest compares magnitudes.
+_PLACE_BITS = 13
+
+
+def magnitudes(base: Tensor | None, models: list[Tensor]) -> list[Distances]:
+    """|t_i| of one piece."""
+    return [Distances(model, base) for model in models]
+
+
+@gives("thresholds")
+def smallest_kept(
+    pieces: Pieces, *, density: PerModel = 1.0, thresholds: Sequence[float] | None = None, **options: Any
+) -> dict[str, Any]:
+    """For each model the magnitude at which the largest int(density * numel) elements begin; inf if they are none.
+
+    Args:
+        thresholds: Those of the whole model, where they are known (`whole_model`); they count for each tensor.
+    """
+    if thresholds is not None:
+        return {"thresholds": list(thresholds)}
+    lows = [low for low, _ in kept_magnitudes(pieces, density, 0.0)]
+    return {"thresholds": lows}
+
+
+@gives("bounds")
+def inner_magnitudes(
+    pieces: Pieces, *, density: PerModel = 1.0, gamma: PerModel = 0.01, **options: Any
+) -> dict[str, Any]:
+    """For each model the smallest and the largest magnitude that is kept when the share `gamma` of outliers goes."""
+    return {"bounds": kept_magnitudes(pieces, density, gamma)}
+
+
+def kept_magnitudes(pieces: Pieces, density: PerModel, gamma: PerModel) -> list[tuple[float, float]]:
+    """Bounds (low, high) of the magnitudes that are kept, for each model: both are magnitudes of kept elements.
+
+    Of n elements the int(gamma n) largest go, then the smallest, until int(density n) are left. Where that is not
+    possible (density + gamma > 1) fewer of the largest go. Density 1 keeps everything.
+    """
+    ranks: list[tuple[int, int] | None] = []
+    for share, outliers in zip(for_each(density, pieces.count), for_each(gamma, pieces.count), strict=True):
+        kept = int(share * pieces.numel)
+        top = min(int(outliers * pieces.numel), pieces.numel - kept)
+        last = pieces.numel - 1 - top
+        ranks.append((last - kept + 1, last) if kept else None)
+    everything = (0, pieces.numel - 1)
+    wanted = sorted({rank for pair in ranks if pair not in (None, everything) for rank in pair or ()})
+    # One selection for all models: the series share the pieces, and models with equal options share the ranks.
+    values = order_statistics(pieces, magnitudes, wanted) if wanted else []
+    bounds = []
+    for i, pair in enumerate(ranks):
+        if pair is None:
+            bounds.append((float("inf"), float("inf")))
+        elif pair == everything:
+            bounds.append((0.0, float("inf")))
+        else:
+            low, high = (values[i][wanted.index(rank)] for rank in pair)
+            bounds.append((low, high if pair[1] < pieces.numel - 1 else float("inf")))
+    return bounds
+
+
+def drop_at_random(change: Weights, density: float, *, noise: Noise, model: int) -> Weights:
+    """Keep each element with probability `density`. The change is overwritten."""
+    if density >= 1:
+        return change
+    if density <= 0:
+        return change.zero_()
+    kept = noise.keep(model, change, density)
+    if on_host(change):  # numpy multiplies by booleans three times faster than torch
+        numbers = change.numpy()
+        np.multiply(numbers, kept.numpy(), out=numbers)
+        return change
+    return change.mul_(kept)
+
+
+def drop_by_rank(
+    base: Float[Tensor, "rows columns"],
+    model: Float[Tensor, "rows columns"],
+    density: float,
+    epsilon: float,
+    *,
+    rescale: bool,
+    noise: Noise,
+    number: int,
+) -> Float[Tensor, "rows columns"]:
+    """Keep each element of a change with a probability that grows with the rank of its magnitude in the row.
+
+    The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, those between
+    in even steps. With `rescale` each is divided by its own probability.
+
+    Magnitudes are compared by their leading bits only, as many as leave room for the place in a 32-bit word (11 bits
+    of the mantissa and more for rows of up to 4096), and equal ones are ranked by place. Sorting such words costs a
+    third of an argsort.
+
+    Args:
+        number: Of the model, which tells its random numbers from those of the others.
+    """
+    if density >= 1:
+        return changes_of(base, [model])[0]
+    if density <= 0:
+        return torch.zeros_like(in_float(model))
+    rows, columns = model.shape
+    steps = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
+    limits = (steps * 2.0**32).astype(np.uint32)
+    scales = (1 / steps if rescale else np.ones(columns)).astype(np.float32)
+    # The words belong to ranks, not to places: which of the independent numbers goes where makes no difference.
+    counter = noise.counter(rows * columns)
+    if counter is not None and kernels.can_take(base, model):
+        width = _bits_of_places(columns)
+        return kernels.drop_by_rank(
+            base,
+            model,
+            limits,
+            scales,
+            width=width,
+            wide=width > _PLACE_BITS,
+            counter=counter,
+            keys=noise.keys(number),
+        )
+    (change,) = changes_of(base, [model])
+    if on_host(change):
+        order = torch.from_numpy(_order_of_magnitudes(change.contiguous()))
+        kept = noise.words(number, rows * columns).reshape(rows, columns) < limits
+        factors = torch.from_numpy(kept * scales)
+    else:
+        order = _order_on_device(change)
+        words = noise.words_on(change.device, number, rows * columns).reshape(rows, columns)
+        chosen = words < torch.from_numpy(limits.astype(np.int64)).to(change.device)
+        factors = chosen * torch.from_numpy(scales).to(change.device)
+    return change * torch.empty_like(factors).scatter_(1, order, factors)
+
+
+def _order_of_magnitudes(change: Float[Tensor, "rows columns"]) -> np.ndarray:
+    """The places of each row's elements, from the smallest magnitude to the largest."""
+    columns = change.shape[1]
+    width = _bits_of_places(columns)
+    places = np.arange(columns, dtype=np.uint32)
+    bits = change.numpy().view(np.uint32) << np.uint32(1)  # without the sign
+    if width <= _PLACE_BITS:
+        mask = np.uint32((1 << width) - 1)
+        bits &= ~mask
+        bits |= places
+        bits.sort(axis=1)
+        bits &= mask
+        return bits.astype(np.int64)
+    long = (bits.astype(np.uint64) << np.uint64(32)) | places
+    long.sort(axis=1)
+    return (long & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def _order_on_device(change: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
+    """The same order, from words of 64 bits."""
+    columns = change.shape[1]
+    width = _bits_of_places(columns)
+    places = torch.arange(columns, device=change.device)
+    magnitudes = change.contiguous().view(torch.int32).long() & 0x7FFFFFFF
+    mask = (1 << (width if width <= _PLACE_BITS else 32)) - 1
+    words = (magnitudes << 1) & ~mask if width <= _PLACE_BITS else magnitudes << 32
+    return (words | places).sort(dim=1).values & mask
+
+
+def _bits_of_places(columns: int) -> int:
+    return max(1, (columns - 1).bit_length())
+
+
+def check_della(*, density: PerModel = 1.0, epsilon: PerModel = 0.15, **options: Any) -> None:
+    """Probabilities have to stay in (0, 1), and weights must have a sum where it divides."""
+    check_weights(**options)
+    densities = [density] if isinstance(density, (int, float)) else list(density)
+    epsilons = [epsilon] if isinstance(epsilon, (int, float)) else list(epsilon)
+    if len(epsilons) == 1:
+        epsilons *= len(densities)
+    for share, spread in zip(densities, epsilons, strict=False):
+        if 0 < share < 1 and not (share - spread > 0 and share + spread < 1):
+            raise ValueError(
+                f"`density` - `epsilon` and `density` + `epsilon` have to lie between 0 and 1, got {share} and "
+                f"{spread}. Choose a smaller epsilon."
+            )

@@ -1,0 +1,90 @@
+"""Whether models calculate the same with the same weights: what equal names and shapes of tensors do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_transfer_ext.merging.planning.config import Source
+from hf_transfer_ext.weights.opened import InputModel
+
+#: Config keys that change what a weight means, though not its shape: 16 heads of 64 are stored as 8 heads of 128 are.
+MEANING_KEYS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "head_dim",
+    "num_experts_per_tok",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+)
+
+#: Types of models that are built alike; all other types go with their own kind only.
+ALIKE_TYPES = ({"llama", "mistral"}, {"gemma3", "gemma3_text"})
+
+#: Other names of the same function.
+_SAME_ACTIVATION = {"silu": "swish", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+def check_same_kind(sources: Sequence[Source], models: Mapping[Any, InputModel]) -> None:
+    """Refuse sources of one slice that are built differently.
+
+    Args:
+        sources: With their layers; a base model that takes part is one of them.
+
+    Raises:
+        ValueError: Their types, heads, activations, or the kinds of their layers differ.
+    """
+    first = sources[0]
+    one = models[first.model]
+    for source in sources[1:]:
+        other = models[source.model]
+        names = f"{str(first.model)!r} and {str(source.model)!r}"
+        types = {str(model.text_config.get("model_type", model.config.get("model_type"))) for model in (one, other)}
+        if len(types) > 1 and not any(types <= alike for alike in ALIKE_TYPES):
+            raise ValueError(
+                f"{names} are of different types ({', '.join(sorted(types))}), which calculate different things with "
+                "the same weights. Only models of one architecture can be merged."
+            )
+        for key in MEANING_KEYS:
+            values = [_meaning(key, model.text_config.get(key)) for model in (one, other)]
+            if None not in values and values[0] != values[1]:
+                raise ValueError(
+                    f"{names} differ in `{key}` of their config.json ({values[0]} and {values[1]}), so the same "
+                    "weights mean different things in them. Only models of one architecture can be merged."
+                )
+        _check_layer_types(first, source, one, other, names)
+
+
+def _meaning(key: str, value: Any) -> Any:
+    return _SAME_ACTIVATION.get(value, value) if isinstance(value, str) else value
+
+
+def _check_layer_types(first: Source, source: Source, one: InputModel, other: InputModel, names: str) -> None:
+    kinds: list[Any] = [one.text_config.get("layer_types"), other.text_config.get("layer_types")]
+    starts = [(part.layer_range or (0, 0))[0] for part in (first, source)]
+    count = (first.layer_range or (0, 0))[1] - starts[0]
+    if not all(isinstance(kind, list) for kind in kinds):
+        return
+    for i in range(count):
+        pair = [kind[start + i] for kind, start in zip(kinds, starts, strict=True) if start + i < len(kind)]
+        if len(pair) == 2 and pair[0] != pair[1]:
+            raise ValueError(
+                f"Layer {starts[0] + i} of {str(first.model)!r} is of kind {pair[0]!r} and layer {starts[1] + i} of "
+                f"{str(source.model)!r} of kind {pair[1]!r} (`layer_types`). Choose `layer_range`s of equal kinds."
+            )
+
+
+def check_layers_are_there(model: InputModel, count: int, stated: int) -> None:
+    """Refuse a model whose files hold fewer layers than its config.json counts.
+
+    Args:
+        count: Layers in the files, 0 where none of the tensors is in a layer.
+        stated: Layers by the config.
+    """
+    if 0 < count < stated:
+        raise ValueError(
+            f"Model {str(model.reference)!r} should have {stated} layers by its config.json, but its files hold "
+            f"{count}. Fetch the missing files, or mend the config."
+        )

@@ -1,0 +1,185 @@
+"""A merge whose result is a LoRA adapter on the base model: the change of the whole merge, cut to a rank.
+
+What is cut is the change of the merged weights, never the factors of the inputs one by one: the sum of two products
+`B A` is not the product of the sums. Where the method is a sum of changes and all models are adapters on the base, the
+change is known by its factors, and no matrix of the base is read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.adapters.extract import ExtractionReport, write_change
+from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.merging.planning.config import MergeConfig, ModelReference
+from hf_transfer_ext.merging.planning.layout import TensorJob
+from hf_transfer_ext.merging.streaming.stream import StreamedPieces
+from hf_transfer_ext.weights.lora import LoraFactors
+from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, InputTensor, Scratch, StoredInput, open_model
+from hf_transfer_ext.weights.resume import key_of
+
+
+@dataclass(frozen=True)
+class MergedInput:
+    """A tensor of the result, calculated when it is read, in float32."""
+
+    job: TensorJob
+    seed: int
+    check: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.job.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.job.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.job.input_bytes
+
+    def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        """Fill `out`, which has to hold the whole tensor: some methods cannot say less of it."""
+        job, method = self.job, self.job.method
+        if start or out.numel() != job.numel:
+            raise ValueError(f"Tensor {job.name!r} is merged as a whole: {job.numel} elements, got {out.numel()}.")
+        if job.is_copy:
+            job.models[0].read(0, out, scratch)
+            return
+        pieces = StreamedPieces(job, Scratch(), 0, job.numel, self.check, threading.Event())
+        options: dict[str, Any] = dict(job.options)
+        if method.statistics is not None:
+            options |= method.statistics(pieces, **options)
+        for place, base, models in pieces.placed():
+            if method.takes_noise:
+                options["noise"] = Noise(self.seed, job.name, place)
+            merged = method.function(base, models, **options).reshape(-1)
+            out[place : place + merged.numel()] = merged
+
+
+def write_adapter(
+    config: MergeConfig,
+    models: Mapping[ModelReference, InputModel],
+    jobs: Sequence[TensorJob],
+    out: str | Path,
+    *,
+    rank: int,
+    content: Mapping[str, Any],
+    files: Mapping[str, str],
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ExtractionReport:
+    """Write the change from the base model to the result of the jobs as a PEFT LoRA folder, whole or not at all.
+
+    The base is `base_model`; without one, the model on which all inputs are adapters.
+
+    Args:
+        jobs: All tensors of the result.
+        content: What the result depends on beside the files of the models (`resume.key_of`).
+        files: Name -> text of further files of the folder.
+
+    Raises:
+        ValueError: There is no base, or the result has tensors or shapes that the base has not.
+    """
+    if config.tokenizer is not None:
+        raise ValueError(
+            "A LoRA keeps the vocabulary of its base, so `tokenizer` and `output.lora` exclude each other."
+        )
+    reference = config.base_model or _common_base(models)
+    if reference in models and models[reference].adapted is not None:
+        raise ValueError(f"`output.lora` needs a base model that is no adapter itself, got {str(reference)!r}.")
+    opened = None if reference in models else open_model(reference)
+    start = opened or models[reference]
+    try:
+        tensors: dict[str, InputTensor] = {}
+        for job in jobs:
+            tensors[job.name] = _known_result(job, start) or MergedInput(job, config.seed, not allow_nonfinite)
+        result = ModelReference(f"the merge by {config.merge_method}")
+        end = InputModel(result, start.folder, start.config, start.checkpoint, tensors)
+        return write_change(
+            start,
+            end,
+            out,
+            rank=rank,
+            dtype=config.out_dtype or config.dtype or torch.float32,
+            key=key_of(
+                {**content, "rank": rank}, [*start.files, *(f for model in models.values() for f in model.files)]
+            ),
+            base_model=reference.path,
+            revision=reference.revision,
+            overwrite=overwrite,
+            progress=progress,
+            files=files,
+        )
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _common_base(models: Mapping[ModelReference, InputModel]) -> ModelReference:
+    bases = {model.adapted for model in models.values()}
+    base = next(iter(bases))
+    if len(bases) > 1 or base is None:
+        raise ValueError(
+            "`output.lora` needs a base to be an adapter on: name a `base_model`, or merge adapters on one model only."
+        )
+    return base
+
+
+def _known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
+    """The base's own tensor where no input changed it, or with the factors of its change, where they are known.
+
+    The mean of equal numbers is not equal to them to the last bit, so that what did not change has to be known.
+    """
+    weights = _weights_of_changes(job)
+    base = start.tensors.get(job.name)
+    if base is None:
+        return None
+    if all(_is_same(tensor, base) for tensor in job.models):
+        gives_it_back = weights is not None or job.method.base == "required" or job.method.__name__ in _MEANS
+        return base if gives_it_back else None
+    if weights is None:
+        return None
+    parts = []
+    for weight, tensor in zip(weights, job.models, strict=True):
+        if isinstance(tensor, AdaptedInput) and _is_same(tensor.inner, base):
+            parts.append((weight, tensor.factors))
+        elif not _is_same(tensor, base):
+            return None
+    left = torch.cat([factors.left * weight for weight, factors in parts], dim=1)
+    return AdaptedInput(base, LoraFactors(left, torch.cat([factors.right for _, factors in parts], dim=0)))
+
+
+#: Methods that give a model back that is merged with itself, beside those on changes.
+_MEANS = ("slerp", "nuslerp", "multislerp", "karcher")
+
+
+def _weights_of_changes(job: TensorJob) -> list[float] | None:
+    """The factors c_i for which the result is theta_0 + sum_i c_i t_i; None for methods that are no such sum."""
+    options, name = job.options, job.method.__name__
+    weights: list[float] = options.get("weight", [])
+    total = sum(weights)
+    if name == "task_arithmetic":
+        scale = options["lambda_"] / (total or 1.0) if options["normalize"] else options["lambda_"]
+    elif name == "linear" and (options["normalize"] or abs(total - 1) < 1e-12):
+        scale = 1 / total
+    else:
+        return None
+    return [weight * scale for weight in weights]
+
+
+def _is_same(one: InputTensor, other: InputTensor) -> bool:
+    """Whether two inputs are the same bytes of the same file."""
+    if not isinstance(one, StoredInput) or not isinstance(other, StoredInput):
+        return False
+    a, b = one.entry, other.entry
+    return a.loaded is None and b.loaded is None and (a.file.resolve(), a.offset) == (b.file.resolve(), b.offset)

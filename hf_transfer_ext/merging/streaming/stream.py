@@ -1,0 +1,406 @@
+"""The stream: reads pieces of tensors, lets a method work on them, writes the result in place.
+
+Memory is bounded by threads x models x piece, not by the model. A tensor's numbers depend on the pieces' fixed size
+only, so the files are the same, byte for byte, for any number of threads. Finished tensors are noted in a journal; a
+run that was killed goes on from there.
+
+On a GPU the same methods work on larger pieces. Random masks are the same there; sums are taken in another order and
+products are fused with them, so results agree with those of the CPU to the rounding of float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.merging.arithmetic import kernels
+from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.merging.planning.layout import TensorJob
+from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
+from hf_transfer_ext.weights.opened import InputTensor, Scratch, StoredInput
+from hf_transfer_ext.weights.ranks import Ranks
+
+#: Elements of a piece: few enough for the caches of a core, enough that Python's part of the work is small.
+PIECE = 1 << 18
+
+#: Elements of a piece for the kernels, which need no caches for what lies between two operations.
+STORED_PIECE = 1 << 19
+
+#: Elements of a piece on a GPU; with buffers and intermediate results about half a gigabyte for each thread.
+DEVICE_PIECE = 1 << 23
+
+#: A sample holds one element in SAMPLE_STEP, a number that has no factor in common with most widths of matrices. Where
+#: every run has to be read by itself, it holds no more than SAMPLE, in runs of SAMPLE_RUN.
+SAMPLE_STEP, SAMPLE, SAMPLE_RUN = 61, 1 << 17, 1 << 7
+
+#: Bytes that all threads together may hold of tensors that are looked at several times, so that they are read once.
+HELD = 96 << 20
+
+#: Elements of a tensor that one thread takes at a time where nothing has to be known about the whole tensor.
+SEGMENT = 1 << 23
+
+
+@dataclass
+class StreamedPieces:
+    """The pieces of one tensor (or of a segment of it) for a method's statistics and arithmetic.
+
+    `check` refuses NaN and infinity, and is done in the first pass over a tensor. A tensor of up to `hold` bytes is
+    read in the first pass and kept for the others.
+    """
+
+    job: TensorJob
+    scratch: Scratch
+    start: int
+    stop: int
+    check: bool
+    halt: threading.Event
+    hold: int = 0
+    held: list[tuple[int, Tensor | None, list[Tensor]]] = field(default_factory=list)
+
+    @property
+    def stored(self) -> bool:
+        """Whether pieces may come in the dtype of the files."""
+        return _is_for_kernels(self.job, self.scratch.device)
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def count(self) -> int:
+        return len(self.job.models)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        for _, base, models in self.placed():
+            yield base, models
+
+    def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        if self.numel <= elements_of(self.job, self.scratch.device) or self.job.method.unit == "matrix":
+            yield from self
+            return
+        if self._is_held():
+            for start, base, models in self.placed():
+                own = slice((self.start - start) % SAMPLE_STEP, None, SAMPLE_STEP)
+                yield None if base is None else base.reshape(-1)[own], [one.reshape(-1)[own] for one in models]
+            return
+        columns = columns_of(self.job)
+        run = min(-(-SAMPLE_RUN // columns) * columns, self.numel)
+        runs = max(1, min(SAMPLE, self.numel // SAMPLE_STEP) // run)
+        step = max(run, self.numel // runs // columns * columns)
+        starts = range(self.start, self.stop - run + 1, step)
+        base = None if self.job.base is None else self._read_runs(self.job.base, starts, run, 0)
+        yield base, [self._read_runs(one, starts, run, slot + 1) for slot, one in enumerate(self.job.models)]
+
+    def placed(self) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
+        """Also tell where a piece starts in the flat tensor."""
+        if self.held:
+            yield from self.held
+            return
+        step, hold = piece_of(self.job, self.scratch.device), self._is_held()
+        pieces: list[tuple[int, Tensor | None, list[Tensor]]] = []
+        for start in range(self.start, self.stop, step):
+            stop = min(start + step, self.stop)
+            if self.halt.is_set():
+                raise InterruptedError("The merge was stopped.")
+            piece = (start, *self._at(start, stop, check=self.check, number=len(pieces)))
+            if hold:
+                pieces.append(piece)
+            yield piece
+        self.held, self.check = pieces, False  # only now, when all of them were seen
+
+    def _is_held(self) -> bool:
+        tensors = [self.job.base, *self.job.models] if self.job.base is not None else self.job.models
+        nbytes = self.numel * sum(one.dtype.itemsize for one in tensors)
+        return self.stored and nbytes <= self.hold and all(_is_stored(one) for one in tensors)
+
+    def _at(self, start: int, stop: int, *, check: bool, number: int = 0) -> tuple[Tensor | None, list[Tensor]]:
+        base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check, number)
+        models = [self._read(one, start, stop, slot + 1, check, number) for slot, one in enumerate(self.job.models)]
+        return base, models
+
+    def _read_runs(self, tensor: InputTensor, starts: Sequence[int], run: int, slot: int) -> Tensor:
+        """Several runs of a tensor, one after the other."""
+        if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
+            out = tensor.stored_runs(starts, run, self.scratch, (slot, 0))
+        else:
+            out = self.scratch.floats(slot, len(starts) * run)
+            for i, start in enumerate(starts):
+                tensor.read(start, out[i * run : (i + 1) * run], self.scratch)
+        return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
+
+    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool, number: int) -> Tensor:
+        if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
+            out = tensor.stored(start, stop - start, self.scratch, (slot, number))
+        else:
+            out = self.scratch.floats(slot, stop - start)
+            tensor.read(start, out, self.scratch)
+        bad = start + first_nonfinite(out) if check else -1
+        if bad >= start:
+            number = next((i + 1 for i, one in enumerate(self.job.models) if one is tensor), 0)
+            whose = f"of model {number}" if number else "of the base model"
+            where = f" ({str(tensor.entry.file)!r})" if isinstance(tensor, StoredInput) else ""
+            raise ValueError(
+                f"Tensor {self.job.name!r} {whose}{where} holds NaN or infinity, first at element {bad}. Mend the "
+                "model, or pass --allow-nonfinite to merge it all the same."
+            )
+        if self.job.method.unit == "matrix":
+            return out.reshape(self.job.shape)
+        return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
+
+
+@dataclass(frozen=True)
+class _Task:
+    job: TensorJob
+    start: int
+    stop: int
+
+
+class Stream:
+    """Works through jobs with several threads.
+
+    Args:
+        writer: Takes the result; it knows all tensors of the jobs.
+        threads: Workers; each works with one thread of torch.
+        device: Where the methods calculate.
+        journal: File that notes finished tensors.
+        failure: File that is made when a tensor fails, and that ends the streams of other processes.
+        advance: Called with the number of input bytes that were worked through.
+    """
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        *,
+        threads: int,
+        device: torch.device | None = None,
+        journal: Path,
+        failure: Path,
+        seed: int = 0,
+        allow_nonfinite: bool = False,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        self.writer, self.threads, self.seed = writer, threads, seed
+        self.device = device or torch.device("cpu")
+        self.failure = failure
+        self.allow_nonfinite, self.advance = allow_nonfinite, advance
+        self.journal = Journal(journal)
+        self._halt = threading.Event()
+        self._lock = threading.Lock()
+        self._left: dict[str, int] = {}
+        self._local = threading.local()
+
+    def run(self, jobs: Sequence[TensorJob]) -> None:
+        """Write the tensors of all jobs."""
+        tasks = [task for job in jobs for task in _tasks_of(job, self.device)]
+        for task in tasks:
+            self._left[task.job.name] = self._left.get(task.job.name, 0) + 1
+        tasks.sort(key=lambda task: task.start - task.stop)  # the largest first, so that no thread ends up alone
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        _keep_freed_memory()
+        pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            futures = [pool.submit(self._work, task) for task in tasks]
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+        except Exception:
+            self.failure.touch()
+            raise
+        finally:
+            self._halt.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            self.journal.close()
+            torch.set_num_threads(threads_before)
+
+    def _work(self, task: _Task) -> None:
+        if self.failure.exists():
+            raise InterruptedError("The merge was stopped, since another process of it failed.")
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch(self.device)
+            self._local.queue = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with torch.cuda.stream(self._local.queue):  # of this thread, so that one copies while another calculates
+            if task.job.is_copy:
+                self._copy(task)
+            else:
+                self._merge(task)
+        with self._lock:
+            self._left[task.job.name] -= 1
+            if self._left[task.job.name] == 0:
+                self.journal.finish(task.job.name)
+
+    def _merge(self, task: _Task) -> None:
+        job, method = task.job, task.job.method
+        hold = HELD // self.threads if method.statistics is not None else 0
+        check = not self.allow_nonfinite
+        pieces = StreamedPieces(job, self._local.scratch, task.start, task.stop, check, self._halt, hold)
+        options: dict[str, Any] = dict(job.options)
+        if method.statistics is not None:
+            options |= method.statistics(pieces, **options)
+        per_element = job.input_bytes / max(1, job.numel)
+        for start, base, models in pieces.placed():
+            if method.takes_noise:
+                options["noise"] = Noise(self.seed, job.name, start)
+            merged = method.function(base, models, **options).reshape(-1)
+            result = merged.to(job.dtype)
+            if job.dtype == torch.float16 and not self.allow_nonfinite and not torch.isfinite(result).all():
+                raise ValueError(f"Tensor {job.name!r} does not fit into float16. Choose `out_dtype: bfloat16`.")
+            self.writer.write(job.name, start, result.cpu())
+            with self._lock:
+                self.advance(round(per_element * merged.numel()))
+
+    def _copy(self, task: _Task) -> None:
+        job, size = task.job, task.job.dtype.itemsize
+        source = job.models[0]
+        if not isinstance(source, StoredInput):
+            self._merge(task)
+            return
+        step = PIECE * 4
+        for start in range(task.start * size, task.stop * size, step):
+            if self._halt.is_set():
+                raise InterruptedError("The merge was stopped.")
+            raw = self._local.scratch.raw(min(step, task.stop * size - start))
+            view = memoryview(raw)
+            source.checkpoint.read_bytes(source.entry, start, view)
+            self.writer.write_bytes(job.name, start, view)
+            with self._lock:
+                self.advance(len(view))
+
+
+def _is_stored(tensor: InputTensor) -> bool:
+    return isinstance(tensor, StoredInput) and tensor.dtype in kernels.DTYPES
+
+
+def first_nonfinite(values: Tensor) -> int:
+    """The place of the first element that is NaN or infinite, -1 if there is none."""
+    if kernels.can_take(values):
+        return kernels.first_nonfinite(values)
+    if math.isfinite(float(values.sum())) or torch.isfinite(values).all():
+        return -1
+    return int((~torch.isfinite(values)).nonzero()[0])
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory of intermediate results for the next ones.
+
+    It gives blocks above a limit back to the system at once, and new ones cost more time than the arithmetic on them.
+    The limit follows the largest block that was ever freed.
+    """
+    torch.empty(1 << 22, dtype=torch.float32)
+
+
+def _tasks_of(job: TensorJob, device: torch.device) -> list[_Task]:
+    """Cut a tensor into segments of whole pieces, unless the method has to see all of it."""
+    if not job.is_copy and (job.method.statistics is not None or job.method.unit == "matrix"):
+        return [_Task(job, 0, job.numel)]
+    piece = piece_of(job, device)
+    step = max(1, SEGMENT // piece) * piece
+    return [_Task(job, start, min(start + step, job.numel)) for start in range(0, job.numel, step)] or [
+        _Task(job, 0, 0)
+    ]
+
+
+def elements_of(job: TensorJob, device: torch.device) -> int:
+    """Elements of a piece, before it is rounded to whole rows."""
+    if device.type != "cpu":
+        return DEVICE_PIECE
+    return STORED_PIECE if _is_for_kernels(job, device) else PIECE
+
+
+def _is_for_kernels(job: TensorJob, device: torch.device) -> bool:
+    return job.method.stored and kernels.LIBRARY is not None and device.type == "cpu"
+
+
+def piece_of(job: TensorJob, device: torch.device) -> int:
+    """Elements of a piece, rounded to whole rows for methods that need them; all of it for whole matrices."""
+    if job.method.unit == "matrix" and not job.is_copy:
+        return max(1, job.numel)
+    columns = columns_of(job)
+    return max(1, elements_of(job, device) // columns) * columns
+
+
+def columns_of(job: TensorJob) -> int:
+    return max(1, job.shape[-1]) if job.method.unit == "row" and job.shape else 1
+
+
+#: Journals in the folder of a merge begin with this, and end with the number of the process that writes them.
+JOURNAL = ".finished_tensors"
+
+#: File in the folder of a merge that tells all processes that one of them failed.
+FAILURE = ".failed"
+
+
+def write_tensors(
+    folder: Path,
+    jobs: Sequence[TensorJob],
+    *,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    threads: int,
+    device: torch.device | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    seed: int = 0,
+    allow_nonfinite: bool = False,
+    advance: Callable[[int], object] = lambda count: None,
+) -> int:
+    """Write the tensors of all jobs into a folder, shared out over the ranks; those that are there already stay.
+
+    Args:
+        folder: Of all ranks (`resume.resumable_folder`); tensors and journals in it were left by the same jobs.
+        advance: Called with the number of input bytes that were worked through, or not needed any more.
+
+    Returns:
+        How many tensors were there.
+    """
+    specs = [job.spec for job in jobs]
+    with ranks.together():  # the first rank lays the files out, the others find them
+        if ranks.is_first:
+            (folder / FAILURE).unlink(missing_ok=True)  # a failed run that was killed may have left it
+            CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True).close()
+        finished = finished_tensors(folder)
+    done: set[str] = ranks.gather(finished)[0]
+    with ranks.together():
+        own = ranks.share_of([job for job in jobs if job.name not in done])
+        with CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True) as writer:
+            Stream(
+                writer,
+                threads=threads,
+                device=device,
+                journal=folder / f"{JOURNAL}-{ranks.rank}",
+                failure=folder / FAILURE,
+                seed=seed,
+                allow_nonfinite=allow_nonfinite,
+                advance=advance,
+            ).run(own)
+    return len(done)
+
+
+class Journal:
+    """A file with one line for each finished tensor. A last line that a kill cut off is taken away."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        whole = path.read_bytes().rpartition(b"\n")
+        os.ftruncate(self._descriptor, len(whole[0] + whole[1]))
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    def finish(self, name: str) -> None:
+        os.write(self._descriptor, (json.dumps(name) + "\n").encode())
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def finished_tensors(folder: Path) -> set[str]:
+    """The names in all journals of a folder; a last line without an end does not count."""
+    lines = [line for path in folder.glob(f"{JOURNAL}-*") for line in path.read_text("utf-8").split("\n")[:-1]]
+    return {json.loads(line) for line in lines}

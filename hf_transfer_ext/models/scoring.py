@@ -1,0 +1,518 @@
+"""One teacher-forced pass over a batch of sequences: everything that metrics ask of it, chunk by chunk of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hf_transfer_ext.data.question_answer import EncodedAnswer
+from hf_transfer_ext.models.heads import causal_lm_of, head_module, head_replaced, logit_scale_and_softcap
+
+#: Logits that exist at one time, in entries (16 MB of float32): chunks of tokens are cut to fit, for any vocabulary.
+LOGITS_AT_ONCE = 1 << 22
+#: A GPU wants more rows in one product, and takes so many times as much.
+GPU_FACTOR = 16
+#: Tokens of a prompt, beside its last one, from which on several answers to it are read in one row.
+SHORTEST_SHARED_PROMPT = 4
+#: Tokens of a row that is shared, unless a single answer has more: its mask grows with their square.
+LONGEST_SHARED_ROW = 1024
+
+Rows = Float[Tensor, "rows hidden"]
+RowLogits = Float[Tensor, "rows vocab"]
+
+
+@dataclass
+class TokenScores:
+    """What one forward pass tells about each token of an answer; arrays are as long as the answer.
+
+    Args:
+        log_probs: Natural logarithm of the token's probability.
+        first_choice: Whether the token was the most probable one.
+        vocabulary_mean: Mean of log p over the vocabulary, weighted with p: minus the entropy, in nats.
+        vocabulary_std: Standard deviation of log p over the vocabulary, weighted with p, in nats.
+        reference_log_probs: As `log_probs`, under the reference.
+        reference_kl: KL(reference || model), in nats.
+        reference_agrees: Whether reference and model have the same first choice.
+        gradient_norm: L2 norm of the gradient of the answer's mean loss, in nats per unit of weight.
+        hidden: Hidden state at the last token before the answer, after the embedding and after each layer.
+    """
+
+    log_probs: np.ndarray
+    first_choice: np.ndarray
+    vocabulary_mean: np.ndarray | None = None
+    vocabulary_std: np.ndarray | None = None
+    reference_log_probs: np.ndarray | None = None
+    reference_kl: np.ndarray | None = None
+    reference_agrees: np.ndarray | None = None
+    gradient_norm: float | None = None
+    hidden: np.ndarray | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, in nats per token."""
+        return float(-self.log_probs.mean())
+
+    def __len__(self) -> int:
+        return len(self.log_probs)
+
+    def known(self, name: str) -> np.ndarray:
+        """The quantity of this name, which the metric has to have declared among its needs."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"`{name}` was not scored. The metric that reads it has to declare the need for it.")
+        return value
+
+    def has(self, needs: frozenset[str]) -> bool:
+        """Whether all the needed quantities are known; `generations` are not this class's matter."""
+        known = {
+            "token_log_probs": self.log_probs,
+            "vocabulary_moments": self.vocabulary_mean,
+            "reference": self.reference_kl,
+            "gradients": self.gradient_norm,
+            "hidden_states": self.hidden,
+        }
+        return all(known[need] is not None for need in needs if need in known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; what is unknown is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items() if v is not None}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> TokenScores:
+        arrays: dict[str, Any] = {k: np.asarray(v) if isinstance(v, list) else v for k, v in values.items()}
+        return TokenScores(**arrays)
+
+
+@dataclass
+class ScoredExample:
+    """One example with everything that was asked about it.
+
+    Args:
+        index: Its place in the data that was given.
+        example: The example itself, by the schema's own column names.
+        texts: column -> scores, one per text of the column ("perturbed_answer" has several).
+        sequences: As `texts`, with the tokens.
+        generation: What the model wrote after the prompt, without special tokens.
+    """
+
+    index: int
+    example: dict[str, Any]
+    texts: dict[str, list[TokenScores]] = field(default_factory=dict)
+    sequences: dict[str, list[EncodedAnswer]] = field(default_factory=dict)
+    generation: str | None = None
+
+    @property
+    def answer(self) -> TokenScores:
+        return self.texts["answer"][0]
+
+    @property
+    def paraphrase(self) -> TokenScores:
+        """The paraphrased answer, or the answer itself where the data has no paraphrase (as TOFU does)."""
+        return self.texts.get("paraphrased_answer", self.texts["answer"])[0]
+
+
+def output_head(model: Any) -> Callable[[Rows], RowLogits]:
+    """Hidden rows -> logits, as the model's own forward does: head (adapted or not), bias, logit scale, soft cap."""
+    head = head_module(model)
+    scale, softcap = logit_scale_and_softcap(causal_lm_of(model).config)
+
+    def project(rows: Rows) -> RowLogits:
+        # The class's own forward: the instance's may stand replaced at this moment.
+        logits = type(head).forward(head, rows).float() * scale
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+    return project
+
+
+def vocabulary_size(model: Any) -> int:
+    config: Any = causal_lm_of(model).config
+    return config.get_text_config().vocab_size
+
+
+def hidden_states(model: Any, **inputs: Any) -> tuple[Any, Any]:
+    """(input of the output head, the model's output): one whole forward of the model, without its logits."""
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(hidden)
+        return hidden[..., :1]  # stands where the logits would; nobody reads it
+
+    with head_replaced(head_module(model), keep):
+        output = model(**inputs)
+    return kept[-1], output
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether weights are whole only within the forward of the model, as under FSDP and ZeRO-3."""
+    parameter = next(iter(model.parameters()))
+    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
+
+
+@torch.no_grad()
+def prompts_can_be_shared(model: Any) -> bool:
+    """Whether `Batch.sharing` gives the model's own logits, tried on two answers to one prompt.
+
+    Models that take no mask of their own (recurrent ones, ALiBi, flash attention) read each sequence by itself.
+    """
+    if is_sharded(model):
+        return False
+    parameter = next(iter(model.parameters()))
+    ids = [(at * 7 + 1) % vocabulary_size(model) for at in range(11)]
+    sequences = [EncodedAnswer(ids[:8], 6), EncodedAnswer([*ids[:6], *ids[8:]], 6)]
+    try:
+        apart, shared = [
+            torch.log_softmax(model(**batch.inputs_of(model), use_cache=False).logits[batch.rows].float(), -1)
+            for batch in (make(sequences, ids[0], parameter.device) for make in (Batch.of, Batch.sharing))
+        ]
+    except (AttributeError, TypeError, ValueError, NotImplementedError, IndexError, RuntimeError):
+        return False
+    allowed = (1e-3 if parameter.dtype == torch.float32 else 3e-2) * max(1.0, float(apart.std()))
+    return apart.shape == shared.shape and bool((apart - shared).abs().max() <= allowed)
+
+
+def attention_span(model: Any) -> float:
+    """The number of tokens that every layer of the model looks back on."""
+    config: Any = causal_lm_of(model).config.get_text_config()
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((span for span in spans if span), default=math.inf)
+
+
+@torch.no_grad()
+def head_is_faithful(model: Any) -> bool:
+    """Whether hidden states + `output_head` give the model's own logits, tried on three tokens.
+
+    Transformers writes what follows the head into each model's forward; a model whose steps are not known, or whose
+    weights are whole only within its own forward (FSDP, ZeRO-3), is scored from its own logits.
+    """
+    if is_sharded(model):
+        return False
+    ids = torch.arange(1, 4, device=next(model.parameters()).device)[None] % vocabulary_size(model)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        own = model(**inputs).logits.float()
+        hidden, _ = hidden_states(model, **inputs)
+        mine = output_head(model)(hidden[0])
+    except (AttributeError, TypeError, NotImplementedError, IndexError):
+        return False
+    return torch.allclose(mine, own[0], rtol=1e-3, atol=1e-3)
+
+
+@contextmanager
+def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
+    """Within the block `model` works with `adapter`: a name, "base" for none at all, None for what is active.
+
+    Nothing is loaded or copied; afterwards the adapter, and which weights are trainable, is as before.
+
+    Raises:
+        ValueError: The model has no such adapter.
+    """
+    if adapter is None:
+        yield
+        return
+    if not hasattr(model, "peft_config"):
+        raise ValueError(f"Adapter {adapter!r} was asked for, but {type(model).__name__} is not a PeftModel.")
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    if adapter == "base":
+        with model.disable_adapter():
+            yield
+    else:
+        if adapter not in model.peft_config:
+            raise ValueError(f"There is no adapter {adapter!r}. Loaded: {', '.join(model.peft_config)}, base.")
+        before = model.active_adapter
+        model.set_adapter(adapter)
+        try:
+            yield
+        finally:
+            model.set_adapter(before)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+
+
+def _row_products(first: RowLogits, second: RowLogits) -> Float[Tensor, " rows"]:
+    """The inner product of each two rows, without a table of products."""
+    return torch.bmm(first[:, None], second[:, :, None])[:, 0, 0]
+
+
+@dataclass
+class Batch:
+    """Sequences of one forward pass, padded on the right; `rows` picks the positions that predict answer tokens.
+
+    Args:
+        input_ids: `(batch, length)`.
+        attention_mask: `(batch, length)`, 0 for padding; where rows share a prompt, which tokens each token sees,
+            `(batch, 1, length, length)`.
+        position_ids: `(batch, length)` where rows share a prompt, else None: they simply count up.
+        rows: `(batch, length)`; in reading order these are the answers of the sequences in the order of `order`.
+        targets: The answers' tokens, in that order.
+        order: Places of the sequences in the list that was given.
+        starts: For each sequence of `order`, row and column of the last token before its answer.
+        tokens: Tokens that are read, without padding.
+    """
+
+    input_ids: Int[Tensor, "batch length"]
+    attention_mask: Tensor
+    position_ids: Int[Tensor, "batch length"] | None
+    rows: Bool[Tensor, "batch length"]
+    targets: Int[Tensor, " rows"]
+    order: list[int]
+    starts: list[tuple[int, int]]
+    tokens: int
+
+    @property
+    def length(self) -> int:
+        return self.rows.shape[1]
+
+    def inputs_of(self, model: Any) -> dict[str, Tensor]:
+        """What the model is called with; a mask of its own is added to the scores, in its dtype."""
+        if self.position_ids is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        dtype = next(iter(model.parameters())).dtype
+        added = torch.zeros(self.attention_mask.shape, dtype=dtype, device=self.attention_mask.device)
+        added.masked_fill_(~self.attention_mask, torch.finfo(dtype).min)
+        return {"input_ids": self.input_ids, "attention_mask": added, "position_ids": self.position_ids}
+
+    @staticmethod
+    def of(sequences: Sequence[EncodedAnswer], pad_id: int, device: Any) -> Batch:
+        """Every sequence in a row of its own."""
+        length = max(len(s.input_ids) for s in sequences)
+        ids = torch.full((len(sequences), length), pad_id)
+        mask, rows = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for i, s in enumerate(sequences):
+            ids[i, : len(s.input_ids)] = torch.tensor(s.input_ids)
+            mask[i, : len(s.input_ids)] = 1
+            rows[i, s.answer_start - 1 : len(s.input_ids) - 1] = True
+        targets = torch.cat([torch.tensor(s.input_ids[s.answer_start :]) for s in sequences])
+        starts = [(i, s.answer_start - 1) for i, s in enumerate(sequences)]
+        order = list(range(len(sequences)))
+        ids, mask, rows, targets = (tensor.to(device) for tensor in (ids, mask, rows, targets))
+        return Batch(ids, mask, None, rows, targets, order, starts, int(mask.sum()))
+
+    @staticmethod
+    def sharing(sequences: Sequence[EncodedAnswer], pad_id: int, device: Any) -> Batch:
+        """Answers to one prompt in one row, which reads the prompt once: no answer sees another.
+
+        A row is the prompt but for its last token, then for each answer that token and the answer but for its end,
+        which predicts nothing. Positions go on from the prompt for each of them.
+        """
+        groups = groups_of(sequences)
+        prompts = [list(sequences[group[0]].input_ids[: sequences[group[0]].answer_start - 1]) for group in groups]
+        branches = [[sequences[i].input_ids[sequences[i].answer_start - 1 : -1] for i in group] for group in groups]
+        lengths = [len(p) + sum(map(len, parts)) for p, parts in zip(prompts, branches, strict=True)]
+        ids = torch.full((len(groups), max(lengths)), pad_id)
+        positions, rows = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        seen = torch.eye(max(lengths), dtype=torch.bool).repeat(len(groups), 1, 1)  # [query, key]; padding sees itself
+        starts: list[tuple[int, int]] = []
+        for g, (prompt, parts) in enumerate(zip(prompts, branches, strict=True)):
+            shared = at = len(prompt)
+            ids[g, :shared] = torch.tensor(prompt)
+            positions[g, :shared] = torch.arange(shared)
+            seen[g, :shared, :shared] = torch.ones(shared, shared, dtype=torch.bool).tril()
+            for part in parts:
+                own = slice(at, at + len(part))
+                ids[g, own], rows[g, own] = torch.tensor(part), True
+                positions[g, own] = torch.arange(shared, shared + len(part))
+                seen[g, own, :shared] = True
+                seen[g, own, own] = torch.ones(len(part), len(part), dtype=torch.bool).tril()
+                starts.append((g, at))
+                at += len(part)
+        order = [i for group in groups for i in group]
+        targets = torch.cat([torch.tensor(sequences[i].input_ids[sequences[i].answer_start :]) for i in order])
+        ids, positions, rows, targets, seen = (x.to(device) for x in (ids, positions, rows, targets, seen[:, None]))
+        return Batch(ids, seen, positions, rows, targets, order, starts, sum(lengths))
+
+
+def groups_of(sequences: Sequence[EncodedAnswer]) -> list[list[int]]:
+    """Places of the sequences that share a row: those of one prompt that is worth it, until the row is full."""
+    groups: list[list[int]] = []
+    open_row: dict[tuple[int, ...], tuple[list[int], int]] = {}  # prompt -> the row that takes more, and its tokens
+    for i, s in enumerate(sequences):
+        prompt = tuple(s.input_ids[: s.answer_start])
+        row, tokens = open_row.get(prompt, ([], 0))
+        if not row or tokens + s.answer_length > LONGEST_SHARED_ROW:
+            row, tokens = [], s.answer_start - 1
+            groups.append(row)
+        row.append(i)
+        if s.answer_start - 1 >= SHORTEST_SHARED_PROMPT:
+            open_row[prompt] = row, tokens + s.answer_length
+    return groups
+
+
+class Scorer:
+    """Scores batches with a model and, where it is needed, a reference.
+
+    Args:
+        model: Causal language model or PeftModel, on its device, in eval mode.
+        reference: Another model, or the name of an adapter of `model` ("base" for its base); None for none.
+        adapter: Adapter of `model` that is measured; None for the active one.
+        pad_id: Token id that fills the right side of a batch (masked).
+    """
+
+    def __init__(self, model: Any, *, reference: Any = None, adapter: str | None = None, pad_id: int = 0) -> None:
+        self.model, self.adapter, self.pad_id = model, adapter, pad_id
+        self.reference_model = model if isinstance(reference, str) else reference
+        self.reference_adapter = reference if isinstance(reference, str) else None
+        self.forward_tokens = 0
+        self.forwards = 0
+        self._faithful: dict[int, bool] = {}
+        self._shares: dict[int, bool] = {}
+
+    def score(self, sequences: Sequence[EncodedAnswer], needs: frozenset[str]) -> list[TokenScores]:
+        """Score each sequence once for all `needs`; gradients are taken one sequence at a time."""
+        single = "gradients" in needs or not self.splits(self.model)
+        if "reference" in needs:
+            single = single or not self.splits(self.reference_model)
+        if not single:
+            return self._score_group(list(sequences), needs)
+        references: list[Any] = [None] * len(sequences)
+        if "reference" in needs and self.splits(self.reference_model):
+            references = self._reference_rows(sequences)  # which takes no gradient, and so goes all at once
+        return [
+            scores
+            for s, reference in zip(sequences, references, strict=True)
+            for scores in self._score_group([s], needs, reference)
+        ]
+
+    def splits(self, model: Any) -> bool:
+        """Whether hidden states and head can be called apart; if not, whole logits of one sequence at a time."""
+        if id(model) not in self._faithful:
+            self._faithful[id(model)] = head_is_faithful(model)
+        return self._faithful[id(model)]
+
+    def shares_prompts(self, model: Any) -> bool:
+        """Whether answers to one prompt can be read in one row."""
+        if id(model) not in self._shares:
+            self._shares[id(model)] = prompts_can_be_shared(model)
+        return self._shares[id(model)]
+
+    def _reference_rows(self, sequences: Sequence[EncodedAnswer]) -> list[tuple[Any, Any]]:
+        """(rows, head) of the reference for each sequence, from one pass over all of them."""
+        batch = self._batch_of(sequences, [self.reference_model])
+        with torch.no_grad():
+            rows, head, _ = self._rows(self.reference_model, self.reference_adapter, batch, False)
+        parts = rows.split([sequences[place].answer_length for place in batch.order])
+        found = dict(zip(batch.order, parts, strict=True))
+        return [(found[place], head) for place in range(len(sequences))]
+
+    def _batch_of(self, sequences: Sequence[EncodedAnswer], models: Sequence[Any]) -> Batch:
+        device = next(iter(models[0].parameters())).device
+        longest = max(len(s.input_ids) for s in sequences)
+        if (
+            len(groups_of(sequences)) < len(sequences)
+            and longest <= min(attention_span(model) for model in models)
+            and all(self.shares_prompts(model) for model in models)
+        ):
+            return Batch.sharing(sequences, self.pad_id, device)
+        return Batch.of(sequences, self.pad_id, device)
+
+    def _rows(self, model: Any, adapter: str | None, batch: Batch, every_layer: bool) -> tuple[Any, Any, Any]:
+        """(rows, head, all hidden states): rows of hidden states with their head, or rows of logits with none."""
+        self.forwards += 1
+        self.forward_tokens += batch.tokens
+        inputs = {**batch.inputs_of(model), "use_cache": False}
+        with active_adapter(model, adapter):
+            # Prompt-learning adapters put virtual tokens in front: the last columns are the batch's own.
+            own = slice(-batch.length, None)
+            if self.splits(model):
+                hidden, output = hidden_states(model, **inputs, output_hidden_states=every_layer)
+                return hidden[:, own][batch.rows], output_head(model), output.hidden_states
+            output = model(**inputs, output_hidden_states=every_layer)
+            return output.logits[:, own][batch.rows].float(), lambda rows: rows, output.hidden_states
+
+    def _score_group(
+        self, sequences: list[EncodedAnswer], needs: frozenset[str], reference: tuple[Any, Any] | None = None
+    ) -> list[TokenScores]:
+        """Score sequences in one pass; `reference` has its rows and head, where they are known already."""
+        models = [self.model, self.reference_model] if "reference" in needs else [self.model]
+        batch = self._batch_of(sequences, models)
+        gradients = "gradients" in needs
+        with torch.enable_grad() if gradients else torch.no_grad():
+            rows, head, hidden = self._rows(self.model, self.adapter, batch, "hidden_states" in needs)
+            norm = self._gradient_norm(rows, head, batch) if gradients else None
+        rows = rows.detach()
+        reference_rows, reference_head = reference or (None, None)
+        with torch.no_grad():
+            if "reference" in needs and reference is None:
+                reference_rows, reference_head, _ = self._rows(
+                    self.reference_model, self.reference_adapter, batch, False
+                )
+            parts = self._scan(rows, head, batch.targets, needs, reference_rows, reference_head)
+        scored: dict[int, TokenScores] = {}
+        end = 0
+        for place, (row, column) in zip(batch.order, batch.starts, strict=True):
+            start, end = end, end + sequences[place].answer_length
+            scores = TokenScores(**{name: values[start:end] for name, values in parts.items()})  # type: ignore[arg-type]
+            scores.gradient_norm = norm
+            if hidden is not None and "hidden_states" in needs:
+                states = [layer[row, column - batch.length] for layer in hidden]
+                scores.hidden = torch.stack(states).detach().float().cpu().numpy()
+            scored[place] = scores
+        return [scored[place] for place in range(len(sequences))]
+
+    def _scan(
+        self, rows: Any, head: Any, targets: Any, needs: frozenset[str], reference_rows: Any, reference_head: Any
+    ) -> dict[str, np.ndarray]:
+        """All per-token quantities; at most `LOGITS_AT_ONCE` logits exist at a time (`GPU_FACTOR` on a GPU)."""
+        allowed = LOGITS_AT_ONCE * (GPU_FACTOR if targets.is_cuda else 1)
+        step = max(1, allowed // vocabulary_size(self.model))
+        parts: dict[str, Tensor] = {}
+        for at in range(0, len(targets), step):
+            own = slice(at, at + step)
+            reference = None if reference_rows is None else (reference_rows[own], reference_head)
+            for name, values in self._scan_chunk(rows[own], head, targets[own], needs, reference).items():
+                if name not in parts:  # one array for all chunks: small ones kept in between would tear the heap apart
+                    kind = torch.float64 if values.is_floating_point() else values.dtype
+                    parts[name] = torch.empty(len(targets), dtype=kind)
+                parts[name][own] = values.cpu()
+        return {name: values.numpy() for name, values in parts.items()}
+
+    def _scan_chunk(
+        self, rows: Any, head: Any, target: Any, needs: frozenset[str], reference: tuple[Any, Any] | None
+    ) -> dict[str, Tensor]:
+        """The quantities of a few tokens. What is as large as the logits is overwritten where it is needed no more."""
+        # The head of an adapter that also changes the head has to see its own adapter.
+        with active_adapter(self.model, self.adapter):
+            log_p = head(rows).log_softmax(-1)
+        first = log_p.argmax(-1)
+        found = {"log_probs": log_p.gather(-1, target[:, None])[:, 0], "first_choice": first == target}
+        if reference is not None:
+            with active_adapter(self.reference_model, self.reference_adapter):
+                log_q = reference[1](reference[0]).log_softmax(-1).to(log_p.device)
+            if log_q.shape != log_p.shape:
+                raise ValueError(
+                    f"Model and reference need one vocabulary: {log_p.shape[-1]} and {log_q.shape[-1]} entries."
+                )
+            found["reference_log_probs"] = log_q.gather(-1, target[:, None])[:, 0]
+            found["reference_agrees"] = first == log_q.argmax(-1)
+            q = log_q.exp()
+            found["reference_kl"] = _row_products(q, log_q.sub_(log_p).masked_fill_(q == 0, 0.0))
+            del q, log_q
+        if "vocabulary_moments" in needs:
+            p = log_p.exp()
+            log_p.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0
+            mean = _row_products(p, log_p)
+            found["vocabulary_mean"] = mean
+            found["vocabulary_std"] = _row_products(p, log_p.sub_(mean[:, None]).square_()).sqrt()
+        return found
+
+    def _gradient_norm(self, rows: Any, head: Any, batch: Batch) -> float:
+        """L2 norm of d(mean loss)/d(weights that are trainable), for one sequence."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        if not weights:
+            raise ValueError(
+                "Gradient norms need weights with requires_grad=True, and this model has none. "
+                "Unfreeze what the norm is to be taken over."
+            )
+        with active_adapter(self.model, self.adapter) if self.adapter else nullcontext():
+            loss = torch.nn.functional.cross_entropy(head(rows), batch.targets)
+        found = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=False)
+        norms = torch.stack([g.detach().float().norm() for g in found if g is not None])
+        return float(norms.norm())

@@ -1,0 +1,1 @@
+"""Weights as files and tensors, without a model class: checkpoints, LoRA factors, references, resumable work."""

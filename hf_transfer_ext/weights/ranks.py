@@ -1,0 +1,101 @@
+"""Several processes on one merge: the tensors are shared out, what one process learns or suffers all of them know.
+
+Under `accelerate launch` or `torchrun` every process calls `merge` with the same arguments. They meet over a gloo
+group of their own, whose patience is a month, since the shares of a large merge end at different times.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from hf_transfer_ext.merging.planning.layout import TensorJob
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a merge, of which this is number `rank`; a single one needs no group."""
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks; every rank has to take part."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as distributed
+
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait for all ranks at the end of the block; an error in one of them is raised in all."""
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        told = self.gather(None if failed is None else (type(failed).__name__, str(failed)))
+        # A rank that only stopped because of another has nothing to tell.
+        causes = [rank for rank, one in enumerate(told) if one is not None and one[0] != "InterruptedError"]
+        if failed is not None and (self.rank in causes or not causes):
+            raise failed
+        if causes:
+            name, text = told[causes[0]]
+            raise _kind_of(name)(f"Rank {causes[0]}: {text}") from failed
+
+    def share_of(self, jobs: Sequence[TensorJob]) -> list[TensorJob]:
+        """The jobs of this rank: the largest first, each to the rank that has the least to read, as all ranks see."""
+        loads = [0] * self.count
+        own = []
+        for job in sorted(jobs, key=lambda job: -job.input_bytes):
+            rank = loads.index(min(loads))
+            loads[rank] += job.input_bytes
+            if rank == self.rank:
+                own.append(job)
+        return own
+
+
+def _kind_of(name: str) -> type[Exception]:
+    found = getattr(builtins, name, RuntimeError)
+    return found if isinstance(found, type) and issubclass(found, (ValueError, TypeError, OSError)) else RuntimeError
+
+
+@contextmanager
+def ranks_of_launch(*, alone: bool = False) -> Iterator[Ranks]:
+    """The processes that a launcher started with this one, or a single one without a launcher or with `alone`."""
+    if alone or int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    import torch.distributed as distributed
+    from accelerate import PartialState
+
+    # Starts the processes' connection unless it stands; the variable is Accelerate's own and not read there.
+    PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), group)
+    finally:
+        distributed.destroy_process_group(group)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all: the only one, or number 0 of a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_ranks() -> tuple[int, int]:
+    """Number of this process among those of its machine, and how many they are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

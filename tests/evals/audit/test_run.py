@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from evals.audit.planted_people import DATA, FORGET, never_taught, planted, subject
+
+from hf_transfer_ext.evals.audit.attack import attack
+from hf_transfer_ext.evals.audit.attacks import ATTACKS
+from hf_transfer_ext.evals.audit.run import audit, recovered_share
+from hf_transfer_ext.evals.audit.subject import AuditData
+
+
+@pytest.fixture(scope="module")
+def models():
+    return planted()
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_an_adapter_that_only_refuses_is_shown_to_still_know(models):
+    original, shallow, retrained = models
+    before = weights(shallow)
+    attacks = ["plain_question", "plain_generation", "adapter_removal", {"relearn_few": {"learning_rate": 2e-3}}]
+    found = audit(
+        subject(shallow), DATA, original=subject(original), retrained=subject(retrained), attacks=attacks, resamples=50
+    )
+    by_name = {v.attack: v for v in found.verdicts}
+    assert by_name["plain_generation"].recovered < 0.2  # it looks forgotten
+    assert found.worst.attack == "adapter_removal" and found.worst.recovered == pytest.approx(1.0)
+    assert found.worst.interval[0] > 0.9
+    relearned = by_name["relearn_few(learning_rate=0.002)"]
+    assert relearned.recovered > by_name["plain_question"].recovered
+    assert set(found.membership) == {"unlearned", "original", "retrained"}
+    names = {m.name for m in found.membership["unlearned"]}
+    assert names >= {"membership_auc(loss_attack)", "membership_auc(label_only)", "membership_auc(adversarial_query)"}
+    assert found.worst_with("fine-tuning") is relearned
+    told = {m.name: m for m in found.measurements()}
+    assert told["recovered at worst"].value == told["recovered by adapter_removal"].value == found.worst.recovered
+    assert found.weights[0].name == "weight_distance"
+    after = weights(shallow)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_model_that_never_saw_the_data_comes_out_clean(models):
+    original, _, retrained = models
+    again = never_taught()
+    attacks = [
+        "plain_question",
+        "plain_generation",
+        "paraphrased_question",
+        "prefix_injection",
+        "cross_lingual",
+        "role_play",
+        "multiple_choice",
+        "in_context",
+        "quantization",
+        "bitsandbytes_quantization",
+        "first_token_branching",
+        "logit_lens",
+        "hidden_probe",
+        {"relearn_few": {"learning_rate": 2e-3}},
+        "relearn_unrelated",
+        "sampling",
+    ]
+    found = audit(
+        subject(again),
+        DATA,
+        original=subject(original),
+        retrained=subject(retrained),
+        attacks=attacks,
+        resamples=50,
+        membership=[],
+    )
+    assert len(found.verdicts) == len(attacks)
+    assert all(v.recovered is None or v.recovered < 0.25 for v in found.verdicts), found.verdicts
+    assert all(np.isfinite(s).all() for s in found.scores.values())
+
+
+def test_the_original_is_shown_to_know_everything(models):
+    original, _, _ = models
+    found = audit(subject(original), DATA, original=subject(original), attacks=["plain_question"], resamples=0)
+    assert found.worst.recovered == 1.0 and found.worst.floor is None
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_scores_each_example_and_leaves_the_weights(name, models):
+    if name == "bitsandbytes_quantization":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    _, shallow, _ = models
+    before, trainable = weights(shallow), [p.requires_grad for p in shallow.parameters()]
+    scores = ATTACKS[name](subject(shallow), DATA)
+    assert scores.shape == (len(FORGET),) and ((scores >= 0) & (scores <= 1)).all()
+    after = weights(shallow)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert [p.requires_grad for p in shallow.parameters()] == trainable
+    assert "Source: " in ATTACKS[name].__doc__
+
+
+def test_what_does_not_apply_is_noted_and_typos_are_refused(models):
+    original, _, _ = models
+    found = audit(
+        subject(original), DATA, original=subject(original), attacks=["adapter_removal", "in_context"], membership=[]
+    )
+    assert [v.recovered for v in found.verdicts] == [None, None] and found.worst is None
+    assert {v.attack: v.note[:26] for v in found.verdicts} == {
+        "adapter_removal": "There is no adapter to rem",
+        "in_context": "a model that never knew sc",
+    }
+    with pytest.raises(ValueError, match="Did you mean 'sampling'"):
+        audit(subject(original), DATA, original=subject(original), attacks=["samplin"])
+    with pytest.raises(ValueError, match="no forget example"):
+        audit(subject(original), AuditData([]), original=subject(original))
+
+
+def test_the_recovered_share_by_hand():
+    share = recovered_share(np.array([0.5, 0.3]), np.array([0.9, 0.7]), np.array([0.1, 0.3]))
+    assert share == pytest.approx((0.4 - 0.2) / (0.8 - 0.2))
+    assert np.isnan(recovered_share(np.ones(2), np.zeros(2), np.zeros(2)))
+    assert recovered_share(np.zeros(2), np.ones(2), np.full(2, 0.2)) == 0.0
+
+
+def test_an_attack_declares_what_its_attacker_needs():
+    @attack(access="fine-tuning")
+    def teach(subject, data):
+        """Does nothing."""
+
+    assert teach.access == "fine-tuning" and teach.__doc__ == "Does nothing." and teach.label({"a": 1}) == "teach(a=1)"
+    with pytest.raises(ValueError, match="one of prompts, weights, fine-tuning"):
+        attack(access="magic")(lambda subject, data: None)

@@ -1,0 +1,191 @@
+"""Checkpoints are read in pieces and written in place, agree with the safetensors library, and refuse broken files."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_transfer_ext.weights.checkpoints import (
+    DTYPES,
+    Checkpoint,
+    CheckpointWriter,
+    TensorSpec,
+    plan_shards,
+    write_checkpoint,
+)
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return {
+        "odd": torch.randn(3).bfloat16(),
+        "matrix": torch.randn(5, 7),
+        "half": torch.randn(2, 3, 4).half(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "steps": torch.arange(6),
+        "mask": torch.tensor([True, False]),
+    }
+
+
+def broken(folder, header, data=b""):
+    folder.mkdir(exist_ok=True)
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return folder
+
+
+@pytest.mark.parametrize("limit", [40, 100, 10**9])
+def test_what_is_written_is_what_the_library_reads(tmp_path, tensors, limit):
+    write_checkpoint(tmp_path, tensors, max_shard_bytes=limit)
+    loaded = {}
+    for file in tmp_path.glob("*.safetensors"):
+        loaded |= load_file(file)
+    assert set(loaded) == set(tensors)
+    with Checkpoint(tmp_path) as checkpoint:
+        for name, tensor in tensors.items():
+            assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
+            assert torch.equal(checkpoint.read(name), tensor)
+    if limit == 10**9:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(tensors)
+        assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def test_files_of_the_library_are_read(tmp_path, tensors):
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint) == set(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(checkpoint.read(name), tensor)
+
+
+def test_pieces_may_be_written_in_any_order(tmp_path):
+    values = torch.arange(10.0)
+    with CheckpointWriter(tmp_path, [TensorSpec("x", torch.float32, (10,))]) as writer:
+        writer.write("x", 6, values[6:])
+        writer.write("x", 0, values[:6])
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["x"], values)
+
+
+def test_tensors_lie_at_multiples_of_their_dtype(tmp_path, tensors):
+    write_checkpoint(tmp_path, tensors)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert all(entry.offset % entry.dtype.itemsize == 0 for entry in checkpoint.entries.values())
+
+
+def test_a_shard_is_closed_before_it_grows_over_the_limit():
+    specs = [TensorSpec(name, torch.float32, (size,)) for name, size in (("a", 2), ("b", 2), ("c", 9), ("d", 1))]
+    shards = plan_shards(specs, 16)
+    assert [[spec.name for spec in shard] for shard in shards] == [["a", "b"], ["c"], ["d"]]
+
+
+def test_a_wrong_dtype_or_place_is_refused(tmp_path):
+    with CheckpointWriter(tmp_path, [TensorSpec("x", torch.float32, (4,))]) as writer:
+        with pytest.raises(ValueError, match="announced as"):
+            writer.write("x", 0, torch.zeros(4).half())
+        with pytest.raises(ValueError, match="announced as"):
+            writer.write("x", 2, torch.zeros(3))
+
+
+def test_a_full_disk_is_found_first(tmp_path):
+    with pytest.raises(OSError, match="free"):
+        CheckpointWriter(tmp_path, [TensorSpec("x", torch.float32, (10**15,))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_dtypes_have_a_size():
+    assert all(torch.empty(1, dtype=dtype).element_size() == dtype.itemsize for dtype in DTYPES.values())
+
+
+class TestBrokenFiles:
+    def test_truncated(self, tmp_path, tensors):
+        save_file(tensors, tmp_path / "model.safetensors")
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-3])
+        with pytest.raises(ValueError, match=r"truncated.*ends at byte"):
+            Checkpoint(tmp_path)
+
+    def test_pointer_of_git_lfs(self, tmp_path):
+        (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(ValueError, match="Git LFS"):
+            Checkpoint(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("header", "message"),
+        [
+            (b"not json", "cannot be read"),
+            (["a"], "cannot be read"),
+            ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "contradicts itself"),
+            ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, "contradicts itself"),
+            ({"x": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}, "Unknown dtype 'F31'"),
+            ({"x": {"dtype": "F32", "shape": [1]}}, "cannot be read"),
+        ],
+    )
+    def test_header(self, tmp_path, header, message):
+        with pytest.raises(ValueError, match=message):
+            Checkpoint(broken(tmp_path / "m", header, b"\0" * 8))
+
+    def test_unknown_tensor_gets_a_suggestion(self, tmp_path, tensors):
+        save_file(tensors, tmp_path / "model.safetensors")
+        with Checkpoint(tmp_path) as checkpoint, pytest.raises(ValueError, match="Did you mean 'matrix'"):
+            checkpoint.read("matrx")
+
+
+class TestIndex:
+    def write(self, folder, weight_map):
+        save_file({"x": torch.ones(2)}, folder / "a.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    @pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "sub/../../a.safetensors"])
+    def test_out_of_the_folder(self, tmp_path, shard):
+        self.write(tmp_path, {"x": shard})
+        with pytest.raises(ValueError, match="leads out of its folder"):
+            Checkpoint(tmp_path)
+
+    def test_missing_shard(self, tmp_path):
+        self.write(tmp_path, {"x": "a.safetensors", "y": "b.safetensors"})
+        with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
+            Checkpoint(tmp_path)
+
+    def test_missing_tensor(self, tmp_path):
+        self.write(tmp_path, {"x": "a.safetensors", "y": "a.safetensors"})
+        with pytest.raises(ValueError, match="'y' is not in shard"):
+            Checkpoint(tmp_path)
+
+    def test_shards_without_index(self, tmp_path):
+        for name in ("a", "b"):
+            save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=r"no model\.safetensors\.index\.json"):
+            Checkpoint(tmp_path)
+
+    def test_a_link_of_the_hub_cache_is_followed(self, tmp_path):
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "snapshot").mkdir()
+        save_file({"x": torch.ones(2)}, tmp_path / "blobs" / "abc")
+        (tmp_path / "snapshot" / "a.safetensors").symlink_to("../blobs/abc")
+        (tmp_path / "snapshot" / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"x": "a.safetensors"}})
+        )
+        with Checkpoint(tmp_path / "snapshot") as checkpoint:
+            assert torch.equal(checkpoint.read("x"), torch.ones(2))
+
+
+def test_pickled_weights_need_a_flag(tmp_path):
+    torch.save({"x": torch.arange(4.0).reshape(2, 2).T}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        Checkpoint(tmp_path)
+    with Checkpoint(tmp_path, allow_pickle=True) as checkpoint:
+        assert torch.equal(checkpoint.read("x"), torch.arange(4.0).reshape(2, 2).T)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        Checkpoint(tmp_path)
