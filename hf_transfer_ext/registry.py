@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -18,6 +18,15 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     near = get_close_matches(str(name), names, n=1, cutoff=0.5)
     suggestion = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {kind} {name!r}.{suggestion} Available: {', '.join(names)}."
+
+
+def known_keys(content: Any, known: tuple[str, ...], where: str) -> None:
+    """Refuse what is no mapping, and keys that nothing would read."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} has to be a mapping with some of {', '.join(known)}, got {content!r}.")
+    for key in content:
+        if key not in known:
+            raise ValueError(f"In {where}: {unknown_name('key', key, known)}")
 
 
 class Registry(Generic[Function]):

@@ -14,12 +14,12 @@ from typing import Any
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_transfer_ext.data.facts import fact_questions
-from hf_transfer_ext.data.text import FACTS, describe_dataset, load_text_dataset
+from hf_transfer_ext.data.facts import FACTS_DATASET, fact_questions
+from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.evals.language import as_example, measure_language_model
 from hf_transfer_ext.files import refuse_existing_output, require_free_space
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.record import RunRecord, describe_input
+from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe, settings_of
 from hf_transfer_ext.students import STUDENT_INITS
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
         config_name=told.dataset_config, revision=told.dataset_revision,
     )  # fmt: skip
     data, test = load(split=told.train_split), told.test_split and load(split=told.test_split)
-    questions = fact_questions(told.test_split) if test and told.dataset == FACTS else []
+    questions = fact_questions(told.test_split) if test and told.dataset == FACTS_DATASET else []
 
     with record.stage("load the teacher"):
         path = demo_model() if told.teacher == "demo" else told.teacher

@@ -22,8 +22,9 @@ from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.language import as_example, measure_language_model
-from hf_transfer_ext.evals.table import comparison_plot, comparison_table, stage_table
+from hf_transfer_ext.evals.table import comparison_plot, comparison_table
 from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
+from hf_transfer_ext.hub.finish import stage_table
 from hf_transfer_ext.hub.publish import save_result
 from hf_transfer_ext.hub.record import RunRecord, Stage, describe_input, read_record
 from hf_transfer_ext.measurement import Measurement

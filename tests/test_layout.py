@@ -1,7 +1,9 @@
 """Promises of the layout, kept by listing files: no exclude lists, so a new method cannot slip by."""
 
+import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -34,6 +36,81 @@ METHODS = [
     for registry in registries
     for name, function in registry.items()
 ]
+
+
+#: Rooms from the ground up: each may import from those before it, and from none behind it.
+FLOORS = [
+    "registry", "tensors", "files", "measurement", "recipe",
+    "weights", "data", "models", "losses", "teachers", "students", "trainers",
+    "evals", "hub", "adapters", "merging", "cli",
+]  # fmt: skip
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package that a file imports, wherever in the file, as dotted paths below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:  # relative: resolved from the file's own folder
+                above = path.relative_to(ROOT.parent).parent.parts
+                module = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("hf_transfer_ext.")
+        ):
+            if all(part.isidentifier() for part in node.value.split(".")):
+                found.add(node.value)  # given to import_module
+    return {name.removeprefix("hf_transfer_ext.") for name in found if name.startswith("hf_transfer_ext.")}
+
+
+def room_imports(top: Path) -> dict[str, dict[str, str]]:
+    """room -> (room that it imports -> the file that does), over the folders and files right under `top`."""
+    prefix = ".".join(top.relative_to(ROOT).parts)
+    rooms: dict[str, dict[str, str]] = {}
+    for path in sorted(top.rglob("*.py")):
+        room = path.relative_to(top).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imports_of(path):
+            if prefix and not name.startswith(f"{prefix}."):
+                continue
+            other = name.removeprefix(f"{prefix}." if prefix else "").split(".")[0]
+            if other != room and ((top / other).is_dir() or (top / f"{other}.py").is_file()):
+                rooms.setdefault(room, {})[other] = str(path.relative_to(ROOT))
+    return rooms
+
+
+def test_every_room_has_its_floor():
+    rooms = {p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert rooms - {"__init__"} == set(FLOORS)
+
+
+def test_no_import_runs_upwards():
+    upwards = [
+        f"{file} imports {other}, which stands above {room}"
+        for room, imports in room_imports(ROOT).items()
+        for other, file in imports.items()
+        if FLOORS.index(other) > FLOORS.index(room)
+    ]
+    assert not upwards, "\n".join(upwards)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({p.parent.parent for p in ROOT.rglob("__init__.py")} - {ROOT.parent}), ids=lambda p: p.name
+)
+def test_folders_beside_each_other_have_an_order(folder):
+    """Inside a room, too: no circle among its folders."""
+    graph = {room: set(others) for room, others in room_imports(folder).items() if (folder / room).is_dir()}
+    graph = {room: {other for other in others if (folder / other).is_dir()} for room, others in graph.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"{folder.name}: {' -> '.join(error.args[1])} is a circle of imports")
 
 
 @pytest.mark.parametrize("folder, name, function", METHODS, ids=[f"{f}/{n}" for f, n, _ in METHODS])

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.files import refuse_existing_output, write_text
-from hf_transfer_ext.merging.planning.config import parse_reference
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
 from hf_transfer_ext.weights.lora import LoraFactors, low_rank, save_lora, truncated
 from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, Scratch, open_model
+from hf_transfer_ext.weights.reference import parse_reference
 from hf_transfer_ext.weights.resume import Parts, key_of, resumable_folder
 
 #: What the adapter leaves out, module by module, in its folder.

@@ -10,6 +10,9 @@ from typing import Any
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 
+#: The name under which recipes take these texts as a dataset, without network or files.
+FACTS_DATASET = "facts"
+
 SPLITS = ("train", "validation", "test")
 
 #: The share of facts that are asked, and told in words of their own, only in validation and in test.

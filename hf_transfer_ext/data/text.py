@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from hf_transfer_ext.data.facts import fact_texts
+from hf_transfer_ext.data.facts import FACTS_DATASET, fact_texts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.hub.record import RunInput, describe_input
 from hf_transfer_ext.registry import unknown_name
 
 TextDataset: TypeAlias = Dataset | IterableDataset
@@ -23,9 +21,6 @@ ROLES = tuple(role for form in FORMS for role in form)
 
 #: File ending -> loader of `datasets`.
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-#: The name of the data set that is made from packages, without network or files.
-FACTS = "facts"
 
 _EMPTY = "The data set {name!r} has no rows in its split {split!r}. Give one with at least one row."
 
@@ -76,14 +71,6 @@ def load_text_dataset(
             remove_columns=["question", "answer"],
         )
     return dataset
-
-
-def describe_dataset(name_or_path: str | Path, revision: str | None = None) -> RunInput:
-    """Which data a run reads, for its record: Hub commit, digests of local files, or the packages behind "facts"."""
-    if str(name_or_path) == FACTS and not Path(FACTS).exists():
-        made_from = ", ".join(f"{package} {version(package)}" for package in ("countryinfo", "mendeleev"))
-        return RunInput(f"{FACTS} (made from {made_from})", "dataset")
-    return describe_input(name_or_path, revision, "dataset")
 
 
 def load_rows(
@@ -162,7 +149,7 @@ def _loaded(
     name: str | Path, split: str, streaming: bool, revision: str | None, config_name: str | None
 ) -> TextDataset:
     path = Path(name)
-    if str(name) == FACTS and not path.exists():
+    if str(name) == FACTS_DATASET and not path.exists():
         dataset = Dataset.from_list(fact_texts(split))
         return dataset.to_iterable_dataset() if streaming else dataset
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_transfer_ext.hub.record import Stage
 from hf_transfer_ext.measurement import Measurement
 
 Measured = Mapping[str, Sequence[Measurement]]
@@ -31,14 +30,6 @@ def comparison_table(measured: Measured) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def stage_table(stages: Sequence[Stage]) -> str:
-    """Where the time of a run went: seconds and share of each stage, and their sum."""
-    total = sum(stage.seconds for stage in stages)
-    width = max([len(stage.name) for stage in stages], default=0)
-    lines = [f"{s.name.ljust(width)}  {s.seconds:8.1f} s  {s.seconds / (total or 1):4.0%}" for s in stages]
-    return "\n".join([*lines, f"{'in all'.ljust(width)}  {total:8.1f} s"])
 
 
 def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") -> Path:

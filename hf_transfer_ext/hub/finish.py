@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hf_transfer_ext.evals.table import comparison_plot, comparison_table, stage_table
+from hf_transfer_ext.evals.table import comparison_plot, comparison_table
 from hf_transfer_ext.hub.publish import push, save_result
-from hf_transfer_ext.hub.record import RunRecord, device_summary
+from hf_transfer_ext.hub.record import RunRecord, Stage, device_summary
 from hf_transfer_ext.measurement import Measurement
 
 
@@ -54,3 +54,11 @@ def finish_run(
     if push_to:
         print(f"Pushed to {push(saved, push_to, private=private)}")
     return saved
+
+
+def stage_table(stages: Sequence[Stage]) -> str:
+    """Where the time of a run went: seconds and share of each stage, and their sum."""
+    total = sum(stage.seconds for stage in stages)
+    width = max([len(stage.name) for stage in stages], default=0)
+    lines = [f"{s.name.ljust(width)}  {s.seconds:8.1f} s  {s.seconds / (total or 1):4.0%}" for s in stages]
+    return "\n".join([*lines, f"{'in all'.ljust(width)}  {total:8.1f} s"])

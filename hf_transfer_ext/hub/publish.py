@@ -143,7 +143,7 @@ def push(
 
 def pull(repo_id: str, revision: str | None = None) -> Path:
     """The folder of a published result: a snapshot in the Hub cache, safetensors and text files only."""
-    from hf_transfer_ext.models.loading import local_folder
+    from hf_transfer_ext.weights.repository import local_folder
 
     return local_folder(repo_id, revision=revision)
 

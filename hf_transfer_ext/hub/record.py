@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.data.facts import FACTS_DATASET
 from hf_transfer_ext.files import sha256_of, write_text
 from hf_transfer_ext.hub.privacy import is_absolute_path, last_component, public_text, public_value
 from hf_transfer_ext.measurement import Measurement
@@ -231,6 +232,14 @@ def read_record(folder_or_repo: str | Path, *, revision: str | None = None) -> R
     if not isinstance(data, dict):
         raise ValueError(f"{RECORD_FILE} of {last_name(folder_or_repo)!r} has to hold an object.")
     return RunRecord.from_dict(data, where=f"{RECORD_FILE} of {last_name(folder_or_repo)!r}")
+
+
+def describe_dataset(name_or_path: str | Path, revision: str | None = None) -> RunInput:
+    """Which data a run reads, for its record: Hub commit, digests of local files, or the packages behind "facts"."""
+    if str(name_or_path) == FACTS_DATASET and not Path(FACTS_DATASET).exists():
+        made_from = ", ".join(f"{package} {version(package)}" for package in ("countryinfo", "mendeleev"))
+        return RunInput(f"{FACTS_DATASET} (made from {made_from})", "dataset")
+    return describe_input(name_or_path, revision, "dataset")
 
 
 def describe_input(

@@ -18,7 +18,7 @@ import yaml
 from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.merging.arithmetic import kernels
-from hf_transfer_ext.merging.planning.config import MergeConfig, ModelReference, load_config
+from hf_transfer_ext.merging.planning.config import MergeConfig, load_config
 from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
 from hf_transfer_ext.merging.streaming.stream import write_tensors
@@ -27,6 +27,7 @@ from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
 from hf_transfer_ext.weights.devices import resolve_device
 from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
+from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import key_of, resumable_folder
 
 if TYPE_CHECKING:

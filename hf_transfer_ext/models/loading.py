@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_transfer_ext.weights.repository import file_of
-
-#: What a model folder needs for loading and merging; optimizer states, pickles and other formats stay on the Hub.
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf", "README.md"]
+from hf_transfer_ext.weights.repository import file_of, local_folder
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
@@ -25,29 +22,6 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"`dtype` has to be auto, float32, bfloat16 or float16, got {name!r}.")
     return found
-
-
-def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
-    """The folder of a model: the path itself if it is one, else a snapshot of the Hub repository at `revision`.
-
-    Raises:
-        FileNotFoundError: `name` is neither a folder nor a repository that can be reached.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"There is no model folder at {str(name)!r}. Mend the path, or give a Hub id.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*MODEL_FILES, "*.bin"] if allow_pickle else MODEL_FILES
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"Model {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local folder nor a "
-            f"repository that can be reached on the Hub ({type(error).__name__}). Mend the name, or log in."
-        ) from error
 
 
 def load_model(

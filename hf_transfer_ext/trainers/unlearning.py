@@ -19,7 +19,8 @@ from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFo
 from hf_transfer_ext.losses.needs import asked_quantities, check_options, over
 from hf_transfer_ext.losses.unlearning import METHODS, RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.models.heads import head_module, head_replaced
-from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer, active_adapter, output_head, vocabulary_size
+from hf_transfer_ext.models.plumbing import active_adapter, output_head, vocabulary_size
+from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen, shards_parameters
 from hf_transfer_ext.tensors import next_token_targets

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.merging.planning.config import ModelReference
 from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, bytes_of, unknown_tensor
 from hf_transfer_ext.weights.devices import on_host
 from hf_transfer_ext.weights.lora import LoraFactors, read_lora
+from hf_transfer_ext.weights.reference import ModelReference
+from hf_transfer_ext.weights.repository import local_folder
 
 #: Buffers that old checkpoints store and that every model builds by itself.
 REBUILT_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
@@ -188,15 +189,6 @@ class InputModel:
             checkpoint.close()
 
 
-def folder_of(name: str, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
-    """A folder as it is; a snapshot of a Hub repository otherwise, for which alone transformers is imported."""
-    if Path(name).is_dir():
-        return Path(name)
-    from hf_transfer_ext.models.loading import local_folder
-
-    return local_folder(name, revision=revision, allow_pickle=allow_pickle)
-
-
 def open_model(reference: ModelReference, *, allow_pickle: bool = False) -> InputModel:
     """Open a model, from the Hub if it is no folder; one that is an adapter opens its base model with it.
 
@@ -204,16 +196,16 @@ def open_model(reference: ModelReference, *, allow_pickle: bool = False) -> Inpu
         FileNotFoundError: There is no such model.
         ValueError: Its files contradict each other, or the adapter is of a kind that cannot be merged exactly.
     """
-    folder = folder_of(reference.path, reference.revision, allow_pickle=allow_pickle)
+    folder = local_folder(reference.path, revision=reference.revision, allow_pickle=allow_pickle)
     lora = adapted = None
     if reference.lora is not None:
-        lora = folder_of(reference.lora, reference.lora_revision)
+        lora = local_folder(reference.lora, revision=reference.lora_revision)
         adapted = ModelReference(reference.path, reference.revision)
     elif not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         lora = folder
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         adapted = ModelReference(adapter["base_model_name_or_path"], adapter.get("revision"))
-        folder = folder_of(adapted.path, adapted.revision, allow_pickle=allow_pickle)
+        folder = local_folder(adapted.path, revision=adapted.revision, allow_pickle=allow_pickle)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"There is no config.json in {str(folder)!r}; it is no model folder.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

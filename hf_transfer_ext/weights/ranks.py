@@ -12,9 +12,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from hf_transfer_ext.merging.planning.layout import TensorJob
+
+@runtime_checkable
+class HasInputBytes(Protocol):
+    """A piece of work that tells how many bytes it reads."""
+
+    @property
+    def input_bytes(self) -> int: ...
+
+
+Job = TypeVar("Job", bound=HasInputBytes)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Ranks:
             name, text = told[causes[0]]
             raise _kind_of(name)(f"Rank {causes[0]}: {text}") from failed
 
-    def share_of(self, jobs: Sequence[TensorJob]) -> list[TensorJob]:
+    def share_of(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs of this rank: the largest first, each to the rank that has the least to read, as all ranks see."""
         loads = [0] * self.count
         own = []

@@ -1,9 +1,35 @@
-"""Small files of a model, be it a folder or a Hub repository."""
+"""The files of a model, in a local folder or a Hub repository."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+#: What a model folder needs for loading and merging; optimizer states, pickles and other formats stay on the Hub.
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf", "README.md"]
+
+
+def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """The folder of a model: the path itself if it is one, else a snapshot of the Hub repository at `revision`.
+
+    Raises:
+        FileNotFoundError: `name` is neither a folder nor a repository that can be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(f"There is no model folder at {str(name)!r}. Mend the path, or give a Hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*MODEL_FILES, "*.bin"] if allow_pickle else MODEL_FILES
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"Model {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local folder nor a "
+            f"repository that can be reached on the Hub ({type(error).__name__}). Mend the name, or log in."
+        ) from error
 
 
 def file_of(folder_or_repo: str | Path, name: str, *, revision: str | None = None) -> Path | None:

@@ -192,7 +192,7 @@ def test_a_hub_model_is_known_by_its_commit(hub, tmp_path, monkeypatch):
 def test_without_a_connection_the_cache_answers(hub, tmp_path, monkeypatch):
     import huggingface_hub
 
-    from hf_transfer_ext.models.loading import local_folder
+    from hf_transfer_ext.weights.repository import local_folder
 
     commit = hub.seed("tester/cached", model_folder(tmp_path / "student"))
     folder = local_folder("tester/cached")

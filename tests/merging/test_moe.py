@@ -26,7 +26,7 @@ from hf_transfer_ext.cli import main
 from hf_transfer_ext.merging.moe import assemble
 from hf_transfer_ext.merging.moe.gates import alike_layers
 from hf_transfer_ext.merging.moe.plan import parse_moe_config
-from hf_transfer_ext.merging.planning.config import ModelReference
+from hf_transfer_ext.weights.reference import ModelReference
 
 SIZES = {
     "hidden_size": 32,

@@ -6,7 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 from transformers import Gemma3TextConfig, GPT2Config, Qwen2Config
 
-from hf_transfer_ext.models.loading import context_length, dtype_of, load_model, load_tokenizer, local_folder
+from hf_transfer_ext.models.loading import context_length, dtype_of, load_model, load_tokenizer
+from hf_transfer_ext.weights.repository import local_folder
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from hf_transfer_ext.evals.metric import Metric, summarize
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.measurement import Measurement
-from hf_transfer_ext.models.scoring import ScoredExample, Scorer, TokenScores, active_adapter, is_sharded
+from hf_transfer_ext.models.plumbing import active_adapter, is_sharded
+from hf_transfer_ext.models.scoring import ScoredExample, Scorer, TokenScores
 
 #: The columns of the TOFU schema that are texts to be scored, and may be renamed.
 TEXT_COLUMNS = ("answer", "paraphrased_answer", "perturbed_answer")

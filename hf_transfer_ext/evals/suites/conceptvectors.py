@@ -20,7 +20,7 @@ from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, require_columns, suite
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import causal_lm_of
-from hf_transfer_ext.models.scoring import active_adapter
+from hf_transfer_ext.models.plumbing import active_adapter
 
 COLUMNS = ("Concept", "Layer", "Dim", "QA", "unrelated_QA")
 QUESTIONS = QuestionAnswerFormat(template="plain", prompt="Question: {question}\nAnswer:")

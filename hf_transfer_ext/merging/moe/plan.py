@@ -22,14 +22,9 @@ from typing import Any
 
 import torch
 
-from hf_transfer_ext.merging.planning.config import (
-    ModelReference,
-    known_keys,
-    parse_dtype,
-    parse_reference,
-    yaml_mapping,
-)
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.merging.planning.config import parse_dtype, yaml_mapping
+from hf_transfer_ext.registry import known_keys, unknown_name
+from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
 #: Where the gates come from; `hidden_last` is another name of `hidden`.
 GATE_MODES = ("hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random")

@@ -27,8 +27,9 @@ import yaml
 from hf_transfer_ext.merging.method import RANGES, WITHOUT_EFFECT, MergeMethod
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.planning.chat_templates import CHAT_TEMPLATES
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.registry import known_keys, unknown_name
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
+from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
 Parameters = dict[str, Any]
 
@@ -47,22 +48,6 @@ _TOP_KEYS = (
     "seed",
     "output",
 )
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """`path[@revision][+lora[@revision]]`; `path` is a folder or a Hub id."""
-
-    path: str
-    revision: str | None = None
-    lora: str | None = None
-    lora_revision: str | None = None
-
-    def __str__(self) -> str:
-        model = self.path + (f"@{self.revision}" if self.revision else "")
-        if self.lora is None:
-            return model
-        return f"{model}+{self.lora}" + (f"@{self.lora_revision}" if self.lora_revision else "")
 
 
 @dataclass(frozen=True)
@@ -206,31 +191,6 @@ def parse_config(content: Mapping[str, Any]) -> MergeConfig:
     )
 
 
-def parse_reference(value: Any, field_name: str) -> ModelReference:
-    """Parse `path[@revision][+lora[@revision]]`, or mergekit's mapping `{model: ..., lora: ...}`."""
-    if isinstance(value, Mapping):
-        known_keys(value, ("model", "lora", "path", "revision"), field_name)
-        if "path" in value:
-            return ModelReference(str(value["path"]), value.get("revision"))
-        model = parse_reference(value.get("model"), f"{field_name}.model")
-        if value.get("lora") is None:
-            return model
-        lora = parse_reference(value["lora"], f"{field_name}.lora")
-        return ModelReference(model.path, model.revision, lora.path, lora.revision)
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise ValueError(f"`{field_name}` has to name a model (a folder or a Hub id), got {value!r}.")
-    text = str(value)
-    if Path(text).is_dir():
-        return ModelReference(text)
-    parts = [part.split("@") for part in text.split("+")]
-    if len(parts) > 2 or any(len(part) > 2 or not part[0] for part in parts):
-        raise ValueError(f"`{field_name}` has to read `path[@revision][+lora[@revision]]`, got {text!r}.")
-    revisions = [part[1] if len(part) == 2 else None for part in parts]
-    if len(parts) == 1:
-        return ModelReference(parts[0][0], revisions[0])
-    return ModelReference(parts[0][0], revisions[0], parts[1][0], revisions[1])
-
-
 def evaluate(setting: Any, tensor: str, depth: float) -> Any:
     """The value of an option for one tensor, or None where no condition fits.
 
@@ -251,15 +211,6 @@ def evaluate(setting: Any, tensor: str, depth: float) -> Any:
         if condition.get("filter") in (None, "*") or condition["filter"] in tensor:
             return evaluate(condition["value"], tensor, depth)
     return None
-
-
-def known_keys(content: Any, known: tuple[str, ...], where: str) -> None:
-    """Refuse what is no mapping, and keys that nothing would read."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where} has to be a mapping with some of {', '.join(known)}, got {content!r}.")
-    for key in content:
-        if key not in known:
-            raise ValueError(f"In {where}: {unknown_name('key', key, known)}")
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

@@ -17,10 +17,11 @@ import torch
 
 from hf_transfer_ext.merging.method import MergeMethod
 from hf_transfer_ext.merging.planning.compatibility import check_layers_are_there, check_same_kind
-from hf_transfer_ext.merging.planning.config import MergeConfig, ModelReference, Module, Slice, Source, evaluate
+from hf_transfer_ext.merging.planning.config import MergeConfig, Module, Slice, Source, evaluate
 from hf_transfer_ext.merging.planning.vocabulary import TOKEN_TENSORS, Vocabulary, rearranged
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, TensorSpec
 from hf_transfer_ext.weights.opened import InputModel, InputTensor
+from hf_transfer_ext.weights.reference import ModelReference
 
 _LAYER = re.compile(r"^(?P<stack>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<index>\d+)\.(?P<rest>.+)$")
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.merging.planning.config import MergeConfig, ModelReference, TokenSource
+from hf_transfer_ext.merging.planning.config import MergeConfig, TokenSource
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch
+from hf_transfer_ext.weights.reference import ModelReference
 
 #: Endings of the tensors that have one row for each token.
 TOKEN_TENSORS = (

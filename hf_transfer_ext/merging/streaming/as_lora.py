@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import ExtractionReport, write_change
 from hf_transfer_ext.merging.arithmetic.noise import Noise
-from hf_transfer_ext.merging.planning.config import MergeConfig, ModelReference
+from hf_transfer_ext.merging.planning.config import MergeConfig
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.merging.streaming.stream import StreamedPieces
 from hf_transfer_ext.weights.lora import LoraFactors
 from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, InputTensor, Scratch, StoredInput, open_model
+from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import key_of
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_transfer_ext.merging.planning.config import ModelReference, TokenSource, evaluate, load_config, parse_config
-from hf_transfer_ext.merging.planning.config import parse_reference as reference
+from hf_transfer_ext.merging.planning.config import TokenSource, evaluate, load_config, parse_config
+from hf_transfer_ext.weights.reference import ModelReference
+from hf_transfer_ext.weights.reference import parse_reference as reference
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes" / "configs" / "merge").glob("*.yml"))
 
