@@ -35,10 +35,15 @@ class Registry(Generic[Function]):
     Args:
         kind: What the functions are, in the words of an error message ("distillation loss").
         functions: The functions that the package itself brings; other code adds its own with `@registry.register`.
+        check: Called with each function before it is registered; raises a `ValueError` that says what the function
+            would have to be. A function that could not be used later is refused here.
     """
 
-    def __init__(self, kind: str, functions: Iterable[Function] = ()) -> None:
+    def __init__(
+        self, kind: str, functions: Iterable[Function] = (), *, check: Callable[[Function], None] | None = None
+    ) -> None:
         self.kind = kind
+        self._check = check
         self._functions: dict[str, Function] = {}
         for function in functions:
             self.register(function)
@@ -47,6 +52,8 @@ class Registry(Generic[Function]):
         name = function.__name__
         if self._functions.get(name, function) is not function:
             raise ValueError(f"A {self.kind} named {name!r} is registered already. Give the new one its own name.")
+        if self._check is not None:
+            self._check(function)
         self._functions[name] = function
         return function
 

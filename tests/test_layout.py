@@ -42,7 +42,7 @@ METHODS = [
 FLOORS = [
     "registry", "tensors", "files", "measurement", "recipe",
     "weights", "data", "models", "losses", "teachers", "students", "trainers",
-    "evals", "hub", "adapters", "merging", "cli",
+    "evals", "hub", "adapters", "merging", "testing", "cli",
 ]  # fmt: skip
 
 
