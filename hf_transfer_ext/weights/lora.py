@@ -165,25 +165,36 @@ def low_rank(
     return LoraFactors((left[:, :rank] * root).contiguous(), (root[:, None] * right[:rank]).contiguous())
 
 
-def truncated(factors: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
-    """The best approximation of a product of factors by one of rank `rank`, without ever building the product.
+def decomposed(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of a product of factors, without ever building the product.
 
     Both factors are cut into an orthonormal and a small triangular part; the singular values of the product are those
     of the small parts' product. All of it in float64.
+
+    Returns:
+        `(rows, k)` left singular vectors, `(k,)` singular values from the largest to the smallest, and `(k, columns)`
+        right singular vectors, with k the rank of the factors.
+    """
+    outer, upper = torch.linalg.qr(factors.left.double())
+    inner, lower = torch.linalg.qr(factors.right.double().T)
+    left, values, right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return outer @ left, values, right @ inner.T
+
+
+def truncated(factors: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
+    """The best approximation of a product of factors by one of rank `rank`, without ever building the product.
 
     Args:
         rank: At least 1; no more than the factors' own rank is used.
 
     Returns:
-        The factors, with the singular values shared out evenly; the Frobenius norm of the product; that of the part
-        which the new factors leave out.
+        The factors, with the singular values split evenly between them; the Frobenius norm of the product; that of
+        the part which the new factors leave out.
     """
-    outer, upper = torch.linalg.qr(factors.left.double())
-    inner, lower = torch.linalg.qr(factors.right.double().T)
-    left, values, right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    left, values, right = decomposed(factors)
     kept = min(rank, len(values))
     root = values[:kept].sqrt()
-    new = LoraFactors((outer @ left[:, :kept] * root).float(), (root[:, None] * (right[:kept] @ inner.T)).float())
+    new = LoraFactors((left[:, :kept] * root).float(), (root[:, None] * right[:kept]).float())
     return new, float(values.norm()), float(values[kept:].norm())
 
 
@@ -240,6 +251,46 @@ def save_lora(
         "rank_pattern": {re.escape(module): own for module, own in smaller.items()},
         "alpha_pattern": {re.escape(module): own for module, own in smaller.items()},
         "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+    }
+    write_checkpoint(folder, tensors, stem="adapter_model")
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def save_like(
+    folder: Path, adapter: LoraAdapter, modules: Mapping[str, LoraFactors], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a plain PEFT LoRA folder with the modules of `adapter`, their factors replaced by `modules`.
+
+    Target modules, task type, base model and whatever is stored beside the factors (`modules_to_save`, biases) stay
+    as they are; scalings go into the factors, so that alpha = r in every module.
+
+    Args:
+        folder: Existing folder, whose writing the caller makes atomic.
+        modules: The same module names as in `adapter.modules`.
+        dtype: Of the factors; that of the adapter's own if None.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks = {module: factors.left.shape[1] for module, factors in modules.items()}
+    usual = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
+    for name, entry in adapter.checkpoint.entries.items():
+        match = _FACTOR.match(name.removeprefix(PREFIX))
+        if match is None:
+            if ".lora_" not in name:  # magnitudes and biases of a converted adapter are in its factors now
+                tensors[name] = adapter.checkpoint.read(name)
+            continue
+        factors, kind = modules[match["module"]], match["kind"]
+        transposed = kind.startswith("embedding") or bool(adapter.config.get("fan_in_fan_out"))
+        left, right = (factors.right.T, factors.left.T) if transposed else (factors.left, factors.right)
+        tensors[name] = (right if kind.endswith("A") else left).to(dtype or entry.dtype).contiguous()
+    others = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}
+    config = {
+        **adapter.config,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "use_rslora": False,
         "inference_mode": True,
     }
     write_checkpoint(folder, tensors, stem="adapter_model")
