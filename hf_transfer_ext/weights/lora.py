@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, write_
 PREFIX = "base_model.model."
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(\.weight)?$")
+_BEYOND = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>magnitude_vector|B\.bias)(\.weight)?$")
+
+#: Options of a LoRA whose change is more than `B A`, but that `adapters.convert` can turn into a plain one.
+CONVERTIBLE = ("use_dora", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,23 @@ class LoraAdapter:
     Args:
         modules: module name -> change of its weight.
         replaced: tensor name -> stored tensor that takes its place (`modules_to_save`, trained biases).
+        magnitudes: module name -> the norm that DoRA gives each row of the weight (column, where it is transposed).
+        biases: module name -> the bias that LoRA with biases adds to the module's output, without the scale.
     """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
     modules: dict[str, LoraFactors]
     replaced: dict[str, StoredTensor]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_lora(folder: str | Path) -> LoraAdapter:
+def read_lora(folder: str | Path, *, allow: Sequence[str] = ()) -> LoraAdapter:
     """Read an adapter folder.
+
+    Args:
+        allow: Options out of `CONVERTIBLE` that the caller deals with.
 
     Raises:
         FileNotFoundError: There is no adapter.
@@ -69,14 +80,18 @@ def read_lora(folder: str | Path) -> LoraAdapter:
     if not path.exists():
         raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is no PEFT adapter.")
     config = json.loads(path.read_text(encoding="utf-8"))
-    _refuse_other_kinds(config, folder)
+    _refuse_other_kinds(config, folder, allow)
     checkpoint = Checkpoint(folder, stem="adapter_model")
     found: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, StoredTensor] = {}
+    beyond: dict[str, dict[str, Tensor]] = {"magnitude_vector": {}, "B.bias": {}}
     for name, entry in checkpoint.entries.items():
         match = _FACTOR.match(name.removeprefix(PREFIX))
+        more = _BEYOND.match(name.removeprefix(PREFIX)) if allow else None
         if match is not None:
             found.setdefault(match["module"], {})[match["kind"]] = checkpoint.read(name).float()
+        elif more is not None:
+            beyond[more["kind"]][more["module"]] = checkpoint.read(name).float()
         elif ".lora_" in name:
             raise ValueError(
                 f"Adapter {str(folder)!r} holds {name!r}, which is more than a low-rank change. Merge it into its "
@@ -85,7 +100,7 @@ def read_lora(folder: str | Path) -> LoraAdapter:
         else:
             replaced[name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
     modules = {module: _factors(module, factors, config, folder) for module, factors in found.items()}
-    return LoraAdapter(checkpoint, config, modules, replaced)
+    return LoraAdapter(checkpoint, config, modules, replaced, beyond["magnitude_vector"], beyond["B.bias"])
 
 
 def lora_scale(module: str, config: Mapping[str, Any], rank: int) -> float:
@@ -118,16 +133,18 @@ def _factors(module: str, found: dict[str, Tensor], config: Mapping[str, Any], f
     return LoraFactors(up * scale, down)
 
 
-def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
+def _refuse_other_kinds(config: Mapping[str, Any], folder: Path, allow: Sequence[str]) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"Adapter {str(folder)!r} is of type {kind}; only LORA can be merged as a change of weights.")
     for option in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters"):
-        if config.get(option):
-            raise ValueError(
-                f"Adapter {str(folder)!r} uses {option}, so its change is not B A alone. Merge it into its base model "
-                "with PEFT, and use the result."
+        if config.get(option) and option not in allow:
+            advice = (
+                "Convert it to a plain LoRA first (`hf-transfer-ext convert`)"
+                if option in CONVERTIBLE
+                else "Merge it into its base model with PEFT, and use the result"
             )
+            raise ValueError(f"Adapter {str(folder)!r} uses {option}, so its change is not B A alone. {advice}.")
 
 
 def low_rank(
@@ -258,7 +275,12 @@ def save_lora(
 
 
 def save_like(
-    folder: Path, adapter: LoraAdapter, modules: Mapping[str, LoraFactors], *, dtype: torch.dtype | None = None
+    folder: Path,
+    adapter: LoraAdapter,
+    modules: Mapping[str, LoraFactors],
+    *,
+    dtype: torch.dtype | None = None,
+    biases: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a plain PEFT LoRA folder with the modules of `adapter`, their factors replaced by `modules`.
 
@@ -269,6 +291,7 @@ def save_like(
         folder: Existing folder, whose writing the caller makes atomic.
         modules: The same module names as in `adapter.modules`.
         dtype: Of the factors; that of the adapter's own if None.
+        biases: module name -> bias that takes the place of the module's own.
     """
     tensors: dict[str, Tensor] = {}
     ranks = {module: factors.left.shape[1] for module, factors in modules.items()}
@@ -283,9 +306,14 @@ def save_like(
         transposed = kind.startswith("embedding") or bool(adapter.config.get("fan_in_fan_out"))
         left, right = (factors.right.T, factors.left.T) if transposed else (factors.left, factors.right)
         tensors[name] = (right if kind.endswith("A") else left).to(dtype or entry.dtype).contiguous()
+    for module, bias in (biases or {}).items():
+        tensors[f"{PREFIX}{module}.base_layer.bias"] = bias.to(dtype or bias.dtype).contiguous()
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}
     config = {
         **adapter.config,
+        "bias": "all" if biases else adapter.config.get("bias", "none"),
+        "use_dora": False,
+        "lora_bias": False,
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": others,
