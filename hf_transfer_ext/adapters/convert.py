@@ -198,7 +198,7 @@ def _by_peft(folder: Path, out: Path, kind: str, base: Any, rank: int | None) ->
         residuals.append(_residual(module, change, LoraFactors(up, down)))
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
-    config.save_pretrained(out)
+    config.save_pretrained(str(out))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "adapter_model.safetensors")
     return residuals
 

@@ -1,0 +1,363 @@
+"""Transfer a LoRA from its base model to another one by a closed form: from two folders to an adapter folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.adapters.transfer import TRANSFER_METHODS
+from hf_transfer_ext.adapters.transfer.anchors import (
+    even_layers,
+    layer_similarities,
+    match_layers,
+    paired_activations,
+    residual_map,
+    shared_token_ids,
+)
+from hf_transfer_ext.adapters.transfer.lorasuite import match_heads
+from hf_transfer_ext.adapters.transfer.method import Heads, LinearPair, TransferMethod
+from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.weights.lora import LoraAdapter, LoraFactors, read_lora, save_lora, truncated
+from hf_transfer_ext.weights.opened import InputModel, Scratch, open_model
+from hf_transfer_ext.weights.reference import ModelReference, parse_reference
+from hf_transfer_ext.weights.repository import local_folder
+
+#: What was carried where, and what was left out, in the adapter's folder.
+TRANSFER_FILE = "transfer.json"
+
+_LAYER = re.compile(r"^(?P<before>.*?\.)(?P<layer>\d+)(?P<after>\..+)$")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What a transfer wrote.
+
+    Args:
+        method: Name of the transfer method.
+        layers: Target layer -> source layer.
+        modules: Target module -> source module whose change it got.
+        left_out: Modules of the source adapter whose change is nowhere in the result, with the reason.
+        relative_change: Mean over modules of the norm of the change over the norm of the weight, of source and target.
+        seconds: Wall time.
+    """
+
+    folder: str
+    method: str
+    layers: dict[int, int]
+    modules: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    relative_change: tuple[float, float] = (0.0, 0.0)
+    seconds: float = 0.0
+
+
+def transfer_lora(
+    adapter: str | Path,
+    target_base: str | Path,
+    out: str | Path,
+    *,
+    method: str = "cross_lora",
+    options: dict[str, Any] | None = None,
+    source_base: str | Path | None = None,
+    texts: Sequence[str] | None = None,
+    rank: int | None = None,
+    overwrite: bool = False,
+) -> TransferReport:
+    """Carry a LoRA to another base model without training, and write a plain PEFT LoRA for it.
+
+    Args:
+        adapter: Folder or Hub id of the source adapter: a LoRA whose change is B A (`adapters.convert` makes one).
+        target_base: Folder or Hub id of the new base.
+        out: Folder of the new adapter, written atomically.
+        method: A name of `TRANSFER_METHODS`.
+        options: The method's own options.
+        source_base: The source base; by default the one that the adapter's config names.
+        texts: Plain texts that both models read, for methods that need activations. Where given, layers of models of
+            different depth are matched by what they compute; else by their relative depth.
+        rank: Largest rank of a module of the result; by default the rank that the method gives.
+        overwrite: Replace an adapter that is in `out`.
+
+    Raises:
+        ValueError: Unknown method or option, an adapter that does not belong to the source base, layers that the
+            method cannot carry, or nothing that could be carried at all.
+    """
+    began = time.perf_counter()
+    chosen = TRANSFER_METHODS[method]
+    for name in options or {}:
+        if name not in chosen.options:
+            raise ValueError(unknown_name(f"option of {method}", name, chosen.options or ["(it has none)"]))
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    if "activations" in chosen.needs and not texts:
+        raise ValueError(f"{method} reads texts with both models: give `texts`.")
+    refuse_existing_output(out, overwrite=overwrite)
+    found = read_lora(local_folder(adapter))
+    named = source_base or found.config.get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"Adapter {str(adapter)!r} names no base model in its config: give `source_base`.")
+    source_reference = parse_reference(named, "source_base")
+    target_reference = parse_reference(target_base, "target_base")
+    source = open_model(source_reference)
+    try:
+        target = open_model(target_reference)
+        try:
+            carrier = _Carrier(chosen, options or {}, found, source, target, texts)
+            factors, parts = carrier.carry(rank)
+            with written_aside(out, overwrite=overwrite) as folder:
+                save_lora(
+                    folder,
+                    factors,
+                    base_model=target_reference.path,
+                    revision=target_reference.revision,
+                    target_modules=sorted(factors),
+                    rank=max(one.left.shape[1] for one in factors.values()),
+                    replaced={},
+                    modules_to_save=[],
+                    fan_in_fan_out=False,
+                    dtype=torch.float32,
+                )
+                report = TransferReport(str(out), **parts, seconds=time.perf_counter() - began)
+                write_text(folder / TRANSFER_FILE, json.dumps(_public(report), indent=2) + "\n")
+        finally:
+            target.close()
+    finally:
+        source.close()
+        found.checkpoint.close()
+    return report
+
+
+def _public(report: TransferReport) -> dict[str, Any]:
+    """The report without the folder, which means nothing to others."""
+    return {name: value for name, value in asdict(report).items() if name != "folder"}
+
+
+class _Carrier:
+    """Everything that the modules of one transfer share: layers that match, maps, activations."""
+
+    def __init__(
+        self,
+        method: TransferMethod,
+        options: dict[str, Any],
+        adapter: LoraAdapter,
+        source: InputModel,
+        target: InputModel,
+        texts: Sequence[str] | None,
+    ) -> None:
+        self.method, self.options, self.adapter = method, options, adapter
+        self.source, self.target, self.texts = source, target, texts
+        if adapter.config.get("fan_in_fan_out"):
+            raise ValueError(
+                "The adapter changes layers that are stored transposed (Conv1D of GPT-2), whose queries, keys and "
+                "values are fused. Only `trans_lora` carries those."
+            )
+        self._check_adapter()
+        self.layers = even_layers(_depth(source), _depth(target))
+        self.activations: tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[Tensor, Tensor]]] = ({}, {})
+        if texts:
+            self._read_texts(texts)
+        self.residual_map = self._residual_map() if "residual_map" in method.needs else None
+        self.heads = (_heads(source), _heads(target)) if "heads" in method.needs else None
+        self._matched: dict[int, tuple[int | None, ...]] = {}
+
+    def carry(self, rank: int | None) -> tuple[dict[str, LoraFactors], dict[str, Any]]:
+        """The target's factors, and the parts of the report."""
+        factors: dict[str, LoraFactors] = {}
+        modules, left_out, sizes = {}, {}, []
+        for module, own in self._modules().items():
+            if own not in self.adapter.modules:
+                continue
+            carried = self.method(self._pair(module, own), **self.options)
+            if carried is None:
+                left_out[own] = f"{self.method.__name__} found too little in common with {module}"
+                continue
+            if rank is not None and carried.left.shape[1] > rank:
+                carried = truncated(carried, rank)[0]
+            factors[module], modules[module] = carried, own
+            sizes.append(
+                [
+                    float(_norm(change) / weight.norm())
+                    for change, weight in (
+                        (self.adapter.modules[own], _read(self.source, f"{own}.weight")),
+                        (carried, _read(self.target, f"{module}.weight")),
+                    )
+                ]
+            )
+        if not factors:
+            raise ValueError(
+                f"Nothing of the adapter could be carried to {str(self.target.reference)!r}: "
+                f"{next(iter(left_out.values()), 'no module of the target has a counterpart among those it changes')}."
+            )
+        for own in self.adapter.modules:
+            if own not in modules.values():
+                left_out.setdefault(own, "no layer of the target corresponds to it")
+        for name in self.adapter.replaced:
+            left_out[name] = "stored whole in the adapter, which no closed form carries"
+        source_size, target_size = torch.tensor(sizes).mean(0).tolist()
+        return factors, {
+            "method": self.method.__name__,
+            "layers": self.layers,
+            "modules": modules,
+            "left_out": left_out,
+            "relative_change": (source_size, target_size),
+        }
+
+    def _pair(self, module: str, own: str) -> LinearPair:
+        inputs_s, outputs_s = self.activations[0].get(own, (None, None))
+        inputs_t, outputs_t = self.activations[1].get(module, (None, None))
+        layer = _LAYER.match(module)
+        return LinearPair(
+            module,
+            own,
+            _read(self.source, f"{own}.weight"),
+            _read(self.target, f"{module}.weight"),
+            self.adapter.modules[own],
+            self.residual_map,
+            inputs_s,
+            inputs_t,
+            outputs_s,
+            outputs_t,
+            self.heads,
+            self._matched_heads(int(layer["layer"])) if self.heads is not None and layer is not None else None,
+        )
+
+    def _modules(self) -> dict[str, str]:
+        """Target module -> source module, by layer and name, for whatever the source adapter changes."""
+        counterparts: dict[str, str] = {}
+        by_place = {}
+        for name in self.adapter.modules:
+            match = _LAYER.match(name)
+            by_place[(int(match["layer"]), match["after"]) if match else (None, name)] = name
+        for tensor in self.target.tensors:
+            module = tensor.removesuffix(".weight")
+            match = _LAYER.match(module)
+            if not tensor.endswith(".weight") or len(self.target[tensor].shape) != 2:
+                continue
+            place = (self.layers.get(int(match["layer"])), match["after"]) if match else (None, module)
+            if place in by_place:
+                counterparts[module] = by_place[place]
+        return counterparts
+
+    def _check_adapter(self) -> None:
+        for module, factors in self.adapter.modules.items():
+            name = f"{module}.weight"
+            if name not in self.source.tensors or self.source[name].shape != factors.shape:
+                has = list(self.source[name].shape) if name in self.source.tensors else "no such layer"
+                raise ValueError(
+                    f"The adapter changes {module!r} with shape {list(factors.shape)}, but its base "
+                    f"{str(self.source.reference)!r} has {has}. Name the base that it was trained on as `source_base`."
+                )
+
+    def _read_texts(self, texts: Sequence[str]) -> None:
+        models = tuple(_loaded(model.reference) for model in (self.source, self.target))
+        tokenizers = tuple(load_tokenizer(model.folder) for model in (self.source, self.target))
+        if _depth(self.source) != _depth(self.target):
+            outputs = _layer_outputs(self.source), _layer_outputs(self.target)
+            read = paired_activations(models, tokenizers, texts, outputs)  # type: ignore[arg-type]
+            own = [
+                {int(_LAYER.match(name)["layer"]): pair[1] for name, pair in one.items()}  # type: ignore[index]
+                for one in read
+            ]
+            self.layers = match_layers(layer_similarities(*own))
+        if "activations" in self.method.needs:
+            modules = self._modules()
+            names = sorted(set(modules.values())), sorted(modules)
+            self.activations = paired_activations(models, tokenizers, texts, names)  # type: ignore[arg-type]
+
+    def _residual_map(self) -> Tensor:
+        tokenizers = [load_tokenizer(model.folder) for model in (self.source, self.target)]
+        ids = shared_token_ids(*tokenizers)
+        rows = [
+            _read(model, _embedding(model))[torch.tensor(own)]
+            for model, own in zip((self.source, self.target), ids, strict=True)
+        ]
+        return residual_map(*rows)
+
+    def _matched_heads(self, layer: int) -> tuple[int | None, ...]:
+        if layer not in self._matched:
+            weights = [
+                _attention(self.source, self.layers[layer]),
+                _attention(self.target, layer),
+            ]
+            missing = [kind for kind in _ATTENTION if any(kind not in one for one in weights)]
+            if missing:
+                raise ValueError(
+                    f"lorasuite matches attention heads by q_proj, k_proj, v_proj and o_proj; {missing[0]} is not "
+                    "there. Use ridge or trans_lora for models with fused projections."
+                )
+            self._matched[layer] = match_heads(weights[0], weights[1], self.residual_map, self.heads)  # type: ignore[arg-type]
+        return self._matched[layer]
+
+
+def _loaded(reference: ModelReference) -> Any:
+    return load_model(reference.path, revision=reference.revision, dtype="float32").eval()
+
+
+def _read(model: InputModel, name: str) -> Tensor:
+    tensor = model[name]
+    values = torch.empty(tensor.shape)
+    tensor.read(0, values.view(-1), Scratch())
+    return values
+
+
+def _norm(factors: LoraFactors) -> Tensor:
+    """Frobenius norm of the product, from two small products."""
+    grams = factors.left.T @ factors.left, factors.right @ factors.right.T
+    return (grams[0] * grams[1]).sum().clamp(min=0).sqrt()
+
+
+def _depth(model: InputModel) -> int:
+    layers = {int(match["layer"]) for name in model.tensors if (match := _LAYER.match(name))}
+    if not layers:
+        raise ValueError(f"{str(model.reference)!r} has no numbered layers, so no layers can be matched.")
+    return max(layers) + 1
+
+
+def _heads(model: InputModel) -> Heads:
+    config = model.text_config
+    queries = config.get("num_attention_heads")
+    if not queries:
+        raise ValueError(f"The config of {str(model.reference)!r} tells no `num_attention_heads`.")
+    return Heads(queries, config.get("num_key_value_heads") or queries)
+
+
+def _embedding(model: InputModel) -> str:
+    name = next((name for name in model.tensors if name.endswith(_EMBEDDINGS)), None)
+    if name is None:
+        raise ValueError(f"{str(model.reference)!r} has no input embeddings among its tensors.")
+    return name
+
+
+def _attention(model: InputModel, layer: int) -> dict[str, Tensor]:
+    """The four projections of a layer's attention, by their names; those that it does not have are left out."""
+    found = {}
+    for name in model.tensors:
+        match = _LAYER.match(name)
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        if match and int(match["layer"]) == layer and kind in _ATTENTION and name.endswith(".weight"):
+            found[kind] = _read(model, name)
+    return found
+
+
+def _layer_outputs(model: InputModel) -> list[str]:
+    """The layer in each block that writes its result last: the output of the feed-forward part."""
+    found: dict[int, str] = {}
+    for name in model.tensors:
+        match = _LAYER.match(name)
+        if match and match["after"].endswith((".down_proj.weight", ".fc2.weight", ".dense_4h_to_h.weight")):
+            found[int(match["layer"])] = name.removesuffix(".weight")
+    if len(found) != _depth(model):
+        raise ValueError(
+            f"{str(model.reference)!r}: the feed-forward output of each layer cannot be told by its name."
+        )
+    return [found[i] for i in sorted(found)]
