@@ -23,7 +23,8 @@ from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHI
 from hf_transfer_ext.evals.audit.report.html import save_audit
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate
+from hf_transfer_ext.evals.engine.evaluate import evaluate
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suites.forget_retain import forget_retain
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe

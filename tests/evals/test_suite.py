@@ -5,7 +5,7 @@ from datasets import Dataset
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suite import (
     BARE,
     Part,
