@@ -62,7 +62,7 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_rows(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match=r"bad\.json with the facts is no JSON"):
+    with pytest.raises(ValueError, match=r"bad\.json with the facts is not valid JSON"):
         load_json(tmp_path, "the facts", files=["bad"])
 
 

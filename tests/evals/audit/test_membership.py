@@ -45,14 +45,20 @@ def test_a_verdict_says_what_is_left_and_a_retrained_model_is_clean(models):
     assert {v.attack for v in found.verdicts} == set(ALL) and found.worst is None
     assert all(v.access == "membership" and v.original > 0.9 for v in found.verdicts)
     told = {m.name: m.value for m in found.membership["unlearned"]}
+    judged = []
     for v in found.verdicts:
         if v.attack == "adversarial_query":  # its floor was optimized against
             assert v.recovered is None and "give another as `shadow`" in v.note
             continue
+        if v.recovered is None:  # eight rows leave room for chance
+            assert "within the sampling error of 4 examples" in v.note
+            continue
+        judged.append(v.attack)
         expected = (told[f"membership_auc({v.attack})"] - v.floor) / (v.original - v.floor)
         assert v.recovered == pytest.approx(np.clip(expected, 0, 1))
+    assert len(judged) >= 2
     clean = audit(retrained, DATA, original=original, retrained=retrained, attacks=[], resamples=0)
-    assert all(v.recovered == 0.0 for v in clean.verdicts if v.attack != "adversarial_query")
+    assert all(v.recovered == 0.0 for v in clean.verdicts if v.attack in judged)
     shadow = subject(never_taught())
     optimized = audit(shallow, DATA, original=original, retrained=retrained, shadow=shadow, attacks=[], resamples=50,
                       membership=["adversarial_query"])  # fmt: skip

@@ -376,7 +376,7 @@ def test_one_bad_example_never_voids_a_run(monkeypatch):
     result = evaluate(model, tokenizer, EXAMPLES, ["perplexity"], template=PLAIN)
     assert result["perplexity"].examples == 4 and math.isfinite(result["perplexity"].value)
     assert result.problems == [
-        "perplexity leaves example 4 out: the model's log-probabilities are NaN at 1 of 47 tokens."
+        "perplexity leaves example 4 out: the model's log-probabilities are NaN at 1 of 50 tokens."
     ]
     assert result.per_example()[4]["metrics"] == {"perplexity": None}
 
