@@ -64,6 +64,9 @@ class EvaluateArguments:
         metadata={"help": 'Names, comma-separated, or JSON: ["perplexity", {"truth_ratio": {...}}].'},
     )
     template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
+    chat_template_kwargs: str = field(
+        default="{}", metadata={"help": 'JSON for the chat template: {"enable_thinking": false}.'}
+    )
     prompt: str = field(default=QuestionAnswerFormat.prompt, metadata={"help": "The plain prompt."})
     max_new_tokens: int = 200
     batch_size: int = 16
@@ -79,7 +82,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if arguments.adapters and len(arguments.models) > 1:
         raise ValueError("`adapters` go on one model: give one in `models`.")
     accelerator = Accelerator()
-    template = QuestionAnswerFormat(template=arguments.template, prompt=arguments.prompt)
+    template = QuestionAnswerFormat(
+        arguments.template, arguments.prompt, chat_template_kwargs=json.loads(arguments.chat_template_kwargs)
+    )
     shared: dict[str, Any] = {
         "template": template, "columns": json.loads(arguments.columns), "batch_size": arguments.batch_size,
         "generation": GenerationSettings(arguments.max_new_tokens), "accelerator": accelerator,

@@ -177,7 +177,7 @@ def save_audit(
         "membership": {name: [m.to_dict() for m in values] for name, values in audit.membership.items()},
         "probes": audit.probes,
         "weights": [m.to_dict() for m in audit.weights],
-        "measurements": {name: [m.to_dict() for m in values] for name, values in (measurements or {}).items()},
+        "measured": {name: [m.to_dict() for m in values] for name, values in (measurements or {}).items()},
         "truth_ratios": {name: [_finite(v) for v in values] for name, values in (truth_ratios or {}).items()},
     }
     write_text(folder / "audit.json", json.dumps(summary, indent=2) + "\n")
