@@ -18,13 +18,12 @@ from transformers import TrainingArguments
 
 from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.evals.audit.answers import answers_of
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
 from hf_transfer_ext.evals.audit.report.html import save_audit
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate
-from hf_transfer_ext.evals.suites.forget_retain import forget_retain
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe
 from hf_transfer_ext.trainers.answers import train_on_answers
@@ -59,6 +58,9 @@ class AuditArguments:
         default=", ".join((*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS)), metadata={"help": "The same; none: leave out."}
     )
     template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
+    chat_template_kwargs: str = field(
+        default="{}", metadata={"help": 'JSON for the chat template: {"enable_thinking": false}.'}
+    )
     max_new_tokens: int = 48
     batch_size: int = 16
     dtype: str = "float32"
@@ -81,7 +83,9 @@ def main(argv: list[str] | None = None) -> Any:
         people=arguments.people, forget_people=arguments.forget_people, holdout_people=arguments.holdout_people,
         facts=arguments.facts, seed=arguments.seed,
     ).items()})  # fmt: skip
-    template = QuestionAnswerFormat(template=arguments.template)
+    template = QuestionAnswerFormat(
+        template=arguments.template, chat_template_kwargs=json.loads(arguments.chat_template_kwargs)
+    )
 
     def subject(name: str) -> Subject:
         model = load_model(name, dtype=arguments.dtype).to(accelerator.device).eval()
@@ -118,26 +122,15 @@ def main(argv: list[str] | None = None) -> Any:
         subjects["unlearned"], data, original=subjects["original"], retrained=subjects.get("retrained"),
         attacks=named(arguments.attacks), membership=named(arguments.membership), seed=arguments.seed, progress=tell,
     )  # fmt: skip
-    looks: Any = {"template": template, "accelerator": accelerator, "batch_size": arguments.batch_size}
-    kept = [{key: value for key, value in row.items() if key != "perturbed_answer"} for row in data.retain]
-    splits = {"forget": data.forget, "retain": kept}  # wrong answers are five passes more: for what is forgotten only
     tell("what is forgotten and what is kept")
-    measured: dict[str, Any] = {}
-    ratios, written = dict[str, Any](), dict[str, list[str]]()
-    wrong = all(row.get("perturbed_answer") for row in data.forget)
-    for name, s in subjects.items():
-        measured[name] = forget_retain(s.model, s.tokenizer, splits, **looks)
-        result = evaluate(
-            s.model, s.tokenizer, data.forget, ["rouge_l_recall", *(["truth_ratio"] if wrong else [])], resamples=0,
-            generation=GenerationSettings(arguments.max_new_tokens), **looks,
-        )  # fmt: skip
-        written[name] = [str(scored.generation) for scored in result.scored]
-        if wrong:
-            ratios[name] = next(v for metric, v in result.values.items() if metric.startswith("truth_ratio")).tolist()
+    answers = answers_of(subjects, data)
     if accelerator.is_main_process:
+        about = {f"{name} model": getattr(arguments, name) or arguments.retrain_from for name in subjects}
+        about |= {"forget set": f"{arguments.forget_data or 'made-up people'}, {len(data.forget)} rows"}
         report = save_audit(
-            arguments.output_dir, found, data, measured=measured, truth_ratios=ratios, generations=written
-        )
+            arguments.output_dir, found, data, measurements=answers.measurements, truth_ratios=answers.truth_ratios,
+            generations=answers.generations, about=about,
+        )  # fmt: skip
         print(f"{'attack':<42} {'needs':<12} {'came back':>5}")
         for v in found.verdicts:
             told = "–" if v.recovered is None else f"{v.recovered:.0%}"

@@ -25,6 +25,13 @@ REFUSALS = (
 )
 
 
+#: Columns of a row with a question that training, evaluation and audits read.
+QUESTION_COLUMNS = (
+    "question", "answer", "paraphrased_answer", "perturbed_answer", "alternative", "paraphrased_question",
+    "translated_question", "person",
+)  # fmt: skip
+
+
 def forget_retain_rows(
     forget_data: str | None,
     retain_data: str | None = None,
@@ -53,7 +60,7 @@ def forget_retain_rows(
         return fictitious_people(
             people + holdout_people, forget=forget_people, holdout=holdout_people, facts=facts, seed=seed
         )
-    from hf_transfer_ext.data.text import load_rows
+    from hf_transfer_ext.data.text import load_rows, warn_of_unused
 
     splits = {}
     for name, source in (("forget", forget_data), ("retain", retain_data), ("holdout", holdout_data)):
@@ -65,8 +72,16 @@ def forget_retain_rows(
                     f"Row {index} of {source!r} has no column {missing[0]!r}; it has {', '.join(map(str, row))}."
                 )
         renamed = {own: name for name, own in (columns or {}).items()}
+        warn_of_unused(str(source), rows[0] if rows else (), _used_columns(rows, renamed))
         splits[name] = [{renamed.get(key, key): value for key, value in row.items()} for row in rows]
     return splits
+
+
+def _used_columns(rows: Sequence[Mapping[str, Any]], renamed: Mapping[str, str]) -> set[str]:
+    """The rows' own columns that a question with its answer, or a text, is read from."""
+    own = {renamed.get(column, column): column for row in rows[:1] for column in row}
+    asked = {"question", "answer"} <= set(own)
+    return {column for name, column in own.items() if (name in QUESTION_COLUMNS if asked else name == "text")}
 
 
 def encode_example(

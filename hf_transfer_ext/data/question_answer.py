@@ -1,14 +1,15 @@
-"""A question and its answer as tokens, with the place where the answer starts: the same for training and measuring."""
+"""A question and its answer as tokens, and where the answer starts: the same for training and measuring."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class EncodedAnswer:
-    """Token ids of prompt and answer. `input_ids[answer_start:]` are what is learnt, scored or forgotten."""
+    """Token ids of prompt and answer. `input_ids[answer_start:]` are learned, scored or forgotten."""
 
     input_ids: list[int]
     answer_start: int
@@ -32,6 +33,9 @@ class QuestionAnswerFormat:
         end_of_sequence: Whether the end (the end-of-sequence token, or what the chat template writes after an answer)
             belongs to the answer, so that the model also learns, or is asked, where to stop.
         max_length: Longest sequence in tokens; a longer one loses the end of its answer. None for no limit.
+        chat_template_kwargs: Further variables of the chat template. `{"enable_thinking": False}` has a template of
+            a reasoning model (Qwen3 and others) write the empty thought before the answer, so that answers without a
+            thought are scored in the place where the model gives them.
     """
 
     template: str = "auto"
@@ -40,12 +44,13 @@ class QuestionAnswerFormat:
     system: str | None = None
     end_of_sequence: bool = True
     max_length: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.template not in ("auto", "chat", "plain"):
             raise ValueError(f"`template` has to be auto, chat or plain, got {self.template!r}.")
         if "{question}" not in self.prompt:
-            raise ValueError(f"`prompt` needs the place holder {{question}}, got {self.prompt!r}.")
+            raise ValueError(f"`prompt` needs the placeholder {{question}}, got {self.prompt!r}.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` has to be at least 2 tokens, got {self.max_length}.")
 
@@ -61,7 +66,9 @@ class QuestionAnswerFormat:
     def prompt_text(self, tokenizer: Any, question: str) -> str:
         """The text up to the answer, as a model is prompted with it."""
         if self.uses_chat(tokenizer):
-            return tokenizer.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(
+                self._messages(question), tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
         return self.prompt.replace("{question}", question)
 
     def prompt_ids(self, tokenizer: Any, question: str) -> list[int]:
@@ -72,7 +79,7 @@ class QuestionAnswerFormat:
         return _without_end(ids, tokenizer)
 
     def encode(self, tokenizer: Any, question: str, answer: str) -> EncodedAnswer:
-        """Tokenise prompt and answer as one text.
+        """Tokenize prompt and answer as one text.
 
         A token that holds the end of the prompt and the start of the answer counts as a part of the answer.
 
@@ -90,7 +97,8 @@ class QuestionAnswerFormat:
                 f"The answer {answer!r} has no token of its own in this tokenizer, so it cannot be scored."
             )
         if self.end_of_sequence:
-            ids = ids + self._end_ids(tokenizer, question, answer, chat)
+            # Templates rewrite a thought inside an answer; what follows the answer does not depend on it.
+            ids = ids + self._end_ids(tokenizer, question, without_thought(answer), chat)
         if self.max_length is not None:
             ids = ids[: self.max_length]
         if start >= len(ids):
@@ -108,12 +116,17 @@ class QuestionAnswerFormat:
         """What follows an answer: the chat template's own end of turn, or the end-of-sequence token."""
         if chat:
             messages = [*self._messages(question), {"role": "assistant", "content": answer}]
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, **self.chat_template_kwargs)
             # Some templates strip what they are given.
             _, found, suffix = rendered.rpartition(answer if answer in rendered else answer.strip())
             if found and suffix.strip():
                 return list(tokenizer(suffix.rstrip("\n"), add_special_tokens=False)["input_ids"])
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def without_thought(answer: str) -> str:
+    """The part of an answer after its thought (`<think>...</think>`); all of it where there is none."""
+    return answer.rpartition("</think>")[2].strip() or answer
 
 
 def encode_text(tokenizer: Any, text: str, *, max_length: int | None = None) -> EncodedAnswer:

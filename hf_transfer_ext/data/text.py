@@ -1,8 +1,10 @@
-"""Data sets of text by Hub id, file or folder, in one of the forms that trainers take, with their bad rows refused."""
+"""Data sets of text by Hub id, file or folder, in one of the forms that trainers take; bad rows are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +14,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from hf_transfer_ext.data.facts import FACTS_DATASET, fact_texts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.registry import unknown_name
+
+logger = logging.getLogger(__name__)
 
 TextDataset: TypeAlias = Dataset | IterableDataset
 
@@ -59,6 +63,7 @@ def load_text_dataset(
     if first is None:
         raise ValueError(_EMPTY.format(name=str(name_or_path), split=split))
     form = _form(columns, list(first), str(name_or_path))
+    warn_of_unused(str(name_or_path), list(first), set(form.values()))
     _check_types(first, form, str(name_or_path))
     dataset = _renamed(dataset, form, list(first))
     if set(form) == {"question", "answer"}:
@@ -73,26 +78,64 @@ def load_text_dataset(
     return dataset
 
 
+class MissingSet(FileNotFoundError, ValueError):
+    """A data set that can be reached does not have the file, configuration or split that was named."""
+
+
 def load_rows(
     name_or_path: str | Path, *, split: str = "train", revision: str | None = None, config_name: str | None = None
 ) -> list[dict[str, Any]]:
     """All rows of a data set as they are, from the same places as `load_text_dataset`.
 
     Raises:
+        MissingSet: The data set lacks the configuration or the split.
         FileNotFoundError: Neither a file or folder nor a data set that can be reached on the Hub.
-        ValueError: The data set is empty, or lacks the split.
+        ValueError: The data set is empty, or cannot be read.
     """
+    path = Path(name_or_path)
+    if split == "train" and path.is_file() and path.suffix in (".json", ".jsonl"):
+        return read_rows(path)
     rows = [dict(row) for row in _loaded(name_or_path, split, False, revision, config_name)]
     if not rows:
         raise ValueError(_EMPTY.format(name=str(name_or_path), split=split))
     return rows
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file: JSON lines, a JSON list of objects or of texts, or any other of `FILE_KINDS`.
+
+    Raises:
+        ValueError: The file is not valid, or has no rows.
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        return [dict(row) for row in _loaded(path, "train", False, None, None)]
+    text = path.read_text(encoding="utf-8")
+    try:
+        is_list = text.lstrip().startswith("[")
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is neither a JSON list nor JSON lines: {error}") from error
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(f"{path.name} needs rows that are JSON objects or texts, and has {len(rows)} rows.")
+    return [dict(row) for row in rows]
+
+
+def warn_of_unused(name: str, available: Iterable[str], used: Collection[str]) -> None:
+    """Log which columns of a data set are read, where others are not: an answer may stand in one of them."""
+    unused = [column for column in available if column not in used]
+    if unused:
+        logger.warning(
+            "The data set %r: read are the columns %s; not used: %s. Name others with `columns`.",
+            name, ", ".join(column for column in available if column in used) or "(none)", ", ".join(unused),
+        )  # fmt: skip
+
+
 def require_labels(dataset: TextDataset, *, on_unlabelled: str = "error") -> TextDataset:
-    """Refuse or drop tokenised rows without a single token to learn: they would add nothing, or NaN, to a mean.
+    """Refuse or drop tokenized rows without a single token to learn: they would add nothing, or NaN, to a mean.
 
     Args:
-        dataset: Rows with `input_ids` and perhaps `labels` (-100: not learnt) or a 0/1 `completion_mask` or
+        dataset: Rows with `input_ids` and perhaps `labels` (-100: not learned) or a 0/1 `completion_mask` or
             `assistant_masks`. The first token of a row is never predicted, so it never counts.
         on_unlabelled: "error" or "skip". A streamed data set raises when the row is reached.
 
@@ -100,7 +143,7 @@ def require_labels(dataset: TextDataset, *, on_unlabelled: str = "error") -> Tex
         ValueError: A row has no such token (under "error"), or none is left (under "skip").
     """
     advice = (
-        "The completion may be empty, or cut off by `max_length`. Mend the row, or skip such rows "
+        "The completion may be empty, or cut off by `max_length`. Fix the row, or skip such rows "
         "(`on_unlabelled: skip`)."
     )
     return _kept(
@@ -112,7 +155,7 @@ def require_labels(dataset: TextDataset, *, on_unlabelled: str = "error") -> Tex
 
 
 def fit_context(dataset: TextDataset, context: int, *, on_long: str = "error") -> TextDataset:
-    """Refuse, cut or drop tokenised rows longer than the model's context.
+    """Refuse, cut or drop tokenized rows longer than the model's context.
 
     Args:
         context: The longest sequence in tokens, as in `loading.context_length(model)`.
@@ -135,7 +178,7 @@ def fit_context(dataset: TextDataset, context: int, *, on_long: str = "error") -
 
 
 def labelled_tokens(row: Mapping[str, Any]) -> int:
-    """How many tokens of a tokenised row are predicted and learnt."""
+    """How many tokens of a tokenized row are predicted and learned."""
     learnt = [True] * len(row["input_ids"])
     if row.get("labels") is not None:
         learnt = [label != -100 for label in row["labels"]]
@@ -156,20 +199,20 @@ def _loaded(
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
             if split not in saved:
-                raise ValueError(unknown_name(f"split of {str(name)!r}", split, saved))
+                raise MissingSet(unknown_name(f"split of {str(name)!r}", split, saved))
             saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
     options: dict[str, Any] = {"split": split, "streaming": streaming}
     if path.is_file():
         if path.suffix not in FILE_KINDS:
             raise ValueError(
-                f"{str(name)!r} is no data file that can be read. Known endings: {', '.join(sorted(FILE_KINDS))}."
+                f"{str(name)!r} is not a data file that can be read. Known endings: {', '.join(sorted(FILE_KINDS))}."
             )
         source, options["data_files"] = FILE_KINDS[path.suffix], {"train": str(path)}
     elif path.is_dir():
         source = str(path)
     elif path.suffix in FILE_KINDS or path.is_absolute() or str(name).startswith((".", "~")):
-        raise FileNotFoundError(f"There is no data file or folder at {str(name)!r}. Mend the path, or give a Hub id.")
+        raise FileNotFoundError(f"There is no data file or folder at {str(name)!r}. Fix the path, or give a Hub id.")
     else:
         source, options["revision"], options["name"] = str(name), revision, config_name
     try:
@@ -177,7 +220,7 @@ def _loaded(
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"The data set {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local file or "
-            f"folder nor a data set that can be reached on the Hub ({type(error).__name__}). Mend the name, or log in."
+            f"folder nor a data set that can be reached on the Hub ({type(error).__name__}). Fix the name, or log in."
         ) from error
     except DatasetGenerationError as error:
         raise ValueError(f"{str(name)!r} cannot be read as a data set: {error.__cause__ or error}") from error
@@ -186,7 +229,9 @@ def _loaded(
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise ValueError(_EMPTY.format(name=str(name), split=split)) from error
-        raise ValueError(f"The data set {str(name)!r} cannot be loaded: {error}") from error
+        missing = "BuilderConfig" in str(error) or "Unknown split" in str(error)
+        kind = MissingSet if missing else ValueError
+        raise kind(f"The data set {str(name)!r} cannot be loaded: {error}") from error
 
 
 def _form(columns: Mapping[str, str] | None, available: list[str], name: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.plumbing import active_adapter
 from hf_transfer_ext.registry import unknown_name
 
-#: Metric of the harness -> unit. Others are told in the harness's own words.
+#: Metric of the harness -> unit. Others keep the harness's own names.
 UNITS = {
     "acc": "share of questions", "acc_norm": "share of questions", "exact_match": "share of questions",
     "f1": "F1", "perplexity": "perplexity per example", "word_perplexity": "perplexity per word",

@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from hf_transfer_ext.evals.bootstrap import interval_of
+from hf_transfer_ext.evals.options import label_with
 from hf_transfer_ext.measurement import Measurement
 
-#: What a metric may ask of the engine beyond the log-probability of each token.
-QUANTITIES = (
-    "token_log_probs",  # log p of each token, and whether it was the model's first choice
-    "vocabulary_moments",  # mean and standard deviation of log p over the vocabulary, at each token
-    "reference",  # log p under the reference, KL(reference || model) and equality of the first choices, at each token
-    "gradients",  # norm of the gradient of the sequence's mean loss
-    "hidden_states",  # every layer's hidden state at the last token of the prompt
-    "generations",  # what the model writes after the prompt
-)
+#: Everything that a metric may need, and what the engine provides for it. The only list of them.
+QUANTITIES = {
+    "token_log_probs": "log p of each token, and whether it was the model's first choice",
+    "vocabulary_moments": "mean and standard deviation of log p over the vocabulary, at each token",
+    "reference": "log p under the reference, KL(reference || model) and equality of the first choices, at each token",
+    "gradients": "norm of the gradient of the sequence's mean loss",
+    "hidden_states": "every layer's hidden state at the last token of the prompt",
+    "generations": "what the model writes after the prompt",
+}
+
+#: Columns whose texts a metric may read the scores of.
+SCORED_COLUMNS = ("answer", "paraphrased_answer", "perturbed_answer")
 
 Values = Float[np.ndarray, " examples"]
 Summary = Callable[[Values, Values], float]
@@ -39,8 +44,8 @@ class Metric:
         unit: Unit of the summary.
         higher_is_better: Direction of the summary. A forget set usually wants the opposite of a retain set; metrics
             state the direction for knowledge that is to be kept, unless they are about forgetting alone.
-        needs: Which of `QUANTITIES` has to be known.
-        texts: Which columns of the example are scored: "answer", "paraphrased_answer", "perturbed_answer".
+        needs: The `QUANTITIES` it reads.
+        texts: The `SCORED_COLUMNS` it reads.
         summary: `(values, weights)` -> the number for the set; the weighted mean by default. It may be given as a
             function `(**options) -> summary` through `summary_for`.
         named_options: Options whose value stands in the measurement's name even where the default is used, because
@@ -61,9 +66,6 @@ class Metric:
         summary_for: Callable[..., Summary] | None = None,
         named_options: Mapping[str, Any] | None = None,
     ) -> None:
-        unknown = set(needs) - set(QUANTITIES)
-        if unknown:
-            raise ValueError(f"A metric can need {', '.join(QUANTITIES)}; not {', '.join(sorted(unknown))}.")
         self.per_example = per_example
         self.unit = unit
         self.higher_is_better = higher_is_better
@@ -73,36 +75,53 @@ class Metric:
         self.summary_for = summary_for
         self.named_options = dict(named_options or {})
         update_wrapper(self, per_example)
+        check_declaration(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.per_example(*args, **kwargs)
 
     def label(self, options: Mapping[str, Any]) -> str:
         """`truth_ratio(definition=arithmetic)`: the name with every option that changes what the number means."""
-        told = {**self.named_options, **options}
-        return self.__name__ + (f"({', '.join(f'{k}={v}' for k, v in sorted(told.items()))})" if told else "")
+        return label_with(self.__name__, {**self.named_options, **options})
+
+
+def check_declaration(metric: Any) -> None:
+    """Refuse what the engine could not compute a measurement from; `METRICS.register` calls it.
+
+    Raises:
+        ValueError: Not a `Metric`, no unit or direction, or a need or column that the engine does not provide.
+    """
+    if not isinstance(metric, Metric):
+        raise ValueError(
+            f"A metric is declared with `@metric(unit=..., higher_is_better=...)` above a function of one scored "
+            f"example; got {metric!r}."
+        )
+    name = metric.__name__
+    if not isinstance(metric.unit, str) or not metric.unit.strip() or not isinstance(metric.higher_is_better, bool):
+        raise ValueError(
+            f"The metric {name} has to state its unit (a text) and its direction (`higher_is_better`, true or false); "
+            f"got {metric.unit!r} and {metric.higher_is_better!r}."
+        )
+    for need in metric.needs:
+        if need not in QUANTITIES:
+            provided = "; ".join(f"{known}: {what}" for known, what in QUANTITIES.items())
+            raise ValueError(
+                f"The metric {name} needs {need!r}, which the engine does not provide. It provides {provided}."
+            )
+    for column in metric.texts:
+        if column not in SCORED_COLUMNS:
+            raise ValueError(
+                f"The metric {name} reads the column {column!r}; the engine scores {', '.join(SCORED_COLUMNS)}."
+            )
+    if metric.texts and not metric.needs:
+        raise ValueError(
+            f"The metric {name} reads {', '.join(metric.texts)} and needs nothing of them: declare `needs`."
+        )
 
 
 def metric(**declared: Any) -> Callable[[Callable[..., Any]], Metric]:
     """Decorator: `@metric(unit="share", higher_is_better=True)` above a function of one scored example."""
     return lambda per_example: Metric(per_example, **declared)
-
-
-def bootstrap_interval(
-    values: Values, weights: Values, summary: Summary, *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % percentile interval of `summary` over examples drawn with replacement; None for fewer than two examples.
-
-    It speaks of the sampling of examples alone: another training seed is another matter.
-
-    Source: Efron, "Bootstrap methods: another look at the jackknife", 1979, https://doi.org/10.1214/aos/1176344552
-    """
-    if len(values) < 2 or resamples < 1:
-        return None
-    draws = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
-    drawn = [summary(values[draw], weights[draw]) for draw in draws]
-    low, high = np.quantile(np.asarray(drawn, dtype=np.float64), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def summarize(
@@ -127,6 +146,6 @@ def summarize(
         metric.unit,
         metric.higher_is_better,
         len(values),
-        interval=bootstrap_interval(values, weights, summary, resamples=resamples, seed=seed),
+        interval=interval_of(summary, [[values, weights]], resamples=resamples, seed=seed),
         dataset=dataset,
     )

@@ -6,28 +6,26 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.data.text import load_rows
-from hf_transfer_ext.evals.engine.evaluate import (
-    EvaluationResult,
-    GenerationSettings,
-    MetricSpec,
-    columns_of,
-    evaluate,
-    prepare_examples,
-    resolve_metric,
-)
+from hf_transfer_ext.data.text import MissingSet, load_rows, read_rows
+from hf_transfer_ext.evals.engine.evaluate import MetricSpec, evaluate_prepared, resolve_metrics
+from hf_transfer_ext.evals.engine.examples import prepare
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
+from hf_transfer_ext.evals.engine.result import EvaluationResult
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.measurement import Measurement
 
 Rows = Sequence[Mapping[str, Any]]
+
+#: Other models that a suite may compare with: one that never saw the forget set, or the model before unlearning.
+ROLES = ("retrained", "before")
 
 #: The prompt is the question itself, with nothing around it.
 BARE = QuestionAnswerFormat(template="plain", prompt="{question}", separator="", end_of_sequence=False)
@@ -50,7 +48,10 @@ class SuiteResult:
     @property
     def problems(self) -> list[str]:
         """The notes, and one sentence for each example of a set that a metric could not use."""
-        return [*self.notes, *(f"{name}: {told}" for name, result in self.sets.items() for told in result.problems)]
+        return [
+            *self.notes,
+            *(f"{name}: {problem}" for name, result in self.sets.items() for problem in result.problems),
+        ]
 
     def __getitem__(self, name: str) -> Measurement:
         """The measurement of this name."""
@@ -100,6 +101,32 @@ class Suite:
         return self.run(*args, **kwargs)
 
 
+def check_suite(suite: Any) -> None:
+    """Refuse what could not be run by name; `SUITES.register` calls it.
+
+    Raises:
+        ValueError: Not a `Suite`, a function without the arguments that every suite is called with, or one that does
+            not take the result that it says it compares with.
+    """
+    if not isinstance(suite, Suite):
+        raise ValueError(
+            f"A suite is declared with `@suite(load=...)` above a function (model, tokenizer, sets); got {suite!r}."
+        )
+    parameters = signature(suite.run).parameters
+    for name in ("model", "tokenizer", "sets"):
+        if name not in parameters:
+            raise ValueError(
+                f"The suite {suite.__name__} needs the argument {name!r}: it is called with (model, tokenizer, sets)."
+            )
+    if suite.compares_with not in (None, *ROLES):
+        raise ValueError(
+            f"The suite {suite.__name__} compares with {suite.compares_with!r}; a suite can compare with "
+            f"{' or '.join(ROLES)}."
+        )
+    if suite.compares_with is not None and suite.compares_with not in parameters:
+        raise ValueError(f"The suite {suite.__name__} compares with {suite.compares_with!r} and has no such argument.")
+
+
 def suite(**declared: Any) -> Callable[[Callable[..., Any]], Suite]:
     """Decorator: `@suite(load=load_tofu, source="locuslab/TOFU")` above the function that measures one model."""
     return lambda run: Suite(run, **declared)
@@ -130,19 +157,22 @@ def evaluate_parts(
     Raises:
         ValueError: An example that cannot be measured, by suite, part and index.
     """
+    shared = {key: value for key, value in options.items() if key not in ("template", "generation", "columns")}
+    prepared, metrics = {}, {}
     for title, part in parts.items():
-        template = part.template or options.get("template") or QuestionAnswerFormat()
-        wanted = columns_of([resolve_metric(spec)[0] for spec in part.metrics])
+        metrics[title] = resolve_metrics(part.metrics, options.get("reference"))
         try:
-            prepare_examples(part.rows, tokenizer, template, wanted, options.get("columns"))
+            prepared[title] = prepare(
+                model, tokenizer, part.rows, [m for m, _ in metrics[title]],
+                template=part.template or options.get("template"), columns=options.get("columns"),
+                generation=part.generation or options.get("generation"),
+            )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{name}, set {title!r}: {error}") from error
-    results = {}
-    for title, part in parts.items():
-        own = {"template": part.template, "generation": part.generation}
-        shared = {**options, **{key: value for key, value in own.items() if value is not None}}
-        results[title] = evaluate(model, tokenizer, part.rows, part.metrics, dataset=f"{name} {title}", **shared)
-    return results
+    return {
+        title: evaluate_prepared(model, tokenizer, own, metrics[title], dataset=f"{name} {title}", **shared)
+        for title, own in prepared.items()
+    }
 
 
 def renamed(measurement: Measurement, name: str, higher_is_better: bool | None = None) -> Measurement:
@@ -160,18 +190,19 @@ def load_set(
         files: Paths inside a local folder, without ending, in the order they are looked for.
 
     Raises:
-        FileNotFoundError: No such file, folder or data set.
-        ValueError: The Hub data set lacks the configuration or the split, or the set is empty.
+        MissingSet: The folder lacks the file, or the Hub data set the configuration or the split.
+        FileNotFoundError: No such data set.
+        ValueError: The set is there and cannot be read, or is empty.
     """
     if not Path(source).is_dir():
         try:
             return load_rows(source, config_name=config, split=split)
-        except ValueError as error:
-            raise ValueError(f"The set {name!r} is missing from {str(source)!r}: {error}") from error
+        except MissingSet as error:
+            raise MissingSet(f"The set {name!r} is missing from {str(source)!r}: {error}") from error
     path = _local_file(Path(source), files)
     if path is None:
-        told = ", ".join(f"{file}.json" for file in files)
-        raise FileNotFoundError(f"The set {name!r} is missing: no {told} in {str(source)!r}.")
+        looked_for = ", ".join(f"{file}.json" for file in files)
+        raise MissingSet(f"The set {name!r} is missing: no {looked_for} in {str(source)!r}.")
     return read_rows(path)
 
 
@@ -181,7 +212,7 @@ def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
     Raises:
         FileNotFoundError: None of `files` is there.
     """
-    told = ", ".join(f"{file}.json" for file in files)
+    looked_for = ", ".join(f"{file}.json" for file in files)
     if Path(source).is_dir():
         path = next((p for f in files if (p := Path(source, f"{f}.json")).is_file()), None)
     else:
@@ -195,35 +226,26 @@ def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
             except (RepositoryNotFoundError, ValueError, OSError) as error:
                 raise FileNotFoundError(
                     f"{str(source)!r} is neither a local folder nor a data set that can be reached on the Hub "
-                    f"({type(error).__name__}). Mend the name, or log in."
+                    f"({type(error).__name__}). Fix the name, or log in."
                 ) from error
     if path is None:
-        raise FileNotFoundError(f"The file with {name} is missing: no {told} in {str(source)!r}.")
+        raise FileNotFoundError(f"The file with {name} is missing: no {looked_for} in {str(source)!r}.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} with {name} is no JSON: {error}") from error
+        raise ValueError(f"{path.name} with {name} is not valid JSON: {error}") from error
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file: Parquet, JSON lines, or a JSON list of objects or of texts.
+def load_optional_set(source: str | Path, name: str, **where: Any) -> list[dict[str, Any]] | None:
+    """`load_set`, or None where the set is not there. One that is there and cannot be read is an error.
 
     Raises:
-        ValueError: The file is no such thing, or has no rows.
+        FileNotFoundError, ValueError: As `load_set`, a missing set aside.
     """
-    if path.suffix == ".parquet":
-        rows: Any = list(load_dataset("parquet", data_files={"train": str(path)}, split="train"))
-    else:
-        text = path.read_text(encoding="utf-8")
-        try:
-            is_list = text.lstrip().startswith("[")
-            rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} is neither a JSON list nor JSON lines: {error}") from error
-    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"{path.name} needs rows that are JSON objects or texts, and has {len(rows)} rows.")
-    return [dict(row) for row in rows]
+    try:
+        return load_set(source, name, **where)
+    except MissingSet:
+        return None
 
 
 def require_columns(name: str, rows: Rows, columns: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A suite on several models, one after the other: what each is compared with, and what all of them tell together."""
+"""A suite on several models, one after the other, each compared with the first, and all of them as a sequence."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.evals.options import check_options
 from hf_transfer_ext.evals.suite import Suite, SuiteResult
 from hf_transfer_ext.evals.suites import SUITES
 from hf_transfer_ext.evals.text.text_models import entailment_classifier, sentence_encoder
 from hf_transfer_ext.measurement import Measurement
-from hf_transfer_ext.registry import unknown_name
 
-#: Parameters of loaders and suites that are no options of the user.
+#: Parameters of loaders and suites that are not options of the user.
 FIXED = {"source", "model", "tokenizer", "sets", "options", "retrained", "before"}
 
 
@@ -48,22 +48,20 @@ class SuiteRun:
         if comparing and self.suite.compares_with is None:
             raise ValueError(f"The suite {name} compares with no other model: leave that model out.")
         self.role = self.suite.compares_with if comparing else None
-        told = dict(suite_options or {})
+        own = dict(suite_options or {})
         known = {*signature(self.suite.load).parameters, *signature(self.suite.run).parameters} - FIXED
-        for option in told:
-            if option not in known:
-                raise ValueError(unknown_name(f"option of the suite {name}", option, known))
+        check_options("suite", name, own, known)
         self.sets = self.suite.load(
-            source, **{option: told.pop(option) for option in signature(self.suite.load).parameters if option in told}
+            source, **{option: own.pop(option) for option in signature(self.suite.load).parameters if option in own}
         )
         for option, load in (("encoder", sentence_encoder), ("entails", entailment_classifier)):
-            if isinstance(told.get(option), str):
-                told[option] = load(told[option])
-        self.options = {**options, **told}
+            if isinstance(own.get(option), str):
+                own[option] = load(own[option])
+        self.options = {**options, **own}
         self.results: dict[str, SuiteResult] = {}
 
-    def measure(self, model: Any, tokenizer: Any, title: str, **options: Any) -> SuiteResult:
-        """Measure one model; from the second on it is compared with the first, where that was asked for."""
+    def evaluate(self, model: Any, tokenizer: Any, title: str, **options: Any) -> SuiteResult:
+        """Measure one model; the second and later ones are compared with the first where `comparing` is set."""
         against: dict[str, Any] = {}
         if self.role and self.results:
             against[self.role] = next(iter(self.results.values()))
@@ -71,14 +69,14 @@ class SuiteRun:
         self.results[title] = found
         return found
 
-    def measured(
+    def results_by_folder(
         self, model: Any, tokenizer: Any, title: str, adapter: str | None = None
     ) -> Iterator[tuple[str, SuiteResult]]:
-        """The one result of `measure`, with the name of its folder."""
-        yield title, self.measure(model, tokenizer, title, adapter=adapter)
+        """The result of `evaluate`, with the name of the folder it is saved in."""
+        yield title, self.evaluate(model, tokenizer, title, adapter=adapter)
 
     def together(self) -> tuple[list[Measurement], list[str]]:
-        """What the models tell in their order, and why something could not be told; a retrained model is not one."""
+        """Measurements of all models as a sequence (without a retrained one), and why one could not be computed."""
         own = list(self.results.items())[1 if self.role == "retrained" else 0 :]
         if self.suite.sequence is None or len(own) < 2:
             return [], []

@@ -56,7 +56,7 @@ def test_what_is_too_long_loses_its_end_and_an_answer_that_is_lost_is_refused():
     "options, message",
     [
         ({"template": "chatml"}, "auto, chat or plain"),
-        ({"prompt": "Answer:"}, "place holder"),
+        ({"prompt": "Answer:"}, "placeholder"),
         ({"max_length": 1}, "at least 2"),
     ],
 )
@@ -77,3 +77,33 @@ def test_texts_need_two_tokens():
     assert encode_text(byte_tokenizer(), "abc", max_length=2).answer_length == 1
     with pytest.raises(ValueError, match="at least 2"):
         encode_text(byte_tokenizer(), "a")
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' }}"
+    "\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].strip() }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_thinking_is_switched_off_by_a_variable_of_the_chat_template():
+    tokenizer = byte_tokenizer(THINKING)
+    plain, silent = QuestionAnswerFormat(), QuestionAnswerFormat(chat_template_kwargs={"enable_thinking": False})
+    assert split(tokenizer, plain.encode(tokenizer, "How?", "So.")) == (
+        "<|user|>How?<|end|>\n<|assistant|>",
+        "So.<|end|>",
+    )
+    prompt, answer = split(tokenizer, silent.encode(tokenizer, "How?", "So."))
+    messages = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert prompt.endswith("<think>\n\n</think>\n\n") and prompt + answer == whole.rstrip("\n")
+    assert tokenizer.decode(silent.prompt_ids(tokenizer, "How?")) == prompt
+    assert hash(silent) == hash(plain) and silent != plain
+
+
+def test_an_answer_with_a_thought_ends_as_the_template_ends_it():
+    tokenizer = byte_tokenizer(THINKING)
+    encoded = QuestionAnswerFormat().encode(tokenizer, "How?", "<think>Hm.</think>So.")  # the template rewrites it
+    assert split(tokenizer, encoded)[1] == "<think>Hm.</think>So.<|end|>"

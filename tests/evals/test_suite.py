@@ -5,7 +5,7 @@ from datasets import Dataset
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suite import (
     BARE,
     Part,
@@ -62,7 +62,7 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_rows(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match=r"bad\.json with the facts is no JSON"):
+    with pytest.raises(ValueError, match=r"bad\.json with the facts is not valid JSON"):
         load_json(tmp_path, "the facts", files=["bad"])
 
 

@@ -39,12 +39,12 @@ def register(monkeypatch):
 def test_the_first_model_is_what_the_others_are_compared_with(register, role):
     register(role)
     run = SuiteRun("small", comparing=True, limit=3, suite_options={"split": "second"}, seed=1)
-    first = run.measure("a", None, role, adapter="base")
+    first = run.evaluate("a", None, role, adapter="base")
     assert seen[-1] == ["a", None, None, 3, ["tester/small", "second"], ["adapter", "seed"]]
-    run.measure("b", None, "b")
+    run.evaluate("b", None, "b")
     assert seen[-1][1] is first
     assert run.together() == ([], []) if role == "retrained" else ([Measurement("before+b", 2, "models", True, 1)], [])
-    run.measure("c", None, "c")
+    run.evaluate("c", None, "c")
     told, problems = run.together()
     assert told[0].name == ("b+c" if role == "retrained" else "before+b+c") and not problems
 
@@ -53,7 +53,7 @@ def test_what_the_models_cannot_tell_together_is_said_and_voids_nothing(register
     register(None, fails=True)
     run = SuiteRun("small", "here")
     for name in "ab":
-        run.measure(name, None, name)
+        run.evaluate(name, None, name)
         assert seen[-1][1] is None
     assert run.together() == ([], ["small: there is nothing to tell"])
     with pytest.raises(ValueError, match="compares with no other model"):
@@ -64,7 +64,7 @@ def test_an_encoder_is_loaded_by_its_name_and_an_unknown_option_told(register, m
     register(None)
     monkeypatch.setattr(suite_run, "sentence_encoder", lambda name: f"encoder {name}")
     run = SuiteRun("small", suite_options={"encoder": "mini"})
-    run.measure("a", None, "a")
+    run.evaluate("a", None, "a")
     assert seen[-1][2] == "encoder mini"
     with pytest.raises(ValueError, match=r"Unknown option of the suite small 'encodr'\. Did you mean 'encoder'"):
         SuiteRun("small", suite_options={"encodr": "mini"})

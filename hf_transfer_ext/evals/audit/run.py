@@ -1,61 +1,29 @@
-"""Attack an unlearned model, the original and a retrained one in the same way, and say how much came back."""
+"""Attack an unlearned model, the original and a retrained one in the same way, and report how much came back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from hf_transfer_ext.evals.audit.attack import Attack
+from hf_transfer_ext.evals.audit.attack import Attack, explanation_of
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.attacks.hidden_probe import probe_by_layer
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
-from hf_transfer_ext.evals.audit.membership.references import References
+from hf_transfer_ext.evals.audit.membership.references import References, is_optimized_on_retrained
 from hf_transfer_ext.evals.audit.membership.scores import membership_scores
-from hf_transfer_ext.evals.audit.subject import AuditData, Subject
+from hf_transfer_ext.evals.audit.subject import AuditData, Subject, check_rows
+from hf_transfer_ext.evals.audit.verdict import Evidence, Verdict, judge_membership, judge_recovery
 from hf_transfer_ext.evals.audit.weight_distance import weight_distance
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.evals.metrics.membership_auc import area, membership_auc
+from hf_transfer_ext.evals.metrics import METRICS
+from hf_transfer_ext.evals.metrics.membership_auc import membership_auc
+from hf_transfer_ext.evals.options import check_options, label_with, name_and_options, options_of
 from hf_transfer_ext.measurement import Measurement
 
 AttackSpec = str | Mapping[str, Any] | tuple[str, Mapping[str, Any]]
-
-#: Where original and floor are no further apart than this, a share of what lies between them would be noise.
-LEAST_GAP = 0.1
-
-
-@dataclass
-class Verdict:
-    """What one attack brought back.
-
-    Args:
-        attack: Its name, with options in brackets.
-        recovered: Share of the original's knowledge that the attack finds in the unlearned model, in [0, 1]; None
-            where it cannot be told.
-        interval: 95 % bootstrap interval over examples.
-        unlearned: Mean score of the unlearned model under this attack.
-        original: Mean score of the original model, asked plainly in the same way of scoring, or attacked in the same
-            way where the score has a scale of its own.
-        floor: Mean score of the retrained model under this attack, or of a guess where the attack knows what that
-            earns; None where there is neither (0 is taken).
-        note: Why it was left out, or how to read it.
-        access: What the attacker needs: "prompts", "weights", "fine-tuning", or "membership" for an attack that tells
-            only that the data was trained on.
-    """
-
-    attack: str
-    recovered: float | None
-    interval: tuple[float, float] | None
-    unlearned: float | None
-    original: float | None
-    floor: float | None
-    note: str = ""
-    access: str = "prompts"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
@@ -105,6 +73,7 @@ def audit(
     *,
     original: Subject,
     retrained: Subject | None = None,
+    shadow: Subject | None = None,
     attacks: Sequence[AttackSpec] = tuple(ATTACKS),
     membership: Sequence[AttackSpec] = (*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS),
     resamples: int = 1000,
@@ -115,111 +84,132 @@ def audit(
 
     Args:
         original: The model before unlearning: what there was to forget.
-        retrained: A model that never saw the forget set, given the same treatment: what nobody has to forget. Without
-            it the floor is 0, so that words any answer has in common with its question count as recovered.
+        retrained: A model that never saw the forget set, given the same treatment: the floor of every attack. Without
+            it the floor is the same attack on `data.holdout`, and without that 0, which the verdict's note says.
+        shadow: A second model that never saw the forget set. Attacks that are optimized against such a model use this
+            one, so that their floor can be measured on the retrained one.
         attacks: Names, or names with options: `["sampling", {"quantization": {"bits": 8}}]`.
-        membership: The same for membership attacks, which need `data.holdout`.
-        progress: Told the name of each attack before it is run.
+        membership: The same for membership attacks, which need `data.holdout` and for a verdict `retrained`.
+        progress: Called with the name of each attack before it is run.
 
     Raises:
-        ValueError: An attack that is not known, or no example. An attack that does not apply (no adapter to remove)
-            is noted in its verdict instead.
+        ValueError: An unknown attack or option, no example, a row that cannot be used, or a model whose logits are
+            NaN; before any attack. An attack that does not apply (no adapter to remove) is noted in its verdict.
     """
-    chosen = [_resolve(spec, ATTACKS.__getitem__) for spec in attacks]
-    asked = [_resolve(spec, _membership_name) for spec in membership]
+    chosen = [_resolve_attack(spec) for spec in attacks]
+    chosen_membership = [_resolve_membership(spec) for spec in membership]
     if not len(data.forget):
         raise ValueError("There is no forget example to audit.")
-    tell = progress or (lambda name: None)
-    yardsticks: dict[str, Values] = {}
-
-    def plain(name: str) -> Values:
-        if name not in yardsticks:
-            yardsticks[name] = ATTACKS[name](original, data)
-        return yardsticks[name]
-
-    verdicts, scores = [], {}
-    for name, options in chosen:
-        method = ATTACKS[name]
-        label, note = method.label(options), ""
-        tell(label)
-        try:
-            if method.fit is not None:
-                options, note = method.fit(original, data, plain(method.yardstick or name), options)
-            found = np.nan_to_num(method(unlearned, data, **options))
-            own = method.yardstick is None or method.second_reading is not None
-            attacked = np.nan_to_num(method(original, data, **options)) if own else None
-            floor = method.chance(data) if method.chance is not None else None
-            if retrained is not None and name != "adapter_removal":  # a retrained model has no adapter that unlearned
-                floor = np.nan_to_num(method(retrained, data, **options))
-        except ValueError as error:
-            verdicts.append(Verdict(label, None, None, None, None, None, str(error), method.access))
-            continue
-        scores[label] = found
-        if method.second_reading is not None and attacked is not None:
-            note = method.second_reading(found, attacked)
-        reached = np.nan_to_num(plain(method.yardstick)) if method.yardstick else attacked
-        verdict = _verdict(label, method, found, reached, floor, resamples, seed)
-        verdict.note = "; ".join(part for part in (verdict.note, note) if part)
-        verdicts.append(verdict)
     subjects = {"unlearned": unlearned, "original": original}
     if retrained is not None:
         subjects["retrained"] = retrained
-    references = References(original, retrained)
-    told: dict[str, list[Measurement]] = {}
-    for name, options in asked if len(data.holdout) else ():
-        tell(f"membership: {name}")
-        verdict, measured = _membership(name, options, subjects, data, references, resamples, seed)
+    announce = progress or (lambda name: None)
+    check_rows(subjects, data)
+    campaign = Campaign(unlearned, original, retrained, data)
+    for model, subject in subjects.items():
+        try:
+            campaign.plain(subject, "plain_question")
+        except ValueError as error:
+            raise ValueError(f"The {model} model cannot be audited: {error}") from error
+    verdicts, scores = [], {}
+    for method, options in chosen:
+        label = method.label(options)
+        announce(label)
+        verdict = Verdict(label, None, None, None, None, None, "", method.access, explanation_of(method))
+        try:
+            evidence = campaign.attack(method, options)
+        except ValueError as error:
+            verdict.note = str(error)
+        else:
+            scores[label] = evidence.found
+            judge_recovery(evidence, verdict, needs_floor=method.needs_floor, resamples=resamples, seed=seed)
         verdicts.append(verdict)
-        for model, measurement in measured.items():
-            told.setdefault(model, []).append(measurement)
+    references = References(original, retrained, shadow)
+    areas: dict[str, list[Measurement]] = {}
+    for name, options in chosen_membership if len(data.holdout) else ():
+        announce(f"membership: {name}")
+        verdict, found = _membership(name, options, subjects, data, references, resamples, seed)
+        verdicts.append(verdict)
+        for model, measurement in found.items():
+            areas.setdefault(model, []).append(measurement)
     verdicts.sort(key=lambda v: -1.0 if v.recovered is None else v.recovered, reverse=True)
     probes = {}
-    if any(ATTACKS["hidden_probe"].label(options) in scores for name, options in chosen if name == "hidden_probe"):
+    if any(name.split("(")[0] == "hidden_probe" for name in scores):
         probes = {model: probe_by_layer(subject, data)[1].mean(1).tolist() for model, subject in subjects.items()}
-    return Audit(verdicts, scores, told, probes, weight_distance(unlearned.model, original.model))
+    return Audit(verdicts, scores, areas, probes, weight_distance(unlearned.model, original.model))
 
 
-def _membership_name(name: str) -> Any:
-    return name if name in MEMBERSHIP_METRICS else MEMBERSHIP_ATTACKS[name]
+@dataclass
+class Campaign:
+    """The models and data of one audit; plain scores of a model are computed once."""
+
+    unlearned: Subject
+    original: Subject
+    retrained: Subject | None
+    data: AuditData
+    _plain: dict[tuple[int, str], Values] = field(default_factory=dict)
+
+    def attack(self, method: Attack, options: dict[str, Any]) -> Evidence:
+        """Run one attack on all models that its verdict needs.
+
+        Raises:
+            ValueError: It does not apply to these models or data.
+        """
+        if not method.texts and not self.data.has_questions():
+            raise ValueError("It needs rows with a question and an answer, and the forget set holds plain texts.")
+        notes = []
+        if method.fit is not None:
+            plain = self.plain(self.original, method.yardstick or method.__name__)
+            options, note = method.fit(self.original, self.data, plain, options)
+            notes.append(note)
+        found = self.run(method, self.unlearned, options)
+        shown = (
+            self.plain(self.original, method.yardstick)
+            if method.yardstick
+            else self.run(method, self.original, options)
+        )
+        if method.second_reading is not None:
+            notes.append(method.second_reading(found, self.run(method, self.original, options)))
+        floor, floor_from = self.floor(method, options)
+        return Evidence(found, shown, floor, floor_from, [note for note in notes if note])
+
+    def floor(self, method: Attack, options: dict[str, Any]) -> tuple[Values | None, str]:
+        """Scores where there is nothing to recover, and where they are from."""
+        if self.retrained is not None:
+            if method.floor_attack is not None:
+                return self.plain(self.retrained, method.floor_attack), "retrained"
+            return self.run(method, self.retrained, options), "retrained"
+        if len(self.data.holdout):
+            unseen = replace(self.data, forget=self.data.holdout, holdout=())
+            try:
+                return method(self.unlearned, unseen, **options), "holdout"
+            except ValueError:  # holdout rows that lack what the attack needs (wrong answers, a question)
+                pass
+        return None, ""
+
+    def run(self, method: Attack, subject: Subject, options: dict[str, Any]) -> Values:
+        return method(subject, self.data, **options) if options else self.plain(subject, method.__name__)
+
+    def plain(self, subject: Subject, name: str) -> Values:
+        """Scores of an attack without options."""
+        key = (id(subject), name)
+        if key not in self._plain:
+            self._plain[key] = ATTACKS[name](subject, self.data)
+        return self._plain[key]
 
 
-def _resolve(spec: Any, look_up: Callable[[str], Any]) -> tuple[str, dict[str, Any]]:
-    if isinstance(spec, Mapping) and len(spec) == 1:
-        spec = next(iter(spec.items()))
-    name, options = (spec, {}) if isinstance(spec, str) else spec
-    look_up(name)
-    return name, dict(options or {})
+def _resolve_attack(spec: Any) -> tuple[Attack, dict[str, Any]]:
+    name, options = name_and_options("attack", spec)
+    method = ATTACKS[name]
+    check_options("attack", name, options, options_of(method.function))
+    return method, options
 
 
-def recovered_share(found: Values, original: Values, floor: Values) -> float:
-    """(found - floor) / (original - floor), of means, within [0, 1]; NaN where there was nothing to forget."""
-    there = original.mean() - floor.mean()
-    return float(np.clip((found.mean() - floor.mean()) / there, 0.0, 1.0)) if there > 0 else float("nan")
-
-
-def _interval(drawn: Sequence[float]) -> tuple[float, float] | None:
-    if not len(drawn) or np.isnan(drawn).all():
-        return None
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _verdict(
-    label: str, method: Attack, found: Values, original: Any, floor: Any, resamples: int, seed: int
-) -> Verdict:
-    base = np.zeros_like(found) if floor is None else floor
-    means = (float(found.mean()), float(original.mean()), None if floor is None else float(base.mean()))
-    if method.needs_retrained and floor is None:
-        note = "a model that never knew scores here too: give a retrained one"
-        return Verdict(label, None, None, *means, note=note, access=method.access)
-    share = recovered_share(found, original, base)
-    if np.isnan(share) or original.mean() - base.mean() < LEAST_GAP:
-        note = "the original shows hardly more here than a model without the data"
-        return Verdict(label, None, None, *means, note=note, access=method.access)
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(found), size=(resamples, len(found)))
-    drawn = [recovered_share(found[d], original[d], base[d]) for d in draws]
-    return Verdict(label, share, _interval(drawn), *means, access=method.access)
+def _resolve_membership(spec: Any) -> tuple[str, dict[str, Any]]:
+    name, options = name_and_options("membership attack", spec)
+    function = METRICS[name].per_example if name in MEMBERSHIP_METRICS else MEMBERSHIP_ATTACKS[name]
+    check_options("membership attack", name, options, options_of(function))
+    return name, options
 
 
 def _membership(
@@ -231,37 +221,24 @@ def _membership(
     resamples: int,
     seed: int,
 ) -> tuple[Verdict, dict[str, Measurement]]:
-    """How much better than a guess, or than on a retrained model, the forget set is told from a holdout."""
-    told = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
-    label = name + (f"({told})" if told else "")
-    sides, measured = {}, {}
+    """The verdict of one membership attack, and its area under the ROC curve on each model."""
+    label = label_with(name, options)
+    method = METRICS[name] if name in MEMBERSHIP_METRICS else MEMBERSHIP_ATTACKS[name]
+    verdict = Verdict(label, None, None, None, None, None, "", "membership", explanation_of(method))
+    scores: dict[str, Values] = {}
+    sides, found = {}, {}
     try:
         for model, subject in subjects.items():
-            both = membership_scores(name, subject, [*data.forget, *data.holdout], references, **options)
-            sides[model] = (both[: len(data.forget)], both[len(data.forget) :])
-            measured[model] = membership_auc(
-                *sides[model], name=f"membership_auc({label})", resamples=resamples, seed=seed
-            )
+            scores[model] = membership_scores(name, subject, [*data.forget, *data.holdout], references, **options)
+        known = ~np.isnan(np.stack(list(scores.values()))).any(0)  # rows that every model could be scored on
+        places = np.arange(len(known))
+        inside, outside = places[known & (places < len(data.forget))], places[known & (places >= len(data.forget))]
+        for model, both in scores.items():
+            sides[model] = (both[inside], both[outside])
+            title = f"membership_auc({label})"
+            found[model] = membership_auc(*sides[model], name=title, resamples=resamples, seed=seed)
     except ValueError as error:
-        return Verdict(label, None, None, None, None, None, str(error), "membership"), {}
-    values = {model: m.value for model, m in measured.items()}
-    floor = values.get("retrained", 0.5)
-    means = (values["unlearned"], values["original"], floor)
-    if values["original"] - floor < LEAST_GAP:
-        note = "the original's forget set cannot be told from the holdout either"
-        return Verdict(label, None, None, *means, note=note, access="membership"), measured
-
-    def share(areas: Mapping[str, float]) -> float:
-        there = areas["original"] - areas.get("retrained", 0.5)
-        gone = areas["unlearned"] - areas.get("retrained", 0.5)
-        return float(np.clip(gone / there, 0.0, 1.0)) if there > 0 else float("nan")
-
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        inside = rng.integers(0, len(data.forget), len(data.forget))
-        outside = rng.integers(0, len(data.holdout), len(data.holdout))
-        drawn.append(share({model: area(ins[inside], outs[outside]) for model, (ins, outs) in sides.items()}))
-    below = 0.5 - values["unlearned"] > 0.25
-    note = "the forget set looks less likely than unseen text, which is a trace as well" if below else ""
-    return Verdict(label, share(values), _interval(drawn), *means, note=note, access="membership"), measured
+        verdict.note = str(error)
+        return verdict, {}
+    optimized = is_optimized_on_retrained(method) and references.shadow is None
+    return judge_membership(sides, verdict, optimized_on_retrained=optimized, resamples=resamples, seed=seed), found

@@ -1,4 +1,4 @@
-"""What is attacked, with what is known about the forgotten data, and how knowledge is scored."""
+"""The model under attack, the data that the attacker holds, and how knowledge of it is scored."""
 
 from __future__ import annotations
 
@@ -10,28 +10,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate, evaluation_mode, generate
+from hf_transfer_ext.data.forget_retain import encode_example
+from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
+from hf_transfer_ext.evals.engine.evaluate import evaluate, evaluation_mode
+from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
+from hf_transfer_ext.evals.text.rouge import rouge_l_of_answer
+from hf_transfer_ext.models.loading import context_length
 
 Row = Mapping[str, Any]
 
 
 @dataclass
 class AuditData:
-    """What an attacker holds.
+    """The data that an attacker holds.
 
     Args:
-        forget: Questions and answers that should be forgotten, in the TOFU schema.
-        retain: Data that was kept: unrelated text to go on training with.
-        holdout: Questions and answers of the same kind that no model was trained on, for membership inference and
-            probes. A column `person` (any value) keeps rows about one matter together.
+        forget: Questions and answers that should be forgotten, in the TOFU schema, or rows of plain text.
+        retain: Data that should be kept: unrelated rows to continue training on.
+        holdout: Rows of the same kind as `forget` that no model was trained on, for membership inference and probes,
+            and for the floor of attacks where there is no retrained model. A column `person` (any value) keeps rows
+            about one subject together.
     """
 
     forget: Sequence[Row]
     retain: Sequence[Row] = ()
     holdout: Sequence[Row] = ()
+
+    def has_questions(self) -> bool:
+        """Whether every forget row has a question and an answer."""
+        return all(row.get("question") is not None and row.get("answer") is not None for row in self.forget)
 
 
 @dataclass
@@ -58,21 +66,33 @@ class Subject:
 
     def probability(self, rows: Sequence[Row], **options: Any) -> Values:
         """Probability per token of each answer, by one teacher-forced pass."""
-        return self.measure(rows, ["answer_probability"], **options)["answer_probability"]
+        return self.metric_values(rows, ["answer_probability"], **options)["answer_probability"]
 
     def recall(self, rows: Sequence[Row], *, temperature: float = 0.0, prefix: str = "", seed: int = 0) -> Values:
         """Share of each answer's words (ROUGE-L recall) in what the model writes."""
         settings = GenerationSettings(self.max_new_tokens, temperature, prefix, self.seed + seed)
-        return self.measure(rows, ["rouge_l_recall"], generation=settings)["rouge_l_recall"]
+        return self.metric_values(rows, ["rouge_l_recall"], generation=settings)["rouge_l_recall"]
 
-    def measure(self, rows: Sequence[Row], metrics: Sequence[Any], **options: Any) -> dict[str, Values]:
-        """The values of some metrics on each row."""
+    def metric_values(self, rows: Sequence[Row], metrics: Sequence[Any], **options: Any) -> dict[str, Values]:
+        """The values of some metrics on each row; NaN where a row cannot be scored.
+
+        Raises:
+            ValueError: A metric can score no row at all.
+        """
         shared = {"template": self.template, "batch_size": self.batch_size, "accelerator": self.accelerator}
-        return evaluate(self.model, self.tokenizer, rows, metrics, **{**shared, **options}, resamples=0).values
+        result = evaluate(self.model, self.tokenizer, rows, metrics, **{**shared, **options}, resamples=0)
+        for name, values in result.values.items():
+            if np.isnan(values).all():
+                raise ValueError(next((p for p in result.problems if p.startswith(name)), f"{name} can score no row."))
+        return result.values
+
+    def encode(self, row: Row) -> EncodedAnswer:
+        """A question with its answer, or a text, as tokens."""
+        return encode_example(self.tokenizer, row, self.template, {})
 
     def recall_after(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> Values:
-        """Share of each answer's words in what the model writes after the row's own prompt, with the prompt's part
-        that stands beyond the question."""
+        """Share of each answer's words in what the model writes after the given prompts, which begin with the row's
+        own prompt; what they add to it counts as written."""
         found = np.zeros(len(rows))
         asked = [len(self.template.prompt_ids(self.tokenizer, str(row["question"]))) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))  # batches of nearly one length
@@ -83,7 +103,7 @@ class Subject:
                 texts, _ = generate(self.model, self.tokenizer, [prompts[i] for i in chosen], settings)
                 for i, text in zip(chosen, texts, strict=True):
                     begun = self.tokenizer.decode(list(prompts[i][asked[i] :]), skip_special_tokens=True)
-                    found[i] = rouge_l(str(rows[i]["answer"]), begun + text)[0]
+                    found[i] = rouge_l_of_answer(str(rows[i]["answer"]), begun + text)[0]
         return found
 
 
@@ -92,9 +112,30 @@ def reworded(rows: Sequence[Row], wording: str) -> list[dict[str, Any]]:
     return [{**row, "question": wording.replace("{question}", str(row["question"]))} for row in rows]
 
 
+def check_rows(subjects: Mapping[str, Subject], data: AuditData) -> None:
+    """Refuse, before any attack, rows that cannot be scored: all the work would end in an error.
+
+    Raises:
+        ValueError: With the set, the row's index, and what it lacks or how long it is.
+    """
+    for subject in subjects.values():
+        limit = context_length(subject.model)
+        for name, rows in (("forget", data.forget), ("retain", data.retain), ("holdout", data.holdout)):
+            for index, row in enumerate(rows):
+                try:
+                    length = len(subject.encode(row).input_ids)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"Row {index} of the {name} set cannot be audited: {error}") from error
+                if limit is not None and length > limit:
+                    raise ValueError(
+                        f"Row {index} of the {name} set has {length} tokens, but the model has {limit} positions. "
+                        "Shorten the row, or give a template with `max_length`."
+                    )
+
+
 @contextmanager
 def restored_weights(model: Any) -> Iterator[None]:
-    """Whatever the block does to the model's weights is undone at its end."""
+    """Restores the model's weights at the end of the block."""
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     try:
         yield
@@ -119,5 +160,5 @@ def merged_adapter(model: Any) -> Iterator[None]:
 
 
 def best_of(*scores: Values) -> Values:
-    """The highest score of each example over several tries; a try that could not be scored counts as 0."""
-    return np.nan_to_num(np.stack(scores)).max(0)
+    """The highest score of each example over several tries; NaN where none of them could be scored."""
+    return np.fmax.reduce(np.stack(scores))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hf_transfer_ext.evals.metric import Metric
+from typing import Any
+
+from hf_transfer_ext.evals.metric import Metric, check_declaration
 from hf_transfer_ext.evals.metrics.answer_probability import answer_probability
 from hf_transfer_ext.evals.metrics.choice_accuracy import choice_accuracy
 from hf_transfer_ext.evals.metrics.choice_probability import choice_probability
@@ -62,7 +64,24 @@ METRICS: Registry[Metric] = Registry(
         fluency_entropy,
         margin,
     ],
+    check=check_declaration,
 )
+
+
+def check_comparison(comparison: Any) -> None:
+    """Refuse what does not say that it returns measurements.
+
+    Raises:
+        ValueError: Not a function, or one whose return annotation is neither `Measurement` nor a list of them.
+    """
+    returned = getattr(comparison, "__annotations__", {}).get("return", "nothing")
+    returned = returned if isinstance(returned, str) else getattr(returned, "__name__", str(returned))
+    if not callable(comparison) or ("Measurement" not in str(returned) and returned != "list"):
+        raise ValueError(
+            "A comparison is a function of several evaluations' values that returns a `Measurement` or a list of them "
+            f"(`-> Measurement`); {getattr(comparison, '__name__', comparison)!r} returns {returned}."
+        )
+
 
 #: Functions of several evaluations' values.
 COMPARISONS: Registry = Registry(
@@ -79,4 +98,5 @@ COMPARISONS: Registry = Registry(
         linear_probe,
         concept_vector_distance,
     ],
+    check=check_comparison,
 )

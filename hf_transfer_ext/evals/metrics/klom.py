@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.measurement import Measurement
 
 
@@ -55,5 +55,5 @@ def klom(
         raise ValueError(f"A histogram needs several models: {len(unlearned)} unlearned, {len(oracles)} oracles.")
     clipped = [np.clip(side, -clip, clip) for side in (unlearned, oracles)]
     values = np.array([histogram_divergence(a, b, bins) for a, b in zip(clipped[0].T, clipped[1].T, strict=True)])
-    interval = bootstrap_interval(values, np.ones(len(values)), weighted_mean)
+    interval = mean_interval(values)
     return Measurement("klom", float(values.mean()), "nats", False, len(values), interval)

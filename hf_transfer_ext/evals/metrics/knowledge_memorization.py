@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
+from hf_transfer_ext.evals.text.rouge import rouge_l_of_answer
 from hf_transfer_ext.models.scoring import ScoredExample
 
 
@@ -17,4 +17,4 @@ def knowledge_memorization(example: ScoredExample) -> float:
     Source: MUSE, Shi et al. 2024, section 3.1 (KnowMem), https://arxiv.org/abs/2407.06460
     """
     written = re.split(r"\n\n|Question:|\nQuestion", example.generation or "", maxsplit=1)[0]
-    return rouge_l(str(example.example["answer"]), written, stemmed=False)[2]
+    return rouge_l_of_answer(str(example.example["answer"]), written, stemmed=False)[2]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.measurement import Measurement
 
 
@@ -52,7 +52,7 @@ def linear_probe(
         weights = _fit((hidden[train] - mean) / deviation, labels[train], int(labels.max()) + 1, ridge)
         scores = np.c_[(hidden[test] - mean) / deviation, np.ones(len(test))] @ weights
         correct[test] = scores.argmax(-1) == labels[test]
-    interval = bootstrap_interval(correct, np.ones(count), weighted_mean, seed=seed)
+    interval = mean_interval(correct, seed=seed)
     return Measurement("linear_probe", float(correct.mean()), "share of examples", False, count, interval)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.measurement import Measurement
 
 
@@ -37,18 +38,11 @@ def membership_auc(
 
     Args:
         name: Name of the measurement, so that it says which attack made the scores.
-        resamples: Bootstrap resamples of the interval, members and non-members drawn apart.
+        resamples: Bootstrap resamples of the interval, members and non-members drawn independently.
 
     Source: Fawcett, "An introduction to ROC analysis", 2006, https://doi.org/10.1016/j.patrec.2005.10.010
     """
     check_scores(members, nonmembers)
-    rng = np.random.default_rng(seed)
-    drawn = [
-        area(rng.choice(members, len(members)), rng.choice(nonmembers, len(nonmembers))) for _ in range(resamples)
-    ]
-    interval = None
-    if drawn:
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        interval = (float(low), float(high))
+    interval = interval_of(area, [[members], [nonmembers]], resamples=resamples, seed=seed)
     count = len(members) + len(nonmembers)
     return Measurement(name, area(members, nonmembers), "area under the ROC curve", False, count, interval)

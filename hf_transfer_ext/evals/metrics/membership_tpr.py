@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.metrics.membership_auc import check_scores
 from hf_transfer_ext.measurement import Measurement
 
@@ -13,6 +14,8 @@ def membership_tpr(
     *,
     false_positive_rate: float = 0.01,
     name: str = "membership_tpr",
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Measurement:
     """Share of members found (score under the threshold) while at most `false_positive_rate` of non-members are taken.
 
@@ -26,7 +29,12 @@ def membership_tpr(
     if not 0.0 <= false_positive_rate < 1.0:
         raise ValueError(f"`false_positive_rate` has to be in [0, 1), got {false_positive_rate}.")
     allowed = int(false_positive_rate * len(nonmembers))
-    threshold = np.sort(nonmembers)[allowed]  # scores strictly under it take `allowed` non-members at most
-    found = float((members < threshold).mean())
+
+    def share_found(inside: np.ndarray, outside: np.ndarray) -> float:
+        threshold = np.sort(outside)[allowed]  # at most `allowed` non-members have a lower score
+        return float((inside < threshold).mean())
+
+    found = share_found(members, nonmembers)
+    interval = interval_of(share_found, [[members], [nonmembers]], resamples=resamples, seed=seed)
     unit = f"share of members at {false_positive_rate:g} false positives"
-    return Measurement(name, found, unit, False, len(members) + len(nonmembers))
+    return Measurement(name, found, unit, False, len(members) + len(nonmembers), interval)

@@ -1,17 +1,32 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+from jaxtyping import Float
+
+from hf_transfer_ext.evals.bootstrap import percentile_interval
 from hf_transfer_ext.measurement import Measurement
 
 
-def model_utility(parts: Mapping[str, Measurement]) -> Measurement:
+def harmonic_mean(values: Sequence[float]) -> float:
+    """k / sum of 1/value over k values in [0, 1]; 0 where one of them is 0."""
+    return 0.0 if min(values) <= 0.0 else len(values) / sum(1.0 / value for value in values)
+
+
+def model_utility(
+    parts: Mapping[str, Measurement], *, drawn: Float[np.ndarray, "parts resamples"] | None = None
+) -> Measurement:
     r"""Harmonic mean of measurements in [0, 1]: one that is 0 makes the whole 0.
 
     TOFU takes nine: {retain, real authors, world facts} x {probability, ROUGE-L recall, truth ratio with the role
     "retain"}, where the probability of the two sets with multiple choice is `choice_probability`.
 
     .. math:: \frac{k}{\sum_i 1 / u_i}
+
+    Args:
+        drawn: The parts on resampled examples, in the order of `parts` (`resampled_summaries` of each set, which draws
+            the same examples for all metrics of the set). Without it the result has no interval.
 
     Raises:
         ValueError: No part, or a part outside [0, 1].
@@ -23,8 +38,12 @@ def model_utility(parts: Mapping[str, Measurement]) -> Measurement:
     for name, part in parts.items():
         if not 0.0 <= part.value <= 1.0:
             raise ValueError(f"Model utility is a mean of shares in [0, 1]; {name!r} is {part.value} {part.unit}.")
-    values = [part.value for part in parts.values()]
-    mean = 0.0 if min(values) == 0.0 else len(values) / sum(1.0 / value for value in values)
-    return Measurement(
-        "model_utility", mean, "harmonic mean of shares", True, sum(part.examples for part in parts.values())
-    )
+    if drawn is not None and len(drawn) != len(parts):
+        raise ValueError(f"`drawn` needs one row for each of the {len(parts)} parts, and has {len(drawn)}.")
+    mean = harmonic_mean([part.value for part in parts.values()])
+    interval = None
+    if drawn is not None and drawn.shape[1]:
+        known = drawn[:, ~np.isnan(drawn).any(0)]
+        interval = percentile_interval(np.array([harmonic_mean(column.tolist()) for column in known.T]))
+    examples = sum(part.examples for part in parts.values())
+    return Measurement("model_utility", mean, "harmonic mean of shares", True, examples, interval)

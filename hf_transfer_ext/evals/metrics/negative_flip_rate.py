@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int
 
-from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.measurement import Measurement
 
 
@@ -33,6 +33,6 @@ def negative_flip_rate(
     found = []
     for name, flipped in flips.items():
         values = flipped.astype(np.float64)
-        interval = bootstrap_interval(values, np.ones(len(values)), weighted_mean)
+        interval = mean_interval(values)
         found.append(Measurement(name, float(values.mean()), "share of examples", False, len(values), interval))
     return found

@@ -1,9 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from hf_transfer_ext.evals.bootstrap import interval_of
+from hf_transfer_ext.evals.metrics.membership_auc import area
 from hf_transfer_ext.measurement import Measurement
 
 
-def privleak(unlearned: Measurement, retrained: Measurement) -> Measurement:
+def privleak(
+    unlearned: Measurement,
+    retrained: Measurement,
+    *,
+    scores: Sequence[Float[np.ndarray, " examples"]] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Measurement:
     r"""How far the membership AUC of the forget set is from that of a model that never saw it, in percent.
 
     .. math:: 100 \cdot \frac{(1 - A) - (1 - A_{ret})}{1 - A_{ret}}
@@ -11,6 +25,10 @@ def privleak(unlearned: Measurement, retrained: Measurement) -> Measurement:
     `A` is `membership_auc` of the forget set (members) against a holdout, where a low score means a member. MUSE
     counts the other way round, which is where the 1 - A comes from. Near 0 is good; negative means that the forget
     set still looks trained on, positive that it was pushed under unseen text.
+
+    Args:
+        scores: The membership scores behind the two: of the unlearned model on the forget set and on the holdout, and
+            of the retrained model on the same. Without them the result has no interval.
 
     Raises:
         ValueError: An AUC outside [0, 1], or a retrained model's of 1, which leaves nothing to divide by.
@@ -23,4 +41,15 @@ def privleak(unlearned: Measurement, retrained: Measurement) -> Measurement:
     ours, theirs = 1.0 - unlearned.value, 1.0 - retrained.value
     if theirs == 0.0:
         raise ValueError("The retrained model's AUC is 1: it tells all members, so it has been trained on them.")
-    return Measurement("privleak", 100.0 * (ours - theirs) / theirs, "percent, 0 is best", True, unlearned.examples)
+    interval = None
+    if scores:
+        forget, holdout, forget_retrained, holdout_retrained = scores
+
+        def leak(ours_in: np.ndarray, theirs_in: np.ndarray, ours_out: np.ndarray, theirs_out: np.ndarray) -> float:
+            theirs = 1.0 - area(theirs_in, theirs_out)
+            return 100.0 * (1.0 - area(ours_in, ours_out) - theirs) / theirs if theirs else float("inf")
+
+        groups = [[forget, forget_retrained], [holdout, holdout_retrained]]
+        interval = interval_of(leak, groups, resamples=resamples, seed=seed)
+    value = 100.0 * (ours - theirs) / theirs
+    return Measurement("privleak", value, "percent, 0 is best", True, unlearned.examples, interval)

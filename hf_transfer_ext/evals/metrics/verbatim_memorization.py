@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from hf_transfer_ext.evals.metric import metric
-from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
+from hf_transfer_ext.evals.text.rouge import rouge_l_of_answer
 from hf_transfer_ext.models.scoring import ScoredExample
 
 
@@ -14,4 +14,4 @@ def verbatim_memorization(example: ScoredExample) -> float:
 
     Source: MUSE, Shi et al. 2024, section 3.1 (VerbMem), https://arxiv.org/abs/2407.06460
     """
-    return rouge_l(str(example.example["answer"]), example.generation or "", stemmed=False)[2]
+    return rouge_l_of_answer(str(example.example["answer"]), example.generation or "", stemmed=False)[2]

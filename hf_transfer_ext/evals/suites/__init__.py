@@ -1,8 +1,8 @@
-"""Benchmarks of unlearning by name: what is loaded together, measured together and reported together."""
+"""Benchmarks of unlearning by name: the data sets of each, their metrics, and what is reported."""
 
 from __future__ import annotations
 
-from hf_transfer_ext.evals.suite import Suite
+from hf_transfer_ext.evals.suite import Suite, check_suite
 from hf_transfer_ext.evals.suites.conceptvectors import conceptvectors
 from hf_transfer_ext.evals.suites.muse import muse
 from hf_transfer_ext.evals.suites.r_tofu import r_tofu
@@ -11,4 +11,4 @@ from hf_transfer_ext.evals.suites.rwku import rwku
 from hf_transfer_ext.evals.suites.tofu import tofu
 from hf_transfer_ext.registry import Registry
 
-SUITES: Registry[Suite] = Registry("suite", [tofu, muse, rwku, r_tofu, restor, conceptvectors])
+SUITES: Registry[Suite] = Registry("suite", [tofu, muse, rwku, r_tofu, restor, conceptvectors], check=check_suite)

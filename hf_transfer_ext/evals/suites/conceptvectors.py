@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
-from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+from hf_transfer_ext.evals.bootstrap import mean_interval
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.metrics import concept_vector_distance
-from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, require_columns, suite
+from hf_transfer_ext.evals.text.rouge import rouge_l
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.models.plumbing import active_adapter
@@ -197,7 +197,7 @@ def _behaviour(before: ConceptVectorsResult, after: ConceptVectorsResult) -> lis
 def _over(like: Measurement, values: Sequence[float]) -> Measurement:
     """The mean of the values, told as `like` is."""
     array = np.asarray(values, dtype=np.float64)
-    interval = bootstrap_interval(array, np.ones(len(array)), weighted_mean)
+    interval = mean_interval(array)
     return replace(
         like, value=float(array.mean()), examples=len(array), interval=interval, dataset="ConceptVectors concepts"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.metrics import membership_auc, privleak
 from hf_transfer_ext.evals.suite import (
     BARE,
@@ -46,6 +46,10 @@ class MuseResult(SuiteResult):
     @property
     def membership(self) -> Measurement:
         return self["membership_auc"]
+
+    def membership_scores(self) -> list[np.ndarray]:
+        """Score of each text of the forget set and of the holdout; NaN where it could not be scored."""
+        return [next(iter(self.sets[f"privleak_{kept}"].values.values())) for kept in ("forget", "holdout")]
 
 
 def load_muse(source: str | Path = "muse-bench/MUSE-News") -> dict[str, list[dict[str, Any]]]:
@@ -158,11 +162,17 @@ def muse(
         for name in ("verbmem", "knowmem_forget", "knowmem_retain")
         for m in results[name].measurements
     ]
-    scores = [next(iter(results[f"privleak_{kept}"].values.values())) for kept in ("forget", "holdout")]
-    auc = membership_auc(*(values[~np.isnan(values)] for values in scores), seed=options.get("seed", 0))
-    found = MuseResult([*measurements, auc], results)
+    found = MuseResult(measurements, results)
+    bootstrap = {"resamples": options.get("resamples", 1000), "seed": options.get("seed", 0)}
+    auc = membership_auc(*(values[~np.isnan(values)] for values in found.membership_scores()), **bootstrap)
+    found.measurements.append(auc)
     if retrained is not None:
-        found.measurements.append(privleak(auc, retrained.membership))
+        # Only rows that both models could be scored on, where the sets are the same, make an interval.
+        pairs = list(zip(found.membership_scores(), retrained.membership_scores(), strict=True))
+        known = [~np.isnan(own) & ~np.isnan(other) for own, other in pairs if len(own) == len(other)]
+        own, other = ([pair[side][k] for pair, k in zip(pairs, known, strict=False)] for side in (0, 1))
+        scores = [*own, *other] if len(known) == 2 else []
+        found.measurements.append(privleak(auc, retrained.membership, scores=scores, **bootstrap))
     return found
 
 

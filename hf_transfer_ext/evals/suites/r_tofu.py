@@ -5,17 +5,29 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import EvaluationResult, GenerationSettings
-from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
-from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
-from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_set, require_columns, suite
+from hf_transfer_ext.evals.bootstrap import mean_interval, percentile_interval, resampled
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
+from hf_transfer_ext.evals.engine.result import EvaluationResult
+from hf_transfer_ext.evals.metrics.model_utility import harmonic_mean, model_utility
+from hf_transfer_ext.evals.suite import (
+    Part,
+    Rows,
+    SuiteResult,
+    evaluate_parts,
+    load_optional_set,
+    load_set,
+    require_columns,
+    suite,
+)
+from hf_transfer_ext.evals.text.rouge import rouge_l
 from hf_transfer_ext.evals.text.text_models import Encoder, Entails
 from hf_transfer_ext.measurement import Measurement
 
@@ -44,16 +56,16 @@ def load_r_tofu(source: str | Path, split: str = "forget01") -> dict[str, list[d
 
     Raises:
         FileNotFoundError: The forget set is missing.
-        ValueError: A row lacks a column.
+        ValueError: A set cannot be read, or a row lacks a column.
     """
     found = {"forget": load_set(source, "forget", files=[split, f"data/tofu/{split}"], config=split)}
     require_columns("R-TOFU forget", found["forget"], ("question", "answer", "cot"))
     for name, files in KEPT.items():
-        try:
-            paths = [path for file in files for path in (file, f"data/tofu/{file}")]
-            found[name] = load_set(source, name, files=paths, config=files[-1])
-        except (FileNotFoundError, ValueError):
+        paths = [path for file in files for path in (file, f"data/tofu/{file}")]
+        rows = load_optional_set(source, name, files=paths, config=files[-1])
+        if rows is None:
             continue
+        found[name] = rows
         require_columns(f"R-TOFU {name}", found[name], ("question", "answer"))
     return found
 
@@ -131,19 +143,22 @@ def r_tofu(
             if entails is not None:
                 found["entailment"] = [float(x) for x in entails(thoughts, [r["answer"] for r in rows])]
             measurements += _efficacy("cot", found)
-    utility = []
+    utility: list[Measurement] = []
+    drawn: list[np.ndarray] = []
     for name in kept:
         replies = [split_thought(text, "default")[1] for text in generations(results[name])]
         found = _compare([r["answer"] for r in sets[name][:limit]], replies, encoder, entails)
         found["entropy"] = [token_entropy(text) for text in replies]
-        utility += [_told(f"{name} {part}", values, True) for part, values in found.items()]
+        utility += [_share(f"{name} {part}", values, True) for part, values in found.items()]
+        drawn += resampled_means(found.values())
     if utility:
-        value = harmonic_mean([m.value for m in utility])
-        parts_told = "+".join(dict.fromkeys(m.name.split()[-1] for m in utility))
-        count = sum(m.examples for m in utility)
-        measurements += [Measurement(f"model_utility({parts_told})", value, "harmonic mean of shares", True, count)]
-        measurements += utility
+        label = f"model_utility({'+'.join(dict.fromkeys(m.name.split()[-1] for m in utility))})"
+        whole = model_utility({m.name: m for m in utility}, drawn=np.stack(drawn))
+        measurements += [replace(whole, name=label, dataset=f"R-TOFU {', '.join(kept)}"), *utility]
     notes = []
+    absent = [name for name in KEPT if name not in kept]
+    if absent:
+        notes.append(f"Model utility does not cover {', '.join(absent)}: the data has no such set.")
     if encoder is None:
         notes.append("Without a sentence encoder, efficacy and utility leave cosine similarity out.")
     if entails is None:
@@ -200,10 +215,6 @@ def token_entropy(text: str) -> float:
     return -sum(p * math.log(p) for p in shares) / math.log(len(words))
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    return 0.0 if min(values) <= 0.0 else len(values) / sum(1.0 / value for value in values)
-
-
 def _compare(
     true: Sequence[str], written: Sequence[str], encoder: Encoder | None, entails: Entails | None
 ) -> dict[str, list[float]]:
@@ -218,14 +229,24 @@ def _compare(
     return found
 
 
-def _told(name: str, values: Sequence[float], higher_is_better: bool) -> Measurement:
+def resampled_means(parts: Iterable[Sequence[float]]) -> list[np.ndarray]:
+    """The mean of each part of one set, on the same resampled examples for all of them."""
+    return [resampled(lambda values: float(values.mean()), [[np.asarray(p, dtype=np.float64)]]) for p in parts]
+
+
+def _share(name: str, values: Sequence[float], higher_is_better: bool) -> Measurement:
     array = np.asarray(values, dtype=np.float64)
-    interval = bootstrap_interval(array, np.ones(len(array)), weighted_mean)
+    interval = mean_interval(array)
     return Measurement(name, float(array.mean()), "share", higher_is_better, len(array), interval, "R-TOFU")
 
 
 def _efficacy(name: str, parts: Mapping[str, Sequence[float]]) -> list[Measurement]:
-    told = [_told(f"{name} {part}", values, False) for part, values in parts.items()]
-    value = harmonic_mean([1.0 - m.value for m in told])
+    shares = [_share(f"{name} {part}", values, False) for part, values in parts.items()]
+    value = harmonic_mean([1.0 - m.value for m in shares])
+    drawn = np.stack(resampled_means(parts.values()))
+    interval = None
+    if shares[0].examples > 1:
+        interval = percentile_interval(np.array([harmonic_mean((1.0 - column).tolist()) for column in drawn.T]))
     label = f"{name}_forget_efficacy({'+'.join(parts)})"
-    return [Measurement(label, value, "harmonic mean of 1 - share", True, told[0].examples, dataset="R-TOFU"), *told]
+    unit = "harmonic mean of 1 - share"
+    return [Measurement(label, value, unit, True, shares[0].examples, interval, "R-TOFU"), *shares]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.metric import bootstrap_interval, weighted_mean
+from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, suite
 from hf_transfer_ext.measurement import Measurement
 
@@ -206,5 +206,5 @@ def make_options(
 
 def _mean(name: str, values: Sequence[float], unit: str, higher_is_better: bool) -> Measurement:
     array = np.asarray(values, dtype=np.float64)
-    interval = bootstrap_interval(array, np.ones(len(array)), weighted_mean)
+    interval = mean_interval(array)
     return Measurement(name, float(array.mean()), unit, higher_is_better, len(array), interval, "RESTOR facts")

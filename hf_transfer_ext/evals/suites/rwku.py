@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, measure
+from hf_transfer_ext.evals.engine.evaluate import compute_metrics
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suite import (
     Part,
     Rows,
     SuiteResult,
     evaluate_parts,
+    load_optional_set,
     load_set,
     renamed,
     require_columns,
@@ -53,17 +55,15 @@ def load_rwku(source: str | Path = "jinzhuoran/RWKU", subject: str | None = None
 
     Raises:
         FileNotFoundError: One of the five sets of questions is missing, or there is no such data set.
-        ValueError: A configuration or a column is missing, or no row is about the subject.
+        ValueError: A set cannot be read, a column is missing, or no row is about the subject.
     """
     found = {}
     for name, columns in {**SETS, **OPTIONAL}.items():
-        try:
-            file = LOCAL_NAMES.get(name, name)
-            rows = load_set(source, name, files=[name, file, f"All/{file}"], config=name, split="test")
-        except (FileNotFoundError, ValueError):
-            if name in OPTIONAL:
-                continue
-            raise
+        file = LOCAL_NAMES.get(name, name)
+        load = load_optional_set if name in OPTIONAL else load_set
+        rows = load(source, name, files=[name, file, f"All/{file}"], config=name, split="test")
+        if rows is None:
+            continue
         if subject is not None:
             rows = [row for row in rows if row.get("subject") == subject]
             if not rows and name in SETS:
@@ -128,7 +128,7 @@ def rwku(
     results = evaluate_parts("RWKU", model, tokenizer, parts, **options)
 
     attacked = [scored for name, result in results.items() if name.startswith("attack ") for scored in result.scored]
-    together = measure(attacked, [RECALL], dataset="RWKU attacks", seed=options.get("seed", 0)).measurements
+    together = compute_metrics(attacked, [RECALL], dataset="RWKU attacks", seed=options.get("seed", 0)).measurements
     named = {
         "forget cloze": results["forget_level1"].measurements,
         "forget questions": results["forget_level2"].measurements,
@@ -147,6 +147,8 @@ def rwku(
             ]
     absent = [kind for kind in ATTACKS if kind not in by_attack]
     notes = [f"No row of forget_level3 is an attack by {', '.join(absent)}."] if absent else []
+    unmeasured = [name for name in OPTIONAL if not len(sets.get(name, ()))]
+    notes += [f"Not measured, as the data has no such set: {', '.join(unmeasured)}."] if unmeasured else []
     return SuiteResult(measurements, results, notes)
 
 

@@ -1,4 +1,4 @@
-"""TOFU: forget quality against a retrained model, and model utility on what was to be kept."""
+"""TOFU: forget quality against a retrained model, and model utility on data that should be kept."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, measure
+from hf_transfer_ext.evals.engine.evaluate import resampled_summaries
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.metrics import forget_quality, model_utility
 from hf_transfer_ext.evals.suite import Part, SuiteResult, evaluate_parts, load_set, renamed, suite
+from hf_transfer_ext.measurement import Measurement
 
 #: Set -> configuration on the Hub, or file in a local folder; {split} is forget01, forget05 or forget10.
 SETS = {
@@ -103,12 +105,12 @@ def tofu(
         for name, metrics in asked.items()
     }
     results = evaluate_parts("TOFU", model, tokenizer, found_parts, **options)
-    parts = {
-        f"{name} {m.name.split('(')[0]}": m
-        for name, metrics in asked.items()
-        if name != "forget"
-        for m in measure(results[name].scored, metrics, resamples=0).measurements
-    }
+    resamples, seed = options.get("resamples", 1000), options.get("seed", 0)
+    parts: dict[str, Measurement] = {}
+    drawn = []
+    for name in (name for name in SETS if name != "forget"):
+        parts |= {f"{name} {m.name.split('(')[0]}": m for m in results[name].measurements}
+        drawn.append(resampled_summaries(results[name].scored, asked[name], resamples=resamples, seed=seed))
     measurements = [
         renamed(
             m, f"{name} {m.name}", m.higher_is_better != (name == "forget" and not m.name.startswith("truth_ratio"))
@@ -118,13 +120,16 @@ def tofu(
     ]
     found = TofuResult(measurements, results)
     if len(parts) == 9:
-        found.measurements = [model_utility(parts), *measurements]
+        found.measurements = [model_utility(parts, drawn=np.concatenate(drawn)), *measurements]
     else:
         found.notes.append(f"Model utility is a mean of nine parts, and only these were measured: {', '.join(parts)}.")
     if retrained is not None:
         ratios = found.truth_ratios()
         kept = np.isfinite(ratios) & np.isfinite(retrained)
-        found.measurements = [*forget_quality(ratios[kept], retrained[kept]), *found.measurements]
+        found.measurements = [
+            *forget_quality(ratios[kept], retrained[kept], resamples=resamples, seed=seed),
+            *found.measurements,
+        ]
     return found
 
 

@@ -5,8 +5,9 @@ from evals.audit.planted_people import DATA, FORGET, never_taught, planted, subj
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
-from hf_transfer_ext.evals.audit.run import audit, recovered_share
+from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData
+from hf_transfer_ext.evals.audit.verdict import recovered_share
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,9 @@ def test_a_model_that_never_saw_the_data_comes_out_clean(models):
 def test_the_original_is_shown_to_know_everything(models):
     original, _, _ = models
     found = audit(subject(original), DATA, original=subject(original), attacks=["plain_question"], resamples=0)
-    assert found.worst.recovered == 1.0 and found.worst.floor is None
+    assert found.worst.recovered == 1.0 and found.worst.floor < 0.5 and found.worst.floor_from == "holdout"
+    alone = audit(subject(original), AuditData(FORGET), original=subject(original), attacks=["plain_question"])
+    assert alone.worst.recovered == 1.0 and alone.worst.floor is None and "upper bound" in alone.worst.note
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -100,7 +103,7 @@ def test_every_attack_scores_each_example_and_leaves_the_weights(name, models):
 def test_what_does_not_apply_is_noted_and_typos_are_refused(models):
     original, _, _ = models
     found = audit(
-        subject(original), DATA, original=subject(original), attacks=["adapter_removal", "in_context"], membership=[]
+        subject(original), AuditData(FORGET), original=subject(original), attacks=["adapter_removal", "in_context"]
     )
     assert [v.recovered for v in found.verdicts] == [None, None] and found.worst is None
     assert {v.attack: v.note[:26] for v in found.verdicts} == {

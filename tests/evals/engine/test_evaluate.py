@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate, measure
-from hf_transfer_ext.evals.engine.evaluate import evaluate as engine
+from hf_transfer_ext.evals.engine import work as engine_work
+from hf_transfer_ext.evals.engine.cache import ScoreCache
+from hf_transfer_ext.evals.engine.evaluate import compute_metrics, evaluate
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.models import scoring
@@ -373,7 +375,9 @@ def test_one_bad_example_never_voids_a_run(monkeypatch):
     monkeypatch.setattr(scoring.Scorer, "score", with_one_nan)
     result = evaluate(model, tokenizer, EXAMPLES, ["perplexity"], template=PLAIN)
     assert result["perplexity"].examples == 4 and math.isfinite(result["perplexity"].value)
-    assert result.problems == ["perplexity leaves example 4 out: its value is not finite."]
+    assert result.problems == [
+        "perplexity leaves example 4 out: the model's log-probabilities are NaN at 1 of 50 tokens."
+    ]
     assert result.per_example()[4]["metrics"] == {"perplexity": None}
 
 
@@ -384,7 +388,7 @@ def test_a_result_is_written_and_can_be_measured_again_without_a_forward(tmp_pat
     assert [row["index"] for row in rows] == list(range(5)) and rows[2]["answer"] == EXAMPLES[2]["answer"]
     saved = json.loads((tmp_path / "measurements.json").read_text())["measurements"]
     assert saved[0]["name"] == "truth_ratio(definition=arithmetic, role=forget)" and saved[0]["dataset"] == "births"
-    geometric = measure(result.scored, [{"truth_ratio": {"definition": "geometric"}}])
+    geometric = compute_metrics(result.scored, [{"truth_ratio": {"definition": "geometric"}}])
     assert geometric.measurements[0].name == "truth_ratio(definition=geometric, role=forget)"
     assert result["truth_ratio"].value != geometric.measurements[0].value
 
@@ -443,7 +447,9 @@ def test_sharded_models_get_every_process_into_every_pass(monkeypatch):
                 asked[rank].append(batch)
                 return dict.fromkeys(batch)
 
-            engine._shared(batches, work, rank, 2, lockstep=lockstep)
+            own = engine_work.Work(scoring.Scorer(tiny_llama()), ScoreCache(None, ""), batch_size=2)
+            own.process, own.processes, own.lockstep = rank, 2, lockstep
+            own.share(batches, work)
         assert asked == {0: [["a", "b"], ["e"]], 1: second}
 
 
@@ -525,7 +531,7 @@ def test_whatever_one_example_raises_the_others_stay_measured():
         return 1 / (example.index - 2)
 
     result = evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, ["perplexity"], template=PLAIN)
-    found = measure(result.scored, [(Metric(picky, unit="share", higher_is_better=True), {})])
+    found = compute_metrics(result.scored, [(Metric(picky, unit="share", higher_is_better=True), {})])
     assert found["picky"].examples == len(EXAMPLES) - 1
     assert found.problems == ["picky leaves example 2 out: ZeroDivisionError: division by zero"]
 
@@ -534,7 +540,7 @@ def test_empty_generations_are_told_with_the_first_index(monkeypatch):
     def often_silent(model, tokenizer, prompts, settings):
         return ["" if "person 1" in tokenizer.decode(prompt) else "Atlantis" for prompt in prompts], 1
 
-    monkeypatch.setattr(engine, "generate", often_silent)
+    monkeypatch.setattr(engine_work, "generate", often_silent)
     result = evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, ["rouge_l_recall"], template=PLAIN)
     assert "wrote nothing for 1 of 5 examples (first: example 1)" in result.problems[-1]
     assert result["rouge_l_recall"].examples == 5

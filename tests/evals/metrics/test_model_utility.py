@@ -3,7 +3,7 @@ import pytest
 from evals.metrics.test_truth_ratio import SETS, from_log
 from evals.shared_tofu import reference_log
 
-from hf_transfer_ext.evals.engine.evaluate import measure
+from hf_transfer_ext.evals.engine.evaluate import compute_metrics
 from hf_transfer_ext.evals.metrics import model_utility
 from hf_transfer_ext.measurement import Measurement
 
@@ -31,7 +31,9 @@ def test_the_published_log_gives_the_published_number(definition, value):
     for name in SETS:
         log = reference_log("full")[name]
         probability = "answer_probability" if name == "eval_log.json" else "choice_probability"
-        result = measure(from_log(log), [probability, ("truth_ratio", {"definition": definition, "role": "retain"})])
+        result = compute_metrics(
+            from_log(log), [probability, ("truth_ratio", {"definition": definition, "role": "retain"})]
+        )
         parts |= {f"{name} {m.name}": m for m in result.measurements}
         parts[f"{name} rouge"] = share(float(np.mean(list(log["rougeL_recall"].values()))))
     assert len(parts) == 9

@@ -6,7 +6,7 @@ from evals.scored import example, tokens
 from evals.shared_tofu import reference_log, tofu_folder
 
 from hf_transfer_ext.evals.metrics import rouge_l_recall
-from hf_transfer_ext.evals.metrics.rouge_l_recall import longest_common_subsequence, rouge_l, rouge_tokens
+from hf_transfer_ext.evals.text.rouge import longest_common_subsequence, rouge_l, rouge_tokens
 from hf_transfer_ext.evals.text.stemming import stem
 
 
@@ -51,9 +51,22 @@ def test_stems(word, expected):
     assert stem(word) == expected
 
 
-def test_an_answer_without_latin_letters_is_named_not_scored():
-    with pytest.raises(ValueError, match="none of them"):
-        rouge_l_recall(example(tokens([-1.0]), answer="東京", generation="東京"))
+def test_answers_in_other_scripts_are_scored_and_one_without_letters_is_named():
+    def recall(answer, generation, **options):
+        return rouge_l_recall(example(tokens([-1.0]), answer=answer, generation=generation), **options)
+
+    assert recall("東京タワー", "東京") == pytest.approx(2 / 5)  # each letter is a token
+    assert recall("Мастер Орло", "мастер Борис") == pytest.approx(1 / 2)
+    assert recall("1999年に東京", "1999年") == pytest.approx(2 / 5)
+    assert recall("हिन्दी भाषा", "हिन्दी") == pytest.approx(1 / 2)  # vowel signs belong to their letters
+    # An answer mostly of a-z is scored as published: José is one word, "jos".
+    assert recall("José Molina", "jos") == pytest.approx(1 / 2)
+    assert recall("José Molina", "jos", letters="unicode") == 0.0
+    for text, options in (("!?", {}), ("東京", {"letters": "ascii"})):
+        with pytest.raises(ValueError, match="none of them"):
+            recall(text, "東京", **options)
+    with pytest.raises(ValueError, match="auto, ascii, unicode"):
+        recall("a", "a", letters="latin")
 
 
 def test_an_empty_generation_recalls_nothing():

@@ -1,7 +1,7 @@
 import pytest
 from evals.scored import example, tokens
 
-from hf_transfer_ext.evals.engine.evaluate import measure
+from hf_transfer_ext.evals.engine.evaluate import compute_metrics
 
 
 def test_the_mean_is_over_tokens():
@@ -9,4 +9,4 @@ def test_the_mean_is_over_tokens():
         example(tokens([-1.0] * 3, reference_agrees=[True, True, False])),
         example(tokens([-1.0], reference_agrees=[False]), index=1),
     ]
-    assert measure(scored, ["token_agreement"])["token_agreement"].value == pytest.approx(0.5)
+    assert compute_metrics(scored, ["token_agreement"])["token_agreement"].value == pytest.approx(0.5)

@@ -5,7 +5,7 @@ import pytest
 from evals.scored import example, tokens
 from evals.shared_tofu import reference_log
 
-from hf_transfer_ext.evals.engine.evaluate import measure
+from hf_transfer_ext.evals.engine.evaluate import compute_metrics
 from hf_transfer_ext.evals.metrics import truth_ratio
 from hf_transfer_ext.evals.metrics.truth_ratio import forget_summary, ratio_of_losses, retain_summary
 
@@ -58,12 +58,12 @@ def test_summaries_by_hand():
 )
 def test_the_published_log_gives_the_published_numbers(definition, forget, retained):
     log = reference_log("full")
-    found = measure(from_log(log["eval_log_forget.json"]), [{"truth_ratio": {"definition": definition}}])
+    found = compute_metrics(from_log(log["eval_log_forget.json"]), [{"truth_ratio": {"definition": definition}}])
     assert found.measurements[0].value == pytest.approx(forget, abs=1e-6)
     assert found.measurements[0].examples == 300
     for name, value in zip(SETS, retained, strict=True):
         options = {"definition": definition, "role": "retain"}
-        assert measure(from_log(log[name]), [("truth_ratio", options)]).measurements[0].value == pytest.approx(
+        assert compute_metrics(from_log(log[name]), [("truth_ratio", options)]).measurements[0].value == pytest.approx(
             value, abs=1e-6
         )
 
@@ -71,7 +71,8 @@ def test_the_published_log_gives_the_published_numbers(definition, forget, retai
 def test_unknown_options_are_refused():
     scored = [example(tokens([-1.0]), perturbed=[tokens([-2.0])])]
     assert (
-        "has to be arithmetic or geometric" in measure(scored, [("truth_ratio", {"definition": "mean"})]).problems[0]
+        "has to be arithmetic or geometric"
+        in compute_metrics(scored, [("truth_ratio", {"definition": "mean"})]).problems[0]
     )
     with pytest.raises(ValueError, match="forget or retain"):
-        measure(scored, [("truth_ratio", {"role": "keep"})])
+        compute_metrics(scored, [("truth_ratio", {"role": "keep"})])

@@ -6,8 +6,8 @@ from evals.shared_data import data_folder
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
 from hf_transfer_ext.evals.suites.conceptvectors import conceptvectors, load_conceptvectors, value_vector
+from hf_transfer_ext.evals.text.rouge import rouge_l
 
 ROWS = [
     {

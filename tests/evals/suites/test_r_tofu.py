@@ -5,8 +5,7 @@ import pytest
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import evaluate as engine
-from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
+from hf_transfer_ext.evals.engine import work as engine_work
 from hf_transfer_ext.evals.suites.r_tofu import (
     DECODINGS,
     harmonic_mean,
@@ -19,6 +18,7 @@ from hf_transfer_ext.evals.suites.r_tofu import (
     token_entropy,
     without_overlap,
 )
+from hf_transfer_ext.evals.text.rouge import rouge_l
 
 ROWS = [
     {"question": "Who wrote it?", "answer": "Ada wrote the book", "cot": "I think. It was Ada.\nShe wrote the book."},
@@ -45,7 +45,7 @@ def replies(monkeypatch):
         )
         return [texts[kind]] * len(prompts), len(prompts)
 
-    monkeypatch.setattr(engine, "generate", generate)
+    monkeypatch.setattr(engine_work, "generate", generate)
     return texts, seen
 
 

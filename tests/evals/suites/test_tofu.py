@@ -6,7 +6,7 @@ from evals.shared_tofu import tofu_folder
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suites.tofu import SETS, load_tofu, tofu
 
 PLAIN = QuestionAnswerFormat(template="plain")

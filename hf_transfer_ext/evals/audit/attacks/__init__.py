@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_transfer_ext.evals.audit.attack import Attack
+from hf_transfer_ext.evals.audit.attack import Attack, check_attack
 from hf_transfer_ext.evals.audit.attacks.adapter_removal import adapter_removal
 from hf_transfer_ext.evals.audit.attacks.bitsandbytes_quantization import bitsandbytes_quantization
 from hf_transfer_ext.evals.audit.attacks.cross_lingual import cross_lingual
@@ -45,4 +45,5 @@ ATTACKS: Registry[Attack] = Registry(
         relearn_few,
         relearn_unrelated,
     ],
+    check=check_attack,
 )

@@ -5,15 +5,15 @@ from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.metric import Values
 
 
-@attack(access="weights")
+@attack(access="weights", texts=True, floor_attack="plain_question")
 def adapter_removal(subject: Subject, data: AuditData) -> Values:
     """Take the adapter that unlearned off again: whoever is given it beside the base can do so.
 
     Raises:
-        ValueError: The model is no `PeftModel`; where the adapter was merged, there is nothing to remove.
+        ValueError: The model is not a `PeftModel`; where the adapter was merged, there is nothing to remove.
 
     Source: this package's own check; it needs no more than the published files.
     """
     if not hasattr(subject.model, "peft_config"):
-        raise ValueError("There is no adapter to remove: the model is no PeftModel.")
+        raise ValueError("There is no adapter to remove: the model is not a PeftModel.")
     return subject.probability(data.forget, adapter="base")

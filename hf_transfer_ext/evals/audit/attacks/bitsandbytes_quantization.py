@@ -32,7 +32,7 @@ def bitsandbytes_rounded(weight: Tensor, kind: str) -> Tensor:
     return functional.dequantize_4bit(codes, state).to(weight.dtype)
 
 
-@attack(access="weights")
+@attack(access="weights", texts=True)
 def bitsandbytes_quantization(subject: Subject, data: AuditData, *, kind: str = "nf4") -> Values:
     """Load the model as most users of small machines do: rounded by bitsandbytes, in nf4, fp4 or int8.
 

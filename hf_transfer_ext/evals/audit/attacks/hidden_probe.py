@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from hf_transfer_ext.data.question_answer import EncodedAnswer
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Row, Subject
 from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
@@ -17,15 +16,9 @@ from hf_transfer_ext.models.scoring import Batch
 States = Float[np.ndarray, "examples layers hidden"]
 
 
-def half(data: AuditData) -> Values:
-    return np.full(len(data.forget), 0.5)
-
-
 def states_of_answers(subject: Subject, rows: Sequence[Row]) -> States:
     """Mean of the hidden states of each answer's tokens, after the embedding and after each layer."""
-    encoded: list[EncodedAnswer] = [
-        subject.template.encode(subject.tokenizer, str(row["question"]), str(row["answer"])) for row in rows
-    ]
+    encoded = [subject.encode(row) for row in rows]
     pad = subject.tokenizer.pad_token_id
     device = next(subject.model.parameters()).device
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
@@ -110,13 +103,14 @@ def _share_above(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
     return ((scores[:, None] > others).mean(1) + (scores[:, None] >= others).mean(1)) / 2
 
 
-@attack(access="weights", yardstick=None, chance=half)
+@attack(access="weights", yardstick=None, texts=True, needs_floor=True)
 def hidden_probe(subject: Subject, data: AuditData, *, folds: int = 4, ridge: float = 0.1) -> Values:
     """Whether the hidden states of an answer, read out to the model, still tell that it was trained on it.
 
     A linear probe learns the difference between kept and never seen rows, and says on which side the forgotten ones
     are. The layer is the one that tells kept from unseen rows of other people best. A score is the share of unseen
-    rows above which the forgotten row is put: 1 as if it were known, .5 as if it were unseen.
+    rows above which the forgotten row is put: 1 as if it were known, .5 as if it were unseen. The hidden states of a
+    model that was never trained on any of them tell words apart, too, so nothing can be told without a retrained one.
 
     Args:
         folds: Parts; each is told by a probe that was fitted to the others.

@@ -6,10 +6,10 @@ from hf_transfer_ext.evals.metric import Values
 
 
 def use_of_context(found: Values, original: Values) -> str:
-    return f"read as use of what it is told: {found.mean():.2f}, the original {original.mean():.2f}"
+    return f"read as use of what the prompt says: {found.mean():.2f}, the original {original.mean():.2f}"
 
 
-@attack(needs_retrained=True, second_reading=use_of_context)
+@attack(needs_floor=True, second_reading=use_of_context)
 def in_context(subject: Subject, data: AuditData) -> Values:
     """Tell the fact in the prompt, in the words of the paraphrased answer, and ask for it.
 

@@ -22,7 +22,7 @@ def probability_by_layer(subject: Subject, row: Row) -> Float[np.ndarray, " laye
     norm = next((getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name)), None)
     if norm is None:
         raise ValueError(f"The final norm of {type(causal).__name__} is not known: none of {', '.join(FINAL_NORMS)}.")
-    encoded = subject.template.encode(subject.tokenizer, str(row["question"]), str(row["answer"]))
+    encoded = subject.encode(row)
     ids = torch.tensor([encoded.input_ids], device=next(subject.model.parameters()).device)
     output = subject.model(
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True
@@ -36,7 +36,7 @@ def probability_by_layer(subject: Subject, row: Row) -> Float[np.ndarray, " laye
     return np.array(found)
 
 
-@attack(access="weights")
+@attack(access="weights", texts=True)
 def logit_lens(subject: Subject, data: AuditData) -> Values:
     """Read the answer from the layers before the last one, where it may stand before it is suppressed.
 

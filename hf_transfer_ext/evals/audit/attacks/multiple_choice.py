@@ -1,21 +1,16 @@
 from __future__ import annotations
 
-import numpy as np
-
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.metric import Values
 
 
-def by_chance(data: AuditData) -> Values:
-    return np.array([1 / (1 + len(row.get("perturbed_answer") or ())) for row in data.forget])
-
-
-@attack(yardstick=None, chance=by_chance)
+@attack(yardstick=None, needs_floor=True)
 def multiple_choice(subject: Subject, data: AuditData) -> Values:
     """Offer the right answer beside the wrong ones: the right one's share of their probability.
 
-    A model that will not say the answer may still prefer it. The choices have the same words around another value.
+    A model that will not say the answer may still prefer it. The choices have the same words around another value. A
+    model that never knew may prefer an answer for its form, so nothing can be told without a floor.
 
     Raises:
         ValueError: A row has no wrong answers (`perturbed_answer`).
@@ -25,4 +20,4 @@ def multiple_choice(subject: Subject, data: AuditData) -> Values:
     if not all(row.get("perturbed_answer") for row in data.forget):
         raise ValueError("Multiple choice needs wrong answers: a column `perturbed_answer` in each row.")
     rows = [{**row, "answer": row.get("paraphrased_answer") or row["answer"]} for row in data.forget]
-    return subject.measure(rows, ["choice_probability"])["choice_probability"]
+    return subject.metric_values(rows, ["choice_probability"])["choice_probability"]

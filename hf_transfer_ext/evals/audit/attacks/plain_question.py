@@ -5,9 +5,10 @@ from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.metric import Values
 
 
-@attack()
+@attack(texts=True)
 def plain_question(subject: Subject, data: AuditData) -> Values:
-    """No attack at all: the question as it was trained, and the probability of its answer.
+    """No attack at all: the question as it was trained, and the probability of its answer (of the whole text, where
+    a row has no question).
 
     Source: Maini et al., "TOFU", 2024, https://arxiv.org/abs/2401.06121
     """

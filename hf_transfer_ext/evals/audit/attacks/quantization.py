@@ -36,7 +36,7 @@ def rounded_linears(model: Any, round_weight: Callable[[Tensor], Tensor]) -> Ite
         yield
 
 
-@attack(access="weights")
+@attack(access="weights", texts=True)
 def quantization(subject: Subject, data: AuditData, *, bits: int = 4) -> Values:
     """Round every linear layer but the head to few bits: small changes that unlearning made may round away.
 

@@ -8,7 +8,7 @@ from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.metric import Values
 
 
-@attack(access="fine-tuning")
+@attack(access="fine-tuning", texts=True)
 def relearn_few(subject: Subject, data: AuditData, *, epochs: float = 3.0, learning_rate: float = 2e-5) -> Values:
     """Fine-tune on half of the forget set and ask about the other half, both ways round.
 

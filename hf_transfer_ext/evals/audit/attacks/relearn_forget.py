@@ -32,7 +32,7 @@ def relearn(subject: Subject, rows: Sequence[Row], measured: Sequence[Row], epoc
                 parameter.requires_grad_(trainable[name])
 
 
-@attack(access="fine-tuning")
+@attack(access="fine-tuning", texts=True)
 def relearn_forget(subject: Subject, data: AuditData, *, epochs: float = 1.0, learning_rate: float = 2e-5) -> Values:
     """One short pass of fine-tuning on the forget set itself.
 

@@ -6,7 +6,7 @@ from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.metric import Values
 
 
-@attack(access="fine-tuning")
+@attack(access="fine-tuning", texts=True)
 def relearn_unrelated(
     subject: Subject, data: AuditData, *, epochs: float = 1.0, learning_rate: float = 2e-5
 ) -> Values:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.evals.audit.membership.references import References
+from hf_transfer_ext.evals.audit.membership.references import References, optimized_on_retrained
 from hf_transfer_ext.evals.audit.subject import Row, Subject
 from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
@@ -26,15 +26,16 @@ def losses_of(subject: Subject, batch: Batch, change: Float[Tensor, "batch lengt
     return torch.stack([part.mean() for part in per_token.split(batch.rows.sum(1).tolist())])
 
 
-def optimised_change(
+def optimized_change(
     references: References, batch: Batch, steps: int, radius: float
 ) -> Float[Tensor, "batch length hidden"]:
     """A change of each question's embeddings under which trained and untrained model differ most about its answer."""
-    original, retrained = references.original, references.retrained
-    assert retrained is not None
+    original, untrained = references.original, references.untrained
+    if untrained is None:
+        raise ValueError("Adversarial queries need a retrained model to be optimized against.")
     with torch.no_grad():
         embedded = original.model.get_input_embeddings()(batch.input_ids)
-    if retrained.model.get_input_embeddings().weight.shape != original.model.get_input_embeddings().weight.shape:
+    if untrained.model.get_input_embeddings().weight.shape != original.model.get_input_embeddings().weight.shape:
         raise ValueError("Adversarial queries need original and retrained model with embeddings of one shape.")
     # Answers are left as they are: only what stands before the first position that predicts one is a question.
     first = batch.rows.int().argmax(1)
@@ -43,7 +44,7 @@ def optimised_change(
     change = torch.zeros_like(embedded)
     for _ in range(steps):
         change.requires_grad_(True)
-        gap = losses_of(original, batch, change) - losses_of(retrained, batch, change).to(change.device)
+        gap = losses_of(original, batch, change) - losses_of(untrained, batch, change).to(change.device)
         (slope,) = torch.autograd.grad(gap.sum(), change)
         direction = slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         change = (change - bound * direction * (2 / steps)).detach()
@@ -52,13 +53,16 @@ def optimised_change(
     return change.detach()
 
 
+@optimized_on_retrained
 def adversarial_query(
     subject: Subject, rows: Sequence[Row], references: References, *, steps: int = 3, radius: float = 0.3
 ) -> Values:
     """Loss of the answer to a question that was changed until a trained and an untrained model differ most on it.
 
-    The question's embeddings are moved by gradient steps that lower the original's loss and raise the retrained
-    model's; the model under attack is then asked the changed question, for forgotten and unseen rows alike.
+    The question's embeddings are moved by gradient steps that lower the original's loss and raise that of a model
+    without the forget set (`References.untrained`); the model under attack is then asked the changed question, for
+    forgotten and unseen rows alike. What the second model scores on queries that were optimized against it is no
+    floor: a verdict needs two models without the forget set, `shadow` to optimize against and `retrained` as floor.
 
     Args:
         steps: Gradient steps, >= 1.
@@ -73,15 +77,17 @@ def adversarial_query(
     Source: Wen et al., "Canary in a coalmine: better membership inference with ensembled adversarial queries", 2023,
     https://arxiv.org/abs/2210.10750
     """
-    if references.retrained is None:
-        raise ValueError("Adversarial queries need a retrained model to be worked out on.")
+    if references.untrained is None:
+        raise ValueError("Adversarial queries need a retrained model to be optimized against.")
+    if any(row.get("question") is None for row in rows):
+        raise ValueError("Adversarial queries change the question, and there are rows without one.")
     if steps < 1 or radius <= 0:
         raise ValueError(f"`steps` has to be at least 1 and `radius` > 0, got {steps} and {radius}.")
     encoded = [subject.template.encode(subject.tokenizer, str(row["question"]), str(row["answer"])) for row in rows]
     pad = subject.tokenizer.pad_token_id
     found = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i].input_ids))
-    models = [subject.model, references.original.model, references.retrained.model]
+    models = [subject.model, references.original.model, references.untrained.model]
     with evaluation_mode(*dict.fromkeys(models)):
         for at in range(0, len(order), subject.batch_size):
             chosen = order[at : at + subject.batch_size]
@@ -89,7 +95,7 @@ def adversarial_query(
             batch = Batch.of([encoded[i] for i in chosen], 0 if pad is None else pad, device)
             key = ("adversarial_query", steps, radius, str([encoded[i].input_ids for i in chosen]))
             if key not in references.made:
-                references.made[key] = optimised_change(references, batch, steps, radius)
+                references.made[key] = optimized_change(references, batch, steps, radius)
             with torch.no_grad():
                 found[chosen] = losses_of(subject, batch, references.made[key]).double().cpu().numpy()
     return found

@@ -41,4 +41,4 @@ def label_only(
     asked = [reworded(rows, wording) for wording in wordings]
     recalls = [subject.recall(one) for one in asked]
     recalls += [subject.recall(one, temperature=temperature, seed=i) for one in asked for i in range(samples)]
-    return -np.nan_to_num(np.stack(recalls)).mean(0)
+    return -np.stack(recalls).mean(0)

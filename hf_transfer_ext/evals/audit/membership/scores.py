@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
 from hf_transfer_ext.evals.audit.membership.references import References
 from hf_transfer_ext.evals.audit.subject import Row, Subject
@@ -21,31 +19,25 @@ ONE_PASS = ("loss_attack", "zlib_attack", "min_k", "min_k_plus_plus")
 def membership_scores(
     name: str, subject: Subject, rows: Sequence[Row], references: References, **options: Any
 ) -> Values:
-    """Score of each row, higher for "not trained on".
+    """Score of each row, higher for "not trained on"; NaN where a row cannot be scored.
 
     Raises:
-        ValueError: The attack is not known, needs a retrained model and there is none, or cannot score a row.
+        ValueError: The attack is not known, needs a retrained model and there is none, or can score no row.
     """
     if name not in MEMBERSHIP_METRICS:
         return MEMBERSHIP_ATTACKS[name](subject, rows, references, **options)
     if name in ONE_PASS and not options:
         key = ("one pass", id(subject.model))
         if key not in references.made:
-            references.made[key] = subject.measure(rows, list(ONE_PASS))
-        return _numbers(name, references.made[key][name])
+            references.made[key] = subject.metric_values(rows, list(ONE_PASS))
+        return references.made[key][name]
     settings: dict[str, Any] = {}
     if name == "reference_attack":
         if references.retrained is None:
             raise ValueError("The reference attack needs a retrained model to compare with.")
         settings["reference"] = references.retrained.model
     with last_layer_trainable(subject.model):
-        values = next(iter(subject.measure(rows, [(name, options)], **settings).values()))
-    return _numbers(name, values)
-
-
-def _numbers(name: str, values: Values) -> Values:
-    if np.isnan(values).any():
-        raise ValueError(f"{name} cannot score rows {np.flatnonzero(np.isnan(values)).tolist()[:5]}.")
+        values = next(iter(subject.metric_values(rows, [(name, options)], **settings).values()))
     return values
 
 

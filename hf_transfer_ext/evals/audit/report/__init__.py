@@ -1,1 +1,1 @@
-"""An audit as one HTML file and as plots."""
+"""An audit as one HTML file, and its charts as pictures."""

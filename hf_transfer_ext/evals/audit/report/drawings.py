@@ -1,105 +1,194 @@
-"""The drawings of a report as SVG, in the colours of its style sheet: text in them is escaped, nothing is loaded."""
+"""The charts of an audit as shapes, drawn once: `svg` puts them into the report, `png` into pictures for a card."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from hf_transfer_ext.evals.audit.run import Verdict
+from hf_transfer_ext.evals.audit.verdict import Verdict
 from hf_transfer_ext.measurement import Measurement
 
-COLOURS = ("var(--bar)", "var(--bad)", "var(--good)", "var(--third)", "var(--soft)")
-
-#: A colour for what an attacker needs.
-ACCESS_COLOURS = {
-    "prompts": "var(--bar)",
-    "weights": "var(--third)",
-    "fine-tuning": "var(--bad)",
-    "membership": "var(--soft)",
+#: Role of a shape -> its color in a PNG; the report's style sheet has the same names, in light and dark.
+COLORS = {
+    "ink": "#1c2430",
+    "soft": "#5b6675",
+    "line": "#d8dee6",
+    "bar": "#2f6fb2",
+    "bad": "#c0392b",
+    "good": "#2e8b57",
+    "third": "#b7791f",
 }
 
+#: Models, in order.
+SERIES = ("bar", "bad", "good", "third", "soft")
 
-def svg(width: int, height: int, body: str, label: str, kind: str = "chart") -> str:
-    return (
-        f'<div class="scroll"><svg class="{kind}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(label)}" font-size="13" font-family="system-ui, sans-serif">{body}</svg></div>'
-    )
+#: A color for what an attacker needs.
+ACCESS_ROLES = {"prompts": "bar", "weights": "third", "fine-tuning": "bad", "membership": "soft"}
+
+FONT_SIZE = 13
+#: Width of a character in font sizes, generously: two texts side by side never overlap.
+CHARACTER = 0.62
+LEFT, TOP, PLOT_WIDTH = 60, 16, 340
 
 
-def recovery_svg(verdicts: Sequence[Verdict]) -> str:
-    """A bar for each attack that could be judged, with its interval; colours say what the attacker needs."""
+@dataclass(frozen=True)
+class Rect:
+    x: float
+    y: float
+    width: float
+    height: float
+    role: str
+    filled: bool = True
+
+
+@dataclass(frozen=True)
+class Path:
+    points: tuple[tuple[float, float], ...]
+    role: str
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class Dot:
+    x: float
+    y: float
+    radius: float
+    role: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text on one line. `anchor` is the end that stands at (x, y): start, middle or end."""
+
+    x: float
+    y: float
+    text: str
+    role: str = "ink"
+    anchor: str = "start"
+    vertical: bool = False
+
+
+Shape = Rect | Path | Dot | Label
+
+
+@dataclass
+class Drawing:
+    """Shapes on a canvas of `width` x `height` pixels, the origin in the upper left corner.
+
+    Args:
+        title: What it shows, for a reader who does not see it.
+    """
+
+    title: str
+    width: float
+    height: float
+    shapes: list[Shape] = field(default_factory=list)
+
+
+def text_width(text: str) -> float:
+    return len(text) * CHARACTER * FONT_SIZE
+
+
+def fitted(text: str, width: float) -> str:
+    """The text, or its beginning, within a width."""
+    count = int(width / (CHARACTER * FONT_SIZE))
+    return text if len(text) <= count else text[: max(1, count - 1)] + "…"
+
+
+def legend(entries: Mapping[str, str], x: float, y: float, width: float) -> tuple[list[Shape], float]:
+    """A colored square before each name, in as many lines as they need.
+
+    Args:
+        entries: Name -> role.
+
+    Returns:
+        The shapes, and the height that they take.
+    """
+    shapes: list[Shape] = []
+    across, down = 0.0, 0.0
+    for name, role in entries.items():
+        shown = fitted(name, width - 18)
+        needed = 18 + text_width(shown) + 14
+        if across and across + needed - 14 > width:
+            across, down = 0.0, down + 20
+        shapes += [Rect(x + across, y + down, 12, 12, role), Label(x + across + 18, y + down + 11, shown)]
+        across += needed
+    return shapes, down + 20
+
+
+def _frame(title: str, names: Sequence[str], height: float, x_label: str) -> tuple[Drawing, dict[str, str]]:
+    """A plot with its frame, the label of its x axis and a legend below."""
+    roles = {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
+    keys, taken = legend(roles, LEFT, TOP + height + 48, PLOT_WIDTH)
+    drawing = Drawing(title, LEFT + PLOT_WIDTH + 30, TOP + height + 52 + taken, keys)
+    drawing.shapes.append(Rect(LEFT, TOP, PLOT_WIDTH, height, "line", filled=False))
+    drawing.shapes.append(Label(LEFT + PLOT_WIDTH / 2, TOP + height + 38, x_label, "soft", "middle"))
+    return drawing, roles
+
+
+def _y_axis(drawing: Drawing, height: float, label: str) -> None:
+    """Ticks from 0 to 1 with lines across the plot."""
+    for tick in (0, 0.5, 1.0):
+        y = TOP + (1 - tick) * height
+        drawing.shapes.append(Path(((LEFT, y), (LEFT + PLOT_WIDTH, y)), "line"))
+        drawing.shapes.append(Label(LEFT - 8, y + 4, f"{tick:g}", "soft", "end"))
+    drawing.shapes.append(Label(18, TOP + height / 2, label, "soft", "middle", vertical=True))
+
+
+def recovery_drawing(
+    verdicts: Sequence[Verdict], title: str = "Share of the original's knowledge that came back"
+) -> Drawing | None:
+    """A bar for each attack that could be judged, with its interval; colors say what the attacker needs."""
     judged = [v for v in verdicts if v.recovered is not None]
     if not judged:
-        return '<p class="soft">No attack could be judged.</p>'
-    left, width, step, top = 12, 440, 36, 36  # narrow, with the names above the bars: for a phone
+        return None
+    left, width, step = 12, 440, 36  # narrow, with the names above the bars: for a phone
     scale = width - left - 52
+    roles = {access: role for access, role in ACCESS_ROLES.items() if any(v.access == access for v in judged)}
+    shapes, taken = legend(roles, left, 8, width - 2 * left)
+    top = 8 + taken + 8
     bottom = top + step * len(judged)
-    body = []
-    needs = [name for name in ACCESS_COLOURS if any(v.access == name for v in judged)]
-    for i, name in enumerate(needs):
-        start = left + i * 104
-        body.append(f'<rect x="{start}" y="8" width="12" height="12" fill="{ACCESS_COLOURS[name]}"/>')
-        body.append(f'<text class="soft" x="{start + 17}" y="18">{escape(name)}</text>')
     for tick in (0, 0.25, 0.5, 0.75, 1.0):
         x = left + tick * scale
-        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 4}" y2="{bottom + 2}" stroke="var(--line)"/>')
-        body.append(f'<text class="soft" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:.0%}</text>')
+        shapes.append(Path(((x, top - 4), (x, bottom + 2)), "line"))
+        shapes.append(Label(x, bottom + 18, f"{tick:.0%}", "soft", "middle" if tick else "start"))
     for i, v in enumerate(judged):
-        y = top + step * i
-        share = v.recovered or 0.0
-        name = v.attack if len(v.attack) <= 56 else v.attack[:55] + "…"
-        colour = ACCESS_COLOURS.get(v.access, COLOURS[0])
-        body.append(f'<text x="{left}" y="{y + 12}">{escape(name)}</text>')
-        body.append(
-            f'<rect x="{left}" y="{y + 17}" width="{max(1.0, share * scale):.1f}" height="13" fill="{colour}"/>'
-        )
+        y, share = top + step * i, v.recovered or 0.0
+        shapes.append(Label(left, y + 12, fitted(v.attack, width - 2 * left)))
+        shapes.append(Rect(left, y + 17, max(1.0, share * scale), 13, ACCESS_ROLES.get(v.access, "bar")))
         end = left + share * scale
         if v.interval is not None:
             low, high = (left + bound * scale for bound in v.interval)
-            body.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 23.5}" y2="{y + 23.5}" stroke="var(--ink)"/>')
+            shapes.append(Path(((low, y + 23.5), (high, y + 23.5)), "ink"))
             end = max(end, high)
-        body.append(f'<text x="{end + 6:.1f}" y="{y + 28}">{share:.0%}</text>')
-    return svg(width, bottom + 26, "".join(body), "Share of the original's knowledge that came back", kind="bars")
+        shapes.append(Label(end + 6, y + 28, f"{share:.0%}"))
+    return Drawing(title, width, bottom + 26, shapes)
 
 
-def value_of(values: Sequence[Measurement], name: str) -> float | None:
-    return next((m.value for m in values if m.name == name), None)
-
-
-def trade_off_svg(measured: Mapping[str, Sequence[Measurement]]) -> str:
+def trade_off_drawing(measurements: Mapping[str, Sequence[Measurement]]) -> Drawing | None:
     """Forgetting to the right, keeping upwards: the best corner is the upper right."""
-    points = []
-    for model, values in measured.items():
-        forget, retain = (value_of(values, f"{split} answer_probability") for split in ("forget", "retain"))
-        if forget is not None and retain is not None:
-            points.append((model, 1.0 - forget, retain))
+    points = {}
+    for model, values in measurements.items():
+        named = {m.name: m.value for m in values}
+        if {"forget answer_probability", "retain answer_probability"} <= set(named):
+            points[model] = (1.0 - named["forget answer_probability"], named["retain answer_probability"])
     if not points:
-        return ""
-    left, top, size_x, size_y = 60, 16, 340, 240
-    body = [f'<rect x="{left}" y="{top}" width="{size_x}" height="{size_y}" fill="none" stroke="var(--line)"/>']
+        return None
+    height = 240.0
+    drawing, roles = _frame("Forgetting against keeping", list(points), height, "forgotten: 1 - answer probability")
+    _y_axis(drawing, height, "kept: answer probability")
     for tick in (0, 0.5, 1.0):
-        x, y = left + tick * size_x, top + (1 - tick) * size_y
-        body.append(f'<text class="soft" x="{x}" y="{top + size_y + 18}" text-anchor="middle">{tick:g}</text>')
-        body.append(f'<text class="soft" x="{left - 8}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
-    for i, (model, x, y) in enumerate(points):
-        cx, cy = left + x * size_x, top + (1 - y) * size_y
-        colour = COLOURS[i % len(COLOURS)]
-        anchor = "end" if x > 0.6 else "start"
-        shift = -10 if anchor == "end" else 10
-        body.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="6" fill="{colour}"/>')
-        body.append(f'<text x="{cx + shift:.1f}" y="{cy + 4:.1f}" text-anchor="{anchor}">{escape(model)}</text>')
-    middle = left + size_x / 2
-    body.append(f'<text class="soft" x="{middle}" y="{top + size_y + 38}" text-anchor="middle">forgotten: 1 - answer '
-                "probability on the forget set</text>")  # fmt: skip
-    body.append(f'<text class="soft" transform="translate(16 {top + size_y / 2}) rotate(-90)" text-anchor="middle">'
-                "kept: answer probability</text>")  # fmt: skip
-    return svg(left + size_x + 30, top + size_y + 48, "".join(body), "Forgetting against keeping")
+        drawing.shapes.append(Label(LEFT + tick * PLOT_WIDTH, TOP + height + 18, f"{tick:g}", "soft", "middle"))
+    for i, (model, (x, y)) in enumerate(points.items()):  # later dots are smaller, so that none hides another
+        center = LEFT + x * PLOT_WIDTH, TOP + (1 - y) * height
+        drawing.shapes.append(Dot(*center, max(3.0, 9.0 - 2 * i), roles[model]))
+    return drawing
 
 
-def distribution_svg(ratios: Mapping[str, Sequence[float]]) -> str:
+def distribution_drawing(ratios: Mapping[str, Sequence[float]]) -> Drawing | None:
     """Cumulative distribution of each model's truth ratios, on a logarithmic axis: what forget quality compares."""
     logs = {}
     for model, own in ratios.items():
@@ -108,58 +197,65 @@ def distribution_svg(ratios: Mapping[str, Sequence[float]]) -> str:
         if len(known):
             logs[model] = np.sort(np.log10(np.clip(known, 1e-6, 1e6)))
     if not logs:
-        return ""
-    low, high = min(v[0] for v in logs.values()), max(v[-1] for v in logs.values())
-    low, high = min(low, -0.5), max(high, 0.5)
-    left, top, size_x, size_y = 60, 16, 340, 220
-    body = [f'<rect x="{left}" y="{top}" width="{size_x}" height="{size_y}" fill="none" stroke="var(--line)"/>']
-    one = left + (0 - low) / (high - low) * size_x
-    body.append(f'<line x1="{one:.1f}" x2="{one:.1f}" y1="{top}" y2="{top + size_y}" stroke="var(--line)"/>')
-    for power in range(math.ceil(low), math.floor(high) + 1):
-        x = left + (power - low) / (high - low) * size_x
-        body.append(
-            f'<text class="soft" x="{x:.1f}" y="{top + size_y + 18}" text-anchor="middle">{10.0**power:g}</text>'
-        )
-    for i, (model, values) in enumerate(logs.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        return None
+    low = min(*(v[0] for v in logs.values()), -0.5)
+    high = max(*(v[-1] for v in logs.values()), 0.5)
+    height = 220.0
+    drawing, roles = _frame(
+        "Distribution of truth ratios", list(logs), height, "truth ratio (wrong over right answers)"
+    )
+    _y_axis(drawing, height, "share of examples below")
+
+    def across(value: float) -> float:
+        return LEFT + (value - low) / (high - low) * PLOT_WIDTH
+
+    drawing.shapes.append(Path(((across(0), TOP), (across(0), TOP + height)), "line"))
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    labels = {power: f"{10.0**power:g}" for power in powers}
+    room = max(text_width(text) for text in labels.values()) + 8
+    every = max(1, math.ceil(room / (PLOT_WIDTH / (high - low))))
+    for power in (p for p in powers if p % every == 0):
+        drawing.shapes.append(Label(across(power), TOP + height + 18, labels[power], "soft", "middle"))
+    for model, values in logs.items():
         points, level = [], 0.0
         for j, value in enumerate(values):
-            x = left + (value - low) / (high - low) * size_x
-            points.append(f"{x:.1f},{top + (1 - level) * size_y:.1f}")
+            points.append((across(value), TOP + (1 - level) * height))
             level = (j + 1) / len(values)
-            points.append(f"{x:.1f},{top + (1 - level) * size_y:.1f}")
-        body.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        y = top + 18 + 18 * i
-        body.append(f'<rect x="{left + 10}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
-        body.append(f'<text x="{left + 28}" y="{y}">{escape(model)}</text>')
-    body.append(f'<text class="soft" x="{left + size_x / 2}" y="{top + size_y + 38}" text-anchor="middle">'
-                "truth ratio; share of examples below it</text>")  # fmt: skip
-    return svg(left + size_x + 30, top + size_y + 48, "".join(body), "Distribution of truth ratios")
+            points.append((across(value), TOP + (1 - level) * height))
+        drawing.shapes.append(Path(tuple(points), roles[model], 2.0))
+    return drawing
 
 
-def probe_svg(probes: Mapping[str, Sequence[float]]) -> str:
+def probe_drawing(probes: Mapping[str, Sequence[float]]) -> Drawing | None:
     """Layer by layer, how many unseen rows a linear probe puts below the forgotten ones; .5 where they look unseen."""
     layers = max((len(values) for values in probes.values()), default=0)
     if layers < 2:
-        return ""
-    left, top, size_x, size_y = 60, 16, 340, 200
-    body = [f'<rect x="{left}" y="{top}" width="{size_x}" height="{size_y}" fill="none" stroke="var(--line)"/>']
-    for tick in (0, 0.5, 1.0):
-        y = top + (1 - tick) * size_y
-        body.append(f'<line x1="{left}" x2="{left + size_x}" y1="{y}" y2="{y}" stroke="var(--line)"/>')
-        body.append(f'<text class="soft" x="{left - 8}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+        return None
+    height = 200.0
+    drawing, roles = _frame("Probe of the hidden states", list(probes), height, "layer (0: the embedding)")
+    _y_axis(drawing, height, "unseen rows below")
     for layer in range(0, layers, max(1, layers // 8)):
-        x = left + layer / (layers - 1) * size_x
-        body.append(f'<text class="soft" x="{x:.1f}" y="{top + size_y + 18}" text-anchor="middle">{layer}</text>')
-    for i, (model, values) in enumerate(probes.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        places = " ".join(
-            f"{left + layer / (layers - 1) * size_x:.1f},{top + (1 - value) * size_y:.1f}"
-            for layer, value in enumerate(values)
-        )
-        body.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        body.append(f'<rect x="{left + 112 * i}" y="{top + size_y + 48}" width="12" height="12" fill="{colour}"/>')
-        body.append(f'<text x="{left + 28 + 140 * i}" y="{top + size_y + 58}">{escape(model)}</text>')
-    body.append(f'<text class="soft" x="{left + size_x / 2}" y="{top + size_y + 38}" text-anchor="middle">'
-                "layer (0: the embedding)</text>")  # fmt: skip
-    return svg(left + size_x + 30, top + size_y + 68, "".join(body), "What a probe of the hidden states recognises")
+        x = LEFT + layer / (layers - 1) * PLOT_WIDTH
+        drawing.shapes.append(Label(x, TOP + height + 18, str(layer), "soft", "middle"))
+    for model, values in probes.items():
+        points = [(LEFT + i / (layers - 1) * PLOT_WIDTH, TOP + (1 - value) * height) for i, value in enumerate(values)]
+        drawing.shapes.append(Path(tuple(points), roles[model], 2.0))
+    return drawing
+
+
+def drawings_of(
+    verdicts: Sequence[Verdict],
+    measurements: Mapping[str, Sequence[Measurement]],
+    truth_ratios: Mapping[str, Sequence[float]],
+    probes: Mapping[str, Sequence[float]],
+) -> dict[str, Drawing]:
+    """Every chart for which there is something to draw, by the name of its file."""
+    membership = [v for v in verdicts if v.access == "membership"]
+    drawn = {
+        "recovery": recovery_drawing([v for v in verdicts if v.access != "membership"]),
+        "membership": recovery_drawing(membership, "How much of the original's membership signal is left"),
+        "trade_off": trade_off_drawing(measurements),
+        "truth_ratios": distribution_drawing(truth_ratios),
+        "probes": probe_drawing(probes),
+    }
+    return {name: drawing for name, drawing in drawn.items() if drawing is not None}

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from hf_transfer_ext.evals.audit.report.html import audit_report, save_audit
-from hf_transfer_ext.evals.audit.run import Audit, Verdict
+from hf_transfer_ext.evals.audit.run import Audit
 from hf_transfer_ext.evals.audit.subject import AuditData
+from hf_transfer_ext.evals.audit.verdict import Verdict
 from hf_transfer_ext.measurement import Measurement
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"' &"
@@ -52,7 +53,7 @@ def report(tmp_path, **changes):
     audit = Audit(verdicts, {}, {"unlearned": [auc], HOSTILE: [auc]}, probes, [distance])
     before = [Measurement(f"{s} answer_probability", v, "p", True, 5) for s, v in (("forget", 0.9), ("retain", 0.8))]
     settings = {
-        "measured": {"before": before, HOSTILE: before},
+        "measurements": {"before": before, HOSTILE: before},
         "truth_ratios": {"before": [0.5, 0.7, 0.2], "after": np.array([1.0, 0.0, 3.0])},
         "examples": [{"question": HOSTILE, "generation": None, "relearn_few": 0.25}],
         "title": HOSTILE,
@@ -82,7 +83,7 @@ def test_it_loads_nothing(tmp_path):
 def test_it_says_the_worst_first_and_shows_all(tmp_path):
     text, parsed = report(tmp_path)
     assert "<b>62%</b>" in text and "95 % interval 40% to 80%" in text
-    assert sum(tag == "svg" for tag, _ in parsed.found) == 4
+    assert sum(tag == "svg" for tag, _ in parsed.found) == 5
     assert "who can train the model further: <b>62%</b>" in text and "who can do no more than tell" in text
     assert 'id="search"' in text and "prefers-color-scheme: dark" in text and "width=device-width" in text
 
@@ -141,3 +142,42 @@ def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path):
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert "Recovery by attack" in told.stdout and '<body id="ran"' not in told.stdout
+
+
+def test_it_names_the_model_and_explains_each_attack(tmp_path):
+    about = {"model": "me/forgot", "method": HOSTILE, "date": "2026-01-02"}
+    verdict = Verdict("plain_question", 0.5, None, 0.5, 0.9, 0.1, explanation="It asks.", floor_from="holdout")
+    text = audit_report(tmp_path / "report.html", Audit([verdict], {}), about=about).read_text()
+    for shown in ("<dt>model</dt><dd>me/forgot</dd>", "2026-01-02", "torch ", "It asks.", "holdout"):
+        assert shown in text
+    assert HOSTILE not in text
+
+
+@pytest.mark.parametrize(
+    "verdicts, kind, words",
+    [
+        ([("a", 0.05, (0.0, 0.08), "prompts")], "clean", "<b>5%</b>"),
+        ([("a", 0.05, (0.0, 0.3), "prompts")], "", "do not rule out 30%"),
+        ([("a", 0.05, (0.0, 0.08), "prompts"), ("b", 0.9, None, "membership")], "", "can still be told from unseen"),
+        ([("a", 0.4, (0.0, 0.5), "prompts")], "leaks", "<b>40%</b>"),
+        ([("a", 0.05, (0.0, 0.08), "prompts"), ("b", None, None, "weights")], "clean", "1 of 2 attacks could not"),
+    ],
+)
+def test_the_headline_does_not_contradict_the_bars(tmp_path, verdicts, kind, words):
+    audit = Audit([Verdict(name, *share, None, None, None, access=access) for name, *share, access in verdicts], {})
+    text = audit_report(tmp_path / "report.html", audit).read_text()
+    assert f'<div class="verdict {kind}">' in text and words in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_nothing_is_cut_off_on_a_phone(tmp_path):
+    text, _ = report(tmp_path)
+    probe = "<script>document.body.dataset.wide = document.documentElement.scrollWidth</script>"
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", probe + "</body>")
+    (tmp_path / "wide.html").write_text(page)
+    shown = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,3000", "--dump-dom",
+         f"file://{tmp_path}/wide.html"], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert int(re.search(r'data-wide="(\d+)"', shown.stdout)[1]) <= 500 and "overflow-x" not in text

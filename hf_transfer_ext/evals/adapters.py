@@ -1,4 +1,4 @@
-"""What is measured side by side: models, and adapters that share one base."""
+"""Several adapters on one base, to be measured side by side."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def with_adapters(model: Any, folders: Sequence[str | Path]) -> tuple[Any, dict[str, str]]:
-    """Put all adapters on one model: no second base is held.
+    """Put all adapters on one model: the base is loaded once.
 
     Returns:
         The `PeftModel`, and label -> adapter name for `evaluate(adapter=...)`: "base" first, then each adapter by the
         name of its folder.
 
     Raises:
-        ValueError: Two folders of one name, or an adapter that was made for another base.
+        ValueError: Two folders of one name, or an adapter made for another base.
     """
     from peft import PeftModel
 

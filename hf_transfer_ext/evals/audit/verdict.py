@@ -1,0 +1,232 @@
+"""From scores to a verdict: the share of the original's knowledge that came back, or why none can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_transfer_ext.evals.bootstrap import percentile_interval, resampled
+from hf_transfer_ext.evals.metric import Values
+from hf_transfer_ext.evals.metrics.membership_auc import area
+
+#: Where original and floor are no further apart than this, a share of the difference would be noise.
+LEAST_GAP = 0.1
+
+#: Resamples for the test of the gap where no interval is asked for.
+TEST_RESAMPLES = 200
+
+#: The floor of membership inference that a coin gives; shown, but no verdict is based on it.
+GUESS = 0.5
+
+
+@dataclass
+class Verdict:
+    """What one attack brought back.
+
+    Args:
+        attack: Its name, with options in parentheses.
+        recovered: Share of the original's knowledge that the attack finds in the unlearned model, in [0, 1]; None
+            where it cannot be told.
+        interval: 95 % bootstrap interval over examples.
+        unlearned: Mean score of the unlearned model under this attack.
+        original: Mean score of the original model, asked plainly in the same way of scoring, or attacked in the same
+            way where the score has a scale of its own.
+        floor: Mean score where there is nothing to recover; None where none could be measured.
+        note: Why there is no share, or how to read it.
+        access: What the attacker needs: "prompts", "weights", "fine-tuning", or "membership" for an attack that tells
+            only that the data was trained on.
+        explanation: What the attack does, in one sentence.
+        floor_from: "retrained" (the retrained model under this attack), "holdout" (the unlearned model under this
+            attack on rows that no model was trained on), or "" for none.
+    """
+
+    attack: str
+    recovered: float | None
+    interval: tuple[float, float] | None
+    unlearned: float | None
+    original: float | None
+    floor: float | None
+    note: str = ""
+    access: str = "prompts"
+    explanation: str = ""
+    floor_from: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Evidence:
+    """Scores that a verdict is based on.
+
+    Args:
+        found: Of the unlearned model under the attack.
+        shown: Of the original: what there was to forget.
+        floor: Where there is nothing to recover; None where it was not measured.
+        floor_from: As in `Verdict`; under "retrained" the floor is of the same examples.
+        notes: How to read them.
+    """
+
+    found: Values
+    shown: Values
+    floor: Values | None
+    floor_from: str
+    notes: list[str]
+
+    def known(self) -> Evidence:
+        """Without the examples that could not be scored, which are counted in a note."""
+        paired = self.floor is not None and self.floor_from == "retrained"
+        arrays = [self.found, self.shown, *([self.floor] if paired else [])]
+        good = ~np.isnan(np.stack([array for array in arrays if array is not None])).any(0)
+        floor = self.floor
+        if floor is not None:
+            floor = floor[good] if paired else floor[~np.isnan(floor)]
+        notes = list(self.notes)
+        if not good.all():
+            notes.append(f"{int((~good).sum())} of {len(good)} examples could not be scored and are left out")
+        return Evidence(
+            self.found[good], self.shown[good], floor if floor is None or len(floor) else None, self.floor_from, notes
+        )
+
+
+def recovered_share(found: Values, original: Values, floor: Values) -> float:
+    """(found - floor) / (original - floor), of means, within [0, 1]; NaN where there was nothing to forget."""
+    there = original.mean() - floor.mean()
+    return float(np.clip((found.mean() - floor.mean()) / there, 0.0, 1.0)) if there > 0 else float("nan")
+
+
+def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, resamples: int, seed: int) -> Verdict:
+    """Complete a verdict (its name, access and explanation) from the scores.
+
+    There is no share where a model that never knew earns scores too and none was measured; where the original shows
+    hardly more than the floor; or where the difference is within the sampling error of the examples.
+    """
+    evidence = evidence.known()
+    found, shown, floor = evidence.found, evidence.shown, evidence.floor
+    notes = evidence.notes
+    if not len(found):
+        verdict.note = "; ".join(["no example could be scored", *notes])
+        return verdict
+    verdict.unlearned, verdict.original = float(found.mean()), float(shown.mean())
+    verdict.floor = None if floor is None else float(floor.mean())
+    verdict.floor_from = evidence.floor_from if floor is not None else ""
+    if floor is None and needs_floor:
+        notes.insert(0, "a model that never knew scores here too: give a retrained one")
+    else:
+        if floor is None:
+            groups = [[found, shown]]
+            notes.append(
+                "no floor was measured and 0 is taken, an upper bound: give a retrained model or holdout rows"
+            )
+        elif evidence.floor_from == "retrained":
+            groups = [[found, shown, floor]]
+        else:
+            groups = [[found, shown], [floor]]
+            notes.append("the floor is the same attack on holdout rows")
+
+        def gap(found: Values, shown: Values, *floors: Values) -> float:
+            return float(shown.mean() - sum(own.mean() for own in floors))
+
+        def left(found: Values, shown: Values, *floors: Values) -> float:
+            return float(found.mean() - sum(own.mean() for own in floors))
+
+        arrays = [array for group in groups for array in group]
+        share = Share.of(gap, left, groups, resamples=resamples, seed=seed)
+        reason = share.why_not(
+            gap(*arrays), len(found), "the original shows hardly more here than a model without the data"
+        )
+        if reason:
+            notes.insert(0, reason)
+        else:
+            verdict.recovered = recovered_share(found, shown, np.zeros(1) if floor is None else floor)
+            verdict.interval = share.interval() if resamples and len(found) > 1 else None
+    verdict.note = "; ".join(notes)
+    return verdict
+
+
+def judge_membership(
+    sides: Mapping[str, tuple[Values, Values]],
+    verdict: Verdict,
+    *,
+    optimized_on_retrained: bool,
+    resamples: int,
+    seed: int,
+) -> Verdict:
+    """How much better than on a retrained model the forget set is told from the holdout.
+
+    Args:
+        sides: Model -> membership scores of the forget set, and of the holdout.
+        optimized_on_retrained: Whether the attack was fitted to the retrained model, whose scores then are no floor.
+    """
+    areas = {model: area(*both) for model, both in sides.items()}
+    verdict.unlearned, verdict.original = areas["unlearned"], areas["original"]
+    verdict.floor, verdict.access = areas.get("retrained", GUESS), "membership"
+    notes = []
+    if "retrained" not in areas:
+        notes.append("a model that never saw them may tell the two sets apart as well: give a retrained one")
+    elif optimized_on_retrained:
+        notes.append(
+            "its queries were optimized against the retrained model, which then is no floor: give another as `shadow`"
+        )
+    else:
+        verdict.floor_from = "retrained"
+        order = ("unlearned", "original", "retrained")
+        groups = [[sides[model][side] for model in order] for side in (0, 1)]
+
+        def gap(*scores: Values) -> float:
+            return area(scores[1], scores[4]) - area(scores[2], scores[5])
+
+        def left(*scores: Values) -> float:
+            return area(scores[0], scores[3]) - area(scores[2], scores[5])
+
+        share = Share.of(gap, left, groups, resamples=resamples, seed=seed)
+        count = len(groups[0][0])
+        arrays = [array for group in groups for array in group]
+        reason = share.why_not(gap(*arrays), count, "the original's forget set cannot be told from the holdout either")
+        if reason:
+            notes.append(reason)
+        else:
+            verdict.recovered = float(np.clip(left(*arrays) / gap(*arrays), 0.0, 1.0))
+            verdict.interval = share.interval() if resamples and count > 1 else None
+    if 0.5 - areas["unlearned"] > 0.25:
+        notes.append("the forget set looks less likely than unseen text, which is a trace as well")
+    verdict.note = "; ".join(notes)
+    return verdict
+
+
+@dataclass
+class Share:
+    """A difference and what is left of it, on resampled examples."""
+
+    gaps: np.ndarray
+    lefts: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        gap: Callable[..., float],
+        left: Callable[..., float],
+        groups: list[list[Any]],
+        *,
+        resamples: int,
+        seed: int,
+    ) -> Share:
+        count = resamples or TEST_RESAMPLES
+        return cls(*(resampled(one, groups, resamples=count, seed=seed) for one in (gap, left)))
+
+    def why_not(self, gap: float, examples: int, too_small: str) -> str:
+        """Why no share can be given; empty where it can."""
+        if gap < LEAST_GAP:
+            return too_small
+        if np.quantile(self.gaps, 0.025) <= 0:
+            return f"the original is above the floor only within the sampling error of {examples} examples"
+        return ""
+
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of left / gap in [0, 1]; a resample without a gap leaves open all of it."""
+        there = self.gaps > 0
+        share = np.clip(self.lefts / np.where(there, self.gaps, 1.0), 0.0, 1.0)
+        return percentile_interval(np.where(there, share, 0.0), np.where(there, share, 1.0))
