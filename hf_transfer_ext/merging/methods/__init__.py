@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_transfer_ext.merging.method import MergeMethod
+from hf_transfer_ext.merging.method import MergeMethod, check_is_merge_method
 from hf_transfer_ext.merging.methods.arcee_fusion import arcee_fusion
 from hf_transfer_ext.merging.methods.breadcrumbs import breadcrumbs
 from hf_transfer_ext.merging.methods.breadcrumbs_ties import breadcrumbs_ties
@@ -64,4 +64,5 @@ MERGE_METHODS: Registry[MergeMethod] = Registry(
         knots,
         wudi,
     ],
+    check=check_is_merge_method,
 )

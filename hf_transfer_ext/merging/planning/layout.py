@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class TensorJob:
         models: Tensors of the models, in the order of the configuration.
         options: Keyword arguments of the method.
         is_copy: The bytes of `models[0]` are the result.
+        extra: Further tensors of the models, in the same order, that the method declares.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TensorJob:
     models: tuple[InputTensor, ...]
     options: dict[str, Any]
     is_copy: bool = False
+    extra: Mapping[str, tuple[InputTensor, ...]] = field(default_factory=dict)
 
     @property
     def spec(self) -> TensorSpec:
@@ -63,7 +65,8 @@ class TensorJob:
 
     @property
     def input_bytes(self) -> int:
-        return sum(one.nbytes for one in (*self.models, *([self.base] if self.base is not None else [])))
+        extra = [tensor for tensors in self.extra.values() for tensor in tensors]
+        return sum(one.nbytes for one in (*self.models, *([self.base] if self.base is not None else []), *extra))
 
     def factor_bytes(self, rank: int) -> int:
         """At most so many bytes of an adapter of a rank, were this tensor changed: factors, or all of it."""
