@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import Weights
+from hf_transfer_ext.merging.method import Coefficient
 
 Matrix = Float[Tensor, "rows columns"]
 
 
-def add_mean(base: Weights, changes: Sequence[Weights], lambda_: float) -> Weights:
+def add_mean(base: Weights, changes: Sequence[Weights], lambda_: Coefficient) -> Weights:
     """theta_0 + lambda * mean of the changes: what the methods do with tensors that are not matrices."""
     return base + lambda_ * torch.stack(list(changes)).mean(0)
 

@@ -29,8 +29,10 @@ def outstanding_importance(pieces: Pieces, **options: Any) -> dict[str, Any]:
     return {"threshold": middle + 1.5 * (high - low)}
 
 
-def _importances(base: Rows, models: list[Rows]) -> list[Tensor]:
-    return [importance_of(*(one.reshape(-1, one.shape[-1]) for one in (base, models[0])))]
+def _importances(base: Rows | None, models: list[Rows]) -> list[Tensor]:
+    if base is None:
+        raise ValueError("`arcee_fusion` needs a base model.")
+    return [importance_of(base, models[0])]
 
 
 @merge_method(unit="row", count=(1, 1), statistics=outstanding_importance)

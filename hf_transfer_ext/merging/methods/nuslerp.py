@@ -43,6 +43,6 @@ def nuslerp(
     if not nuslerp_flatten and not nuslerp_row_wise:
         pairs = ((first, first), (first, second), (second, second))
         products = torch.stack([(a.double() * b.double()).sum(-1, keepdim=True) for a, b in pairs])
-    start, end = (factors.to(first) for factors in slerp_factors(*products, t))
+    start, end = (factors.to(first) for factors in slerp_factors(products[0], products[1], products[2], t))
     merged = first * start + second * end
     return merged if base is None else merged + base

@@ -21,6 +21,8 @@ def unique_scales(
     """lambda_i = 1 + r min(alpha, shared_i / unique_i); a model without unique elements counts as one with epsilon."""
     shared = unique = torch.zeros((), dtype=torch.int64)
     for base, models in pieces:
+        if base is None:
+            raise ValueError("`ramplus_tl` needs a base model.")
         touched = torch.stack([change.abs().reshape(-1) > epsilon for change in changes_of(base, models)])
         count = touched.sum(0)
         shared = shared + (touched & (count > 1)).sum(1).cpu()

@@ -69,6 +69,7 @@ def write_adapter(
     rank: int,
     content: Mapping[str, Any],
     files: Mapping[str, str],
+    inputs: Sequence[Path],
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -81,6 +82,7 @@ def write_adapter(
         jobs: All tensors of the result.
         content: What the result depends on beside the files of the models (`resume.key_of`).
         files: Name -> text of further files of the folder.
+        inputs: All files that the jobs read.
 
     Raises:
         ValueError: There is no base, or the result has tensors or shapes that the base lacks.
@@ -106,9 +108,7 @@ def write_adapter(
             out,
             rank=rank,
             dtype=config.out_dtype or config.dtype or torch.float32,
-            key=key_of(
-                {**content, "rank": rank}, [*start.files, *(f for model in models.values() for f in model.files)]
-            ),
+            key=key_of({**content, "rank": rank}, [*start.files, *inputs]),
             base_model=reference.path,
             revision=reference.revision,
             overwrite=overwrite,
