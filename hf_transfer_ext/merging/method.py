@@ -181,13 +181,18 @@ class Promises:
 
     Args:
         alone: Options with which a single model comes back unchanged; None where there are none.
-        equal: Models that are all equal give that model. Methods on changes give the base for models equal to it.
+        equal: Options with which models that are all equal give that model; None where there are none. Methods that
+            require a base always give it back for models equal to it.
         any_order: Permuting the models, with their options, does not change the result beyond rounding.
     """
 
     alone: Mapping[str, Any] | None = None
-    equal: bool = False
+    equal: Mapping[str, Any] | None = None
     any_order: bool = True
+
+    def give_back_equal(self, options: Mapping[str, Any]) -> bool:
+        """Whether models that are all equal give that model, with these options."""
+        return self.equal is not None and all(options.get(name) == value for name, value in self.equal.items())
 
 
 class MergeMethod:
@@ -235,10 +240,15 @@ class MergeMethod:
             if name not in ("base", "models", "noise", *given, *self.extra)
         }
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Values of the options that have one of their own."""
+        return {option.name: option.default for option in self.options.values() if not option.required}
+
     def __call__(self, base: Tensor | None, models: Sequence[Tensor], **options: Any) -> Tensor:
         """Merge whole tensors; gradients flow to the tensors and to coefficients that are tensors."""
         if self.check is not None:
-            self.check(**options)
+            self.check(**{**self.defaults, **options})
         self._check_gradients(options)
         shape = models[0].shape
         extra = self._extra_of(options, len(models))
@@ -256,8 +266,7 @@ class MergeMethod:
 
     def over(self, pieces: PlacedPieces, *, noise: Noise = Noise(), **options: Any) -> Iterator[tuple[int, Tensor]]:  # noqa: B008
         """The merged pieces of one tensor, one after the other, each with the place of its first element."""
-        defaults = {option.name: option.default for option in self.options.values() if not option.required}
-        options = {**defaults, **options}
+        options = {**self.defaults, **options}
         if self.statistics is not None:
             options |= self.statistics(pieces, **options)
         for start, base, models, extra in pieces.placed():

@@ -74,4 +74,4 @@ def check_mean_weights(*, weight: PerModelCoefficient, normalize: bool = True, *
 def _numbers(weight: PerModelCoefficient) -> list[float]:
     """The weights as numbers. One weight for all models counts once: their number is not known here."""
     count = 1 if isinstance(weight, (int, float)) or (isinstance(weight, Tensor) and not weight.dim()) else len(weight)
-    return [float(one) for one in for_each(weight, count)]
+    return [float(one.detach() if isinstance(one, Tensor) else one) for one in for_each(weight, count)]

@@ -16,7 +16,7 @@ from hf_transfer_ext.merging.method import Extra, PerModelCoefficient, Promises,
     base="none",
     extra={"fisher": Extra(shape="weight")},
     check=check_mean_weights,
-    promises=Promises(alone={"weight": 0.7}, equal=True),
+    promises=Promises(alone={"weight": 0.7}, equal={}),
 )
 def fisher(
     base: Float[Tensor, "*shape"] | None,

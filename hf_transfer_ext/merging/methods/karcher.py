@@ -13,7 +13,7 @@ from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_of_models, no
 from hf_transfer_ext.merging.method import Promises, merge_method
 
 
-@merge_method(base="member", statistics=gram_of_models, promises=Promises(alone={}, equal=True))
+@merge_method(base="member", statistics=gram_of_models, promises=Promises(alone={}, equal={}))
 def karcher(
     base: Float[Tensor, "*shape"] | None,
     models: Sequence[Float[Tensor, "*shape"]],

@@ -23,7 +23,7 @@ def factors_of_changes(*, weight: Sequence[float], normalize: bool) -> list[floa
     check=check_mean_weights,
     fast=linear_by_kernels,
     change_factors=factors_of_changes,
-    promises=Promises(alone={"weight": 0.7}, equal=True),
+    promises=Promises(alone={"weight": 0.7}, equal={"normalize": True}),
 )
 def linear(
     base: Float[Tensor, "*shape"] | None,

@@ -17,7 +17,7 @@ from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_ea
     base="optional",
     statistics=gram_of_models,
     check=check_multislerp,
-    promises=Promises(alone={"weight": 0.7}, equal=True),
+    promises=Promises(alone={"weight": 0.7}, equal={"normalize_weights": True}),
 )
 def multislerp(
     base: Float[Tensor, "*shape"] | None,

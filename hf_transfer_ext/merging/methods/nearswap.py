@@ -31,5 +31,5 @@ def nearswap(
     Source: QuartetAnemoi-70B, alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
     """
     change = models[0] - base
-    limit = torch.as_tensor(t).to(base)
+    limit = torch.as_tensor(t, dtype=base.dtype, device=base.device)
     return base + torch.minimum(torch.maximum(change, -limit), limit)

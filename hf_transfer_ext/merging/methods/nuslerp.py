@@ -12,7 +12,7 @@ from hf_transfer_ext.merging.arithmetic.geometry import cosine_sums, slerp_facto
 from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(unit="row", base="optional", count=(2, 2), statistics=cosine_sums, promises=Promises(equal=True))
+@merge_method(unit="row", base="optional", count=(2, 2), statistics=cosine_sums, promises=Promises(equal={}))
 def nuslerp(
     base: Float[Tensor, "rows columns"] | None,
     models: Sequence[Float[Tensor, "rows columns"]],

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(base="none", count=(1, 1), promises=Promises(alone={}, equal=True))
+@merge_method(base="none", count=(1, 1), promises=Promises(alone={}))
 def passthrough(
     base: Float[Tensor, "*shape"] | None,
     models: Sequence[Float[Tensor, "*shape"]],

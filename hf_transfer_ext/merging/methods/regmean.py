@@ -17,7 +17,7 @@ from hf_transfer_ext.merging.method import Extra, PerModelCoefficient, Promises,
     base="none",
     extra={"gram": Extra(shape="columns", required=False)},
     check=check_mean_weights,
-    promises=Promises(alone={"weight": 0.7}, equal=True),
+    promises=Promises(alone={"weight": 0.7}, equal={}),
 )
 def regmean(
     base: Float[Tensor, "*shape"] | None,
@@ -40,7 +40,8 @@ def regmean(
         off_diagonal: alpha, 0 to 1. 1 is the least-squares solution, which is singular where inputs span too little;
             the paper takes 0.9, and 0.1 for T5.
         gram: G_i, one for each model, columns x columns: in YAML `tensors: {gram: path}` of each model, under the
-            names of the weights. Tensors without one (embeddings, biases, norms) get the weighted mean.
+            names of the weights. Tensors without one (embeddings) and vectors (biases, norms) get the weighted
+            mean.
 
     Returns:
         The merged weights. Inputs that are 0 in all models, whose columns have no influence, get the weighted mean.
@@ -52,7 +53,7 @@ def regmean(
     """
     weights = for_each(weight, models)
     mean = sum_of(w * model for w, model in zip(weights, models, strict=True)) / sum(weights)
-    if gram is None:
+    if gram is None or mean.dim() < 2:
         return mean
     scaled = []
     for w, one in zip(weights, gram, strict=True):
@@ -65,7 +66,5 @@ def regmean(
     distances = sum_of((model - mean).double() @ one for model, one in zip(models, scaled, strict=True))
     solution, is_singular = torch.linalg.solve_ex(total + unreached, distances, left=False)
     if is_singular:
-        raise ValueError(
-            "The Gram matrices are singular: inputs span too little. Lower `off_diagonal`."
-        )
+        raise ValueError("The Gram matrices are singular: inputs span too little. Lower `off_diagonal`.")
     return mean + solution.to(mean)

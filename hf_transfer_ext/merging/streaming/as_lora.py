@@ -140,8 +140,8 @@ def _known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
         return None
     weights = None if method.change_factors is None else method.change_factors(**job.options)
     if all(_is_same(tensor, base) for tensor in job.models):
-        gives_it_back = weights is not None or method.base == "required" or method.promises.equal
-        return base if gives_it_back else None
+        changes_only = weights is not None or method.base == "required"
+        return base if changes_only or method.promises.give_back_equal(job.options) else None
     if weights is None:
         return None
     parts = []
