@@ -1,29 +1,43 @@
-"""What a merge method is: arithmetic on tensors, with a note of what the stream has to give it.
+"""What a merge method is: arithmetic on tensors, with a declaration of what the stream has to give it.
 
-A method is a pure function `method(base, models, **options) -> tensor` on float32 tensors of one shape. Called with
-whole tensors it is its own definition. The stream calls it with pieces, so it declares what a piece must be:
+A method is a pure function `method(base, models, **options) -> tensor` on tensors of one shape, in float32 at least.
+Its file shows the whole algorithm in torch; that is the reference, the form for GPUs and the form with gradients.
+The stream calls it with pieces of tensors, so it declares:
 
-- `unit="element"`: any run of elements; `"row"`: whole rows (last dimension); `"matrix"`: the tensor as it is.
-- `statistics`: a function `(pieces, **options) -> dict` that reads the tensor once or more and returns numbers that
-  hold for all of it (a threshold, a Gram matrix); they arrive in the method as keyword arguments. `pieces` can be
-  iterated over again and again, and gives `(base, models)` for one piece after the other.
-- `stored`: pieces may come as they lie in the files, in bfloat16 too: all functions that the method hands them to take
-  them (`kernels`), and none overwrites them.
+- `unit`: what a piece is. `"element"`: any run of elements; `"row"`: whole rows (last dimension); `"matrix"`: the
+  tensor as it is.
+- `statistics`: a function `(pieces, **options) -> dict` that reads the tensor once or more and returns what holds for
+  all of it (a threshold, a Gram matrix); it arrives in the method as keyword arguments. `pieces` can be iterated over
+  again and again, and gives `(base, models)` for one piece after the other.
+- `fast`: the same method in one compiled pass (`arithmetic.fast`), for tensors on the CPU that want no gradients.
+- `extra`: further tensors of each model that are read beside the weights, such as a Fisher diagonal.
 - a keyword argument `noise`: random numbers by position, so that a mask does not depend on the pieces.
+
+Coefficients (options annotated as `Coefficient` or `PerModelCoefficient`) may be 0-d tensors that require gradients.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
-#: One number for all models, or one for each in the order of `models`. In YAML such an option stands with a model.
+from hf_transfer_ext.merging.arithmetic import kernels
+from hf_transfer_ext.merging.arithmetic.noise import Noise
+
+#: One number for all models, or one for each in the order of `models`. In YAML such an option belongs to a model.
 PerModel: TypeAlias = float | Sequence[float]
+
+#: A number that the result is smooth in: it may be a tensor, and then it gets a gradient.
+Coefficient: TypeAlias = float | Float[Tensor, ""]
+
+#: One coefficient for all models, or one for each.
+PerModelCoefficient: TypeAlias = Coefficient | Sequence[Coefficient] | Float[Tensor, " models"]
 
 #: What a piece is: any run of elements, whole rows, or the tensor as it is.
 Unit: TypeAlias = Literal["element", "row", "matrix"]
@@ -53,7 +67,7 @@ class Interval:
         return f"between {self.low:g}{' (excluded)' if self.open_low else ''} and {self.high:g}"
 
 
-#: One word has one meaning in all methods, and therefore one range.
+#: An option's name means the same in all methods, so it has one range.
 RANGES: dict[str, Interval] = {
     "density": Interval(0, 1),
     "gamma": Interval(0, 1),
@@ -64,7 +78,37 @@ RANGES: dict[str, Interval] = {
     "tol": Interval(0),
     "iterations": Interval(0),
     "learning_rate": Interval(0, open_low=True),
+    "fisher_floor": Interval(0),
+    "off_diagonal": Interval(0, 1),
 }
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A further tensor of each model, read beside the weight of the same name.
+
+    Args:
+        shape: "weight": the shape of the weight, and read in the same pieces. "columns": a square matrix with a row
+            and a column for each column of the weight, read as a whole; only for `unit="matrix"`.
+        required: Every weight needs one. Otherwise the method gets None for weights of which no model has one.
+    """
+
+    shape: Literal["weight", "columns"] = "weight"
+    required: bool = True
+
+
+class Piece(NamedTuple):
+    """A piece of one tensor of all models.
+
+    Args:
+        start: Place of its first element in the flat tensor.
+        extra: name -> the extra tensors of the models, in their order; None where they are not there.
+    """
+
+    start: int
+    base: Tensor | None
+    models: list[Tensor]
+    extra: Mapping[str, list[Tensor] | None]
 
 
 @runtime_checkable
@@ -84,12 +128,19 @@ class Pieces(Protocol):
         ...
 
 
+class PlacedPieces(Pieces, Protocol):
+    """Pieces that also say where they begin, and bring the extra tensors."""
+
+    def placed(self) -> Iterator[Piece]: ...
+
+
 @dataclass(frozen=True)
 class Whole:
-    """The pieces of a tensor that is held as a whole: itself."""
+    """The pieces of a tensor that is in memory: itself."""
 
     base: Tensor | None
     models: list[Tensor]
+    extra: Mapping[str, list[Tensor] | None] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
@@ -98,6 +149,9 @@ class Whole:
     @property
     def count(self) -> int:
         return len(self.models)
+
+    def placed(self) -> Iterator[Piece]:
+        yield Piece(0, self.base, self.models, self.extra)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         yield self.base, self.models
@@ -108,82 +162,186 @@ class Whole:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a method as its signature tells it."""
+    """An option of a method, as its signature declares it.
+
+    Args:
+        differentiable: The result has a gradient with respect to it.
+    """
 
     name: str
     per_model: bool
+    differentiable: bool
     required: bool
     default: Any
 
 
+@dataclass(frozen=True)
+class Promises:
+    """Identities that hold for a method beside its definition; `testing.check_merge_method` tests them.
+
+    Args:
+        alone: Options with which a single model comes back unchanged; None where there are none.
+        equal: Options with which models that are all equal give that model; None where there are none. Methods that
+            require a base always give it back for models equal to it.
+        any_order: Permuting the models, with their options, does not change the result beyond rounding.
+    """
+
+    alone: Mapping[str, Any] | None = None
+    equal: Mapping[str, Any] | None = None
+    any_order: bool = True
+
+    def give_back_equal(self, options: Mapping[str, Any]) -> bool:
+        """Whether models that are all equal give that model, with these options."""
+        return self.equal is not None and all(options.get(name) == value for name, value in self.equal.items())
+
+
 class MergeMethod:
-    """A merge method: callable as the function it wraps, with what the stream has to know about it.
+    """A merge method: callable like the function it wraps, with what the stream has to know about it.
 
     Args:
         base: "required": changes against a base model; "optional": with or without one; "none": a base model only
             lends its configuration; "member": a base model is one more of the models.
-        count: Least and greatest number of models beside the base.
-        statistics, stored: See the top of this file.
+        count: Smallest and largest number of models beside the base.
+        unit, statistics, fast, extra: See the top of this file.
         check: Called with the options before any work; raises `ValueError` where they contradict each other.
+        change_factors: Where the result is theta_0 + sum_i c_i t_i: a function from the options to the factors c_i,
+            or to None for options that make it something else. Such a method can merge low-rank changes by their
+            factors.
+        promises: Identities that the method keeps.
     """
 
     def __init__(
         self,
         function: Callable[..., Tensor],
         *,
-        unit: Unit,
-        base: BaseModel,
-        count: tuple[int, int | None],
-        statistics: Callable[..., dict[str, Any]] | None,
-        stored: bool,
-        check: Callable[..., None] | None,
+        unit: Unit = "element",
+        base: BaseModel = "required",
+        count: tuple[int, int | None] = (1, None),
+        statistics: Callable[..., dict[str, Any]] | None = None,
+        fast: Callable[..., Tensor | None] | None = None,
+        extra: Mapping[str, Extra] | None = None,
+        check: Callable[..., None] | None = None,
+        change_factors: Callable[..., list[float] | None] | None = None,
+        promises: Promises = Promises(),
     ) -> None:
         functools.update_wrapper(self, function)
         self.__name__: str = function.__name__
         self.function, self.unit, self.base, self.count = function, unit, base, count
-        self.statistics, self.stored, self.check = statistics, stored, check
-        given = getattr(statistics, "gives", ())
+        self.statistics, self.fast, self.check, self.extra = statistics, fast, check, dict(extra or {})
+        self.change_factors, self.promises = change_factors, promises
         parameters = inspect.signature(function).parameters
+        self._check_declaration(parameters)
         self.takes_noise = "noise" in parameters
+        given = getattr(statistics, "gives", ())
         #: YAML name -> option
         self.options: dict[str, Option] = {
             _yaml_name(name): _option(name, parameter)
             for name, parameter in parameters.items()
-            if name not in ("base", "models", "noise", *given)
+            if name not in ("base", "models", "noise", *given, *self.extra)
         }
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Values of the options that have one of their own."""
+        return {option.name: option.default for option in self.options.values() if not option.required}
+
     def __call__(self, base: Tensor | None, models: Sequence[Tensor], **options: Any) -> Tensor:
+        """Merge whole tensors; gradients flow to the tensors and to coefficients that are tensors."""
         if self.check is not None:
-            self.check(**options)
-        base = base if self.base in ("optional", "required") else None
+            self.check(**{**self.defaults, **options})
+        self._check_gradients(options)
         shape = models[0].shape
-        if self.unit == "row":
-            columns = shape[-1] if shape else 1
-            base = base if base is None else base.reshape(-1, columns)
-            models = [model.reshape(-1, columns) for model in models]
-        if self.statistics is not None:
-            defaults = {option.name: option.default for option in self.options.values() if not option.required}
-            options |= self.statistics(Whole(base, list(models)), **{**defaults, **options})
-        return self.function(base, models, **options).reshape(shape)
-
-
-def merge_method(
-    *,
-    unit: Unit = "element",
-    base: BaseModel = "required",
-    count: tuple[int, int | None] = (1, None),
-    statistics: Callable[..., dict[str, Any]] | None = None,
-    stored: bool = False,
-    check: Callable[..., None] | None = None,
-) -> Callable[[Callable[..., Tensor]], MergeMethod]:
-    """Declare what a method needs; the arguments are those of `MergeMethod`."""
-
-    def declare(function: Callable[..., Tensor]) -> MergeMethod:
-        return MergeMethod(
-            function, unit=unit, base=base, count=count, statistics=statistics, stored=stored, check=check
+        extra = self._extra_of(options, len(models))
+        whole = Whole(
+            None if base is None or self.base in ("none", "member") else self._as_unit(base),
+            [self._as_unit(model) for model in models],
+            {
+                name: one
+                and [self._as_unit(tensor) if self.extra[name].shape == "weight" else tensor for tensor in one]
+                for name, one in extra.items()
+            },
         )
+        ((_, merged),) = self.over(whole, **options)
+        return merged.reshape(shape)
 
-    return declare
+    def over(self, pieces: PlacedPieces, *, noise: Noise = Noise(), **options: Any) -> Iterator[tuple[int, Tensor]]:  # noqa: B008
+        """The merged pieces of one tensor, one after the other, each with the place of its first element."""
+        options = {**self.defaults, **options}
+        if self.statistics is not None:
+            options |= self.statistics(pieces, **options)
+        for start, base, models, extra in pieces.placed():
+            if self.takes_noise:
+                options["noise"] = noise.at(start)
+            yield start, self._merged(base, models, {**options, **extra})
+
+    def _merged(self, base: Tensor | None, models: Sequence[Tensor], options: dict[str, Any]) -> Tensor:
+        """One piece: by the fast form where there is one that takes these tensors, else by the method itself."""
+        if (
+            self.fast is not None
+            and kernels.can_take(base, *models)
+            and not any(map(_wants_gradient, options.values()))
+        ):
+            merged = self.fast(base, models, **options)
+            if merged is not None:
+                return merged
+        return self.function(None if base is None else in_float(base), [in_float(one) for one in models], **options)
+
+    def _as_unit(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1) if self.unit == "row" else tensor
+
+    def _extra_of(self, options: dict[str, Any], count: int) -> dict[str, list[Tensor] | None]:
+        """Take the extra tensors out of the keyword arguments of a call."""
+        found: dict[str, list[Tensor] | None] = {}
+        for name, declared in self.extra.items():
+            given = options.pop(name, None)
+            if given is None and declared.required:
+                raise TypeError(f"`{self.__name__}` needs `{name}`: one tensor for each model.")
+            if given is not None and len(given) != count:
+                raise ValueError(f"`{name}` needs one tensor for each model: got {len(given)} for {count} models.")
+            found[name] = given if given is None else list(given)
+        return found
+
+    def _check_gradients(self, options: Mapping[str, Any]) -> None:
+        smooth = {option.name for option in self.options.values() if option.differentiable}
+        plain = {option.name for option in self.options.values()} - smooth
+        for name in plain & options.keys():
+            if _wants_gradient(options[name]):
+                raise TypeError(
+                    f"Option {name!r} of `{self.__name__}` has no gradient: the result changes in steps with it. Give "
+                    f"a number. Options that may require gradients: {', '.join(sorted(smooth)) or 'none'}."
+                )
+
+    def _check_declaration(self, parameters: Mapping[str, inspect.Parameter]) -> None:
+        name = self.__name__
+        if list(parameters)[:2] != ["base", "models"]:
+            raise TypeError(f"`{name}` has to begin with the arguments (base, models), got ({', '.join(parameters)}).")
+        for other, parameter in list(parameters.items())[2:]:
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                raise TypeError(f"Option {other!r} of `{name}` has to be keyword-only: put a `*` after `models`.")
+        missing = [one for one in (*getattr(self.statistics, "gives", ()), *self.extra) if one not in parameters]
+        if missing:
+            raise TypeError(f"`{name}` declares {missing[0]!r}, but has no keyword argument of that name.")
+        if self.unit != "matrix" and any(extra.shape == "columns" for extra in self.extra.values()):
+            raise TypeError(f'`{name}` reads square extra tensors as a whole, so it needs `unit="matrix"`.')
+
+
+def merge_method(**declared: Any) -> Callable[[Callable[..., Tensor]], MergeMethod]:
+    """Declare what a method needs; the arguments are those of `MergeMethod`."""
+    return lambda function: MergeMethod(function, **declared)
+
+
+def check_is_merge_method(function: object) -> None:
+    """What the registry of merge methods accepts.
+
+    Raises:
+        ValueError: It is not a `MergeMethod`.
+    """
+    if not isinstance(function, MergeMethod):
+        name = getattr(function, "__name__", repr(function))
+        raise ValueError(
+            f"{name!r} is not a merge method: put `@merge_method(...)` between `@MERGE_METHODS.register` and the "
+            "function, which says what it needs to be given (hf_transfer_ext.merging.method)."
+        )
 
 
 def gives(*names: str) -> Callable[[Callable[..., dict[str, Any]]], Any]:
@@ -196,25 +354,38 @@ def gives(*names: str) -> Callable[[Callable[..., dict[str, Any]]], Any]:
     return declare
 
 
+def in_float(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """As float32 if it has fewer bits; the tensor itself otherwise."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def for_each(value: PerModelCoefficient, models: Sequence[Any] | int) -> list[Any]:
+    """One value for each model, or for each of that many: tensors as they are, numbers as floats.
+
+    Raises:
+        ValueError: The number of values is not that of the models.
+    """
+    count = models if isinstance(models, int) else len(models)
+    if isinstance(value, Tensor) and value.dim() == 1:
+        value = list(value.unbind())
+    if not isinstance(value, Sequence):
+        return [value if isinstance(value, Tensor) else float(value)] * count
+    if len(value) != count:
+        raise ValueError(f"One value for each model is needed: got {len(value)} values for {count} models.")
+    return [one if isinstance(one, Tensor) else float(one) for one in value]
+
+
+def _wants_gradient(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(map(_wants_gradient, value))
+
+
 def _yaml_name(name: str) -> str:
-    """`lambda_` is called `lambda` in YAML, which Python keeps for itself."""
+    """`lambda_` is called `lambda` in YAML; Python reserves that word."""
     return name.rstrip("_")
 
 
 def _option(name: str, parameter: inspect.Parameter) -> Option:
-    required = parameter.default is inspect.Parameter.empty
-    return Option(name, "PerModel" in str(parameter.annotation), required, None if required else parameter.default)
-
-
-def for_each(value: PerModel, models: Sequence[Any] | int) -> list[float]:
-    """One value for each model, or for each of that many.
-
-    Raises:
-        ValueError: There are not as many values as models.
-    """
-    count = models if isinstance(models, int) else len(models)
-    if not isinstance(value, Sequence):
-        return [float(value)] * count
-    if len(value) != count:
-        raise ValueError(f"One value for each model is needed: got {len(value)} values for {count} models.")
-    return [float(one) for one in value]
+    required, kind = parameter.default is inspect.Parameter.empty, str(parameter.annotation)
+    return Option(name, "PerModel" in kind, "Coefficient" in kind, required, None if required else parameter.default)

@@ -1,26 +1,26 @@
-"""A merge from its configuration to a model folder that is either whole or absent."""
+"""A merge from its configuration to a model folder that is written atomically."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import yaml
 
-from hf_transfer_ext.files import refuse_existing_output, write_text
-from hf_transfer_ext.hub.privacy import public_text
+from hf_transfer_ext.adapters.extract import ExtractionReport
+from hf_transfer_ext.files import refuse_existing_output
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.planning.config import MergeConfig, load_config
+from hf_transfer_ext.merging.planning.extra import ExtraFiles, open_extra
 from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
+from hf_transfer_ext.merging.streaming.as_lora import write_adapter
+from hf_transfer_ext.merging.streaming.companions import CONFIG_FILE, public_yaml, write_companions
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
@@ -30,28 +30,8 @@ from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import key_of, resumable_folder
 
-if TYPE_CHECKING:
-    from hf_transfer_ext.adapters.extract import ExtractionReport
-
-#: Files that go with the weights and are taken from the base model, or from the first one.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+#: Threads that keep a GPU busy while others read and write; each takes memory on it.
+GPU_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -66,9 +46,9 @@ class MergeReport:
         parameters: Number of its parameters.
         read_bytes: Bytes of all input tensors, each counted once.
         written_bytes: Bytes of the result's tensors.
-        resumed_tensors: Tensors that an earlier run, which was killed, had finished.
+        resumed_tensors: Tensors that an earlier run had finished before it was killed.
         seconds: Wall time; 0 for a dry run.
-        adapter: What the adapter holds and leaves out, where the result is one.
+        adapter: What the adapter represents and what it leaves out, if the result is one.
     """
 
     folder: str
@@ -100,25 +80,25 @@ def merge(
 ) -> MergeReport:
     """Merge the models of a configuration into `out_dir`.
 
-    Under `accelerate launch` or `torchrun` all processes call this, and the tensors are shared out over them. The
-    bytes are those of one process, an error of one is raised in all, and the first one publishes the folder.
+    Under `accelerate launch` or `torchrun` all processes call this, and the tensors are split across them. The result
+    has the bytes of a single process, an error of one is raised in all, and the first one publishes the folder.
 
-    A run that was killed leaves a hidden folder beside `out_dir`; the same merge started again goes on from there, and
+    A run that was killed leaves a hidden folder beside `out_dir`; the same merge started again resumes from there, and
     ends with the same bytes.
 
     Args:
-        config: A mapping in the grammar of `merging.plan`, or the path of a YAML file.
+        config: A mapping in the grammar of `planning.config`, or the path of a YAML file.
         overwrite: Replace a model that is in `out_dir` already.
-        threads: Number of tensors that are worked on at once; all cores if None, and at most four on a GPU.
+        threads: Number of tensors that are merged at the same time; all cores if None, and at most four on a GPU.
         device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one. Results of a GPU agree with those of
             the CPU to the rounding of float32. A LoRA is calculated on the CPU.
         lora_rank: Write a LoRA adapter of this rank on the base model instead of a model; wins over `output.lora`.
-        dry_run: Open and check everything but the room on the disk, write nothing.
+        dry_run: Validate everything except free disk space; write nothing.
         max_shard_bytes: Largest size of a file of the result.
         allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
         allow_nonfinite: Accept NaN and infinity in the inputs.
         progress: Show a bar with bytes per second and the time left.
-        alone: Work as one process, though a launcher started several: where only one of them calls this.
+        alone: Work as one process although a launcher started several, since only one of them calls this.
 
     Returns:
         What was done.
@@ -129,92 +109,189 @@ def merge(
         OSError: A file cannot be read or written, or the disk is full.
     """
     began = time.perf_counter()
-    with ranks_of_launch(alone=alone) as ranks:
+    with ranks_of_launch(alone=alone) as ranks, ExitStack() as inputs:
         with ranks.together():
-            parsed = load_config(config)
             target = refuse_existing_output(out_dir, overwrite=overwrite)
-            if threads is not None and threads < 1:
-                raise ValueError(f"`threads` has to be at least 1, got {threads}.")
-            where = _own_device(device, ranks)
-            rank = parsed.lora_rank if lora_rank is None else lora_rank
-            if rank is not None and rank < 1:
-                raise ValueError(f"`lora_rank` has to be at least 1, got {rank}.")
-            models = _open_all(parsed, allow_pickle)
-        try:
-            with ranks.together():
-                donor = models[parsed.references[0]]
-                vocabulary = build_vocabulary(parsed, models) if parsed.tokenizer is not None else None
-                template = chat_template_of(parsed, models)
-                jobs = plan_tensors(parsed, models, vocabulary)
-                report = MergeReport(
-                    folder=str(target),
-                    method=parsed.merge_method,
-                    models=[str(reference) for reference in models],
-                    tensors=len(jobs),
-                    parameters=sum(job.numel for job in jobs),
-                    read_bytes=sum(job.input_bytes for job in jobs),
-                    written_bytes=sum(job.spec.nbytes for job in jobs),
-                )
-                if rank is not None:
-                    report = replace(report, written_bytes=sum(job.factor_bytes(rank) for job in jobs))
-                text = public_yaml(config)
-            if dry_run:
-                return report
-            workers = threads or _threads_on(where)
-            jobs = with_model_thresholds(
-                jobs, threads=workers, device=where, allow_nonfinite=allow_nonfinite, ranks=ranks
+            settings = _Settings(
+                target=target,
+                overwrite=overwrite,
+                threads=threads,
+                device=_own_device(device, ranks),
+                max_shard_bytes=max_shard_bytes,
+                allow_nonfinite=allow_nonfinite,
+                progress=progress,
             )
-            content = _plan_content(parsed, jobs, vocabulary, max_shard_bytes, where.type)
-            if rank is not None:
-                adapter = None
-                with ranks.together():
-                    if ranks.is_first:
-                        from hf_transfer_ext.merging.streaming.as_lora import (
-                            write_adapter,  # which imports this package
-                        )
+            plan = _plan(config, lora_rank, allow_pickle, inputs)
+        report = plan.report(target)
+        if dry_run:
+            return report
+        jobs = with_model_thresholds(
+            plan.jobs, threads=settings.workers, device=settings.device, allow_nonfinite=allow_nonfinite, ranks=ranks
+        )
+        plan = replace(plan, jobs=jobs)
+        done = _write_adapter(plan, settings, ranks) if plan.lora_rank else _write_model(plan, settings, ranks)
+    return replace(report, **done, seconds=time.perf_counter() - began)
 
-                        adapter = write_adapter(
-                            parsed,
-                            models,
-                            jobs,
-                            target,
-                            rank=rank,
-                            content=content,
-                            files={_CONFIG_FILE: text},
-                            allow_nonfinite=allow_nonfinite,
-                            overwrite=overwrite,
-                            progress=progress,
-                        )
-                adapter = ranks.gather(adapter)[0]
-                size = (target / "adapter_model.safetensors").stat().st_size
-                return replace(report, adapter=adapter, written_bytes=size, seconds=time.perf_counter() - began)
-            key = ranks.gather(key_of(content, [file for model in models.values() for file in model.files]))[0]
-            with resumable_folder(target, key, ranks, overwrite=overwrite) as folder:
-                own = sum(job.input_bytes for job in ranks.share_of(jobs))
-                with _bar(own, progress and ranks.is_first) as advance:
-                    done = write_tensors(
-                        folder,
-                        jobs,
-                        ranks=ranks,
-                        threads=workers,
-                        device=where,
-                        max_shard_bytes=max_shard_bytes,
-                        seed=parsed.seed,
-                        allow_nonfinite=allow_nonfinite,
-                        advance=advance,
-                    )
-                with ranks.together():
-                    if ranks.is_first:
-                        described = output_config(parsed, models, donor)
-                        if vocabulary is not None:
-                            set_vocabulary_size(described, vocabulary.size)
-                        _write_companions(folder, donor, described, text)
-                        if vocabulary is not None or template is not None:
-                            write_tokenizer(vocabulary, template, donor, folder)
-        finally:
-            for model in models.values():
-                model.close()
-    return replace(report, resumed_tensors=done, seconds=time.perf_counter() - began)
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a merge is carried out; its arguments beside the configuration."""
+
+    target: Path
+    overwrite: bool
+    threads: int | None
+    device: torch.device
+    max_shard_bytes: int
+    allow_nonfinite: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"`threads` has to be at least 1, got {self.threads}.")
+
+    @property
+    def workers(self) -> int:
+        """Threads of this process: by default all cores, split across the processes of the machine."""
+        if self.threads is not None:
+            return self.threads
+        return GPU_THREADS if self.device.type == "cuda" else max(1, (os.cpu_count() or 1) // local_ranks()[1])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will be written: the tensors, and what goes with them.
+
+    Args:
+        text: The configuration, as it goes into the result.
+        lora_rank: Rank of the adapter that the result becomes; None for a whole model.
+        chat_template: Of the result; None leaves that of the donor.
+        extra: The opened files of extra tensors.
+    """
+
+    config: MergeConfig
+    text: str
+    lora_rank: int | None
+    models: dict[ModelReference, InputModel]
+    extra: ExtraFiles
+    jobs: list[TensorJob]
+    vocabulary: Vocabulary | None
+    chat_template: str | None
+
+    @property
+    def donor(self) -> InputModel:
+        """The base model, or the first one: its config and tokenizer go with the result."""
+        return self.models[self.config.references[0]]
+
+    @property
+    def files(self) -> list[Path]:
+        """All input files."""
+        return [file for model in self.models.values() for file in model.files] + self.extra.files
+
+    def report(self, target: Path) -> MergeReport:
+        rank = self.lora_rank
+        return MergeReport(
+            folder=str(target),
+            method=self.config.merge_method,
+            models=[str(reference) for reference in self.models],
+            tensors=len(self.jobs),
+            parameters=sum(job.numel for job in self.jobs),
+            read_bytes=sum(job.input_bytes for job in self.jobs),
+            written_bytes=sum(job.factor_bytes(rank) if rank else job.spec.nbytes for job in self.jobs),
+        )
+
+    def content(self, settings: _Settings) -> dict[str, Any]:
+        """Everything that the bytes of the result depend on, beside the input files."""
+        return {
+            "config": repr(self.config),
+            "layout": [(job.name, job.shape, str(job.dtype)) for job in self.jobs],
+            "vocabulary": sorted(self.vocabulary.tokens.items()) if self.vocabulary is not None else None,
+            "shards": settings.max_shard_bytes,
+            "arithmetic": [settings.device.type, kernels.LIBRARY is not None],
+        }
+
+
+def _plan(
+    config: Mapping[str, Any] | str | Path, lora_rank: int | None, allow_pickle: bool, inputs: ExitStack
+) -> _Plan:
+    """Check the configuration, open the models (until `inputs` is left) and list the tensors of the result."""
+    parsed = load_config(config)
+    rank = parsed.lora_rank if lora_rank is None else lora_rank
+    if rank is not None and rank < 1:
+        raise ValueError(f"`lora_rank` has to be at least 1, got {rank}.")
+    models: dict[ModelReference, InputModel] = {}
+    for reference in parsed.references:
+        models[reference] = open_model(reference, allow_pickle=allow_pickle)
+        inputs.callback(models[reference].close)
+    extra = inputs.enter_context(open_extra(parsed))
+    vocabulary = build_vocabulary(parsed, models) if parsed.tokenizer is not None else None
+    return _Plan(
+        config=parsed,
+        text=public_yaml(config),
+        lora_rank=rank,
+        models=models,
+        extra=extra,
+        jobs=plan_tensors(parsed, models, vocabulary, extra),
+        vocabulary=vocabulary,
+        chat_template=chat_template_of(parsed, models),
+    )
+
+
+def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, Any]:
+    """Write the result as a model folder; returns what the report says about it."""
+    key = ranks.gather(key_of(plan.content(settings), plan.files))[0]
+    with resumable_folder(settings.target, key, ranks, overwrite=settings.overwrite) as folder:
+        own_bytes = sum(job.input_bytes for job in ranks.share_of(plan.jobs))
+        with _bar(own_bytes, settings.progress and ranks.is_first) as advance:
+            resumed = write_tensors(
+                folder,
+                plan.jobs,
+                ranks=ranks,
+                threads=settings.workers,
+                device=settings.device,
+                max_shard_bytes=settings.max_shard_bytes,
+                seed=plan.config.seed,
+                allow_nonfinite=settings.allow_nonfinite,
+                advance=advance,
+            )
+        with ranks.together():
+            if ranks.is_first:
+                _write_files(plan, folder)
+    return {"resumed_tensors": resumed}
+
+
+def _write_files(plan: _Plan, folder: Path) -> None:
+    """Write what goes with the tensors: config, tokenizer, and the configuration of the merge."""
+    config = output_config(plan.config, plan.models, plan.donor)
+    if plan.vocabulary is not None:
+        set_vocabulary_size(config, plan.vocabulary.size)
+    write_companions(folder, plan.donor, config, plan.text)
+    if plan.vocabulary is not None or plan.chat_template is not None:
+        write_tokenizer(plan.vocabulary, plan.chat_template, plan.donor, folder)
+
+
+def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, Any]:
+    """Write the result as a LoRA on the base model, by the first rank; returns what the report says about it."""
+    adapter: ExtractionReport | None = None
+    with ranks.together():
+        if ranks.is_first and plan.lora_rank is not None:
+            adapter = write_adapter(
+                plan.config,
+                plan.models,
+                plan.jobs,
+                settings.target,
+                rank=plan.lora_rank,
+                content=plan.content(settings),
+                files={CONFIG_FILE: plan.text},
+                inputs=plan.files,
+                allow_nonfinite=settings.allow_nonfinite,
+                overwrite=settings.overwrite,
+                progress=settings.progress,
+            )
+    adapter = ranks.gather(adapter)[0]
+    return {
+        "adapter": adapter,
+        "written_bytes": (settings.target / "adapter_model.safetensors").stat().st_size,
+    }
 
 
 def _own_device(device: str | torch.device, ranks: Ranks) -> torch.device:
@@ -225,71 +302,9 @@ def _own_device(device: str | torch.device, ranks: Ranks) -> torch.device:
     return found
 
 
-def _threads_on(device: torch.device) -> int:
-    """All cores, shared with the other processes on the machine."""
-    return GPU_THREADS if device.type == "cuda" else max(1, (os.cpu_count() or 1) // local_ranks()[1])
-
-
-#: Threads that keep a GPU busy while others read and write; each takes memory on it.
-GPU_THREADS = 4
-
-#: The configuration of the merge in its result, under the name by which it is known on the Hub.
-_CONFIG_FILE = "mergekit_config.yml"
-
-
-def _open_all(config: MergeConfig, allow_pickle: bool) -> dict[ModelReference, InputModel]:
-    models: dict[ModelReference, InputModel] = {}
-    try:
-        for reference in config.references:
-            models[reference] = open_model(reference, allow_pickle=allow_pickle)
-    except BaseException:
-        for model in models.values():
-            model.close()
-        raise
-    return models
-
-
-def _plan_content(
-    config: MergeConfig, jobs: list[TensorJob], vocabulary: Vocabulary | None, max_shard_bytes: int, device: str
-) -> dict[str, Any]:
-    """Everything that the bytes of the result depend on, beside the files of the models."""
-    return {
-        "config": repr(config),
-        "layout": [(job.name, job.shape, str(job.dtype)) for job in jobs],
-        "vocabulary": sorted(vocabulary.tokens.items()) if vocabulary is not None else None,
-        "shards": max_shard_bytes,
-        "arithmetic": [device, kernels.LIBRARY is not None],
-    }
-
-
 @contextmanager
 def _bar(total: int, show: bool) -> Iterator[Any]:
     from tqdm import tqdm
 
     with tqdm(total=total, unit="B", unit_scale=True, disable=not show, desc="merging", smoothing=0.1) as bar:
         yield bar.update
-
-
-def public_yaml(config: Mapping[str, Any] | str | Path) -> str:
-    """The configuration as it goes into the result: word for word, unless it names folders of this machine."""
-    text = None if isinstance(config, Mapping) else Path(config).read_text(encoding="utf-8")
-    content = dict(config) if isinstance(config, Mapping) else yaml.safe_load(text or "")
-    public = _without_local_paths(content)
-    return text if text is not None and public == content else yaml.safe_dump(public, sort_keys=False)
-
-
-def _without_local_paths(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_local_paths(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_local_paths(one) for one in value]
-    return public_text(str(value)) if isinstance(value, (str, Path)) else value
-
-
-def _write_companions(folder: Path, donor: InputModel, config: dict[str, Any], text: str) -> None:
-    """Config, tokenizer and the configuration of the merge."""
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / _CONFIG_FILE, text)
-    for name in COMPANIONS:
-        if (donor.folder / name).exists():
-            shutil.copyfile(donor.folder / name, folder / name)

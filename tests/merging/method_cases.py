@@ -6,6 +6,7 @@ import itertools
 import math
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_transfer_ext.merging import MERGE_METHODS
 
@@ -17,6 +18,8 @@ OPTIONS = {
     "multislerp": {"weight": [0.5, 0.3, 0.7]},
     "karcher": {},
     "passthrough": {"scale": 0.5},
+    "fisher": {"weight": [0.5, 0.3, 0.7]},
+    "regmean": {"weight": [0.5, 0.3, 0.7]},
     "task_arithmetic": {"weight": [0.5, 0.3, 0.7], "lambda_": 0.8},
     "ties": {"weight": [0.5, 0.3, 0.7], "density": [0.5, 0.2, 0.9]},
     "dare_linear": {"weight": [0.5, 0.3, 0.7], "density": 0.4},
@@ -46,11 +49,28 @@ def tensors(count=3, shape=(6, 10), seed=0, spread=0.5):
     return base, [base + spread * torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-def inputs_of(method, shape=(6, 10), seed=0):
-    """A base (or None) and as many models as a method takes at most, up to three."""
-    base, models = tensors(3, shape, seed)
-    least, most = method.count
-    return (base if method.base == "required" else None), models[: most or 3] if most else models[: max(3, least)]
+def extra_of(method, models, seed=7):
+    """Extra tensors of the models as a method declares them, in float32: name -> one for each model."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, extra in method.extra.items():
+        if extra.shape == "weight":
+            found[name] = [torch.rand(model.shape, generator=generator) + 0.1 for model in models]
+        elif models[0].dim() > 1:
+            inputs = [torch.randn(2 * model.shape[-1], model.shape[-1], generator=generator) for model in models]
+            found[name] = [one.T @ one for one in inputs]
+    return found
+
+
+def write_extra(method, folders):
+    """Write extra tensors for the models in some folders: for each the `tensors` of its source in a configuration."""
+    named = [load_file(f"{folder}/model.safetensors") for folder in folders]
+    files = [{name: f"{folder}/{name}.safetensors" for name in method.extra} for folder in folders]
+    for name in method.extra:
+        extra = {key: extra_of(method, [one[key].float() for one in named]).get(name) for key in named[0]}
+        for i, file in enumerate(files):
+            save_file({key: tensors[i] for key, tensors in extra.items() if tensors is not None}, file[name])
+    return files
 
 
 def per_element(function, *tensors):
@@ -107,6 +127,8 @@ def config_of(name, base, tuned):
     method, options = MERGE_METHODS[name], OPTIONS[name]
     count = min(len(tuned), method.count[1] or len(tuned))
     config = {"merge_method": name, "models": [{"model": path, "parameters": {}} for path in tuned[:count]]}
+    for model, files in zip(config["models"], write_extra(method, tuned[:count]), strict=True):
+        model |= {"tensors": files} if files else {}
     if method.base == "required":
         config["base_model"] = base
     config["parameters"] = {}

@@ -267,7 +267,7 @@ def test_a_merge_that_was_interrupted_after_its_last_tensor_calculates_nothing_a
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_write_companions", interrupt)
+    monkeypatch.setattr(run, "write_companions", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge(linear_config(models[1]), tmp_path / "out")
     monkeypatch.undo()

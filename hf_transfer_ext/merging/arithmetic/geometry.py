@@ -1,7 +1,7 @@
 """Methods that move on a sphere: all of them end in a linear combination whose factors follow from scalar products.
 
-So one pass gives the Gram matrix of a tensor's models, some arithmetic on a matrix of the size of the number of models
-gives the factors, and a second pass combines. Scalar products are summed in float64, those of long vectors from blocks
+So one pass gives the Gram matrix of a tensor's models, arithmetic on that small matrix gives the factors, and a second
+pass combines. Scalar products are summed in float64, those of long vectors from blocks
 in float32: the angle between two fine-tunes of one base is small, and its cosine needs more digits than a sum in
 float32 leaves.
 """
@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import changes_of, in_float
-from hf_transfer_ext.merging.method import Pieces, gives
+from hf_transfer_ext.merging.arithmetic.changes import changes_of
+from hf_transfer_ext.merging.method import Coefficient, Pieces, gives, in_float
 
 Gram = Float[Tensor, "models models"]
+Scalar = Float[Tensor, ""]
 
 #: Elements whose products are summed in float32.
 BLOCK = 1024
@@ -56,21 +57,32 @@ def _products(vectors: Sequence[Tensor]) -> Gram:
     return (blocks @ blocks.mT).sum(0, dtype=torch.float64) + rest @ rest.T
 
 
-def norm_of(factors: Tensor, gram: Gram) -> float:
+def norm_of(factors: Float[Tensor, " models"], gram: Gram) -> Scalar:
     """Norm of sum_i f_i x_i, from the Gram matrix of the x_i."""
-    return float((factors @ gram @ factors).clamp(min=0).sqrt())
+    return root(factors @ gram @ factors)
 
 
-def unit_gram(gram: Gram, floor: float = 0.0) -> tuple[Tensor, Gram]:
-    """Norms of the vectors (plus `floor`), and the Gram matrix of the vectors divided by them; 0 stays 0."""
-    norms = gram.diagonal().clamp(min=0).sqrt() + floor
-    safe = torch.where(norms > 0, norms, torch.ones_like(norms))
+def unit_gram(gram: Gram) -> tuple[Float[Tensor, " models"], Gram]:
+    """Norms of the vectors, and the Gram matrix of the vectors divided by them; 0 stays 0."""
+    norms = root(gram.diagonal())
+    safe = one_in_place_of_0(norms)
     return norms, gram / safe / safe[:, None]
+
+
+def root(squares: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Square roots, of what rounding made negative too; the gradient at 0 is 0, where that of a norm is undefined."""
+    positive = squares > 0
+    return torch.where(positive, squares, torch.ones_like(squares)).sqrt() * positive
+
+
+def one_in_place_of_0(norms: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Norms to divide by: a vector without a direction stays as it is."""
+    return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
 def cosines_of(gram: Float[Tensor, "*rows models models"]) -> Float[Tensor, "*rows models models"]:
     """Cosines between vectors; 0 for vectors without a direction."""
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    norms = root(gram.diagonal(dim1=-2, dim2=-1))
     products = norms[..., :, None] * norms[..., None, :]
     return torch.where(products > 0, gram / products.clamp(min=1e-300), torch.zeros_like(gram)).clamp(-1, 1)
 
@@ -79,9 +91,9 @@ def cosines_of(gram: Float[Tensor, "*rows models models"]) -> Float[Tensor, "*ro
 def cosine_sums(
     pieces: Pieces, *, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """<x_1, x_1>, <x_1, x_2>, <x_2, x_2> of two models (or changes): of the tensor, or of each column."""
+    """<x_1, x_1>, <x_1, x_2> and <x_2, x_2> of two models (or changes): of the tensor, or of each column."""
     if not nuslerp_flatten and not nuslerp_row_wise:
-        return {"products": torch.ones(3, 1, dtype=torch.float64)}  # rows are whole in a piece, and find their own
+        return {"products": torch.ones(3, 1, dtype=torch.float64)}  # pieces have whole rows, which find their own
     total, rows = torch.zeros(3, 1, dtype=torch.float64), 0
     for base, models in pieces:
         vectors = models if base is None else changes_of(base, models)
@@ -92,14 +104,32 @@ def cosine_sums(
     return {"products": total if rows > 1 and not nuslerp_flatten else total.sum(1, keepdim=True)}
 
 
-def slerp_factors(products: Float[Tensor, "*products"], t: float) -> tuple[Tensor, Tensor]:
-    """Factors of two vectors for the point at t between them, from their scalar products."""
-    first, both, second = products
-    cosine = both / (first.clamp(min=0).sqrt() * second.clamp(min=0).sqrt()).clamp(min=1e-14)
-    angle = cosine.clamp(-1, 1).arccos()
-    sine = angle.sin()
-    parallel = sine.abs() < 1e-8
-    safe = torch.where(parallel, torch.ones_like(sine), sine)
-    start = torch.where(parallel, torch.full_like(sine, 1 - t), ((1 - t) * angle).sin() / safe)
-    end = torch.where(parallel, torch.full_like(sine, t), (t * angle).sin() / safe)
-    return start.float(), end.float()
+def slerp_factors(
+    first: Float[Tensor, "*vectors"],
+    both: Float[Tensor, "*vectors"],
+    second: Float[Tensor, "*vectors"],
+    t: Coefficient,
+    *,
+    parallel: float = 1.0,
+) -> tuple[Float[Tensor, "*vectors"], Float[Tensor, "*vectors"]]:
+    r"""Factors of two vectors for the point at t on the arc between them.
+
+    .. math::
+        \frac{\sin((1 - t) \Omega)}{\sin \Omega}, \quad \frac{\sin(t \Omega)}{\sin \Omega}, \quad
+        \cos \Omega = \frac{\langle x_1, x_2 \rangle}{\|x_1\| \|x_2\|}
+
+    Args:
+        first, both, second: <x_1, x_1>, <x_1, x_2> and <x_2, x_2>.
+        parallel: From this |cos Omega| on, the factors are those of a straight line: 1 - t and t.
+
+    Returns:
+        The factors, in float64.
+    """
+    cosine = (both / (root(first) * root(second)).clamp(min=1e-14)).clamp(-1, 1)
+    line = (cosine.abs() > parallel) | (1 - cosine * cosine < 1e-16)
+    angle = torch.where(
+        line, torch.zeros_like(cosine), cosine
+    ).arccos()  # of a right angle, whose factors are not used
+    start = torch.where(line, 1 - t, ((1 - t) * angle).sin() / angle.sin())
+    end = torch.where(line, t, (t * angle).sin() / angle.sin())
+    return start, end

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,10 @@ class Noise:
     seed: int = 0
     tensor: str = ""
     start: int = 0
+
+    def at(self, place: int) -> Noise:
+        """The numbers from a place on, counted from this one's first element."""
+        return replace(self, start=self.start + place)
 
     def words(self, model: int, count: int) -> np.ndarray:
         """`count` uint32 words, uniform over 0 .. 2**32 - 1, for the elements `start`, `start + 1`, ... of a model."""
@@ -65,7 +69,7 @@ class Noise:
         return low if low + count <= _WORD else None
 
     def keys(self, model: int) -> tuple[int, int]:
-        """What tells the sequences of words apart."""
+        """The two words that tell one sequence from the others."""
         first, second = self._key(model, self.start // _WORD)
         return int(first), int(second)
 
@@ -94,7 +98,7 @@ def _mix(low: int, key: np.ndarray, out: np.ndarray) -> None:
     """Scramble the counter `low, low + 1, ...`: a Weyl sequence and two rounds of multiply and shift.
 
     The constants are those of Chris Wellons' lowbias32; the second half of the key enters between the rounds, so that
-    two streams are no shifts of each other.
+    no stream is a shifted copy of another.
     """
     scratch = np.empty_like(out)
     first = np.array((low * _WEYL + int(key[0])) % _WORD, dtype=np.uint32)
@@ -125,7 +129,7 @@ def _mix_on(device: torch.device, low: int, key: np.ndarray, count: int) -> Tens
 
 @functools.lru_cache(maxsize=4)
 def _weyl_sequence(count: int) -> np.ndarray:
-    """i * _WEYL modulo 2**32; the same few lengths are asked for again and again."""
+    """i * _WEYL modulo 2**32, cached: a merge needs the same few lengths again and again."""
     sequence = np.arange(count, dtype=np.uint32)
     sequence *= np.uint32(_WEYL)
     sequence.flags.writeable = False

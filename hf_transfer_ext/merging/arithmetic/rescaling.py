@@ -1,4 +1,4 @@
-"""Trimmed changes made as large as they were before: mergekit's `rescale` for methods that trim by magnitude."""
+"""Trimmed changes rescaled to the L1 norm they had before: mergekit's `rescale` for methods that trim by magnitude."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import changes_of
 from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
@@ -42,13 +43,17 @@ def inner_magnitudes_and_scales(
     return {**found, "scales": _scales(pieces, bounds) if rescale else [1.0] * len(bounds)}
 
 
-def _scales(pieces: Pieces, bounds: Sequence[tuple[float, float]]) -> list[float]:
+def _scales(pieces: Pieces, bounds: Sequence[tuple[float, float]]) -> list[Tensor]:
     """Sum of |t_i| over sum of |t_i| among the kept, for each model; 1 where one of them is (nearly) 0."""
-    sums = torch.zeros(2, len(bounds), dtype=torch.float64)
+    sums = torch.zeros(len(bounds), 2, dtype=torch.float64)
     for base, models in pieces:
         if base is None:
             raise ValueError("`rescale` needs a base model.")
-        for i, change in enumerate(changes_of(base, models)):
-            sums[0, i] += change.abs().sum().double().cpu()
-            sums[1, i] += keep_magnitudes(change, *bounds[i]).abs().sum().double().cpu()
-    return [float(before / after) if min(before, after) >= SMALLEST_SUM else 1.0 for before, after in sums.T]
+        of_piece = [
+            torch.stack([change.abs().sum(), keep_magnitudes(change, *pair).abs().sum()])
+            for change, pair in zip(changes_of(base, models), bounds, strict=True)
+        ]
+        sums = sums + torch.stack(of_piece).double().cpu()
+    return [
+        before / after if min(before, after) >= SMALLEST_SUM else torch.ones_like(before) for before, after in sums
+    ]

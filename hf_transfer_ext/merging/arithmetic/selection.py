@@ -1,37 +1,37 @@
 """Exact order statistics of a tensor that is only seen in pieces: what value has rank k?
 
 A sample brackets the value; one pass counts what lies outside the bracket and collects what lies inside, and a
-partition of the inside gives the answer. Should the value lie outside (a sample can mislead), two passes of histograms
-over the bits of the numbers give it. Both ways are exact, and neither sorts or keeps the tensor.
+selection among the collected gives the answer. If the value lies outside (a sample can mislead), two passes of
+histograms over the bits of the numbers give it. Both ways are exact, and neither sorts the tensor or holds all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from hf_transfer_ext.merging.arithmetic import kernels
-from hf_transfer_ext.merging.arithmetic.changes import in_float
-from hf_transfer_ext.merging.method import Pieces
+from hf_transfer_ext.merging.method import Pieces, in_float
 from hf_transfer_ext.weights.devices import on_host
 
 
 @dataclass(frozen=True)
 class Distances:
-    """|one - other| as scores, or |one|: kernels count them without writing them down."""
+    """|one - other| as scores, or |one|: kernels count them without storing them."""
 
     one: Tensor
     other: Tensor | None = None
 
     def values(self) -> Tensor:
         if self.other is None:
-            return in_float(self.one).abs()
-        return (in_float(self.one) - in_float(self.other)).abs_()
+            return in_float(self.one.detach()).abs()
+        return (in_float(self.one.detach()) - in_float(self.other.detach())).abs_()
 
 
 Series: TypeAlias = Tensor | Distances
@@ -59,9 +59,9 @@ def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> li
     sample = _sample(pieces, scores)
     if len(sample[0]) == pieces.numel:
         return [values_at(one, ranks) for one in sample]
-    brackets = [[_Bracket(one, rank / max(1, pieces.numel - 1)) for rank in ranks] for one in sample]
+    brackets = [[Bracket.around(one, rank / max(1, pieces.numel - 1)) for rank in ranks] for one in sample]
     for base, models in pieces:
-        _take(brackets, scores(base, models))
+        _count(brackets, scores(base, models))
     found = []
     for i, row in enumerate(brackets):
         values = [bracket.value(rank) for bracket, rank in zip(row, ranks, strict=True)]
@@ -82,10 +82,10 @@ def smallest_of_largest(pieces: Pieces, scores: Scores, share: float) -> float:
         kept = int(some * share)
         return values_at(sample, [len(sample) - kept])[0] if kept else float("inf")
     # The sample tells about where to look; how many scores are above 0 is counted in the same pass.
-    bracket = _Bracket(sample, 1 - some * share / len(sample))
+    bracket = Bracket.around(sample, 1 - some * share / len(sample))
     above_zero = 0
     for base, models in pieces:
-        above_zero += _take([[bracket]], scores(base, models))[0]
+        above_zero += _count([[bracket]], scores(base, models))[0]
     kept = int(above_zero * share)
     if not kept:
         return float("inf")
@@ -93,61 +93,51 @@ def smallest_of_largest(pieces: Pieces, scores: Scores, share: float) -> float:
     return _by_histograms(pieces, scores, 0, [pieces.numel - kept])[0] if value is None else value
 
 
-class _Bracket:
-    """Two values of a sample between which the value at a place (0: the least, 1: the largest) is expected.
+@dataclass
+class Bracket:
+    """Counts of the numbers around two edges, between which the value of a rank is expected.
 
-    The margin is 8 standard deviations of a sample of independent elements, since neighbours in a tensor are alike.
+    The numbers in their order, with the three counts from the left; those equal to an edge are counted and not
+    collected, since often a tenth of all changes are exactly 0::
+
+        x x x x x x | low low low | i i i i i i i i | high high | x x x x
+        -- below -->|             |   `inside`      |           |
+        -------- up_to_low ------>|                 |           |
+        ------------------- up_to_high ------------------------>|
     """
 
-    def __init__(self, sample: np.ndarray, place: float) -> None:
+    low: np.float32
+    high: np.float32
+    below: int = 0
+    up_to_low: int = 0
+    up_to_high: int = 0
+    inside: list[np.ndarray] = field(default_factory=list)
+
+    @classmethod
+    def around(cls, sample: np.ndarray, place: float) -> Bracket:
+        """The bracket of the value at a place (0: the smallest, 1: the largest), from a sample.
+
+        The margin is 8 standard deviations of a sample of independent elements, since neighbors in a tensor are alike.
+        """
         size = len(sample)
         margin = 8 * (size * place * (1 - place)) ** 0.5 + 16
         low, high = int(place * (size - 1) - margin), int(place * (size - 1) + margin) + 1
         edges = values_at(sample, [max(low, 0), min(high, size - 1)])
-        self.low = np.float32(edges[0] if low >= 0 else -np.inf)
-        self.high = np.float32(edges[1] if high < size else np.inf)
-        self.below = self.up_to_low = self.up_to_high = 0
-        self.inside: list[np.ndarray] = []
+        return cls(np.float32(edges[0] if low >= 0 else -np.inf), np.float32(edges[1] if high < size else np.inf))
 
     def add(self, below: int, up_to_low: int, up_to_high: int, inside: np.ndarray) -> None:
-        """Add what was counted in one piece; the edges are counted and not collected."""
-        self.below, self.up_to_low = self.below + below, self.up_to_low + up_to_low
-        if self.low < self.high < np.inf:
-            self.up_to_high += up_to_high
+        """Add the counts of one piece."""
+        self.below += below
+        self.up_to_low += up_to_low
+        self.up_to_high += up_to_high
         self.inside.append(inside)
-
-    def take(self, values: Tensor) -> None:
-        """Count one piece. The edges are counted and not collected: often a tenth of all changes are exactly 0."""
-        if not on_host(values):
-            self._take_on_device(values)
-            return
-        numbers = values.numpy()
-        if self.low > -np.inf:
-            self.below += int(np.count_nonzero(numbers < self.low))
-        above_low = numbers > self.low
-        self.up_to_low += len(numbers) - int(np.count_nonzero(above_low))
-        if self.high == self.low:
-            return
-        if self.high < np.inf:
-            self.up_to_high += len(numbers) - int(np.count_nonzero(numbers > self.high))
-        above_low &= numbers < self.high
-        self.inside.append(numbers[np.flatnonzero(above_low)])
-
-    def _take_on_device(self, values: Tensor) -> None:
-        low, high = float(self.low), float(self.high)
-        above_low = values > low
-        counts = torch.stack([(values < low).sum(), (~above_low).sum(), (values <= high).sum()]).tolist()
-        self.below, self.up_to_low = self.below + counts[0], self.up_to_low + counts[1]
-        self.up_to_high += counts[2]
-        if high > low:
-            self.inside.append(values[above_low & (values < high)].cpu().numpy())
 
     def value(self, rank: int) -> float | None:
         """The value of the rank, or None if it lies outside."""
-        inside = np.concatenate(self.inside) if self.inside else np.empty(0, dtype=np.float32)
-        self.inside = []
         if self.below <= rank < self.up_to_low:
             return float(self.low)
+        inside = np.concatenate(self.inside) if self.inside else np.empty(0, dtype=np.float32)
+        self.inside = []
         place = rank - self.up_to_low
         if 0 <= place < len(inside):
             return values_at(inside, [place])[0]
@@ -155,35 +145,64 @@ class _Bracket:
 
 
 def values_at(numbers: np.ndarray, places: Sequence[int]) -> list[float]:
-    """The numbers (float32) that stand at some places when they are sorted; without sorting all where kernels are."""
-    return kernels.values_at(numbers, places) if kernels.can_take() else np.sort(numbers)[list(places)].tolist()
+    """The numbers that stand at some places when they are sorted; kernels find them without sorting all."""
+    if numbers.dtype == np.float32 and kernels.can_take():
+        return kernels.values_at(numbers, places)
+    return np.sort(numbers)[list(places)].tolist()
 
 
-def _take(brackets: Sequence[Sequence[_Bracket]], series: Sequence[Series]) -> list[int]:
-    """Let the brackets of each series count one piece; returns how many numbers of each are above 0."""
-    distances = [one for one in series if isinstance(one, Distances)]
-    alike = len(distances) == len(series) and len({id(one.other) for one in distances}) == 1
-    if alike and kernels.can_take(distances[0].other, *(one.one for one in distances)):
-        edges = np.array(
-            [[[one.low for one in row] for row in brackets], [[one.high for one in row] for row in brackets]]
-        )
-        found = kernels.take_magnitudes([one.one for one in distances], distances[0].other, edges)
-        numel = distances[0].one.numel()
-        for row, taken in zip(brackets, found, strict=True):
-            for bracket, (below, above_low, above_high), inside in zip(row, taken.counts, taken.inside, strict=True):
-                bracket.add(int(below), numel - int(above_low), numel - int(above_high), inside)
-        return [taken.positive for taken in found]
+def _count(brackets: Sequence[Sequence[Bracket]], series: Sequence[Series]) -> list[int]:
+    """Add one piece to the brackets of each series; returns how many numbers of each series are above 0."""
+    if _is_for_kernels(series):
+        return _count_by_kernels(brackets, [one for one in series if isinstance(one, Distances)])
     positive = []
     for row, one in zip(brackets, series, strict=True):
         values = _values(one)
+        count = _count_on_host if on_host(values) else _count_on_device
         for bracket in row:
-            bracket.take(values)
+            count(bracket, values)
         positive.append(int(np.count_nonzero(values.numpy() > 0)) if on_host(values) else int((values > 0).sum()))
     return positive
 
 
+def _is_for_kernels(series: Sequence[Series]) -> bool:
+    """Whether all series are distances from one tensor, of a kind that the kernels read."""
+    distances = [one for one in series if isinstance(one, Distances)]
+    if len(distances) < len(series) or len({id(one.other) for one in distances}) > 1:
+        return False
+    return kernels.can_take(distances[0].other, *(one.one for one in distances))
+
+
+def _count_by_kernels(brackets: Sequence[Sequence[Bracket]], series: Sequence[Distances]) -> list[int]:
+    edges = np.array([[[one.low for one in row] for row in brackets], [[one.high for one in row] for row in brackets]])
+    found = kernels.take_magnitudes([one.one for one in series], series[0].other, edges)
+    numel = series[0].one.numel()
+    for row, taken in zip(brackets, found, strict=True):
+        for bracket, (below, above_low, above_high), inside in zip(row, taken.counts, taken.inside, strict=True):
+            bracket.add(int(below), numel - int(above_low), numel - int(above_high), inside)
+    return [taken.positive for taken in found]
+
+
+def _count_on_host(bracket: Bracket, values: Tensor) -> None:
+    numbers = values.numpy()
+    below, above_low = np.count_nonzero(numbers < bracket.low), numbers > bracket.low
+    up_to_low = len(numbers) - int(np.count_nonzero(above_low))
+    up_to_high = len(numbers) - int(np.count_nonzero(numbers > bracket.high))
+    above_low &= numbers < bracket.high
+    bracket.add(int(below), up_to_low, up_to_high, numbers[np.flatnonzero(above_low)])
+
+
+def _count_on_device(bracket: Bracket, values: Tensor) -> None:
+    low, high = float(bracket.low), float(bracket.high)
+    above_low = values > low
+    below, up_to_low, up_to_high = torch.stack(
+        [(values < low).sum(), (~above_low).sum(), (~(values > high)).sum()]
+    ).tolist()
+    bracket.add(below, up_to_low, up_to_high, values[above_low & (values < high)].cpu().numpy())
+
+
 def _values(series: Series) -> Tensor:
-    return (series.values() if isinstance(series, Distances) else series).reshape(-1)
+    return (series.values() if isinstance(series, Distances) else series.detach()).reshape(-1)
 
 
 def _sample(pieces: Pieces, scores: Scores) -> list[np.ndarray]:
@@ -224,17 +243,18 @@ def _from_sortable(word: int) -> float:
 
 
 def keep_magnitudes(change: Tensor, low: float, high: float = float("inf")) -> Tensor:
-    """Set to 0, in place, all elements but those with low <= |x| <= high."""
+    """x where low <= |x| <= high, and 0 elsewhere.
+
+    Written with `hardshrink`, which keeps |x| > its argument: on CPUs torch selects by a mask thirty times slower.
+    """
     if high < float("inf"):
-        change -= torch.nn.functional.hardshrink(change, high)
-    return at_least(change, low)
-
-
-def at_least(values: Tensor, low: float) -> Tensor:
-    """Set to 0, perhaps in place, all elements with |x| < low."""
+        change = change - hardshrink(change, high)
     if low <= 0:
-        return values
-    if not np.isfinite(low):
-        return values.zero_()
-    # hardshrink keeps |x| > its argument; the next smaller float makes that >=.
-    return torch.nn.functional.hardshrink(values, float(np.nextafter(np.float32(low), np.float32(0))))
+        return change
+    return hardshrink(change, _next_below(low, change.dtype) if np.isfinite(low) else low)
+
+
+def _next_below(number: float, dtype: torch.dtype) -> float:
+    """The largest number of the dtype that is smaller."""
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return float(np.nextafter(kind(number), kind(0)))

@@ -9,24 +9,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import Weights
+from hf_transfer_ext.merging.method import Coefficient
 
 Matrix = Float[Tensor, "rows columns"]
 
 
-def add_mean(base: Weights, changes: Sequence[Weights], lambda_: float) -> Weights:
-    """theta_0 + lambda * mean of the changes: what the methods do with tensors that are no matrices."""
+def add_mean(base: Weights, changes: Sequence[Weights], lambda_: Coefficient) -> Weights:
+    """theta_0 + lambda * mean of the changes: what the methods do with tensors that are not matrices."""
     return base + lambda_ * torch.stack(list(changes)).mean(0)
 
 
 def svd(
     matrix: Matrix,
 ) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "rank columns"]]:
-    """U, S and V^T with min(rows, columns) singular values, calculated in float64 and given in float32."""
+    """U, S and V^T with min(rows, columns) singular values, calculated in float64, in the dtype of the matrix."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return left.float(), values.float(), right.float()
+    return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)
 
 
 def nearest_orthogonal(matrix: Matrix) -> Matrix:
     """The matrix with orthonormal columns (or rows) that is nearest: U V^T of its singular value decomposition."""
     left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (left @ right).float()
+    return (left @ right).to(matrix.dtype)

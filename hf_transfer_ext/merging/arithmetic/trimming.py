@@ -1,4 +1,4 @@
-"""Which elements of a change are kept: the largest, those between two ranks, or a random share."""
+"""Which elements of a change are kept: the largest, those between two ranks, or at random by rank."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic import kernels
-from hf_transfer_ext.merging.arithmetic.changes import Weights, changes_of, check_weights, in_float
+from hf_transfer_ext.merging.arithmetic.changes import check_weights
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.arithmetic.selection import Distances, order_statistics
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
 from hf_transfer_ext.weights.devices import on_host
 
-#: The places of a row may take that many bits of a word of 32; the rest compares magnitudes.
-_PLACE_BITS = 13
+#: At most this many bits of a word of 32 are for the place in a row; the rest compares magnitudes.
+PLACE_BITS = 13
 
 
 def magnitudes(base: Tensor | None, models: list[Tensor]) -> list[Distances]:
-    """|t_i| of one piece."""
+    """|t_i| of one piece, for each model."""
     return [Distances(model, base) for model in models]
 
 
@@ -33,7 +32,7 @@ def smallest_kept(
     """For each model the magnitude at which the largest int(density * numel) elements begin; inf if they are none.
 
     Args:
-        thresholds: Those of the whole model, where they are known (`whole_model`); they count for each tensor.
+        thresholds: Those of the whole model, where they are known (`whole_model`); they hold for each tensor.
     """
     if thresholds is not None:
         return {"thresholds": list(thresholds)}
@@ -77,29 +76,14 @@ def kept_magnitudes(pieces: Pieces, density: PerModel, gamma: PerModel) -> list[
     return bounds
 
 
-def drop_at_random(change: Weights, density: float, *, noise: Noise, model: int) -> Weights:
-    """Keep each element with probability `density`. The change is overwritten."""
-    if density >= 1:
-        return change
-    if density <= 0:
-        return change.zero_()
-    kept = noise.keep(model, change, density)
-    if on_host(change):  # numpy multiplies by booleans three times faster than torch
-        numbers = change.numpy()
-        np.multiply(numbers, kept.numpy(), out=numbers)
-        return change
-    return change.mul_(kept)
-
-
 def drop_by_rank(
-    base: Float[Tensor, "rows columns"],
-    model: Float[Tensor, "rows columns"],
+    change: Float[Tensor, "rows columns"],
     density: float,
     epsilon: float,
     *,
     rescale: bool,
     noise: Noise,
-    number: int,
+    model: int,
 ) -> Float[Tensor, "rows columns"]:
     """Keep each element of a change with a probability that grows with the rank of its magnitude in the row.
 
@@ -111,50 +95,40 @@ def drop_by_rank(
     third of an argsort.
 
     Args:
-        number: Of the model, which tells its random numbers from those of the others.
+        model: Number of the model, which tells its random numbers from those of the others.
     """
-    if density >= 1:
-        return changes_of(base, [model])[0]
-    if density <= 0:
-        return torch.zeros_like(in_float(model))
-    rows, columns = model.shape
-    steps = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
-    limits = (steps * 2.0**32).astype(np.uint32)
-    scales = (1 / steps if rescale else np.ones(columns)).astype(np.float32)
-    # The words belong to ranks, not to places: which of the independent numbers goes where makes no difference.
-    counter = noise.counter(rows * columns)
-    if counter is not None and kernels.can_take(base, model):
-        width = _bits_of_places(columns)
-        return kernels.drop_by_rank(
-            base,
-            model,
-            limits,
-            scales,
-            width=width,
-            wide=width > _PLACE_BITS,
-            counter=counter,
-            keys=noise.keys(number),
-        )
-    (change,) = changes_of(base, [model])
+    if density >= 1 or density <= 0:
+        return change * float(density >= 1)
+    rows, columns = change.shape
+    limits, scales = limits_and_scales(density, epsilon, columns, rescale)
+    # Random words belong to ranks, not to places: which of the independent numbers goes where makes no difference.
+    magnitudes = change.detach().float().contiguous()
     if on_host(change):
-        order = torch.from_numpy(_order_of_magnitudes(change.contiguous()))
-        kept = noise.words(number, rows * columns).reshape(rows, columns) < limits
+        order = torch.from_numpy(_order_of_magnitudes(magnitudes))
+        kept = noise.words(model, rows * columns).reshape(rows, columns) < limits
         factors = torch.from_numpy(kept * scales)
     else:
-        order = _order_on_device(change)
-        words = noise.words_on(change.device, number, rows * columns).reshape(rows, columns)
+        order = _order_on_device(magnitudes)
+        words = noise.words_on(change.device, model, rows * columns).reshape(rows, columns)
         chosen = words < torch.from_numpy(limits.astype(np.int64)).to(change.device)
         factors = chosen * torch.from_numpy(scales).to(change.device)
     return change * torch.empty_like(factors).scatter_(1, order, factors)
 
 
+def limits_and_scales(density: float, epsilon: float, columns: int, rescale: bool) -> tuple[np.ndarray, np.ndarray]:
+    """For each rank in a row the uint32 below which a random word keeps an element, and its float32 factor."""
+    steps = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
+    limits = (steps * 2.0**32).astype(np.uint32)
+    return limits, (1 / steps if rescale else np.ones(columns)).astype(np.float32)
+
+
 def _order_of_magnitudes(change: Float[Tensor, "rows columns"]) -> np.ndarray:
     """The places of each row's elements, from the smallest magnitude to the largest."""
     columns = change.shape[1]
-    width = _bits_of_places(columns)
+    width = bits_of_places(columns)
     places = np.arange(columns, dtype=np.uint32)
     bits = change.numpy().view(np.uint32) << np.uint32(1)  # without the sign
-    if width <= _PLACE_BITS:
+    if width <= PLACE_BITS:
         mask = np.uint32((1 << width) - 1)
         bits &= ~mask
         bits |= places
@@ -169,15 +143,16 @@ def _order_of_magnitudes(change: Float[Tensor, "rows columns"]) -> np.ndarray:
 def _order_on_device(change: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
     """The same order, from words of 64 bits."""
     columns = change.shape[1]
-    width = _bits_of_places(columns)
+    width = bits_of_places(columns)
     places = torch.arange(columns, device=change.device)
     magnitudes = change.contiguous().view(torch.int32).long() & 0x7FFFFFFF
-    mask = (1 << (width if width <= _PLACE_BITS else 32)) - 1
-    words = (magnitudes << 1) & ~mask if width <= _PLACE_BITS else magnitudes << 32
+    mask = (1 << (width if width <= PLACE_BITS else 32)) - 1
+    words = (magnitudes << 1) & ~mask if width <= PLACE_BITS else magnitudes << 32
     return (words | places).sort(dim=1).values & mask
 
 
-def _bits_of_places(columns: int) -> int:
+def bits_of_places(columns: int) -> int:
+    """Bits that number the places of a row."""
     return max(1, (columns - 1).bit_length())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_transfer_ext.merging.method import MergeMethod
+from hf_transfer_ext.merging.method import MergeMethod, check_is_merge_method
 from hf_transfer_ext.merging.methods.arcee_fusion import arcee_fusion
 from hf_transfer_ext.merging.methods.breadcrumbs import breadcrumbs
 from hf_transfer_ext.merging.methods.breadcrumbs_ties import breadcrumbs_ties
@@ -10,6 +10,7 @@ from hf_transfer_ext.merging.methods.dare_linear import dare_linear
 from hf_transfer_ext.merging.methods.dare_ties import dare_ties
 from hf_transfer_ext.merging.methods.della import della
 from hf_transfer_ext.merging.methods.della_linear import della_linear
+from hf_transfer_ext.merging.methods.fisher import fisher
 from hf_transfer_ext.merging.methods.iso_c import iso_c
 from hf_transfer_ext.merging.methods.iso_cts import iso_cts
 from hf_transfer_ext.merging.methods.karcher import karcher
@@ -22,6 +23,7 @@ from hf_transfer_ext.merging.methods.nuslerp import nuslerp
 from hf_transfer_ext.merging.methods.passthrough import passthrough
 from hf_transfer_ext.merging.methods.ram import ram
 from hf_transfer_ext.merging.methods.ramplus_tl import ramplus_tl
+from hf_transfer_ext.merging.methods.regmean import regmean
 from hf_transfer_ext.merging.methods.sce import sce
 from hf_transfer_ext.merging.methods.slerp import slerp
 from hf_transfer_ext.merging.methods.task_arithmetic import task_arithmetic
@@ -42,6 +44,9 @@ MERGE_METHODS: Registry[MergeMethod] = Registry(
         multislerp,
         karcher,
         passthrough,
+        # Means that also read Fisher diagonals or Gram matrices of each model.
+        fisher,
+        regmean,
         # Sums of changes from a base model.
         task_arithmetic,
         ties,
@@ -64,4 +69,5 @@ MERGE_METHODS: Registry[MergeMethod] = Registry(
         knots,
         wudi,
     ],
+    check=check_is_merge_method,
 )

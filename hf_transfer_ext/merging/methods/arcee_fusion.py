@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.importance import importance_of, outstanding
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.arithmetic.selection import order_statistics
+from hf_transfer_ext.merging.method import Pieces, gives, merge_method
+
+Rows = Float[Tensor, "rows columns"]
 
 
-@merge_method(unit="row", count=(1, 1), statistics=outstanding)
+def importance_of(base: Rows, model: Rows) -> Rows:
+    """|theta_1 - theta_0| * KL(softmax(theta_1) || softmax(theta_0)), the softmax over each row, plus 1e-8."""
+    new, old = model.softmax(-1) + 1e-8, base.softmax(-1) + 1e-8
+    divergence = (new * (new / old).log()).sum(-1, keepdim=True)
+    return (model - base).abs() * divergence
+
+
+@gives("threshold")
+def outstanding_importance(pieces: Pieces, **options: Any) -> dict[str, Any]:
+    """Median plus one and a half interquartile ranges of the importance."""
+    ranks = [int(share * (pieces.numel - 1)) for share in (0.25, 0.5, 0.75)]
+    low, middle, high = order_statistics(pieces, _importances, ranks)[0]
+    return {"threshold": middle + 1.5 * (high - low)}
+
+
+def _importances(base: Rows | None, models: list[Rows]) -> list[Tensor]:
+    if base is None:
+        raise ValueError("`arcee_fusion` needs a base model.")
+    return [importance_of(base, models[0])]
+
+
+@merge_method(unit="row", count=(1, 1), statistics=outstanding_importance)
 def arcee_fusion(
-    base: Float[Tensor, "rows columns"],
-    models: Sequence[Float[Tensor, "rows columns"]],
+    base: Rows,
+    models: Sequence[Rows],
     *,
     threshold: float,
-) -> Float[Tensor, "rows columns"]:
+) -> Rows:
     r"""Add the elements of the change whose importance is above the median by one and a half interquartile ranges.
 
     .. math::

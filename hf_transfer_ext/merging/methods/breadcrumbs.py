@@ -7,25 +7,31 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import check_weights
-from hf_transfer_ext.merging.arithmetic.masks import Mask, merge_masked_changes
+from hf_transfer_ext.merging.arithmetic.changes import check_weights, sum_of
+from hf_transfer_ext.merging.arithmetic.fast import breadcrumbs_by_kernels
 from hf_transfer_ext.merging.arithmetic.rescaling import inner_magnitudes_and_scales
-from hf_transfer_ext.merging.method import PerModel, merge_method
+from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
+from hf_transfer_ext.merging.method import Coefficient, PerModel, PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(statistics=inner_magnitudes_and_scales, check=check_weights, stored=True)
+@merge_method(
+    statistics=inner_magnitudes_and_scales,
+    check=check_weights,
+    fast=breadcrumbs_by_kernels,
+    promises=Promises(alone={"weight": 1}),
+)
 def breadcrumbs(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     density: PerModel = 1.0,
     gamma: PerModel = 0.01,
     rescale: bool = False,
     normalize: bool = False,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
     bounds: Sequence[tuple[float, float]],
-    scales: Sequence[float],
+    scales: Sequence[float | Float[Tensor, ""]],
 ) -> Float[Tensor, "*shape"]:
     r"""Keep the middle of each change by magnitude, and add all of it.
 
@@ -49,5 +55,13 @@ def breadcrumbs(
 
     Source: Model breadcrumbs, Davari and Belilovsky 2024, https://arxiv.org/abs/2312.06795
     """
-    masks = [Mask(low=low, high=high, scale=scale) for (low, high), scale in zip(bounds, scales, strict=True)]
-    return merge_masked_changes(base, models, weight, masks, elect=False, normalize=normalize, lambda_=lambda_)
+    weights = for_each(weight, models)
+    changes = [model - base for model in models]
+    kept = [
+        scale * keep_magnitudes(change, low, high)
+        for change, (low, high), scale in zip(changes, bounds, scales, strict=True)
+    ]
+    merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
+    if normalize:
+        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base stays
+    return base + lambda_ * merged

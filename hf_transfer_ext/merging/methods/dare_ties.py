@@ -7,22 +7,26 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import check_weights
-from hf_transfer_ext.merging.arithmetic.masks import merge_masked_changes, random_masks
+from hf_transfer_ext.merging.arithmetic.changes import check_weights, elect_sign, one_for_zero, sum_of
+from hf_transfer_ext.merging.arithmetic.fast import dare_ties_by_kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
-from hf_transfer_ext.merging.method import PerModel, merge_method
+from hf_transfer_ext.merging.method import Coefficient, PerModel, PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(check=check_weights, stored=True)
+@merge_method(
+    check=check_weights,
+    fast=dare_ties_by_kernels,
+    promises=Promises(alone={"weight": 1}, any_order=False),
+)
 def dare_ties(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     density: PerModel = 1.0,
     rescale: bool = True,
     normalize: bool = False,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
     noise: Noise = Noise(),  # noqa: B008
 ) -> Float[Tensor, "*shape"]:
     r"""Drop each element of a change with probability 1 - density, rescale the others, add those that agree in sign.
@@ -46,7 +50,16 @@ def dare_ties(
 
     Source: Language models are super Mario, Yu et al. 2024, https://arxiv.org/abs/2311.03099
     """
-    masks = random_masks(density, models, rescale=rescale)
-    return merge_masked_changes(
-        base, models, weight, masks, elect=True, normalize=normalize, lambda_=lambda_, noise=noise
-    )
+    weights, densities = for_each(weight, models), for_each(density, models)
+    changes = [model - base for model in models]
+    kept = [
+        change * noise.keep(i, change, d) / (d if rescale and d > 0 else 1.0)
+        for i, (change, d) in enumerate(zip(changes, densities, strict=True))
+    ]
+    votes = [w * change for w, change in zip(weights, kept, strict=True)]
+    sign = elect_sign(votes)
+    agreeing = [(vote * sign).relu() for vote in votes]  # magnitudes of the votes with the elected sign, 0 elsewhere
+    merged = sign * sum_of(agreeing)
+    if normalize:
+        merged = merged / one_for_zero(sum_of(w * one.sign() for w, one in zip(weights, agreeing, strict=True)))
+    return base + lambda_ * merged

@@ -7,23 +7,29 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import add_changes
+from hf_transfer_ext.merging.arithmetic.changes import sum_of
+from hf_transfer_ext.merging.arithmetic.fast import della_linear_by_kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.arithmetic.trimming import check_della, drop_by_rank
-from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.method import Coefficient, PerModel, PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(unit="row", check=check_della, stored=True)
+@merge_method(
+    unit="row",
+    check=check_della,
+    fast=della_linear_by_kernels,
+    promises=Promises(alone={"weight": 1}, any_order=False),
+)
 def della_linear(
     base: Float[Tensor, "rows columns"],
     models: Sequence[Float[Tensor, "rows columns"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     density: PerModel = 1.0,
     epsilon: PerModel = 0.15,
     rescale: bool = True,
     normalize: bool = False,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
     noise: Noise = Noise(),  # noqa: B008
 ) -> Float[Tensor, "rows columns"]:
     r"""Drop elements at random, the small ones of a row more often (MAGPRUNE), and add the others.
@@ -51,10 +57,15 @@ def della_linear(
 
     Source: DELLA-Merging, Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
+    weights = for_each(weight, models)
+    changes = [model - base for model in models]
     kept = [
-        drop_by_rank(base, model, share, spread, rescale=rescale, noise=noise, number=i)
-        for i, (model, share, spread) in enumerate(
-            zip(models, for_each(density, models), for_each(epsilon, models), strict=True)
+        drop_by_rank(change, share, spread, rescale=rescale, noise=noise, model=i)
+        for i, (change, share, spread) in enumerate(
+            zip(changes, for_each(density, models), for_each(epsilon, models), strict=True)
         )
     ]
-    return add_changes(base, kept, weight, normalize=normalize, lambda_=lambda_)
+    merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
+    if normalize:
+        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base stays
+    return base + lambda_ * merged

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import changes_of
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.method import Coefficient, merge_method
 
 
 @merge_method(unit="matrix")
@@ -17,7 +16,7 @@ def iso_c(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
     r"""Give all directions of the summed change the same strength, so that no model's directions are drowned.
 
@@ -29,11 +28,11 @@ def iso_c(
         lambda_: Strength of the whole change (`lambda` in YAML); 1 to 2 is typical.
 
     Returns:
-        The merged weights. Tensors that are no matrices get the mean change.
+        The merged weights. Tensors that are not matrices get the mean change.
 
     Source: Isotropic model merging, Marczak et al. 2025, https://arxiv.org/abs/2502.04959
     """
-    changes = changes_of(base, models)
+    changes = [model - base for model in models]
     if base.dim() != 2:
         return add_mean(base, changes, lambda_)
     left, values, right = svd(sum(changes[1:], changes[0]))

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import changes_of
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean, nearest_orthogonal, svd
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.method import Coefficient, merge_method
 
 
 @merge_method(unit="matrix")
@@ -19,7 +18,7 @@ def iso_cts(
     models: Sequence[Float[Tensor, "*shape"]],
     *,
     common_space_fraction: float = 0.8,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
     r"""Keep the leading directions of the summed change, add each model's own leading directions outside of them.
 
@@ -36,11 +35,11 @@ def iso_cts(
         lambda_: Strength of the whole change (`lambda` in YAML).
 
     Returns:
-        The merged weights. Tensors that are no matrices get the mean change.
+        The merged weights. Tensors that are not matrices get the mean change.
 
     Source: Isotropic model merging, Marczak et al. 2025, https://arxiv.org/abs/2502.04959
     """
-    changes = changes_of(base, models)
+    changes = [model - base for model in models]
     if base.dim() != 2:
         return add_mean(base, changes, lambda_)
     rank = min(base.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import weighted_sum
-from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_of_models, norm_of, unit_gram
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_of_models, norm_of, one_in_place_of_0, unit_gram
+from hf_transfer_ext.merging.method import Promises, merge_method
 
 
-@merge_method(base="member", statistics=gram_of_models)
+@merge_method(base="member", statistics=gram_of_models, promises=Promises(alone={}, equal={}))
 def karcher(
     base: Float[Tensor, "*shape"] | None,
     models: Sequence[Float[Tensor, "*shape"]],
@@ -48,16 +47,18 @@ def karcher(
         return models[0] * 0.0
     shares = valid / valid.sum()
     length = norm_of(shares, units)
+    # The point u is a combination of the directions; `point` holds its factors.
     point = shares / length if length >= tol else torch.eye(len(models), dtype=torch.float64)[int(valid.argmax())]
     for _ in range(int(max_iter)):
         cosines = (units @ point).clamp(-1, 1)
-        angles = cosines.arccos()
-        moves = torch.where(angles < tol, torch.zeros_like(angles), shares * angles / angles.sin().clamp(min=1e-300))
+        near = cosines.arccos() < tol
+        angles = torch.where(near, torch.zeros_like(cosines), cosines).arccos()
+        moves = torch.where(near, torch.zeros_like(angles), shares * angles / angles.sin().clamp(min=1e-300))
         step = moves - (moves * cosines).sum() * point
         size = norm_of(step, units)
         if size < tol:
             break
-        point = math.cos(size) * point + math.sin(size) / size * step
+        point = size.cos() * point + size.sin() / size * step
         point = point / norm_of(point, units)
-    factors = point * norms.mean() / torch.where(norms > 0, norms, torch.ones_like(norms))
-    return weighted_sum(models, factors.tolist())
+    factors = point * norms.mean() / one_in_place_of_0(norms)
+    return weighted_sum(models, factors)

@@ -8,22 +8,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import add_elected_changes, changes_of, check_weights
+from hf_transfer_ext.merging.arithmetic.changes import check_weights, elect_sign, one_for_zero, sum_of
 from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
 from hf_transfer_ext.merging.arithmetic.trimming import kept_magnitudes
-from hf_transfer_ext.merging.method import PerModel, Whole, merge_method
+from hf_transfer_ext.merging.method import (
+    Coefficient,
+    PerModel,
+    PerModelCoefficient,
+    Promises,
+    Whole,
+    for_each,
+    merge_method,
+)
 
 
-@merge_method(unit="matrix", check=check_weights)
+@merge_method(unit="matrix", check=check_weights, promises=Promises(alone={"weight": 1}))
 def knots(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     density: PerModel = 1.0,
     normalize: bool = True,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
     r"""Rotate the changes into one basis, in which those of LoRA adapters become comparable, and merge them there.
 
@@ -38,16 +46,22 @@ def knots(
         lambda_: Strength of the whole change (`lambda` in YAML).
 
     Returns:
-        The merged weights. Tensors that are no matrices get the mean change.
+        The merged weights. Tensors that are not matrices get the mean change.
 
     Source: KnOTS, Stoica et al. 2025, https://arxiv.org/abs/2410.19735
     """
-    changes = changes_of(base, models)
+    changes = [model - base for model in models]
     if base.dim() != 2:
         return add_mean(base, changes, lambda_)
     left, values, right = svd(torch.cat(changes, dim=1))
     aligned = [part.contiguous() for part in (values[:, None] * right).split(base.shape[1], dim=1)]
     bounds = kept_magnitudes(Whole(None, aligned), density, 0.0)
     kept = [keep_magnitudes(part, *pair) for part, pair in zip(aligned, bounds, strict=True)]
-    merged = add_elected_changes(torch.zeros_like(kept[0]), kept, weight, normalize=normalize, lambda_=lambda_)
-    return base + left @ merged
+    weights = for_each(weight, models)
+    votes = [w * change for w, change in zip(weights, kept, strict=True)]
+    sign = elect_sign(votes)
+    agreeing = [(vote * sign).relu() for vote in votes]  # magnitudes of the votes with the elected sign, 0 elsewhere
+    merged = sign * sum_of(agreeing)
+    if normalize:
+        merged = merged / one_for_zero(sum_of(w * one.sign() for w, one in zip(weights, agreeing, strict=True)))
+    return base + left @ (lambda_ * merged)

@@ -7,16 +7,29 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import check_mean_weights, weighted_sum
-from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.arithmetic.changes import check_mean_weights, sum_of
+from hf_transfer_ext.merging.arithmetic.fast import linear_by_kernels
+from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(base="none", check=check_mean_weights, stored=True)
+def factors_of_changes(*, weight: Sequence[float], normalize: bool) -> list[float] | None:
+    """w_i, divided by their sum with `normalize`; None for other weights that scale the base too (sum not 1)."""
+    total = sum(weight)
+    return [one / total for one in weight] if normalize or abs(total - 1) < 1e-12 else None
+
+
+@merge_method(
+    base="none",
+    check=check_mean_weights,
+    fast=linear_by_kernels,
+    change_factors=factors_of_changes,
+    promises=Promises(alone={"weight": 0.7}, equal={"normalize": True}),
+)
 def linear(
     base: Float[Tensor, "*shape"] | None,
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     normalize: bool = True,
 ) -> Float[Tensor, "*shape"]:
     r"""The weighted mean of the models; a base model only lends its configuration.
@@ -35,5 +48,6 @@ def linear(
 
     Source: Model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482
     """
-    total = weighted_sum(models, weight)
-    return total.div_(sum(for_each(weight, models))) if normalize else total
+    weights = for_each(weight, models)
+    total = sum_of(w * model for w, model in zip(weights, models, strict=True))
+    return total / sum(weights) if normalize else total

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import changes_of, weighted_sum
+from hf_transfer_ext.merging.arithmetic.changes import weighted_sum
 from hf_transfer_ext.merging.arithmetic.geometry import cosines_of, gram_of_models
 from hf_transfer_ext.merging.method import merge_method
 
@@ -44,9 +44,9 @@ def model_stock(
     mean = weighted_sum(models, [1 / count] * count)
     products = gram
     if filter_wise:
-        rows = torch.stack(changes_of(base, models), dim=1).double()  # (rows, models, columns)
+        rows = torch.stack([model - base for model in models], dim=1).double()  # (rows, models, columns)
         products = rows @ rows.transpose(1, 2)
     pairs = torch.triu(torch.ones(count, count, dtype=torch.bool), diagonal=1)
     cosine = cosines_of(products)[..., pairs].mean(-1, keepdim=True)
-    share = (count * cosine / (1 + (count - 1) * cosine)).float().to(base.device)
-    return mean.mul_(share).add_(base * (1 - share))
+    share = (count * cosine / (1 + (count - 1) * cosine)).to(base)
+    return mean * share + base * (1 - share)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,16 +9,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import check_multislerp, weighted_sum
-from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_of_models, norm_of, unit_gram
-from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_of_models, norm_of, one_in_place_of_0, unit_gram
+from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(base="optional", statistics=gram_of_models, check=check_multislerp)
+@merge_method(
+    base="optional",
+    statistics=gram_of_models,
+    check=check_multislerp,
+    promises=Promises(alone={"weight": 0.7}, equal={"normalize_weights": True}),
+)
 def multislerp(
     base: Float[Tensor, "*shape"] | None,
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     normalize_weights: bool = True,
     eps: float = 1e-8,
     gram: Gram,
@@ -51,7 +55,7 @@ def multislerp(
     origin = 0.0 if base is None else base
     if len(vectors) == 1:
         return vectors[0] + origin
-    weights = torch.tensor(for_each(weight, models), dtype=torch.float64)
+    weights = torch.stack([torch.as_tensor(w, dtype=torch.float64) for w in for_each(weight, models)])
     if normalize_weights:
         weights = weights / weights.sum()
     norms, units = unit_gram(gram)
@@ -59,10 +63,10 @@ def multislerp(
     if length < eps:
         if len(vectors) > 2 and bool(norms.any()):
             raise ValueError("The weighted directions of the models cancel each other. Choose other weights.")
-        return weighted_sum(vectors, weights.tolist()) + origin
+        return weighted_sum(vectors, weights) + origin
     mean = weights / length  # all vectors are coefficients of the u_i from here on
     tangent = weights - (weights @ units @ mean) * mean
     size = norm_of(tangent, units)
-    point = mean * math.cos(size) + tangent * (math.sin(size) / size if size > 0 else 1.0)
-    factors = point * (weights * norms).sum() / torch.where(norms > 0, norms, torch.ones_like(norms))
-    return weighted_sum(vectors, factors.tolist()) + origin
+    point = mean * size.cos() + tangent * (size.sin() / size if size > 0 else 1.0)
+    factors = point * (weights * norms).sum() / one_in_place_of_0(norms)
+    return weighted_sum(vectors, factors) + origin

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.method import Coefficient, Promises, merge_method
 
 
-@merge_method(count=(1, 1))
+@merge_method(count=(1, 1), promises=Promises(alone={"t": 1e9}))
 def nearswap(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    t: float,
+    t: Coefficient,
 ) -> Float[Tensor, "*shape"]:
     r"""Move from the base to the other model fully where they differ by at most t, and by t where they differ by more.
 
@@ -29,4 +30,6 @@ def nearswap(
 
     Source: QuartetAnemoi-70B, alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
     """
-    return base + (models[0] - base).clamp_(-t, t)
+    change = models[0] - base
+    limit = torch.as_tensor(t, dtype=base.dtype, device=base.device)
+    return base + torch.minimum(torch.maximum(change, -limit), limit)

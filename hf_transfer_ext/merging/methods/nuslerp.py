@@ -9,15 +9,15 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.geometry import cosine_sums, slerp_factors
-from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(unit="row", base="optional", count=(2, 2), statistics=cosine_sums)
+@merge_method(unit="row", base="optional", count=(2, 2), statistics=cosine_sums, promises=Promises(equal={}))
 def nuslerp(
     base: Float[Tensor, "rows columns"] | None,
     models: Sequence[Float[Tensor, "rows columns"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
     products: Float64[Tensor, "*products"],
@@ -43,6 +43,6 @@ def nuslerp(
     if not nuslerp_flatten and not nuslerp_row_wise:
         pairs = ((first, first), (first, second), (second, second))
         products = torch.stack([(a.double() * b.double()).sum(-1, keepdim=True) for a, b in pairs])
-    start, end = (factors.to(first.device) for factors in slerp_factors(products, t))
+    start, end = (factors.to(first) for factors in slerp_factors(products[0], products[1], products[2], t))
     merged = first * start + second * end
     return merged if base is None else merged + base

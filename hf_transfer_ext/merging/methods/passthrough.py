@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.method import PerModel, for_each, merge_method
+from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(base="none", count=(1, 1))
+@merge_method(base="none", count=(1, 1), promises=Promises(alone={}))
 def passthrough(
     base: Float[Tensor, "*shape"] | None,
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    scale: PerModel = 1.0,
+    scale: PerModelCoefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    """theta = scale * theta_1, for stacks of layers ("frankenmerges") and for making layers silent (scale 0).
+    """theta = scale * theta_1, for stacks of layers ("frankenmerges") and for silencing layers (scale 0).
 
     Args:
         scale: Factor of the tensor; 1 copies the bytes.

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
-from hf_transfer_ext.merging.arithmetic.changes import changes_of
-from hf_transfer_ext.merging.arithmetic.overlap import merge_overlap
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.arithmetic.changes import sum_of
+from hf_transfer_ext.merging.method import Promises, merge_method
 
 
-@merge_method()
+@merge_method(promises=Promises(alone={"epsilon": 0.0}))
 def ram(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
@@ -33,4 +33,7 @@ def ram(
 
     Source: Reinforced Agent Merging (RAM), Yuan et al. 2026, https://arxiv.org/abs/2601.13572
     """
-    return base + merge_overlap(changes_of(base, models), epsilon, [1.0] * len(models))
+    changes = [model - base for model in models]
+    kept = [hardshrink(change, epsilon) for change in changes]  # 0 where |t_i| <= epsilon
+    count = sum_of(one.sign().abs() for one in kept)
+    return base + sum_of(kept) / count.clamp(min=1)

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.variance import add_varying_changes, energies_and_threshold
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.arithmetic.changes import elect_sign, one_for_zero, sum_of
+from hf_transfer_ext.merging.arithmetic.fast import sce_by_kernels
+from hf_transfer_ext.merging.arithmetic.variance import energies_and_threshold, variance_of
+from hf_transfer_ext.merging.method import Promises, merge_method
 
 
-@merge_method(statistics=energies_and_threshold, stored=True)
+@merge_method(statistics=energies_and_threshold, fast=sce_by_kernels, promises=Promises(alone={}))
 def sce(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
     select_topk: float = 1.0,
     threshold: float,
-    shares: Sequence[float],
+    shares: Sequence[float | Float[Tensor, ""]],
 ) -> Float[Tensor, "*shape"]:
     r"""Merge the changes whose variance over the models is largest, each model weighted by its mean squared change.
 
@@ -40,4 +42,11 @@ def sce(
 
     Source: FuseChat, Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """
-    return add_varying_changes(base, models, shares, threshold)
+    varies = variance_of(models) >= threshold
+    changes = [(model - base) * varies for model in models]
+    sign = elect_sign(changes)
+    agreeing = [(change * sign).relu() for change in changes]  # magnitudes of those with the elected sign, 0 elsewhere
+    merged = sign * sum_of(share * one for share, one in zip(shares, agreeing, strict=True))
+    return base + merged / one_for_zero(
+        sum_of(share * one.sign() for share, one in zip(shares, agreeing, strict=True))
+    )

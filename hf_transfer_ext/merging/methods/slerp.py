@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import weighted_sum
-from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_with_base
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.arithmetic.fast import slerp_by_kernels
+from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_with_base, slerp_factors
+from hf_transfer_ext.merging.method import Coefficient, Promises, merge_method
 
 
-@merge_method(count=(1, 1), statistics=gram_with_base, stored=True)
+@merge_method(count=(1, 1), statistics=gram_with_base, fast=slerp_by_kernels, promises=Promises(alone={"t": 1.0}))
 def slerp(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    t: float,
+    t: Coefficient,
     gram: Gram,
 ) -> Float[Tensor, "*shape"]:
     r"""Spherical interpolation between the base and one other model, each tensor taken as one vector.
@@ -36,11 +35,5 @@ def slerp(
 
     Source: Animating rotation with quaternion curves, Shoemake 1985, https://doi.org/10.1145/325165.325242
     """
-    norms = gram.diagonal().sqrt()
-    cosine = float(gram[0, 1] / (norms[0] * norms[1]).clamp(min=1e-16))
-    if abs(cosine) > 0.9995:
-        return weighted_sum([base, models[0]], [1 - t, t])
-    angle = math.acos(cosine)
-    return weighted_sum(
-        [base, models[0]], [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
-    )
+    start, end = slerp_factors(gram[0, 0], gram[0, 1], gram[1, 1], t, parallel=0.9995)
+    return start * base + end * models[0]

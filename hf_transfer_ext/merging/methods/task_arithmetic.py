@@ -7,19 +7,30 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import check_weights
-from hf_transfer_ext.merging.arithmetic.masks import Mask, merge_masked_changes
-from hf_transfer_ext.merging.method import PerModel, merge_method
+from hf_transfer_ext.merging.arithmetic.changes import check_weights, sum_of
+from hf_transfer_ext.merging.arithmetic.fast import task_arithmetic_by_kernels
+from hf_transfer_ext.merging.method import Coefficient, PerModelCoefficient, Promises, for_each, merge_method
 
 
-@merge_method(check=check_weights, stored=True)
+def factors_of_changes(*, weight: Sequence[float], normalize: bool, lambda_: float) -> list[float]:
+    """lambda w_i, divided by the sum of the w_i with `normalize`."""
+    scale = lambda_ / (sum(weight) or 1.0) if normalize else lambda_
+    return [one * scale for one in weight]
+
+
+@merge_method(
+    check=check_weights,
+    fast=task_arithmetic_by_kernels,
+    change_factors=factors_of_changes,
+    promises=Promises(alone={"weight": 1}),
+)
 def task_arithmetic(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    weight: PerModel,
+    weight: PerModelCoefficient,
     normalize: bool = False,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
     r"""Add what each model learned to the base; a negative weight takes it away.
 
@@ -35,5 +46,8 @@ def task_arithmetic(
 
     Source: Editing models with task arithmetic, Ilharco et al. 2023, https://arxiv.org/abs/2212.04089
     """
-    everything = [Mask()] * len(models)
-    return merge_masked_changes(base, models, weight, everything, elect=False, normalize=normalize, lambda_=lambda_)
+    weights = for_each(weight, models)
+    total = sum_of(w * (model - base) for w, model in zip(weights, models, strict=True))
+    if normalize:
+        total = total / (sum(weights) or 1.0)  # all weights 0: the base stays
+    return base + lambda_ * total

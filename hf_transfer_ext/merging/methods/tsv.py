@@ -8,17 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import changes_of
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean, nearest_orthogonal, svd
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.method import Coefficient, Promises, merge_method
 
 
-@merge_method(unit="matrix")
+@merge_method(unit="matrix", promises=Promises(alone={}))
 def tsv(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
     r"""Share the rank of a matrix out among the models, and take the interference of their singular vectors away.
 
@@ -33,11 +32,11 @@ def tsv(
         lambda_: Strength of the whole change (`lambda` in YAML); the paper's alpha.
 
     Returns:
-        The merged weights. Tensors that are no matrices get the mean change.
+        The merged weights. Tensors that are not matrices get the mean change.
 
     Source: Task Singular Vectors, Gargiulo et al. 2025, https://arxiv.org/abs/2412.00081
     """
-    changes = changes_of(base, models)
+    changes = [model - base for model in models]
     if base.dim() != 2:
         return add_mean(base, changes, lambda_)
     kept = max(1, min(base.shape) // len(changes))

@@ -8,21 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import changes_of
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean
-from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.method import Coefficient, Promises, merge_method
 
 
-@merge_method(unit="matrix")
+@merge_method(unit="matrix", promises=Promises(alone={}))
 def wudi(
     base: Float[Tensor, "*shape"],
     models: Sequence[Float[Tensor, "*shape"]],
     *,
     iterations: int = 300,
     learning_rate: float = 1e-5,
-    lambda_: float = 1.0,
+    lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Start from the sum of the changes, and minimise with Adam how far it is from each change along that change.
+    r"""Start from the sum of the changes, and minimize with Adam how far it is from each change along that change.
 
     .. math::
         \theta = \theta_0 + \lambda t, \quad
@@ -38,7 +37,8 @@ def wudi(
         lambda_: Strength of the whole change (`lambda` in YAML); the paper has none, which is 1.
 
     Returns:
-        The merged weights. Tensors that are no matrices get the mean change.
+        The merged weights. Tensors that are not matrices get the mean change. To autograd what Adam adds to the sum
+        is a constant.
 
     Deviations: none. The gradient is calculated as 2 (d G + R) for t = sum_i t_i + d, with G_i = t_i^T t_i / |t_i|^2,
     G = sum_i G_i and R = sum_i (sum_{j != i} t_j) G_i: a step costs one product whatever the number of models, and the
@@ -46,18 +46,19 @@ def wudi(
 
     Source: WUDI-Merging, Cheng et al. 2025, https://arxiv.org/abs/2503.08099
     """
-    changes = changes_of(base, models)
+    changes = [model - base for model in models]
     if base.dim() != 2:
         return add_mean(base, changes, lambda_)
     total = sum(changes[1:], changes[0])
-    gram, disturbance = base.new_zeros(base.shape[1], base.shape[1]), torch.zeros_like(total)
-    for i, change in enumerate(changes):
+    gram, disturbance = base.new_zeros(base.shape[1], base.shape[1]), torch.zeros_like(base)
+    fixed = [change.detach() for change in changes]
+    for i, change in enumerate(fixed):
         energy = float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
         own = (change.T @ change).div_(energy or 1.0)
         gram += own
-        others = [other for j, other in enumerate(changes) if j != i]
-        disturbance += sum(others, torch.zeros_like(total)) @ own
-    drift = torch.zeros_like(total)
+        others = [other for j, other in enumerate(fixed) if j != i]
+        disturbance += sum(others, torch.zeros_like(base)) @ own
+    drift = torch.zeros_like(base)
     optimizer = torch.optim.Adam([drift], lr=learning_rate, foreach=False)
     for _ in range(int(iterations)):
         drift.grad = torch.addmm(disturbance, drift, gram, beta=2, alpha=2)

@@ -28,7 +28,7 @@ from hf_transfer_ext.merging.moe.architectures import (
 from hf_transfer_ext.merging.moe.gates import Gates, alike_layers, make_gates
 from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, load_moe_config
 from hf_transfer_ext.merging.planning.layout import TensorJob, layer_count
-from hf_transfer_ext.merging.run import COMPANIONS, public_yaml
+from hf_transfer_ext.merging.streaming.companions import COMPANIONS, public_yaml
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, open_model

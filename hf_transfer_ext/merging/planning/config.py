@@ -11,13 +11,14 @@ An option is a number, a gradient over the depth (`[0, 0.5, 1]`), or conditions
 `[{filter: mlp, value: 0.5}, {value: 1}]`, of which the first that fits the tensor's name counts. An option of a source
 wins over one of its slice, that over one of its module, and that over one of the whole merge.
 
-Beyond mergekit: `seed` of the random masks, and `output: {lora: {rank: 16}}` for a result that is a LoRA adapter.
+Beyond mergekit: `seed` of the random masks, `output: {lora: {rank: 16}}` for a result that is a LoRA adapter, and
+`tensors: {fisher: path}` of a source for methods that read further tensors beside its weights (`planning.extra`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Source:
     model: ModelReference
     layer_range: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,10 @@ def _slices(content: Mapping[str, Any], method: MergeMethod, prefix: str) -> tup
         sources = []
         for i, value in enumerate(_list(content["models"], f"{prefix}models")):
             where = f"{prefix}models[{i}]"
-            known_keys(value, ("model", "parameters"), where)
+            known_keys(value, ("model", "parameters", "tensors"), where)
             parameters = _parameters(value.get("parameters"), method, f"{where}.parameters", per_model=None)
-            sources.append(Source(parse_reference(value.get("model"), f"{where}.model"), None, parameters))
+            tensors = _tensors(value.get("tensors"), method, where)
+            sources.append(Source(parse_reference(value.get("model"), f"{where}.model"), None, parameters, tensors))
         return (Slice(tuple(sources)),)
     slices = []
     for i, value in enumerate(_list(content["slices"], f"{prefix}slices")):
@@ -298,7 +301,9 @@ def _slices(content: Mapping[str, Any], method: MergeMethod, prefix: str) -> tup
         known_keys(value, ("sources", "base_model", "parameters"), where)
         sources = []
         for j, source in enumerate(_list(value.get("sources"), f"{where}.sources")):
-            sources.append(_slice_source(source, method, f"{where}.sources[{j}]"))
+            place = f"{where}.sources[{j}]"
+            parsed = _slice_source(source, method, place)
+            sources.append(replace(parsed, tensors=_tensors(source.get("tensors"), method, place)))
         lengths = {end - start for start, end in (source.layer_range or (0, 0) for source in sources)}
         if len(lengths) > 1:
             raise ValueError(f"All sources of `{where}` need the same number of layers, got {sorted(lengths)}.")
@@ -314,7 +319,7 @@ def _slices(content: Mapping[str, Any], method: MergeMethod, prefix: str) -> tup
 
 
 def _slice_source(value: Any, method: MergeMethod, where: str) -> Source:
-    known_keys(value, ("model", "layer_range", "parameters"), where)
+    known_keys(value, ("model", "layer_range", "parameters", "tensors"), where)
     layers = value.get("layer_range")
     if (
         not isinstance(layers, list)
@@ -420,3 +425,20 @@ def _token(value: Any, where: str) -> TokenSource:
         raise ValueError(f"`{where}.source` needs exactly one of `token` and `token_id`.")
     model = parse_reference(source.get("model"), f"{where}.source.model")
     return TokenSource(model, token=source.get("token"), token_id=source.get("token_id"), force=force)
+
+
+def _tensors(value: Any, method: MergeMethod, where: str) -> dict[str, str]:
+    """The `tensors` of a source: paths of all extra tensors that the merge method declares, and of nothing else."""
+    if value is None and not method.extra:
+        return {}
+    if not method.extra:
+        raise ValueError(f"`{where}.tensors` has no effect: merge method {method.__name__!r} reads no extra tensors.")
+    content = {} if value is None else value
+    known_keys(content, tuple(method.extra), f"{where}.tensors")
+    for name in method.extra:
+        if not isinstance(content.get(name), str) or not content[name]:
+            raise ValueError(
+                f"`{where}.tensors.{name}` has to be the path of a folder or a safetensors file, got "
+                f"{content.get(name)!r}: merge method {method.__name__!r} reads a {name!r} tensor beside each weight."
+            )
+    return dict(content)

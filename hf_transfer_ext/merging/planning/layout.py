@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from hf_transfer_ext.merging.method import MergeMethod
 from hf_transfer_ext.merging.planning.compatibility import check_layers_are_there, check_same_kind
 from hf_transfer_ext.merging.planning.config import MergeConfig, Module, Slice, Source, evaluate
+from hf_transfer_ext.merging.planning.extra import ExtraFiles
 from hf_transfer_ext.merging.planning.vocabulary import TOKEN_TENSORS, Vocabulary, rearranged
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, TensorSpec
 from hf_transfer_ext.weights.opened import InputModel, InputTensor
@@ -42,6 +43,7 @@ class TensorJob:
         models: Tensors of the models, in the order of the configuration.
         options: Keyword arguments of the method.
         is_copy: The bytes of `models[0]` are the result.
+        extra: Further tensors of the models, in the same order, that the method declares.
     """
 
     name: str
@@ -52,6 +54,7 @@ class TensorJob:
     models: tuple[InputTensor, ...]
     options: dict[str, Any]
     is_copy: bool = False
+    extra: Mapping[str, tuple[InputTensor, ...]] = field(default_factory=dict)
 
     @property
     def spec(self) -> TensorSpec:
@@ -63,7 +66,8 @@ class TensorJob:
 
     @property
     def input_bytes(self) -> int:
-        return sum(one.nbytes for one in (*self.models, *([self.base] if self.base is not None else [])))
+        extra = [tensor for tensors in self.extra.values() for tensor in tensors]
+        return sum(one.nbytes for one in (*self.models, *([self.base] if self.base is not None else []), *extra))
 
     def factor_bytes(self, rank: int) -> int:
         """At most so many bytes of an adapter of a rank, were this tensor changed: factors, or all of it."""
@@ -91,11 +95,14 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDING.search(name) is not None
 
 
-def plan_tensors(config: MergeConfig, models: Models, vocabulary: Vocabulary | None = None) -> list[TensorJob]:
+def plan_tensors(
+    config: MergeConfig, models: Models, vocabulary: Vocabulary | None = None, extra: ExtraFiles | None = None
+) -> list[TensorJob]:
     """List the tensors of the result: embeddings, layers in order, head.
 
     Args:
         vocabulary: Of the result, where the configuration asks for one; embeddings and head are rearranged to it.
+        extra: The opened files of extra tensors, for methods that read them.
 
     Raises:
         ValueError: Tensors that are missing, or differ in shape, or options that are missing; the tensor and the
@@ -103,7 +110,7 @@ def plan_tensors(config: MergeConfig, models: Models, vocabulary: Vocabulary | N
     """
     jobs: dict[str, TensorJob] = {}
     for i, module in enumerate(config.modules):
-        for job in _Module(config, module, models, vocabulary, first=i == 0).jobs():
+        for job in _Module(config, module, models, vocabulary, extra, first=i == 0).jobs():
             if job.name in jobs:
                 raise ValueError(
                     f"Tensor {job.name!r} belongs to two modules of the configuration. Name the modules by the parts "
@@ -117,10 +124,17 @@ class _Module:
     """The jobs of one module; a module "default" has all tensors."""
 
     def __init__(
-        self, config: MergeConfig, module: Module, models: Models, vocabulary: Vocabulary | None, *, first: bool
+        self,
+        config: MergeConfig,
+        module: Module,
+        models: Models,
+        vocabulary: Vocabulary | None,
+        extra: ExtraFiles | None,
+        *,
+        first: bool,
     ) -> None:
         self.config, self.module, self.models, self.first = config, module, models, first
-        self.vocabulary = vocabulary
+        self.vocabulary, self.extra = vocabulary, extra or ExtraFiles({})
         self.method = config.method
         self.slices = [self._resolve(one) for one in module.slices]
 
@@ -182,7 +196,7 @@ class _Module:
                 raise ValueError(
                     f"`layer_range: {list(layers)}` of {str(source.model)!r}: it has only {count} layers."
                 )
-            resolved.append(Source(source.model, layers, source.parameters))
+            resolved.append(replace(source, layer_range=layers))
         lengths = {layers[1] - layers[0] for layers in (s.layer_range or (0, 0) for s in resolved)}
         if len(lengths) > 1:
             counts = {str(s.model): (s.layer_range or (0, 0))[1] for s in resolved}
@@ -246,7 +260,8 @@ class _Module:
             return self._copied(name, donor, tensors, pairs)
         dtype = self.config.out_dtype or self.config.dtype or donor.dtype
         is_copy = self.method.__name__ == "passthrough" and options["scale"] == [1.0] and dtype == donor.dtype
-        return TensorJob(name, donor.shape, dtype, self.method, base, tensors, options, is_copy)
+        extra = self.extra.of(self.method, [(source, own_name) for source, own_name, _ in pairs], donor.shape)
+        return TensorJob(name, donor.shape, dtype, self.method, base, tensors, options, is_copy, extra)
 
     def _rearranged(self, name: str, part: Slice) -> dict[ModelReference, InputTensor]:
         """The inputs of a tensor with one row for each token, where the result has a vocabulary of its own."""

@@ -1,8 +1,8 @@
-"""A merge whose result is a LoRA adapter on the base model: the change of the whole merge, cut to a rank.
+"""A merge whose result is a LoRA adapter on the base model: the change of the whole merge, truncated to a rank.
 
-What is cut is the change of the merged weights, never the factors of the inputs one by one: the sum of two products
-`B A` is not the product of the sums. Where the method is a sum of changes and all models are adapters on the base, the
-change is known by its factors, and no matrix of the base is read.
+What is truncated is the change of the merged weights, never the factors of the inputs one by one: the sum of two
+products `B A` is not the product of the sums. Where the method is a sum of changes (`MergeMethod.change_factors`) and
+all models are adapters on the base, the change is known by its factors, and no matrix of the base is read.
 """
 
 from __future__ import annotations
@@ -48,22 +48,16 @@ class MergedInput:
         return self.job.input_bytes
 
     def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
-        """Fill `out`, which has to hold the whole tensor: some methods cannot say less of it."""
-        job, method = self.job, self.job.method
+        """Fill `out`, which has to hold the whole tensor: some methods cannot merge less of it."""
+        job = self.job
         if start or out.numel() != job.numel:
             raise ValueError(f"Tensor {job.name!r} is merged as a whole: {job.numel} elements, got {out.numel()}.")
         if job.is_copy:
             job.models[0].read(0, out, scratch)
             return
         pieces = StreamedPieces(job, Scratch(), 0, job.numel, self.check, threading.Event())
-        options: dict[str, Any] = dict(job.options)
-        if method.statistics is not None:
-            options |= method.statistics(pieces, **options)
-        for place, base, models in pieces.placed():
-            if method.takes_noise:
-                options["noise"] = Noise(self.seed, job.name, place)
-            merged = method.function(base, models, **options).reshape(-1)
-            out[place : place + merged.numel()] = merged
+        for place, piece in job.method.over(pieces, noise=Noise(self.seed, job.name), **job.options):
+            out[place : place + piece.numel()] = piece.reshape(-1)
 
 
 def write_adapter(
@@ -75,11 +69,12 @@ def write_adapter(
     rank: int,
     content: Mapping[str, Any],
     files: Mapping[str, str],
+    inputs: Sequence[Path],
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExtractionReport:
-    """Write the change from the base model to the result of the jobs as a PEFT LoRA folder, whole or not at all.
+    """Write the change from the base model to the result of the jobs as a PEFT LoRA folder, written atomically.
 
     The base is `base_model`; without one, the model on which all inputs are adapters.
 
@@ -87,9 +82,10 @@ def write_adapter(
         jobs: All tensors of the result.
         content: What the result depends on beside the files of the models (`resume.key_of`).
         files: Name -> text of further files of the folder.
+        inputs: All files that the jobs read.
 
     Raises:
-        ValueError: There is no base, or the result has tensors or shapes that the base has not.
+        ValueError: There is no base, or the result has tensors or shapes that the base lacks.
     """
     if config.tokenizer is not None:
         raise ValueError(
@@ -97,7 +93,7 @@ def write_adapter(
         )
     reference = config.base_model or _common_base(models)
     if reference in models and models[reference].adapted is not None:
-        raise ValueError(f"`output.lora` needs a base model that is no adapter itself, got {str(reference)!r}.")
+        raise ValueError(f"`output.lora` needs a base model that is not an adapter itself, got {str(reference)!r}.")
     opened = None if reference in models else open_model(reference)
     start = opened or models[reference]
     try:
@@ -112,9 +108,7 @@ def write_adapter(
             out,
             rank=rank,
             dtype=config.out_dtype or config.dtype or torch.float32,
-            key=key_of(
-                {**content, "rank": rank}, [*start.files, *(f for model in models.values() for f in model.files)]
-            ),
+            key=key_of({**content, "rank": rank}, [*start.files, *inputs]),
             base_model=reference.path,
             revision=reference.revision,
             overwrite=overwrite,
@@ -139,15 +133,15 @@ def _common_base(models: Mapping[ModelReference, InputModel]) -> ModelReference:
 def _known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
     """The base's own tensor where no input changed it, or with the factors of its change, where they are known.
 
-    The mean of equal numbers is not equal to them to the last bit, so that what did not change has to be known.
+    The mean of equal numbers is not equal to them to the last bit, so what did not change has to be found here.
     """
-    weights = _weights_of_changes(job)
-    base = start.tensors.get(job.name)
+    method, base = job.method, start.tensors.get(job.name)
     if base is None:
         return None
+    weights = None if method.change_factors is None else method.change_factors(**job.options)
     if all(_is_same(tensor, base) for tensor in job.models):
-        gives_it_back = weights is not None or job.method.base == "required" or job.method.__name__ in _MEANS
-        return base if gives_it_back else None
+        changes_only = weights is not None or method.base == "required"
+        return base if changes_only or method.promises.give_back_equal(job.options) else None
     if weights is None:
         return None
     parts = []
@@ -158,24 +152,6 @@ def _known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
             return None
     left = torch.cat([factors.left * weight for weight, factors in parts], dim=1)
     return AdaptedInput(base, LoraFactors(left, torch.cat([factors.right for _, factors in parts], dim=0)))
-
-
-#: Methods that give a model back that is merged with itself, beside those on changes.
-_MEANS = ("slerp", "nuslerp", "multislerp", "karcher")
-
-
-def _weights_of_changes(job: TensorJob) -> list[float] | None:
-    """The factors c_i for which the result is theta_0 + sum_i c_i t_i; None for methods that are no such sum."""
-    options, name = job.options, job.method.__name__
-    weights: list[float] = options.get("weight", [])
-    total = sum(weights)
-    if name == "task_arithmetic":
-        scale = options["lambda_"] / (total or 1.0) if options["normalize"] else options["lambda_"]
-    elif name == "linear" and (options["normalize"] or abs(total - 1) < 1e-12):
-        scale = 1 / total
-    else:
-        return None
-    return [weight * scale for weight in weights]
 
 
 def _is_same(one: InputTensor, other: InputTensor) -> bool:

@@ -1,4 +1,4 @@
-"""The stream: reads pieces of tensors, lets a method work on them, writes the result in place.
+"""The stream: reads pieces of tensors, merges them, writes each piece of the result to its place.
 
 Memory is bounded by threads x models x piece, not by the model. A tensor's numbers depend on the pieces' fixed size
 only, so the files are the same, byte for byte, for any number of threads. Finished tensors are noted in a journal; a
@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.merging.method import Piece
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
 from hf_transfer_ext.weights.opened import InputTensor, Scratch, StoredInput
@@ -54,8 +54,9 @@ SEGMENT = 1 << 23
 class StreamedPieces:
     """The pieces of one tensor (or of a segment of it) for a method's statistics and arithmetic.
 
-    `check` refuses NaN and infinity, and is done in the first pass over a tensor. A tensor of up to `hold` bytes is
-    read in the first pass and kept for the others.
+    Args:
+        check: Refuse NaN and infinity, in the first pass over the tensor.
+        hold: A tensor of up to so many bytes is read once, and held in memory for the passes after the first.
     """
 
     job: TensorJob
@@ -65,7 +66,7 @@ class StreamedPieces:
     check: bool
     halt: threading.Event
     hold: int = 0
-    held: list[tuple[int, Tensor | None, list[Tensor]]] = field(default_factory=list)
+    held: list[Piece] = field(default_factory=list)
 
     @property
     def stored(self) -> bool:
@@ -81,15 +82,15 @@ class StreamedPieces:
         return len(self.job.models)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
-        for _, base, models in self.placed():
-            yield base, models
+        for piece in self.placed():
+            yield piece.base, piece.models
 
     def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
         if self.numel <= elements_of(self.job, self.scratch.device) or self.job.method.unit == "matrix":
             yield from self
             return
         if self._is_held():
-            for start, base, models in self.placed():
+            for start, base, models, _ in self.placed():
                 own = slice((self.start - start) % SAMPLE_STEP, None, SAMPLE_STEP)
                 yield None if base is None else base.reshape(-1)[own], [one.reshape(-1)[own] for one in models]
             return
@@ -101,18 +102,16 @@ class StreamedPieces:
         base = None if self.job.base is None else self._read_runs(self.job.base, starts, run, 0)
         yield base, [self._read_runs(one, starts, run, slot + 1) for slot, one in enumerate(self.job.models)]
 
-    def placed(self) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
-        """Also tell where a piece starts in the flat tensor."""
+    def placed(self) -> Iterator[Piece]:
         if self.held:
             yield from self.held
             return
         step, hold = piece_of(self.job, self.scratch.device), self._is_held()
-        pieces: list[tuple[int, Tensor | None, list[Tensor]]] = []
+        pieces: list[Piece] = []
         for start in range(self.start, self.stop, step):
-            stop = min(start + step, self.stop)
             if self.halt.is_set():
                 raise InterruptedError("The merge was stopped.")
-            piece = (start, *self._at(start, stop, check=self.check, number=len(pieces)))
+            piece = self._at(start, min(start + step, self.stop), number=len(pieces))
             if hold:
                 pieces.append(piece)
             yield piece
@@ -123,10 +122,24 @@ class StreamedPieces:
         nbytes = self.numel * sum(one.dtype.itemsize for one in tensors)
         return self.stored and nbytes <= self.hold and all(_is_stored(one) for one in tensors)
 
-    def _at(self, start: int, stop: int, *, check: bool, number: int = 0) -> tuple[Tensor | None, list[Tensor]]:
-        base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, check, number)
-        models = [self._read(one, start, stop, slot + 1, check, number) for slot, one in enumerate(self.job.models)]
-        return base, models
+    def _at(self, start: int, stop: int, *, number: int) -> Piece:
+        base = None if self.job.base is None else self._read(self.job.base, start, stop, 0, number)
+        models = [self._read(one, start, stop, slot + 1, number) for slot, one in enumerate(self.job.models)]
+        extra: dict[str, list[Tensor] | None] = {}
+        slot = len(models) + 1
+        for name, tensors in self.job.extra.items():
+            extra[name] = [self._read_extra(name, one, start, stop, slot + i) for i, one in enumerate(tensors)] or None
+            slot += len(tensors)
+        return Piece(start, base, models, extra)
+
+    def _read_extra(self, name: str, tensor: InputTensor, start: int, stop: int, slot: int) -> Tensor:
+        """An extra tensor: the piece that belongs to that of the weight, or all of a square one."""
+        if self.job.method.extra[name].shape == "weight":
+            return self._read(tensor, start, stop, slot, 0)
+        out = self.scratch.floats(slot, math.prod(tensor.shape))
+        tensor.read(0, out, self.scratch)
+        self._refuse_nonfinite(tensor, out, 0)
+        return out.reshape(tensor.shape)
 
     def _read_runs(self, tensor: InputTensor, starts: Sequence[int], run: int, slot: int) -> Tensor:
         """Several runs of a tensor, one after the other."""
@@ -138,24 +151,33 @@ class StreamedPieces:
                 tensor.read(start, out[i * run : (i + 1) * run], self.scratch)
         return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
 
-    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, check: bool, number: int) -> Tensor:
+    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, number: int) -> Tensor:
         if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
             out = tensor.stored(start, stop - start, self.scratch, (slot, number))
         else:
             out = self.scratch.floats(slot, stop - start)
             tensor.read(start, out, self.scratch)
-        bad = start + first_nonfinite(out) if check else -1
-        if bad >= start:
-            number = next((i + 1 for i, one in enumerate(self.job.models) if one is tensor), 0)
-            whose = f"of model {number}" if number else "of the base model"
-            where = f" ({str(tensor.entry.file)!r})" if isinstance(tensor, StoredInput) else ""
-            raise ValueError(
-                f"Tensor {self.job.name!r} {whose}{where} holds NaN or infinity, first at element {bad}. Mend the "
-                "model, or pass --allow-nonfinite to merge it all the same."
-            )
+        self._refuse_nonfinite(tensor, out, start)
         if self.job.method.unit == "matrix":
             return out.reshape(self.job.shape)
         return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
+
+    def _refuse_nonfinite(self, tensor: InputTensor, values: Tensor, start: int) -> None:
+        place = first_nonfinite(values) if self.check else -1
+        if place < 0:
+            return
+        raise ValueError(
+            f"Tensor {self.job.name!r} {self._role_of(tensor)} holds NaN or infinity, first at element "
+            f"{start + place}. Fix the model, or pass --allow-nonfinite to merge it anyway."
+        )
+
+    def _role_of(self, tensor: InputTensor) -> str:
+        roles = [("of the base model", self.job.base)]
+        roles += [(f"of model {i + 1}", one) for i, one in enumerate(self.job.models)]
+        for name, tensors in self.job.extra.items():
+            roles += [(f"({name}) of model {i + 1}", one) for i, one in enumerate(tensors)]
+        where = f" ({str(tensor.entry.file)!r})" if isinstance(tensor, StoredInput) else ""
+        return next(role for role, one in roles if one is tensor) + where
 
 
 @dataclass(frozen=True)
@@ -166,15 +188,15 @@ class _Task:
 
 
 class Stream:
-    """Works through jobs with several threads.
+    """Processes jobs with several threads.
 
     Args:
         writer: Takes the result; it knows all tensors of the jobs.
         threads: Workers; each works with one thread of torch.
         device: Where the methods calculate.
         journal: File that notes finished tensors.
-        failure: File that is made when a tensor fails, and that ends the streams of other processes.
-        advance: Called with the number of input bytes that were worked through.
+        failure: File that is created when a tensor fails, and that ends the streams of other processes.
+        advance: Called with the number of input bytes that were processed.
     """
 
     def __init__(
@@ -229,7 +251,7 @@ class Stream:
         if not hasattr(self._local, "scratch"):
             self._local.scratch = Scratch(self.device)
             self._local.queue = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        with torch.cuda.stream(self._local.queue):  # of this thread, so that one copies while another calculates
+        with torch.cuda.stream(self._local.queue):  # one queue a thread: one copies while another calculates
             if task.job.is_copy:
                 self._copy(task)
             else:
@@ -244,14 +266,9 @@ class Stream:
         hold = HELD // self.threads if method.statistics is not None else 0
         check = not self.allow_nonfinite
         pieces = StreamedPieces(job, self._local.scratch, task.start, task.stop, check, self._halt, hold)
-        options: dict[str, Any] = dict(job.options)
-        if method.statistics is not None:
-            options |= method.statistics(pieces, **options)
         per_element = job.input_bytes / max(1, job.numel)
-        for start, base, models in pieces.placed():
-            if method.takes_noise:
-                options["noise"] = Noise(self.seed, job.name, start)
-            merged = method.function(base, models, **options).reshape(-1)
+        for start, piece in method.over(pieces, noise=Noise(self.seed, job.name), **job.options):
+            merged = piece.reshape(-1)
             result = merged.to(job.dtype)
             if job.dtype == torch.float16 and not self.allow_nonfinite and not torch.isfinite(result).all():
                 raise ValueError(f"Tensor {job.name!r} does not fit into float16. Choose `out_dtype: bfloat16`.")
@@ -293,8 +310,8 @@ def first_nonfinite(values: Tensor) -> int:
 def _keep_freed_memory() -> None:
     """Let glibc keep the memory of intermediate results for the next ones.
 
-    It gives blocks above a limit back to the system at once, and new ones cost more time than the arithmetic on them.
-    The limit follows the largest block that was ever freed.
+    It returns blocks above a limit to the system at once, and allocating new ones costs more time than the arithmetic
+    on them. The limit follows the largest block that was ever freed.
     """
     torch.empty(1 << 22, dtype=torch.float32)
 
@@ -318,7 +335,7 @@ def elements_of(job: TensorJob, device: torch.device) -> int:
 
 
 def _is_for_kernels(job: TensorJob, device: torch.device) -> bool:
-    return job.method.stored and kernels.LIBRARY is not None and device.type == "cpu"
+    return job.method.fast is not None and kernels.LIBRARY is not None and device.type == "cpu"
 
 
 def piece_of(job: TensorJob, device: torch.device) -> int:
@@ -352,14 +369,14 @@ def write_tensors(
     allow_nonfinite: bool = False,
     advance: Callable[[int], object] = lambda count: None,
 ) -> int:
-    """Write the tensors of all jobs into a folder, shared out over the ranks; those that are there already stay.
+    """Write the tensors of all jobs into a folder, split across the ranks; those that are there already stay.
 
     Args:
         folder: Of all ranks (`resume.resumable_folder`); tensors and journals in it were left by the same jobs.
-        advance: Called with the number of input bytes that were worked through, or not needed any more.
+        advance: Called with the number of input bytes that were processed, or are not needed any more.
 
     Returns:
-        How many tensors were there.
+        How many tensors were there already.
     """
     specs = [job.spec for job in jobs]
     with ranks.together():  # the first rank lays the files out, the others find them
@@ -385,7 +402,7 @@ def write_tensors(
 
 
 class Journal:
-    """A file with one line for each finished tensor. A last line that a kill cut off is taken away."""
+    """A file with one line for each finished tensor. A last line that a kill cut off is removed."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

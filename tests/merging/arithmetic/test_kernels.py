@@ -12,11 +12,8 @@ from safetensors.torch import save_file
 
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.arithmetic import kernels
-from hf_transfer_ext.merging.arithmetic.changes import add_elected_changes, changes_of, weighted_sum
-from hf_transfer_ext.merging.arithmetic.masks import Mask, merge_masked_changes
-from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.merging.arithmetic.changes import changes_of, weighted_sum
 from hf_transfer_ext.merging.arithmetic.selection import Distances, order_statistics, smallest_of_largest, values_at
-from hf_transfer_ext.merging.arithmetic.trimming import drop_by_rank
 from hf_transfer_ext.merging.arithmetic.variance import energies_and_threshold, variance_of
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.streaming import stream
@@ -50,33 +47,6 @@ def same(one, two):
     assert torch.allclose(one, two, rtol=1e-5, atol=1e-9)
 
 
-MASKS = {
-    "nothing": [Mask()] * 3,
-    "small ones": [Mask(low=0.0005), Mask(low=0.001, scale=1.7), Mask(low=float("inf"))],
-    "outliers": [Mask(low=0.0002, high=0.001)] * 3,
-    "random": [Mask(share=0.3, scale=1 / 0.3), Mask(share=0.0), Mask(share=1.0)],
-    "both": [Mask(low=0.0003, share=0.6)] * 3,
-}
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("masks", MASKS)
-def test_masked_changes(masks, size, dtype, monkeypatch):
-    base, models = some(size, dtype)
-    for elect in (False, True):
-        for normalize in (False, True):
-
-            def merged(elect=elect, normalize=normalize):
-                return merge_masked_changes(
-                    base, models, [0.5, -0.2, 0.9], MASKS[masks], elect=elect, normalize=normalize, lambda_=0.7,
-                    noise=Noise(3, "some.weight", 1000),
-                )  # fmt: skip
-
-            same(merged(), by_torch(monkeypatch, merged))
-
-
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
@@ -89,24 +59,6 @@ def test_sums_variances_and_energies(size, dtype, monkeypatch):
     between = 0.99999 * found if found < float("inf") else 1.0  # the paths round variances that are equal differently
     kept = [change.double()[variance_of(models) >= between] for change in changes_of(base, models)]
     assert kernels.energies(base, models, between) == pytest.approx([float(one @ one) for one in kept], rel=1e-5)
-
-
-def test_a_vote_of_one_for_each_model(monkeypatch):
-    base, models = some(700)
-    by_kernels, by_hand = [
-        add_elected_changes(
-            base, changes_of(base, models), [0.2, 0.3, 0.5], votes=[1.0] * 3, normalize=True, lambda_=1
-        )
-        if library
-        else by_torch(
-            monkeypatch,
-            lambda: add_elected_changes(
-                base, changes_of(base, models), [0.2, 0.3, 0.5], votes=[1.0] * 3, normalize=True, lambda_=1
-            ),
-        )
-        for library in (True, False)
-    ]
-    same(by_kernels, by_hand)
 
 
 class PiecesOf:
@@ -139,21 +91,6 @@ def test_order_statistics_of_distances(size, dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 2, 63, 300, 896, 4864, 9000])
-def test_drop_by_rank(columns, dtype, monkeypatch):
-    """Equal to torch to the last bit: the words, their order and the random numbers are the same."""
-    base, models = some(3 * columns, dtype, 1)
-    base, model = base.reshape(3, columns), models[0].reshape(3, columns)
-    model[1] = base[1]  # a row without any change
-
-    def dropped():
-        return drop_by_rank(base, model, 0.4, 0.3, rescale=True, noise=Noise(1, "w", 77), number=2)
-
-    assert torch.equal(dropped(), by_torch(monkeypatch, dropped))
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_the_first_that_is_not_finite(value, dtype):
     for size in SIZES:
@@ -176,36 +113,11 @@ def test_what_they_do_not_take():
     assert kernels.can_take(base, None, *models) == (kernels.LIBRARY is not None)
 
 
-def test_random_words_that_end_in_the_piece_are_left_to_torch(monkeypatch):
-    """After 2**32 elements another sequence begins, so the numbers of a piece there lie in two."""
-    base, models = some(100)
-    noise = Noise(0, "w", (1 << 32) - 30)
-
-    def merged():
-        masks = [Mask(share=0.5)] * 3
-        return merge_masked_changes(base, models, 1.0, masks, elect=False, normalize=False, lambda_=1, noise=noise)
-
-    assert noise.counter(100) is None and noise.counter(30) == (1 << 32) - 30
-    assert torch.equal(merged(), by_torch(monkeypatch, merged))
-
-
-def test_gradients_reach_the_models():
-    base, models = some(50)
-    for model in models:
-        model.requires_grad_()
-    masks = [Mask(low=0.0005)] * 3
-    merged = merge_masked_changes(base, models, [0.5, 1.0, 2.0], masks, elect=False, normalize=False, lambda_=1.0)
-    merged.sum().backward()
-    for weight, model in zip([0.5, 1.0, 2.0], models, strict=True):
-        kept = (model.detach() - base).abs() >= 0.0005
-        assert torch.equal(model.grad, weight * kept)
-
-
-STORED = [name for name, method in MERGE_METHODS.items() if method.stored]
+WITH_FAST_FORM = [name for name, method in MERGE_METHODS.items() if method.fast is not None]
 
 
 @needs_kernels
-@pytest.mark.parametrize("method", STORED)
+@pytest.mark.parametrize("method", WITH_FAST_FORM)
 def test_models_in_bfloat16(method, tmp_path, monkeypatch):
     """Held in memory, read again for each pass, or by torch alone: the same tensors."""
     base, tuned = family(tmp_path, dtype=torch.bfloat16)

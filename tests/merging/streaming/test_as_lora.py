@@ -204,7 +204,7 @@ class TestRefused:
 
     def test_base_that_is_an_adapter(self, tmp_path, inputs):
         config = {**config_of(inputs, "linear", ["lora0", "full"]), "base_model": inputs["lora1"]}
-        self.refused(tmp_path, config, "no adapter itself", lora_rank=2)
+        self.refused(tmp_path, config, "not an adapter itself", lora_rank=2)
 
     def test_vocabulary(self, tmp_path, inputs):
         config = config_of(inputs, "linear", ["lora0"], tokenizer_source="base")

@@ -1,0 +1,69 @@
+"""The files that go with merged weights: config, tokenizer, and the configuration of the merge itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_transfer_ext.files import write_text
+from hf_transfer_ext.hub.privacy import public_text
+from hf_transfer_ext.weights.opened import InputModel
+
+#: Files that go with the weights and are taken from the base model, or from the first one.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+#: The configuration of the merge in its result, under the name that the Hub knows.
+CONFIG_FILE = "mergekit_config.yml"
+
+
+def write_companions(folder: Path, donor: InputModel, config: Mapping[str, Any], text: str) -> None:
+    """Write config.json and the configuration of the merge, and copy the donor's other files.
+
+    Args:
+        donor: The model whose tokenizer and generation config the result takes over.
+        config: Content of config.json.
+        text: The configuration of the merge (`public_yaml`).
+    """
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, text)
+    for name in COMPANIONS:
+        if (donor.folder / name).exists():
+            shutil.copyfile(donor.folder / name, folder / name)
+
+
+def public_yaml(config: Mapping[str, Any] | str | Path) -> str:
+    """The configuration as it goes into the result: word for word, unless it names folders of this machine."""
+    text = None if isinstance(config, Mapping) else Path(config).read_text(encoding="utf-8")
+    content = dict(config) if isinstance(config, Mapping) else yaml.safe_load(text or "")
+    public = _without_local_paths(content)
+    return text if text is not None and public == content else yaml.safe_dump(public, sort_keys=False)
+
+
+def _without_local_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_local_paths(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_local_paths(one) for one in value]
+    return public_text(str(value)) if isinstance(value, (str, Path)) else value
