@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate, evaluation_mode, generate
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate, generate
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.evals.metrics.rouge_l_recall import rouge_l
+from hf_transfer_ext.models.plumbing import evaluation_mode
 
 Row = Mapping[str, Any]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from hf_transfer_ext.evals.metric import Metric, summarize
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.measurement import Measurement
-from hf_transfer_ext.models.plumbing import active_adapter, is_sharded
+from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, is_sharded, pad_token_id
 from hf_transfer_ext.models.scoring import ScoredExample, Scorer, TokenScores
 
 #: The columns of the TOFU schema that are texts to be scored, and may be renamed.
@@ -166,7 +165,7 @@ def evaluate(
     ranks = accelerator.num_processes if accelerator is not None else 1
     rank = accelerator.process_index if accelerator is not None else 0
 
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad_id = pad_token_id(tokenizer)
     fingerprint = ""
     if cache is not None:
         parts = [model_fingerprint(model, adapter)]
@@ -332,19 +331,6 @@ def _sequences(
             raise ValueError(f"column {names[column]!r} holds no text.")
         sequences[column] = [template.encode(tokenizer, str(example["question"]), str(text)) for text in texts]
     return sequences
-
-
-@contextmanager
-def evaluation_mode(*models: Any) -> Any:
-    """Dropout off within the block; each model's training flag is as before afterwards."""
-    training = [(m, m.training) for m in models if m is not None]
-    for m, _ in training:
-        m.eval()
-    try:
-        yield
-    finally:
-        for m, was in training:
-            m.train(was)
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -515,8 +501,7 @@ def generate(
 ) -> tuple[list[str], int]:
     """Continue each prompt, padded on the left; texts without special tokens, and how many tokens were generated."""
     length = max(len(prompt) for prompt in prompts)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    pad_id = 0 if pad_id is None else pad_id
+    pad_id = pad_token_id(tokenizer)
     device = next(model.parameters()).device
     ids = torch.full((len(prompts), length), pad_id)
     mask = torch.zeros_like(ids)
