@@ -46,6 +46,7 @@ from benchmarks import measure
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import fused_linear_divergence
+from hf_transfer_ext.losses.rows import HeadRows
 from hf_transfer_ext.models.heads import LMHead
 
 
@@ -105,7 +106,7 @@ def problem(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
 
 def ours(x: Problem, divergence: str) -> Tensor:
     return fused_linear_divergence(
-        x.hidden, LMHead(x.head), x.teacher_hidden, LMHead(x.teacher_head), DISTILLATION_LOSSES[divergence],
+        x.hidden, LMHead(x.head), HeadRows(x.teacher_hidden, LMHead(x.teacher_head)), DISTILLATION_LOSSES[divergence],
         weights=torch.full((x.tokens,), 1 / x.tokens, device=x.hidden.device),
     ).loss  # fmt: skip
 

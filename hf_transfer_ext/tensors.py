@@ -1,7 +1,10 @@
-"""The shapes that the whole package speaks of, and the bookkeeping of next-token losses: shift, mask, sum."""
+"""Shapes and dtypes by name, and the bookkeeping of next-token losses: shift, mask, sum."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -12,6 +15,14 @@ Logits = Float[Tensor, "batch seq vocab"]
 PerToken = Float[Tensor, "batch seq"]
 Labels = Int[Tensor, "batch seq"]
 Mask = Bool[Tensor, "batch seq"]
+
+
+def dtype_by_name(name: Any) -> torch.dtype | None:
+    """`"bfloat16"`, `"torch.bfloat16"` or the dtype itself -> `torch.bfloat16`; None for what names no dtype."""
+    if isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def next_token_targets(labels: Int[Tensor, "batch length"]) -> tuple[Labels, Mask]:
@@ -31,6 +42,18 @@ def next_token_view(
     """Align logits with the tokens they predict: `(logits[:, :-1], labels[:, 1:], mask)`, all `length - 1` long."""
     targets, mask = next_token_targets(labels)
     return logits[:, :-1], targets, mask
+
+
+def predicting_rows(
+    states: Float[Tensor, "batch length size"], mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "tokens size"]:
+    """Hidden states or logits at the positions that predict the chosen tokens, in reading order.
+
+    Args:
+        mask: `(batch, length - 1)` as `next_token_targets` gives it. Prompt-learning adapters put virtual tokens in
+            front of a sequence, which makes `states` longer: the last positions are the batch's own.
+    """
+    return states[:, -(mask.shape[1] + 1) : -1][mask.to(states.device)]
 
 
 def masked_sum(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:

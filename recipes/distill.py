@@ -21,11 +21,11 @@ from hf_transfer_ext.files import refuse_existing_output, require_free_space
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, settings_of
 from hf_transfer_ext.students import STUDENT_INITS
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model
-from hf_transfer_ext.teachers.live import shards_parameters
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
 from hf_transfer_ext.trainers.saving import last_checkpoint, load_whole, save_whole, training_folder
 from hf_transfer_ext.trainers.taught import taught
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
         twin = copy.deepcopy(student) if told.compare_with_ce else None
         require_free_space(out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, and the result
     trainer = DistillationTrainer(student, teacher, args, data, tokenizer, teacher_processing_class=teacher_tokenizer)
-    reference = None if shards_parameters(trainer.accelerator) else teacher  # a sharded one is not measured
+    reference = None if is_sharded(accelerator=trainer.accelerator) else teacher  # a sharded one is not measured
     measured: dict[str, list[Any]] = {}
 
     def measure(name: str, model: Any, against: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.files import refuse_existing_output, write_text
+from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
 from hf_transfer_ext.weights.lora import LoraFactors, low_rank, save_lora, truncated
 from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, Scratch, open_model
@@ -106,7 +107,7 @@ def extract_lora(
     """
     if rank < 1:
         raise ValueError(f"`rank` has to be at least 1, got {rank}.")
-    factor_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
+    factor_dtype = dtype_by_name(dtype)
     if factor_dtype not in FLOAT_DTYPES:
         raise ValueError(f"`dtype` has to be float32, bfloat16 or float16, got {dtype!r}.")
     refuse_existing_output(out, overwrite=overwrite)

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.measurement import Measurement
-from hf_transfer_ext.models.plumbing import active_adapter
+from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode
 from hf_transfer_ext.registry import unknown_name
 
 #: Metric of the harness -> unit. Others keep the harness's own names.

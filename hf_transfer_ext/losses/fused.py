@@ -8,25 +8,40 @@ which stay in the processor's cache; its temporaries cost nothing worth counting
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient
-from hf_transfer_ext.models.heads import LMHead
+from hf_transfer_ext.losses.rows import Block, Projection, SparseRows, TeacherRows, TopTokens, head_row_slices
+from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient, require_form, weighted
+from hf_transfer_ext.models.heads import LMHead, LogitFinish
 
 #: Bytes of one chunk's logits, for each of the two models: 192 tokens of a 152k vocabulary in float32 on a CPU.
 CHUNK_BYTES = {"cpu": 117_000_000}
 CHUNK_BYTES_GPU = 512_000_000
-#: Rows of the head that one product takes. A CPU repacks them for each product: so few stay in its cache meanwhile,
-#: which makes a projection, and the head's gradient in bfloat16, a fifth faster.
-HEAD_ROWS = {"cpu": 1_024}
-HEAD_ROWS_GPU = 32_768
 #: Elements that the divergence works on at once: about what a CPU's cache holds, and plenty for a GPU.
 BLOCK_ELEMENTS = {"cpu": 600_000}
 BLOCK_ELEMENTS_GPU = 40_000_000
+#: Gradients in float16 are stored multiplied by this, so that small ones do not vanish. Between a softmax and one of
+#: its logits a divergence's derivative is about 1 at most, which leaves a factor of 256 to the largest float16.
+FLOAT16_GAIN = 256.0
+
+ZRows = Float[Tensor, "rows vocab"]
+PerRow = Float[Tensor, " rows"]
+
+
+class TokenStatistics(NamedTuple):
+    """The student's own distribution at each token, at temperature 1.
+
+    entropy: In nats.
+    correct: 1 where the label is the likeliest token, else 0.
+    """
+
+    entropy: Float[Tensor, " tokens"]
+    correct: Float[Tensor, " tokens"]
 
 
 class FusedLoss(NamedTuple):
@@ -35,18 +50,19 @@ class FusedLoss(NamedTuple):
     loss: Sum over tokens of weight * (kd_weight * divergence + ce_weight * cross entropy); carries the gradient.
     divergence: For each token, without weight and gradient.
     cross_entropy: For each token, without weight and gradient; zeros where no labels were given.
+    statistics: What else was asked for about each token.
     """
 
     loss: Float[Tensor, ""]
     divergence: Float[Tensor, " tokens"]
     cross_entropy: Float[Tensor, " tokens"]
+    statistics: TokenStatistics | None = None
 
 
 def fused_linear_divergence(
     student_hidden: Float[Tensor, "tokens hidden"],
     student_head: LMHead,
-    teacher_hidden: Float[Tensor, "tokens teacher_hidden"],
-    teacher_head: LMHead,
+    teacher: TeacherRows | None,
     divergence: Callable[..., Tensor],
     *,
     weights: Float[Tensor, " tokens"],
@@ -55,51 +71,55 @@ def fused_linear_divergence(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    statistics: bool = False,
     **options: Any,
 ) -> FusedLoss:
-    """Weighted sum of a token divergence, and of cross entropy, between two models given by hidden states and heads.
+    """Weighted sum of a token divergence, and of cross entropy, between a teacher and a student with a plain head.
 
     Gradients flow to the student's hidden states, head weight and head bias, as far as these require them; a frozen
-    head costs nothing. Logits have the dtype of the head (of autocast, where it is on); divergences, cross entropy and
-    the head's gradient are summed in float32.
+    head costs nothing, and under `torch.no_grad()` no gradient is computed. Logits have the dtype of the head (of
+    autocast, where it is on); divergences, cross entropy and the head's gradient are summed in float32.
+
+    Gradients are computed in the forward pass and consumed by the first backward pass. They are constants: a second
+    derivative (`create_graph=True`) is refused.
 
     Args:
         student_hidden: Hidden states of the tokens that count, and only these: `hidden[mask]`. No token is fine.
-        teacher_hidden: The teacher's hidden states of the same tokens; its width may differ.
+        teacher: The teacher's rows for the same tokens: `HeadRows`, `LogitRows`, `SparseRows`, or your own. None where
+            `kd_weight` is 0.
         divergence: A function of `losses.distillation`, or any with its signature; one without a registered slope is
             differentiated by autograd, a few rows at a time.
-        weights: What each token counts: 1 / tokens of the step for a mean.
+        weights: Weight of each token's loss: 1 / tokens of the step for a mean.
         labels: The tokens to predict; needed for `ce_weight > 0`. Cross entropy takes the student's full vocabulary
             and no temperature.
         kd_weight: Factor of the divergence, >= 0. Hinton's convention of temperature**2 goes in here.
         ce_weight: Factor of the cross entropy, >= 0.
         temperature: > 0, divides both models' logits in the divergence.
-        chunk_tokens: Tokens whose logits exist at once; by default so many that they fill `CHUNK_BYTES`.
+        chunk_tokens: Tokens whose logits exist at once; by default as many as fit in `CHUNK_BYTES`.
+        statistics: Compute `TokenStatistics` as well; needs `labels`.
         options: Passed to the divergence (`beta`, `skew`, ...).
 
-    The divergence is taken over the vocabulary that both heads share, the first min(V_student, V_teacher) entries:
-    padding rows of the larger head take no part. Whether the entries mean the same tokens is the caller's check.
+    With dense rows the divergence is taken over the vocabulary that both models share, the first
+    min(V_student, V_teacher) entries: padding rows of the larger head take no part. With sparse rows it is taken over
+    the listed tokens and one bucket for all others. Whether the entries mean the same tokens is the caller's check.
+
+    Raises:
+        ValueError: The divergence does not accept the form of the rows, or an argument is missing or out of range.
     """
-    _check(student_hidden, teacher_hidden, labels, ce_weight, temperature)
-    plan = _Plan(divergence, student_head, teacher_head.detach(), kd_weight, ce_weight, temperature, options)
-    row_bytes = max(student_head.vocab_size, teacher_head.vocab_size) * student_head.weight.element_size()
-    chunk = chunk_tokens or max(1, CHUNK_BYTES.get(student_hidden.device.type, CHUNK_BYTES_GPU) // row_bytes)
-    loss, kd, ce = _FusedLinearDivergence.apply(
-        student_hidden,
-        student_head.weight,
-        student_head.bias,
-        teacher_hidden.detach(),
-        labels,
-        weights.detach().float(),
-        plan,
-        chunk,
-    )
-    return FusedLoss(loss, kd, ce)
+    objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
+    _check(len(student_hidden), student_head.vocab_size, teacher, labels, statistics, objective)
+    chunk = chunk_tokens or _chunk_tokens(student_head.weight, student_head.vocab_size, teacher)
+    tokens = _Tokens.of(weights, labels, statistics, student_head.weight.device)
+    loss = _FusedLinearDivergence.apply(
+        student_hidden, student_head.weight, student_head.bias, student_head.finish, teacher, objective, tokens, chunk,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    return tokens.result(loss)
 
 
 def divergence_of_logits(
     student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens teacher_vocab"],
+    teacher: TeacherRows | None,
     divergence: Callable[..., Tensor],
     *,
     weights: Float[Tensor, " tokens"],
@@ -107,169 +127,242 @@ def divergence_of_logits(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    statistics: bool = False,
     **options: Any,
 ) -> FusedLoss:
-    """The same loss where logits exist already, because a head is adapted or quantised: a few rows at a time.
+    """The same loss where the student's logits exist already, because its head is adapted or quantized.
 
-    Arguments and result are those of `fused_linear_divergence`. Beside the logits one more tensor of their size lives,
-    their gradient.
+    Arguments, result and limits are those of `fused_linear_divergence`. Beside the logits one more tensor of their
+    size lives, their gradient.
     """
-    _check(student_logits, teacher_logits, labels, ce_weight, temperature)
-    plan = _Plan(divergence, _NO_HEAD, _NO_HEAD, kd_weight, ce_weight, temperature, options)
-    loss, kd, ce = _DivergenceOfLogits.apply(
-        student_logits, teacher_logits.detach(), labels, weights.detach().float(), plan
-    )
-    return FusedLoss(loss, kd, ce)
+    objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
+    _check(len(student_logits), student_logits.shape[1], teacher, labels, statistics, objective)
+    tokens = _Tokens.of(weights, labels, statistics, student_logits.device)
+    chunk = _chunk_tokens(student_logits, student_logits.shape[1], teacher)
+    loss = _DivergenceOfLogits.apply(student_logits, teacher, objective, tokens, chunk, torch.is_grad_enabled())
+    return tokens.result(loss)
 
 
-class _Finish(NamedTuple):
-    """What is left of a head once its projection is done."""
+class _Objective(NamedTuple):
+    """What is minimized for each token: kd_weight * divergence + ce_weight * cross entropy."""
 
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def finish(self, projected: Tensor) -> Tensor:
-        return projected
-
-
-_NO_HEAD = _Finish()
-
-
-class _Plan(NamedTuple):
     divergence: Callable[..., Tensor]
-    student_head: LMHead | _Finish
-    teacher_head: LMHead | _Finish
     kd_weight: float
     ce_weight: float
     temperature: float
     options: dict[str, Any]
 
 
-def _check(student: Tensor, teacher: Tensor, labels: Tensor | None, ce_weight: float, temperature: float) -> None:
-    if ce_weight and labels is None:
-        raise ValueError(f"`ce_weight` is {ce_weight}, which needs `labels`. Give them, or set `ce_weight=0`.")
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"Student and teacher have to see the same tokens, got {student.shape[0]} and {teacher.shape[0]} of them. "
-            "Select the tokens of both with one mask."
+@dataclass
+class _Tokens:
+    """What stands beside each token: its weight and label, and room for what is found out about it."""
+
+    weights: Float[Tensor, " tokens"]
+    labels: Int[Tensor, " tokens"] | None
+    kd: Float[Tensor, " tokens"]
+    ce: Float[Tensor, " tokens"]
+    statistics: TokenStatistics | None
+
+    @staticmethod
+    def of(weights: Tensor, labels: Tensor | None, statistics: bool, device: torch.device) -> _Tokens:
+        room = torch.zeros(4 if statistics else 2, len(weights), device=device)
+        return _Tokens(
+            weights.detach().to(device, torch.float32),
+            None if labels is None else labels.to(device),
+            room[0],
+            room[1],
+            TokenStatistics(room[2], room[3]) if statistics else None,
         )
-    if not temperature > 0:
-        raise ValueError(f"`temperature` has to be > 0, got {temperature}.")
+
+    def __getitem__(self, part: slice) -> _Tokens:
+        """Views of a slice."""
+        labels = None if self.labels is None else self.labels[part]
+        found = None if self.statistics is None else TokenStatistics(*(values[part] for values in self.statistics))
+        return _Tokens(self.weights[part], labels, self.kd[part], self.ce[part], found)
+
+    def total(self, objective: _Objective) -> Float[Tensor, ""]:
+        """The loss. A sum over no token is 0, and the infinite loss of a token without weight stays out."""
+        values = objective.kd_weight * self.kd + objective.ce_weight * self.ce
+        return torch.where(self.weights != 0, self.weights * values, 0.0).sum()
+
+    def unit(self, objective: _Objective, finish: LogitFinish, dtype: torch.dtype) -> Float[Tensor, ""]:
+        """What stored gradients are divided by, so that they have their natural size whatever the weights are.
+
+        A token's share of a mean, 1 / tokens, would push them below the smallest float16. It comes back, with the
+        incoming gradient (and the scale of a gradient scaler in it), in the backward pass.
+        """
+        largest = self.weights.abs().amax() if len(self.weights) else self.weights.new_ones(())
+        unit = largest * abs(finish.scale) * (objective.kd_weight + objective.ce_weight)
+        gain = FLOAT16_GAIN if dtype == torch.float16 else 1.0
+        return torch.where(unit > 0, unit / gain, 1.0)
+
+    def result(self, loss: Tensor) -> FusedLoss:
+        return FusedLoss(loss, self.kd, self.ce, self.statistics)
+
+
+def _chunk_tokens(student: Tensor, vocab: int, teacher: TeacherRows | None) -> int:
+    """Tokens whose logits exist at once: as many as fit in `CHUNK_BYTES` for either model."""
+    elements = max(vocab, 0 if teacher is None else teacher.row_elements)
+    return max(1, CHUNK_BYTES.get(student.device.type, CHUNK_BYTES_GPU) // (elements * student.element_size()))
+
+
+def _check(
+    tokens: int,
+    vocab: int,
+    teacher: TeacherRows | None,
+    labels: Tensor | None,
+    statistics: bool,
+    objective: _Objective,
+) -> None:
+    if (objective.ce_weight or statistics) and labels is None:
+        raise ValueError(
+            f"`ce_weight` is {objective.ce_weight} and `statistics` {statistics}, which needs `labels`. Give them, or "
+            "set `ce_weight=0` and `statistics=False`."
+        )
+    if not objective.temperature > 0:
+        raise ValueError(f"`temperature` has to be > 0, got {objective.temperature}.")
+    if not objective.kd_weight:
+        return
+    if teacher is None:
+        raise ValueError(f"`kd_weight` is {objective.kd_weight}, which needs a teacher. Give its rows, or 0.")
+    if len(teacher) != tokens:
+        raise ValueError(
+            f"Student and teacher have to see the same tokens, got {tokens} and {len(teacher)} of them. Select the "
+            "tokens of both with one mask."
+        )
+    require_form(objective.divergence, teacher.form)
+    if isinstance(teacher, SparseRows):
+        if teacher.temperature != objective.temperature:
+            raise ValueError(
+                f"The teacher's sparse rows were taken at temperature {teacher.temperature}, but the loss has "
+                f"`temperature={objective.temperature}`: a tail mass cannot be changed afterwards. Use the same one."
+            )
+        if tokens and int(teacher.top.ids.max()) >= vocab:
+            raise ValueError(
+                f"The teacher's rows list token {int(teacher.top.ids.max())}, but the student has {vocab} vocabulary "
+                "entries. Both have to share one vocabulary."
+            )
 
 
 class _FusedLinearDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher_hidden, labels, weights, plan, chunk):
-        device = hidden.device
-        dtype, teacher_dtype = _projection_dtype(weight), _projection_dtype(plan.teacher_head.weight)
-        tokens = hidden.shape[0]
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        kd = torch.zeros(tokens, device=device)
-        ce = torch.zeros(tokens, device=device)
-        with torch.autocast(device.type, enabled=False):
-            student = _Projection(hidden.to(dtype), plan.student_head, dtype, min(chunk, tokens))
-            teacher = student  # without a divergence the teacher is not read
-            if plan.kd_weight:
-                teacher = _Projection(
-                    teacher_hidden.to(teacher_dtype), plan.teacher_head, teacher_dtype, min(chunk, tokens)
-                )
-            d_hidden = torch.empty_like(hidden) if need_hidden else None
-            d_weight = torch.zeros_like(weight) if need_weight else None
-            rest = torch.zeros_like(weight) if need_weight and weight.dtype.itemsize < 4 else None
-            d_bias = torch.zeros(bias.shape, device=device) if need_bias else None
-            for start in range(0, tokens, chunk):
-                part = slice(start, min(start + chunk, tokens))
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        finish: LogitFinish,
+        teacher: TeacherRows | None,
+        objective: _Objective,
+        tokens: _Tokens,
+        chunk: int,
+        with_gradient: bool,
+    ) -> Tensor:
+        needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
+        student = Projection(hidden, LMHead(weight, bias))
+        teacher_rows, teacher_finish = _opened(teacher, objective)
+        unit = tokens.unit(objective, finish, student.dtype)
+        d_hidden = torch.empty_like(hidden) if needs[0] else None
+        d_weight = _HeadGradient(weight) if needs[1] else None
+        d_bias = torch.zeros(weight.shape[0], device=weight.device) if needs[2] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), chunk):
+                part = slice(start, min(start + chunk, len(hidden)))
                 logits = student(part)
-                teacher_logits = logits if teacher is student else teacher(part)
-                _rows_in_place(
-                    logits, teacher_logits, None if labels is None else labels[part], weights[part], kd[part],
-                    ce[part], plan, any((need_hidden, need_weight, need_bias)),
-                )  # fmt: skip
+                block = None if teacher_rows is None else teacher_rows(part).to(logits.device)
+                gradient = logits if any(needs) else None  # each row is overwritten by its gradient
+                _rows(logits, finish, block, teacher_finish, tokens[part], objective, gradient, unit)
                 if d_hidden is not None:
                     d_hidden[part] = (logits @ student.weight).to(hidden.dtype)
                 if d_weight is not None:
-                    _add_outer(d_weight, rest, logits, student.hidden[part])
+                    _add_outer(d_weight, logits, student.hidden[part])
                 if d_bias is not None:
-                    d_bias += logits.float().sum(0)
+                    d_bias += logits.sum(0, dtype=torch.float32)
+        ctx.unit = unit
         ctx.grads = (
-            d_hidden,
-            d_weight,
-            None if d_bias is None else d_bias.to(bias.dtype),
+            (d_hidden, hidden.dtype),
+            (None if d_weight is None else d_weight.total, weight.dtype),
+            (d_bias, weight.dtype if bias is None else bias.dtype),
         )
-        ctx.mark_non_differentiable(kd, ce)
-        return _weighted_sum(kd, ce, weights, plan), kd, ce
+        return tokens.total(objective)
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
-        return (*_handed_out_once(ctx, d_loss), None, None, None, None, None)
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_consumed(ctx, d_loss[0]), None, None, None, None, None, None)
 
 
 class _DivergenceOfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, teacher_logits, labels, weights, plan):
-        kd = torch.zeros(logits.shape[0], device=logits.device)
-        ce = torch.zeros_like(kd)
-        gradient = logits.clone()
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        teacher: TeacherRows | None,
+        objective: _Objective,
+        tokens: _Tokens,
+        chunk: int,
+        with_gradient: bool,
+    ) -> Tensor:
+        teacher_rows, teacher_finish = _opened(teacher, objective)
+        unit = tokens.unit(objective, LogitFinish(), logits.dtype)
+        gradient = torch.empty_like(logits) if with_gradient and ctx.needs_input_grad[0] else None
         with torch.autocast(logits.device.type, enabled=False):
-            _rows_in_place(gradient, teacher_logits, labels, weights, kd, ce, plan, ctx.needs_input_grad[0])
-        ctx.grads = (gradient,)
-        ctx.mark_non_differentiable(kd, ce)
-        return _weighted_sum(kd, ce, weights, plan), kd, ce
+            for start in range(0, len(logits), chunk):
+                part = slice(start, min(start + chunk, len(logits)))
+                block = None if teacher_rows is None else teacher_rows(part).to(logits.device)
+                into = None if gradient is None else gradient[part]
+                _rows(logits[part], LogitFinish(), block, teacher_finish, tokens[part], objective, into, unit)
+        ctx.unit = unit
+        ctx.grads = ((gradient, logits.dtype),)
+        return tokens.total(objective)
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
-        return (*_handed_out_once(ctx, d_loss), None, None, None, None)
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_consumed(ctx, d_loss[0]), None, None, None, None, None)
 
 
-def _weighted_sum(kd: Tensor, ce: Tensor, weights: Tensor, plan: _Plan) -> Tensor:
-    """The loss. A sum over no token is 0, and the infinite loss of a token without weight stays out."""
-    return torch.where(weights != 0, weights * (plan.kd_weight * kd + plan.ce_weight * ce), 0.0).sum()
+def _opened(teacher: TeacherRows | None, objective: _Objective) -> tuple[Callable[[slice], Block] | None, LogitFinish]:
+    """The reader of a teacher's rows and what is left to do to them; a teacher that is not needed is not read."""
+    if teacher is None or not objective.kd_weight:
+        return None, LogitFinish()
+    return teacher.reader(), teacher.finish
 
 
-def _handed_out_once(ctx, d_loss: Tensor) -> list[Tensor | None]:
+def _consumed(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
     """The gradients of the forward pass times the loss's own; they are scaled in place, so there is no second time."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The fused loss has no second derivative: its gradients are computed in the forward pass, and are "
+            "constants. Take the plain formula on full logits for `create_graph=True`."
+        )
     if ctx.grads is None:
-        raise RuntimeError("The fused loss hands out its gradients once; a second backward needs a second forward.")
+        raise RuntimeError(
+            "Gradients of the fused loss are consumed by the first backward pass; a second one needs a second forward."
+        )
     grads, ctx.grads = ctx.grads, None
-    return [None if grad is None else grad.mul_(d_loss) for grad in grads]
+    return [None if grad is None else grad.mul_(d_loss * ctx.unit).to(dtype) for grad, dtype in grads]
 
 
-class _Projection:
-    """Hidden states through a head, one chunk at a time, into one buffer that every chunk overwrites."""
+class _HeadGradient:
+    """The gradient of a head, summed over chunks as well as float32 would, in no more memory.
 
-    def __init__(self, hidden: Tensor, head: LMHead, dtype: torch.dtype, rows: int) -> None:
-        self.hidden, self.head = hidden, head
-        self.weight = head.weight.detach().to(dtype)
-        self.bias = None if head.bias is None else head.bias.detach().to(dtype)
-        self.buffer = hidden.new_empty(rows, head.vocab_size, dtype=dtype)
-
-    def __call__(self, part: slice) -> Tensor:
-        """Projected logits, `(rows, vocab)`, before scale and soft cap. The next call overwrites them."""
-        hidden = self.hidden[part]
-        projected = self.buffer[: hidden.shape[0]]
-        for rows in _head_rows(self.weight):
-            torch.mm(hidden, self.weight[rows].T, out=projected[:, rows])
-        return projected if self.bias is None else projected.add_(self.bias)
-
-
-def _projection_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which the model itself would project: autocast's for float32 weights, else the weight's own."""
-    if torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32:
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
-
-
-def _add_outer(total: Tensor, rest: Tensor | None, d_logits: Tensor, hidden: Tensor) -> None:
-    """total += d_logits.T @ hidden.
-
-    A `total` in a short dtype is summed as `total + rest`, where `rest` holds what rounding takes from `total`: as
-    good as float32 for a sum of such products, in no more memory, and the result needs no copy in its own dtype.
+    In bfloat16 it is the sum of `total` and `rest`, which holds what rounding takes from `total`: the result needs no
+    copy in its own dtype. In float16, whose range is too short for a sum over tokens, `total` is float32.
     """
+
+    def __init__(self, weight: Tensor) -> None:
+        wide = weight.dtype == torch.float16
+        self.total = torch.zeros_like(weight, dtype=torch.float32 if wide else None)
+        self.rest = torch.zeros_like(weight) if weight.dtype.itemsize < 4 and not wide else None
+
+
+def _add_outer(gradient: _HeadGradient, d_logits: Tensor, hidden: Tensor) -> None:
+    """gradient += d_logits.T @ hidden."""
+    total, rest = gradient.total, gradient.rest
     if total.dtype == d_logits.dtype and rest is None:
         total.addmm_(d_logits.T, hidden)
         return
-    for rows in _head_rows(total):
-        product = d_logits[:, rows].T.contiguous() @ hidden
+    for rows in head_row_slices(total):
+        product = _product(d_logits[:, rows].T.contiguous(), hidden)
         if rest is None:
             total[rows] += product
         else:
@@ -278,74 +371,139 @@ def _add_outer(total: Tensor, rest: Tensor | None, d_logits: Tensor, hidden: Ten
             rest[rows] = exact - total[rows].float()
 
 
-def _head_rows(head: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows of a head."""
-    rows = HEAD_ROWS.get(head.device.type, HEAD_ROWS_GPU)
-    return (slice(start, start + rows) for start in range(0, head.shape[0], rows))
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, in float32 where float16 could overflow."""
+    if left.dtype != torch.float16:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
 
 
-def _rows_in_place(logits, teacher_logits, labels, weights, kd, ce, plan: _Plan, need_gradient: bool) -> None:
-    """Turn a chunk's projected logits into their weighted gradient, in place; note each row's divergence and CE."""
-    limit = BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_GPU)
-    rows = max(1, limit // logits.shape[1])
+def _rows(
+    projected: ZRows,
+    finish: LogitFinish,
+    block: Block | None,
+    teacher_finish: LogitFinish,
+    tokens: _Tokens,
+    objective: _Objective,
+    gradient: ZRows | None,
+    unit: Float[Tensor, ""],
+) -> None:
+    """Note divergence and cross entropy of a chunk's tokens, a few at a time, and write d loss / d projected / unit.
+
+    Args:
+        projected: The student's projected logits, before `finish`.
+        block: The teacher's rows, before `teacher_finish`.
+        gradient: Where the gradient is written; may be `projected` itself. None: it is not needed.
+    """
+    for part in _row_slices(projected):
+        few = tokens[part]
+        z = finish(projected[part].float())
+        teacher = None if block is None else block[part]
+        d_z = _losses(z, teacher, teacher_finish, few, objective, gradient is not None)
+        if gradient is None:
+            continue
+        if finish.softcap is not None:
+            d_z.mul_(1.0 - (z / finish.softcap).square())
+        # A token without weight has no gradient, even where its loss is infinite.
+        factor = (few.weights * (finish.scale / unit))[:, None]
+        gradient[part] = torch.where(factor != 0, d_z.mul_(factor), 0.0)
+        del z, d_z  # before the next rows need their memory
+
+
+def _losses(
+    z: ZRows,
+    teacher: Block | None,
+    teacher_finish: LogitFinish,
+    tokens: _Tokens,
+    objective: _Objective,
+    with_gradient: bool,
+) -> ZRows:
+    """Note the losses of a few rows of the student's logits z; the gradient of kd_weight * D + ce_weight * CE in z."""
+    d_z = log_q = None
+    if teacher is not None:
+        value, d_z, log_q = _divergence(z, teacher, teacher_finish, objective)
+        tokens.kd.copy_(value)
+        d_z.mul_(objective.kd_weight)
+    if tokens.labels is not None:
+        log_probs = z.log_softmax(-1) if log_q is None else log_q
+        tokens.ce.copy_(-log_probs.gather(1, tokens.labels[:, None]).squeeze(1))
+        if tokens.statistics is not None:
+            tokens.statistics.entropy.copy_(-weighted(log_probs.exp(), log_probs).sum(-1))
+            tokens.statistics.correct.copy_(log_probs.argmax(-1) == tokens.labels)
+        if objective.ce_weight and with_gradient:
+            d_ce = log_probs.exp()
+            d_ce[torch.arange(len(d_ce), device=d_ce.device), tokens.labels] -= 1.0
+            alpha = objective.ce_weight
+            d_z = d_ce.mul_(alpha) if d_z is None else d_z.add_(d_ce, alpha=alpha)
+    return torch.zeros_like(z) if d_z is None else d_z
+
+
+def _row_slices(logits: Tensor) -> Iterator[slice]:
+    """Slices of a few rows each, which the processor's cache can hold."""
+    rows = max(1, BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_GPU) // logits.shape[1])
     if logits.device.type == "cpu":
         threads = torch.get_num_threads()
         rows = max(threads, rows // threads * threads)  # a row is one thread's work
-    for start in range(0, logits.shape[0], rows):
-        part = slice(start, start + rows)
-        gradient, kd[part], ce[part] = _block(
-            logits[part], teacher_logits[part], None if labels is None else labels[part], weights[part], plan
-        )
-        if need_gradient:
-            logits[part] = gradient
+    return (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
 
 
-def _block(projected, teacher_projected, labels, weights, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted gradient of a few rows with respect to the projected logits, their divergence and their CE."""
-    head, temperature = plan.student_head, plan.temperature
-    z = head.finish(projected.float())
-    vocab = z.shape[1]
-    shared = min(vocab, teacher_projected.shape[1])
-    slope_of = SLOPES.get(plan.divergence)
-    log_q = None
-    zeros = z.new_zeros(z.shape[0])
-    gradient: Tensor | None = None
-    kd = ce = zeros
-
-    if plan.kd_weight:
-        t = plan.teacher_head.finish(teacher_projected[:, :shared].float())
-        if slope_of is None:
-            kd, d_kd = _by_autograd(plan, z[:, :shared], t)
-        else:
-            log_q = (z[:, :shared] if temperature == 1 else z[:, :shared] / temperature).log_softmax(-1)
-            log_p = (t if temperature == 1 else t / temperature).log_softmax(-1)
-            kd, slope = slope_of(log_q, log_p, **plan.options)
-            d_kd = logit_gradient(log_q, slope, temperature)
-        d_kd = d_kd.mul_(plan.kd_weight)
-        gradient = d_kd if shared == vocab else torch.nn.functional.pad(d_kd, (0, vocab - shared))
-    if labels is not None:
-        same = log_q is not None and temperature == 1 and shared == vocab
-        log_probs = log_q if same else z.log_softmax(-1)
-        assert log_probs is not None
-        ce = -log_probs.gather(1, labels[:, None]).squeeze(1)
-        if plan.ce_weight:
-            d_ce = log_probs.exp()
-            d_ce[torch.arange(len(labels), device=labels.device), labels] -= 1.0
-            gradient = d_ce.mul_(plan.ce_weight) if gradient is None else gradient.add_(d_ce, alpha=plan.ce_weight)
-    if gradient is None:
-        gradient = torch.zeros_like(z)
-    if head.softcap is not None:
-        gradient.mul_(1.0 - (z / head.softcap).square())
-    factor = weights if head.scale == 1.0 else weights * head.scale
-    # A token without weight has no gradient, even where its loss is infinite.
-    gradient = torch.where(weights[:, None] != 0, gradient.mul_(factor[:, None]), 0.0)
-    return gradient, kd, ce
+def _divergence(
+    z: ZRows, block: Block, teacher_finish: LogitFinish, objective: _Objective
+) -> tuple[PerRow, ZRows, ZRows | None]:
+    """Divergence of a few rows, its gradient with respect to the student's logits z, and log softmax(z) if at hand."""
+    if isinstance(block, TopTokens):
+        value, gradient, log_q = _with_ghost_tail(z, block, objective)
+        return value, gradient, log_q if objective.temperature == 1 else None
+    vocab, shared = z.shape[1], min(z.shape[1], block.shape[1])
+    value, gradient, found = _dense(z[:, :shared], teacher_finish(block[:, :shared].float()), objective)
+    if shared < vocab:
+        return value, torch.nn.functional.pad(gradient, (0, vocab - shared)), None
+    return value, gradient, found if objective.temperature == 1 else None
 
 
-def _by_autograd(plan: _Plan, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def _dense(z: ZRows, teacher_logits: ZRows, objective: _Objective) -> tuple[PerRow, ZRows, ZRows | None]:
+    """The divergence over one vocabulary: value, gradient, and log softmax(z / temperature) if at hand."""
+    temperature = objective.temperature
+    slope_of = SLOPES.get(objective.divergence)
+    if slope_of is None:
+        return *_by_autograd(z, teacher_logits, temperature, objective), None
+    log_q, log_p = _log_softmax(z, temperature), _log_softmax(teacher_logits, temperature)
+    value, slope = slope_of(log_q, log_p, **objective.options)
+    return value, logit_gradient(log_q, slope, temperature), log_q
+
+
+def _with_ghost_tail(z: ZRows, top: TopTokens, objective: _Objective) -> tuple[PerRow, ZRows, ZRows]:
+    r"""The divergence over the listed tokens and one bucket for all the others, on both sides.
+
+    .. math:: D(Q, P), \quad Q = (q_1, \dots, q_k, 1 - \sum_i q_i), \quad P = (p_1, \dots, p_k, p_{tail})
+
+    Merging outcomes never raises a divergence of this kind: the value is at most that over the whole vocabulary.
+    With S the slopes of D(Q, P), a listed token has its own, and any other token v the share of the bucket's that it
+    has of its mass, :math:`s_v = S_{tail} \, q_v / q_{tail}`.
+    """
+    log_q = _log_softmax(z, objective.temperature)
+    # The mass of the others from themselves: 1 - sum would lose a small one.
+    log_tail = log_q.scatter(1, top.ids, -torch.inf).logsumexp(1, keepdim=True)
+    log_student = torch.cat([log_q.gather(1, top.ids), log_tail], 1)
+    log_teacher = torch.cat([top.log_probs, top.tail.log()[:, None]], 1)
+    slope_of = SLOPES.get(objective.divergence)
+    if slope_of is not None:
+        value, bucket_slope = slope_of(log_student, log_teacher, **objective.options)
+    else:  # of log-probabilities as logits: their gradient is the slope less q times its sum, which the rule cancels
+        value, bucket_slope = _by_autograd(log_student, log_teacher, 1.0, objective)
+    share = torch.where(log_tail > -torch.inf, (log_q - log_tail).exp(), 0.0)
+    slope = share.mul_(bucket_slope[:, -1:]).scatter_(1, top.ids, bucket_slope[:, :-1])
+    return value, logit_gradient(log_q, slope, objective.temperature), log_q
+
+
+def _log_softmax(logits: ZRows, temperature: float) -> ZRows:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def _by_autograd(z: ZRows, teacher_logits: ZRows, temperature: float, objective: _Objective) -> tuple[PerRow, ZRows]:
     """Value and gradient of a formula that states no slope, on a few rows."""
     with torch.enable_grad():
         leaf = z.detach()[None].requires_grad_()
-        per_token = plan.divergence(leaf, t[None], temperature=plan.temperature, **plan.options)
+        per_token = objective.divergence(leaf, teacher_logits[None], temperature=temperature, **objective.options)
         (gradient,) = torch.autograd.grad(per_token.sum(), leaf)
     return per_token.detach()[0], gradient[0]

@@ -8,12 +8,16 @@ For D(q, p) with student probabilities :math:`q = \mathrm{softmax}(z / T)`, what
 A divergence therefore states its value and its *slope* s, once, for any number of rows. `@fused_by(slope)` on the
 formula ties the two together. A formula without a slope works all the same: autograd then differentiates it, a few
 rows at a time.
+
+A divergence also declares which forms of a teacher it accepts: "dense" rows over the vocabulary, and "sparse" ones,
+some tokens and one bucket for all the others (`losses.rows`). Any sum over outcomes of a function of (q, p) accepts
+both, for a bucket is an outcome; one that ranks single tokens accepts dense rows alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,23 +28,72 @@ PerRow = Float[Tensor, " rows"]
 #: (log q, log p, **options) -> (D for each row, s)
 Slope = Callable[..., tuple[PerRow, Rows]]
 Formula = TypeVar("Formula", bound=Callable)
+#: "dense": logits or log-probabilities over the vocabulary. "sparse": some tokens, and the mass of all the others.
+Form = Literal["dense", "sparse"]
 
 SLOPES: dict[Callable, Slope] = {}
+_FORMS: dict[Callable, tuple[Form, ...]] = {}
 
 
-def fused_by(slope: Slope) -> Callable[[Formula], Formula]:
-    """Decorator of a divergence on logits: `slope` gives the same value, and s as defined above."""
+def fused_by(slope: Slope, *, forms: tuple[Form, ...] = ("dense",)) -> Callable[[Formula], Formula]:
+    """Decorator of a divergence on logits: `slope` gives the same value, and s as defined above.
+
+    Args:
+        forms: The forms of a teacher that the divergence accepts.
+    """
 
     def tie(formula: Formula) -> Formula:
         SLOPES[formula] = slope
-        return formula
+        return accepts(*forms)(formula)
 
     return tie
+
+
+def accepts(*forms: Form) -> Callable[[Formula], Formula]:
+    """Decorator of a divergence without a slope: the forms of a teacher that it accepts; dense ones without it."""
+    unknown = [form for form in forms if form not in get_args(Form)]
+    if unknown or not forms:
+        raise ValueError(f"A divergence accepts one or more of {', '.join(get_args(Form))}, got {list(forms)}.")
+
+    def note(formula: Formula) -> Formula:
+        _FORMS[formula] = forms
+        return formula
+
+    return note
+
+
+def forms_of(divergence: Callable) -> tuple[Form, ...]:
+    """The forms of a teacher that a divergence accepts."""
+    return _FORMS.get(divergence, ("dense",))
+
+
+def require_form(divergence: Callable, form: Form) -> None:
+    """Refuse a teacher whose rows the divergence cannot read.
+
+    Raises:
+        ValueError: The divergence does not accept this form.
+    """
+    forms = forms_of(divergence)
+    if form not in forms:
+        name = getattr(divergence, "__name__", repr(divergence))
+        raise ValueError(
+            f"{name} needs {' or '.join(forms)} teacher rows, but this teacher gives {form} ones. Choose a divergence "
+            f"that accepts {form} rows, or a teacher of the other form."
+        )
 
 
 def weighted(probabilities: Float[Tensor, "*shape"], values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`probabilities * values` with 0 * (anything, -inf and NaN too) = 0, as in every sum of p log p."""
     return torch.where(probabilities > 0, probabilities * values, 0.0)
+
+
+def mixture(share: float, p: Float[Tensor, "*shape"], q: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`share * p + (1 - share) * q`, at least the smallest normal number of the dtype.
+
+    Where p and q are so small that the product with a share would be 0, the logarithm of the mixture stays finite.
+    What is added is less than 1e-37 of probability in float32, far below what a sum over a vocabulary can hold.
+    """
+    return torch.clamp(share * p + (1 - share) * q, min=torch.finfo(p.dtype).tiny)
 
 
 def logit_gradient(log_q: Rows, slope: Rows, temperature: float) -> Rows:

@@ -8,62 +8,81 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-#: Families that *multiply* by `logits_scaling`; Granite and its kin divide.
-_MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+#: Families that *multiply* by `logits_scaling`; Granite and its relatives divide.
+_MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax", "hyperclovax_vision_v2")
+#: Families that scale the hidden states *before* the head, so that nothing is left to do after it.
+_SCALES_BEFORE_THE_HEAD = ("minicpm3",)
+#: Config fields that bound the logits: Gemma and most others, xLSTM, RecurrentGemma.
+_SOFTCAP_FIELDS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+#: Config fields that multiply the projection: Cohere, MuseGlimmer, FalconH1.
+_SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
-@dataclass
-class LMHead:
-    """What turns hidden states into logits: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
+@dataclass(frozen=True)
+class LogitFinish:
+    """What a model does to the head's projection: `softcap * tanh(scale * projected / softcap)`.
 
     Args:
-        weight: `(vocab, hidden)`.
-        bias: `(vocab,)` or None.
         scale: Multiplies the projection (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         softcap: Bound of the logits (Gemma's `final_logit_softcapping`), or None.
     """
 
-    weight: Float[Tensor, "vocab hidden"]
-    bias: Float[Tensor, " vocab"] | None = None
     scale: float = 1.0
     softcap: float | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
-
-    def finish(self, projected: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-        """Scale and cap a projection that has its bias already. May overwrite `projected`."""
+    def __call__(self, projected: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+        """Scale and cap a projection that already includes the bias."""
         if self.scale != 1.0:
             projected = projected * self.scale
         if self.softcap is not None:
             projected = torch.tanh(projected / self.softcap) * self.softcap
         return projected
 
+
+@dataclass
+class LMHead:
+    """A plain linear head: `finish(hidden @ weight.T + bias)`.
+
+    Args:
+        weight: `(vocab, hidden)`.
+        bias: `(vocab,)` or None.
+        finish: Scale and soft cap of the logits.
+    """
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None = None
+    finish: LogitFinish = LogitFinish()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
     def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits in the dtype of the head, as the model itself gives them."""
+        """Logits in the dtype of the head, as the model itself computes them."""
         return self.finish(nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
     def detach(self) -> LMHead:
-        return LMHead(
-            self.weight.detach(), None if self.bias is None else self.bias.detach(), self.scale, self.softcap
-        )
+        return LMHead(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.finish)
+
+    def clone(self) -> LMHead:
+        return LMHead(self.weight.clone(), None if self.bias is None else self.bias.clone(), self.finish)
 
 
-def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """How a model's config says that projected logits are scaled and capped; `(1.0, None)` for most models."""
+def logit_finish(model: Any) -> LogitFinish:
+    """How a model's config says that projected logits are scaled and capped; nothing for most models."""
+    config = causal_lm_of(model).config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(text, "final_logit_softcapping", None)
-    for field in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+    softcap = next((cap for field in _SOFTCAP_FIELDS if (cap := getattr(text, field, None)) is not None), None)
+    for field in _SCALE_FIELDS:
         if getattr(text, field, None) is not None:
-            return float(getattr(text, field)), softcap
+            return LogitFinish(float(getattr(text, field)), softcap)
     scaling = getattr(text, "logits_scaling", None)
-    if scaling is not None:
-        return (scaling if text.model_type in _MULTIPLIES_BY_LOGITS_SCALING else 1.0 / scaling), softcap
-    return 1.0, softcap
+    if scaling is None or text.model_type in _SCALES_BEFORE_THE_HEAD:
+        return LogitFinish(1.0, softcap)
+    return LogitFinish(scaling if text.model_type in _MULTIPLIES_BY_LOGITS_SCALING else 1.0 / scaling, softcap)
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -94,8 +113,13 @@ def head_rows(model: nn.Module) -> int:
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
+def vocabulary_size(model: Any) -> int:
+    """Vocabulary entries according to the config."""
+    return causal_lm_of(model).config.get_text_config().vocab_size
+
+
 def is_plain_head(head: nn.Module) -> bool:
-    """True for an unadapted, unquantised linear layer, whose weight alone tells what it computes."""
+    """True for an unadapted, unquantized linear layer, whose weight alone tells what it computes."""
     return type(head) is nn.Linear and head.weight.is_floating_point()
 
 
@@ -103,47 +127,65 @@ def head_of(model: nn.Module) -> LMHead:
     """Describe a model's plain linear head. Its parameters are the model's own, not copies.
 
     Raises:
-        ValueError: the head is adapted, quantised or no linear layer.
+        ValueError: the head is adapted, quantized or not a linear layer.
     """
     head = head_module(model)
     if not is_plain_head(head):
         raise ValueError(
             f"A plain linear head is needed, got {type(head).__name__}. Leave the head out of the adapter's target "
-            "modules and of quantisation."
+            "modules and of quantization."
         )
-    return LMHead(head.weight, head.bias, *logit_scale_and_softcap(causal_lm_of(model).config))
+    return LMHead(head.weight, head.bias, logit_finish(model))
+
+
+#: Heads whose forward is replaced at this moment -> the forward that stood there before.
+_OWN_FORWARD: dict[int, Callable[[Tensor], Tensor]] = {}
 
 
 @contextmanager
 def head_replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While the block runs, `head(hidden)` calls `forward(hidden)`; all wrappers and hooks around it stay in place.
 
-    A loss computed there sees the head's weights whole, also where FSDP or ZeRO-3 gathers them only for this moment.
+    A loss computed there sees the head's weights whole, even where FSDP, ZeRO-3 or the offloading hooks of accelerate
+    bring them to the device only for this moment. `own_forward(head)` still computes the head's own output.
     """
-    head.forward = forward  # type: ignore[method-assign, assignment]
+    # accelerate stores its hook in the instance's `forward`, which calls `_old_forward` between moving the inputs and
+    # weights to the device and moving them away again: entering there keeps all of that.
+    place = "_old_forward" if hasattr(head, "_hf_hook") and "_old_forward" in vars(head) else "forward"
+    stood_there = vars(head).get(place)
+    _OWN_FORWARD[id(head)] = getattr(head, place)
+    setattr(head, place, forward)
     try:
         yield
     finally:
-        del head.forward  # the class's own forward shows again
+        del _OWN_FORWARD[id(head)]
+        if stood_there is None:
+            delattr(head, place)  # the class's own forward shows again
+        else:
+            setattr(head, place, stood_there)
 
 
-@torch.no_grad()
-def head_is_understood(model: nn.Module, input_ids: Int[Tensor, "batch length"]) -> bool:
-    """Whether a model's plain head, as described here, gives the model's own logits on the first tokens of a batch.
+def own_forward(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the head itself computes, adapters included, also while `head_replaced` has something else in its place."""
+    return _OWN_FORWARD.get(id(head), head)
 
-    Where it does not (a family that treats its logits in a way of its own), losses have to take the model's logits.
+
+def run_to_head(model: nn.Module, read: Callable[[Tensor], Tensor | None], **inputs: Any) -> Any:
+    """One forward of the whole model in which `read(hidden)` stands in for the output head, so no logits are built.
+
+    Args:
+        read: Called with the head's input, `(batch, length, hidden)`, at a moment when the head's weights are whole
+            and on the device. May return a tensor that takes the place of the logits, for wrappers that follow the
+            output back to the parameters; None puts the first hidden unit there.
+        inputs: The model's inputs.
+
+    Returns:
+        The model's output, whose `logits` mean nothing.
     """
-    head = head_module(model)
-    if not is_plain_head(head):
-        return False
-    scale, softcap = logit_scale_and_softcap(causal_lm_of(model).config)
-    described: list[Tensor] = []
 
-    def compare(hidden: Tensor) -> Tensor:
-        described.append(LMHead(head.weight, head.bias, scale, softcap).logits(hidden))
-        return type(head).forward(head, hidden)
+    def instead(hidden: Tensor) -> Tensor:
+        stand_in = read(hidden)
+        return hidden[..., :1] if stand_in is None else stand_in
 
-    with head_replaced(head, compare):
-        logits = model(input_ids=input_ids[:1, :8], use_cache=False).logits
-    size = logits.float().abs().max().clamp(min=1e-3)
-    return bool(((logits.float() - described[-1].float()).abs().max() / size) < 1e-2)
+    with head_replaced(head_module(model), instead):
+        return model(**inputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.repository import file_of, local_folder
 
 
@@ -16,10 +17,8 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
     """`"bfloat16"` -> `torch.bfloat16`; None and "auto" keep the dtype of the checkpoint."""
     if name is None or name == "auto":
         return "auto"
-    if isinstance(name, torch.dtype):
-        return name
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    found = dtype_by_name(name)
+    if found is None:
         raise ValueError(f"`dtype` has to be auto, float32, bfloat16 or float16, got {name!r}.")
     return found
 

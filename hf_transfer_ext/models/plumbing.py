@@ -1,59 +1,125 @@
-"""Hidden states and logits of a loaded model, whether its weights are sharded, and its adapters switched."""
+"""A loaded model from outside: hidden states and logits, evaluation mode, sharding, adapters, the padding token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.models.heads import causal_lm_of, head_module, head_replaced, logit_scale_and_softcap
+from hf_transfer_ext.models.heads import (
+    causal_lm_of,
+    head_module,
+    head_of,
+    head_replaced,
+    is_plain_head,
+    logit_finish,
+    own_forward,
+    run_to_head,
+    vocabulary_size,
+)
+from hf_transfer_ext.registry import unknown_name
 
 Rows = Float[Tensor, "rows hidden"]
-
-
 RowLogits = Float[Tensor, "rows vocab"]
+
+#: The name under which the base model, with all adapters off, is asked for in place of an adapter.
+BASE = "base"
 
 
 def output_head(model: Any) -> Callable[[Rows], RowLogits]:
-    """Hidden rows -> logits, as the model's own forward does: head (adapted or not), bias, logit scale, soft cap."""
-    head = head_module(model)
-    scale, softcap = logit_scale_and_softcap(causal_lm_of(model).config)
-
-    def project(rows: Rows) -> RowLogits:
-        # The class's own forward: the instance's may stand replaced at this moment.
-        logits = type(head).forward(head, rows).float() * scale
-        return torch.tanh(logits / softcap) * softcap if softcap else logits
-
-    return project
-
-
-def vocabulary_size(model: Any) -> int:
-    config: Any = causal_lm_of(model).config
-    return config.get_text_config().vocab_size
+    """Hidden rows -> float32 logits, as the model's own forward computes them: head, adapters, scale, soft cap."""
+    head, finish = head_module(model), logit_finish(model)
+    return lambda rows: finish(own_forward(head)(rows).float())
 
 
 def hidden_states(model: Any, **inputs: Any) -> tuple[Any, Any]:
     """(input of the output head, the model's output): one whole forward of the model, without its logits."""
-    kept: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> Tensor:
-        kept.append(hidden)
-        return hidden[..., :1]  # stands where the logits would; nobody reads it
-
-    with head_replaced(head_module(model), keep):
-        output = model(**inputs)
-    return kept[-1], output
+    found: list[Tensor] = []
+    output = run_to_head(model, found.append, **inputs)
+    return found[-1], output
 
 
-def is_sharded(model: Any) -> bool:
-    """Whether weights are whole only within the forward of the model, as under FSDP and ZeRO-3."""
-    parameter = next(iter(model.parameters()))
-    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
+def is_sharded(model: Any = None, accelerator: Accelerator | None = None) -> bool:
+    """Whether weights are whole only within the forward of their module, as under FSDP and ZeRO-3.
+
+    Args:
+        model: A model that may be sharded already.
+        accelerator: The one that is going to shard, or has sharded, what it prepares.
+    """
+    if accelerator is not None:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            return True
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return accelerator.state.deepspeed_plugin.zero_stage == 3
+    parameter = None if model is None else next(iter(model.parameters()), None)
+    return parameter is not None and (
+        hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
+    )
+
+
+@contextmanager
+def evaluation_mode(*models: Any) -> Iterator[None]:
+    """Dropout off within the block; every module's training flag is as before afterwards."""
+    training = [module for model in models if model is not None for module in model.modules() if module.training]
+    for model in models:
+        if model is not None:
+            model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def probing(model: Any) -> Iterator[None]:
+    """For a try that must leave no trace: evaluation mode, no gradients, and the random state as before afterwards."""
+    devices = [parameter.device for parameter in islice(model.parameters(), 1) if parameter.is_cuda]
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
+        yield
+
+
+def head_is_understood(model: Any, *, plain: bool = True) -> bool:
+    """Whether hidden states, head and `logit_finish` give the model's own logits, tried on a few tokens.
+
+    transformers writes what follows the head into each model's forward. Where the steps are not known, losses and
+    scores have to take the model's own logits.
+
+    Args:
+        plain: The head also has to be a plain linear layer, whose weight a loss can apply by itself.
+    """
+    head = head_module(model)
+    if plain and not is_plain_head(head):
+        return False
+    finish = logit_finish(model)
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device="cpu" if device.type == "meta" else device)[None] % vocabulary_size(model)
+    found: list[tuple[Tensor, torch.dtype]] = []
+
+    def compare(hidden: Tensor) -> Tensor:
+        projected = own_forward(head)(hidden)
+        described = head_of(model).logits(hidden) if plain else finish(projected.float())
+        found.append((described.float(), projected.dtype))
+        return projected
+
+    try:
+        with probing(model), head_replaced(head, compare):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    except (AttributeError, TypeError, NotImplementedError, IndexError):
+        return False  # the model is called, or gives its logits, in another way
+    if not found or found[-1][0].shape != logits.shape:
+        return False
+    described, dtype = found[-1]
+    error = (logits - described.to(logits.device)).abs().max() / logits.abs().max().clamp(min=1e-3)
+    return bool(error < (1e-3 if dtype == torch.float32 else 1e-2))
 
 
 def attention_span(model: Any) -> float:
@@ -63,31 +129,18 @@ def attention_span(model: Any) -> float:
     return min((span for span in spans if span), default=math.inf)
 
 
-@torch.no_grad()
-def head_is_faithful(model: Any) -> bool:
-    """Whether hidden states + `output_head` give the model's own logits, tried on three tokens.
-
-    Transformers writes what follows the head into each model's forward; a model whose steps are not known, or whose
-    weights are whole only within its own forward (FSDP, ZeRO-3), is scored from its own logits.
-    """
-    if is_sharded(model):
-        return False
-    ids = torch.arange(1, 4, device=next(model.parameters()).device)[None] % vocabulary_size(model)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    try:
-        own = model(**inputs).logits.float()
-        hidden, _ = hidden_states(model, **inputs)
-        mine = output_head(model)(hidden[0])
-    except (AttributeError, TypeError, NotImplementedError, IndexError):
-        return False
-    return torch.allclose(mine, own[0], rtol=1e-3, atol=1e-3)
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills up batches: the padding token, else the end of sequence, else 0. It is always masked."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in ids if token is not None)
 
 
 @contextmanager
 def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
     """Within the block `model` works with `adapter`: a name, "base" for none at all, None for what is active.
 
-    Nothing is loaded or copied; afterwards the adapter, and which weights are trainable, is as before.
+    Nothing is loaded or copied. Afterwards the active adapters, and which weights are trainable, are as before, also
+    when the block raises.
 
     Raises:
         ValueError: The model has no such adapter.
@@ -95,20 +148,38 @@ def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
     if adapter is None:
         yield
         return
+    check_adapter(model, adapter)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before, named = list(model.active_adapters), model.active_adapter
+    try:
+        if adapter == BASE:
+            with model.disable_adapter():
+                yield
+        else:
+            _switch(model, [adapter])
+            yield
+    finally:
+        if adapter != BASE:
+            _switch(model, before)
+            model.active_adapter = named
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+
+
+def check_adapter(model: Any, adapter: str) -> None:
+    """Refuse the name of an adapter that the model does not carry; "base" is none, and always there."""
     if not hasattr(model, "peft_config"):
-        raise ValueError(f"Adapter {adapter!r} was asked for, but {type(model).__name__} is not a PeftModel.")
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    if adapter == "base":
-        with model.disable_adapter():
-            yield
+        raise ValueError(
+            f"Adapter {adapter!r} was asked for, but {type(model).__name__} is not a PeftModel. Load the adapter onto "
+            "it with `PeftModel.from_pretrained(model, path)` or `model.load_adapter(path, adapter_name=...)`."
+        )
+    if adapter != BASE and adapter not in model.peft_config:
+        raise ValueError(unknown_name("adapter", adapter, [*model.peft_config, BASE]))
+
+
+def _switch(model: Any, adapters: list[str]) -> None:
+    """Make these adapters the active ones; several at once where the method of PEFT allows it."""
+    if len(adapters) == 1:
+        model.set_adapter(adapters[0])
     else:
-        if adapter not in model.peft_config:
-            raise ValueError(f"There is no adapter {adapter!r}. Loaded: {', '.join(model.peft_config)}, base.")
-        before = model.active_adapter
-        model.set_adapter(adapter)
-        try:
-            yield
-        finally:
-            model.set_adapter(before)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
+        model.base_model.set_adapter(adapters)

@@ -13,15 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer
+from hf_transfer_ext.models.heads import vocabulary_size
 from hf_transfer_ext.models.plumbing import (
     RowLogits,
     active_adapter,
     attention_span,
-    head_is_faithful,
+    head_is_understood,
     hidden_states,
     is_sharded,
     output_head,
-    vocabulary_size,
 )
 
 #: Logits that exist at one time, in entries (16 MB of float32): chunks of tokens are cut to fit, for any vocabulary.
@@ -294,7 +294,7 @@ class Scorer:
     def splits(self, model: Any) -> bool:
         """Whether hidden states and head can be called apart; if not, whole logits of one sequence at a time."""
         if id(model) not in self._faithful:
-            self._faithful[id(model)] = head_is_faithful(model)
+            self._faithful[id(model)] = not is_sharded(model) and head_is_understood(model, plain=False)
         return self._faithful[id(model)]
 
     def shares_prompts(self, model: Any) -> bool:

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from hf_transfer_ext.models.heads import (
-    LMHead,
-    causal_lm_of,
+from hf_transfer_ext.losses.rows import HeadRows, LogitRows
+from hf_transfer_ext.losses.slopes import Form
+from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_module, head_of, run_to_head
+from hf_transfer_ext.models.plumbing import (
+    BASE,
+    active_adapter,
+    check_adapter,
+    evaluation_mode,
     head_is_understood,
-    head_module,
-    head_replaced,
-    logit_scale_and_softcap,
+    is_sharded,
 )
+from hf_transfer_ext.teachers.signal import TeacherSignal
+from hf_transfer_ext.tensors import Mask, predicting_rows
 
-#: Model inputs that a teacher must see as the student does: packed batches tell their documents apart by these.
-SHARED_INPUTS = (
-    "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-    "seq_idx", "token_type_ids",
+#: What the student is called with that says how it is to run, and not what it reads.
+_HOW_TO_RUN = (
+    "labels", "shift_labels", "use_cache", "output_router_logits", "return_dict", "num_items_in_batch",
 )  # fmt: skip
-
-
-@dataclass
-class TeacherSignal:
-    """What a teacher says of a batch: hidden states and the head that reads them, or logits where no head can be had.
-
-    Args:
-        hidden: `(batch, length, teacher_hidden)`, or None.
-        head: The head for `hidden`, or None.
-        logits: `(batch, length, vocab)` where `hidden` is None.
-    """
-
-    hidden: Float[Tensor, "batch length teacher_hidden"] | None = None
-    head: LMHead | None = None
-    logits: Float[Tensor, "batch length vocab"] | None = None
+#: Text of a batch told in another way, which a model may do without: a mask made of these reaches all layers.
+_OPTIONAL = (
+    "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "token_type_ids",
+    "mm_token_type_ids",
+)  # fmt: skip
 
 
 class LiveTeacher:
@@ -53,114 +46,120 @@ class LiveTeacher:
         fused: False to give logits in any case; else hidden states, where the head is one that a loss can apply.
     """
 
-    _fused: bool | None  # None until the first batch has shown it
+    form: Form = "dense"
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, *, fused: bool = True) -> None:
         model.requires_grad_(False)
-        self.sharded = shards_parameters(accelerator)
         self.model = prepare_frozen(model, accelerator)
-        self._fused = None if fused else False
+        self._remember(accelerator, fused)
+
+    def _remember(self, accelerator: Accelerator, fused: bool) -> None:
+        self.sharded = is_sharded(accelerator=accelerator)
+        self._fused = None if fused else False  # None until the first batch has shown it
         self._head: LMHead | None = None
 
-    def model_for(self, student: nn.Module) -> nn.Module:
-        """The wrapped module to call; `student` is the wrapped student, for teachers that live on it."""
-        return self.model
-
     @contextmanager
-    def speaking(self, student: nn.Module) -> Iterator[nn.Module]:
-        """The teacher's module, in eval mode and without gradients."""
+    def running(self, student: nn.Module) -> Iterator[nn.Module]:
+        """The teacher's module, in eval mode and without gradients.
+
+        Args:
+            student: The wrapped student, for teachers that live on it.
+        """
         self.model.eval()
         with torch.no_grad():
             yield self.model
 
-    def signal(self, student: nn.Module, inputs: dict[str, Any]) -> TeacherSignal:
-        """The teacher's view of a batch of the student's inputs."""
-        with self.speaking(student) as model:
-            shared = {name: inputs[name] for name in SHARED_INPUTS if name in inputs}
-            head = head_module(model)
+    def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
+        """The teacher's distribution at the student's labeled tokens; see `Teacher.signal`."""
+        with self.running(student) as model:
+            shared = {**inputs_for(model, student, inputs), "use_cache": False}
             if self._fused is None:
-                self._fused = head_is_understood(model, inputs["input_ids"])
+                self._fused = head_is_understood(model)
             if not self._fused:
-                return TeacherSignal(logits=model(**shared, use_cache=False).logits)
-            hidden = self._hidden_states(model, head, shared)
-            return TeacherSignal(hidden=hidden, head=self._head)
+                return TeacherSignal(LogitRows(predicting_rows(model(**shared).logits, mask)))
+            found: list[HeadRows] = []
 
-    def _hidden_states(self, model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        kept: list[Tensor] = []
+            def read(hidden: Tensor) -> None:
+                found.append(HeadRows(predicting_rows(hidden, mask), self._head_inside(model)))
 
-        def keep(hidden: Tensor) -> Tensor:
-            kept.append(hidden)
-            if self._head is None:
-                self._head = self._describe(model, head)
-            return hidden[..., :1]  # a stand-in for logits that nobody reads
+            run_to_head(model, read, **shared)
+            return TeacherSignal(found[-1])
 
-        with head_replaced(head, keep):
-            model(**inputs, use_cache=False)
-        return kept[-1]
-
-    def _describe(self, model: nn.Module, head: Any) -> LMHead:
-        """The head as it is inside its own forward, where sharded weights are whole; these are copied, once."""
-        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    def _head_inside(self, model: nn.Module) -> LMHead:
+        """The head as it is inside its own forward, where its weights are whole and on the device."""
+        if self._head is not None:
+            return self._head
+        head = head_of(model).detach()
         if self.sharded:
-            weight, bias = weight.clone(), None if bias is None else bias.clone()
-        return LMHead(weight, bias, *logit_scale_and_softcap(causal_lm_of(model).config))
+            head = head.clone()  # its weights are taken away again: copied, once
+        if not is_offloaded(head_module(model)):  # else it lives for this batch alone
+            self._head = head
+        return head
 
 
 class AdapterTeacher(LiveTeacher):
-    """A teacher that is an adapter on the student's own base: the adapter is switched, no second model is held.
+    """A teacher on the student's own base: another adapter, or the base with adapters off. No second model is held.
 
     Args:
-        student: A `PeftModel` that holds both adapters, unwrapped.
-        adapter: The teacher's adapter name.
+        student: A `PeftModel` that holds the student's adapter and the teacher's, unwrapped.
+        adapter: The teacher's adapter name, or "base".
     """
 
     def __init__(self, student: Any, adapter: str, accelerator: Accelerator, *, fused: bool = True) -> None:
-        names = list(getattr(student, "peft_config", {}))
-        if not names:
-            raise ValueError(
-                f"A teacher adapter needs a PEFT student that carries it, got {type(student).__name__}. Load the "
-                "teacher's adapter beside the student's with `model.load_adapter(path, adapter_name=...)`."
-            )
-        if adapter not in names:
-            raise ValueError(f"The student has no adapter {adapter!r}. It has: {', '.join(names)}.")
+        check_adapter(student, adapter)
         active = list(student.active_adapters)
         if adapter in active:
             raise ValueError(
                 f"Adapter {adapter!r} is the teacher and the active adapter of the student at once. Add a second "
                 "adapter for the student and make it the active one with `model.set_adapter(...)`."
             )
-        self.sharded = shards_parameters(accelerator)
         self.peft: Any = student
         self.adapter = adapter
-        self._fused = None if fused else False
-        self._head = None
-        for name, parameter in student.named_parameters():
-            if f".{adapter}." in name:
-                parameter.requires_grad_(False)
+        self._remember(accelerator, fused)
+        if adapter == BASE:
+            return
+        if student.peft_config[adapter].is_prompt_learning:
+            student.prompt_encoder[adapter].requires_grad_(False)
+        else:
+            student.set_requires_grad(adapter, requires_grad=False)
 
     @contextmanager
-    def speaking(self, student: nn.Module) -> Iterator[nn.Module]:
-        training, trained = self.peft.training, list(self.peft.active_adapters)
-        asked = {name: p.requires_grad for name, p in self.peft.named_parameters()}
-        self.peft.eval()
-        self.peft.base_model.set_adapter(self.adapter)
-        try:
-            with torch.no_grad():
-                yield student
-        finally:
-            self.peft.base_model.set_adapter(trained)
-            for name, parameter in self.peft.named_parameters():
-                parameter.requires_grad_(asked[name])
-            self.peft.train(training)
+    def running(self, student: nn.Module) -> Iterator[nn.Module]:
+        with torch.no_grad(), evaluation_mode(self.peft), active_adapter(self.peft, self.adapter):
+            yield student
 
 
-def shards_parameters(accelerator: Accelerator) -> bool:
-    """Whether parameters are whole only inside their module's forward (FSDP, ZeRO-3)."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return True
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
-    return False
+def inputs_for(teacher: nn.Module, student: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the teacher is called with: everything that the student reads.
+
+    Raises:
+        ValueError: The student reads something (images, say) that the teacher does not take.
+    """
+    causal = causal_lm_of(teacher)
+    parameters = inspect.signature(type(causal).forward).parameters
+    read_by_student = inspect.signature(type(causal_lm_of(student)).forward).parameters
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    shared, unread = {}, []
+    for name, value in inputs.items():
+        if name in _HOW_TO_RUN:
+            continue
+        if name in read_by_student and name not in parameters and name not in _OPTIONAL:
+            unread.append(name)
+        elif name in parameters or takes_more:
+            shared[name] = value
+    if unread:
+        raise ValueError(
+            f"The student reads {', '.join(unread)}, which the teacher {type(causal).__name__} does not take. Distil "
+            "from a teacher that reads the same inputs, or leave these columns out of the data."
+        )
+    return shared
+
+
+def is_offloaded(head: nn.Module) -> bool:
+    """Whether a head's weights are on the device only while it runs (`device_map` with CPU or disk offload)."""
+    return any(parameter.is_meta for parameter in head.parameters()) or bool(
+        getattr(getattr(head, "_hf_hook", None), "offload", False)
+    )
 
 
 def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:

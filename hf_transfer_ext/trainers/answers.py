@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from hf_transfer_ext.data.forget_retain import ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.models.plumbing import pad_token_id
 
 
 def train_on_answers(
@@ -26,8 +27,7 @@ def train_on_answers(
     in unlearning and evaluation: one tokenisation of prompt and answer for all three.
     """
     pairs = ForgetRetainPairs(examples, None, tokenizer, template=template, columns=columns)
-    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    collate = forget_retain_collator(next(token for token in pad_ids if token is not None))
+    collate = forget_retain_collator(pad_token_id(tokenizer))
 
     def flat(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = collate(samples)["forget"]

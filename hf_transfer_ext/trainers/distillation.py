@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
@@ -26,20 +27,14 @@ from hf_transfer_ext.data.text import fit_context, require_labels
 from hf_transfer_ext.data.vocabularies import compare_vocabularies
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_linear_divergence
-from hf_transfer_ext.models.heads import (
-    LMHead,
-    causal_lm_of,
-    head_is_understood,
-    head_module,
-    head_replaced,
-    head_rows,
-    is_plain_head,
-)
-from hf_transfer_ext.models.heads import logit_scale_and_softcap as scale_and_softcap
+from hf_transfer_ext.losses.slopes import Form, require_form
+from hf_transfer_ext.models.heads import causal_lm_of, head_of, head_rows, run_to_head
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
+from hf_transfer_ext.models.plumbing import head_is_understood
 from hf_transfer_ext.registry import unknown_name
-from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher, TeacherSignal
-from hf_transfer_ext.tensors import next_token_targets
+from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
+from hf_transfer_ext.teachers.signal import Teacher
+from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 
 logger = logging.getLogger(__name__)
@@ -52,16 +47,17 @@ class DistillationConfig(SFTConfig):
     Args:
         loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...
         loss_options: The divergence's own options, such as `{"beta": 0.3}` of generalized_jsd.
-        distill_temperature: Divides both models' logits in the divergence, > 0. It is no sampling temperature, and
+        distill_temperature: Divides both models' logits in the divergence, > 0. It is not a sampling temperature, and
             the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
         kd_weight: Factor of the divergence from the teacher, >= 0.
         ce_weight: Factor of the cross entropy with the labels, >= 0. Both factors are taken as they are.
         teacher_model_name_or_path: A local folder or Hub id; not needed where the trainer is given a teacher.
         teacher_revision: Hub revision of the teacher.
         teacher_dtype: "auto", "float32", "bfloat16", ...
-        teacher_adapter: Name of an adapter on the student's own PEFT model that is the teacher; no second model then.
+        teacher_adapter: Name of an adapter on the student's own PEFT model that is the teacher, or "base" for its base
+            with adapters off; no second model then.
         fused: Project to the vocabulary a chunk of tokens at a time, and never build full logits. Heads that are
-            adapted or quantised take the way over full logits in any case.
+            adapted or quantized use full logits in any case.
         drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
             refusing them.
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
@@ -101,6 +97,23 @@ class DistillationConfig(SFTConfig):
             raise ValueError(
                 "Name one teacher: `teacher_adapter` (on the student's own model) or `teacher_model_name_or_path`."
             )
+        if self.teacher_form is not None:
+            require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but cross entropy is not smoothed here: "
+                "the teacher's distribution takes that part. Leave it at 0."
+            )
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"`loss_type` is {self.loss_type!r}, a loss of SFTTrainer that is not used here. Choose a divergence "
+                "with `loss`, and the share of plain cross entropy with `ce_weight`."
+            )
+
+    @property
+    def teacher_form(self) -> Form | None:
+        """The form of the rows of the teacher that the config names; None where it names none."""
+        return "dense" if self.teacher_adapter or self.teacher_model_name_or_path else None
 
 
 def cpu_computes_in_bf16() -> bool:
@@ -134,17 +147,21 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
 
 
 class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
-    """Minimise `kd_weight * D(student, teacher) + ce_weight * CE` per labelled token, on fixed data.
+    """Minimize `kd_weight * D(student, teacher) + ce_weight * CE` per labelled token, on fixed data.
 
     Args:
         model: Student: a model, a `PeftModel`, a path or a Hub id.
-        teacher: A model, a path or a Hub id; None where the config names the teacher, or `kd_weight` is 0.
+        teacher: A model, a path or a Hub id, or anything that is a `Teacher`; None where the config names the
+            teacher, or `kd_weight` is 0.
         args: `DistillationConfig`.
         teacher_processing_class: The teacher's tokenizer, to compare vocabularies; loaded from the teacher's path
             where it is given by one.
         kwargs: Everything else that `SFTTrainer` takes.
 
-    Logs `kd` and `ce`, nats per labelled token, beside `loss`; in evaluation as `eval_kd`, `eval_ce`.
+    Logs the parts of the loss, `kd` and `ce` in nats per labeled token, and what SFTTrainer logs: `entropy` of the
+    student in nats, `mean_token_accuracy`, `num_tokens` read so far. All are means over the tokens since the last log
+    line, on all processes; in evaluation over the whole set, as `eval_kd`, ... or `eval_<name>_kd`, ... of several
+    sets. There `eval_loss` is a mean over tokens as well, `kd_weight * eval_kd + ce_weight * eval_ce`.
     """
 
     _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
@@ -166,38 +183,55 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
     ) -> None:
         args = args or DistillationConfig()
         refuse_empty(train_dataset)
-        teacher = teacher if teacher is not None else args.teacher_model_name_or_path
-        if teacher is None and args.teacher_adapter is None and args.kd_weight > 0:
+        if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
-                "Distillation needs a teacher: pass `teacher=`, or set `teacher_model_name_or_path` or "
-                "`teacher_adapter`. (With `kd_weight=0` there is none, and this is plain fine-tuning.)"
+                "`compute_loss_func` cannot be used here: the loss is computed inside the model's head, from `loss`, "
+                "`kd_weight` and `ce_weight`. Register a divergence with `@DISTILLATION_LOSSES.register`, or override "
+                "`compute_loss`."
             )
+        teacher = one_teacher(teacher, args)
         if isinstance(model, (str, Path)):
-            model = load_model(model, dtype="float32")
+            model, tokenizer = load_student(model, args, kwargs.pop("quantization_config", None))
+            processing_class = processing_class or tokenizer
+        elif args.model_init_kwargs is not None or kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "`model_init_kwargs` and `quantization_config` say how to load a model, but the student is loaded "
+                "already. Give its path, or leave them out."
+            )
         if processing_class is None:
             processing_class = load_tokenizer(model.config.name_or_path)
         if isinstance(teacher, (str, Path)):
             if teacher_processing_class is None:
                 teacher_processing_class = load_tokenizer(teacher, revision=args.teacher_revision)
             teacher = load_model(teacher, revision=args.teacher_revision, dtype=args.teacher_dtype)
-        if teacher is not None and args.kd_weight > 0:
+        teaches = isinstance(teacher, nn.Module) and args.kd_weight > 0
+        if teaches:
+            teacher_processing_class = teacher_processing_class or tokenizer_beside(teacher)
             check_vocabularies(model, teacher, processing_class, teacher_processing_class)
         for name, checked in (("student", model), ("teacher", teacher)):
-            if checked is not None:
+            if isinstance(checked, nn.Module):
                 check_length(name, checked, args.max_length)
         self._context = context_length(causal_lm_of(model))
+        self._sums: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
+        self._tokens_read = 0.0
         with _any_head_passes(model):
             super().__init__(
                 model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
             )
+        if teaches and args.chat_template_path is not None:  # which may have brought new tokens to the student
+            check_vocabularies(self.model, teacher, processing_class, teacher_processing_class)
         self.divergence = DISTILLATION_LOSSES[args.loss]
         self._fused = None if args.fused else False  # None until the first batch shows whether the head allows it
-        self.teacher: LiveTeacher | None = None
-        if args.kd_weight > 0:
-            if args.teacher_adapter is not None:
-                self.teacher = AdapterTeacher(self.model, args.teacher_adapter, self.accelerator, fused=args.fused)
-            else:
-                self.teacher = LiveTeacher(teacher, self.accelerator, fused=args.fused)
+        self.teacher = self._teacher_of(teacher) if args.kd_weight > 0 else None
+
+    def _teacher_of(self, teacher: Any) -> Teacher:
+        if self.args.teacher_adapter is not None:
+            return AdapterTeacher(self.model, self.args.teacher_adapter, self.accelerator, fused=self.args.fused)
+        if isinstance(teacher, nn.Module):
+            refuse_shared_weights(self.model, teacher)
+            return LiveTeacher(teacher, self.accelerator, fused=self.args.fused)
+        require_form(self.divergence, teacher.form)
+        return teacher
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
@@ -219,101 +253,201 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             inputs["output_router_logits"] = True
         targets, mask = next_token_targets(inputs.pop("labels"))
         weight = self.token_weight(mask, num_items_in_batch)
-        signal = self.teacher.signal(model, inputs) if self.teacher is not None else None
-        head = head_module(model)
-        if self._fused is None:
-            self._fused = head_is_understood(model, inputs["input_ids"])
+        signal = self.teacher.signal(model, inputs, mask) if self.teacher is not None else None
+        if signal is not None and signal.mask is not None and signal.targets is not None:
+            targets, mask = signal.targets, signal.mask
         terms = {
+            "teacher": None if signal is None else signal.rows,
+            "divergence": self.divergence,
             "weights": weight.expand(int(mask.sum())),
             "labels": targets[mask],
             "kd_weight": self.args.kd_weight,
             "ce_weight": self.args.ce_weight,
             "temperature": self.args.distill_temperature,
+            "statistics": True,
             **self.args.loss_options,
         }
-        if self._fused and (signal is None or signal.hidden is not None) and not return_outputs:
-            outputs, parts = self._loss_inside_the_head(model, head, inputs, mask, signal, terms)
+        if self._fused is None:
+            self._fused = head_is_understood(model)
+        if self._fused and not return_outputs:
+            outputs, parts = self._loss_inside_the_head(model, inputs, mask, terms)
         else:
-            outputs, parts = self._loss_on_logits(model, inputs, mask, signal, terms)
-        loss = parts.loss
+            outputs = model(**inputs)
+            parts = divergence_of_logits(predicting_rows(outputs.logits, mask), **terms)
+        # DDP and FSDP follow a model's output to the parameters that made it: all of the output leads to the loss.
+        loss = parts.loss + 0.0 * outputs.logits[..., :1].sum()
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        self._note(model, parts, mask)
+        self._note(model, inputs, parts, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_inside_the_head(
-        self,
-        model: nn.Module,
-        head: nn.Module,
-        inputs: dict[str, Any],
-        mask: Tensor,
-        signal: TeacherSignal | None,
-        terms: dict[str, Any],
+        self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, terms: dict[str, Any]
     ) -> tuple[Any, FusedLoss]:
-        """Run the student with its head replaced by the loss: no logits, and the weights whole however sharded."""
-        scale, softcap = scale_and_softcap(causal_lm_of(model).config)
+        """Run the student with the loss in place of its head: no logits, and the weights whole however sharded."""
         found: list[FusedLoss] = []
 
         def loss_of(hidden: Tensor) -> Tensor:
-            student = LMHead(head.weight, head.bias, scale, softcap)  # type: ignore[arg-type]
-            rows = hidden[:, :-1][mask]
-            if signal is not None and signal.hidden is not None and signal.head is not None:
-                teacher_rows, teacher_head = signal.hidden[:, :-1][mask], signal.head
-            else:
-                teacher_rows, teacher_head = rows.detach(), student  # not read: kd_weight is 0
-            found.append(fused_linear_divergence(rows, student, teacher_rows, teacher_head, self.divergence, **terms))
-            # Stands where the logits would. DDP and FSDP follow a model's output to the parameters that made it, so it
-            # has to lead to the loss, and through it to the head.
+            found.append(fused_linear_divergence(predicting_rows(hidden, mask), head_of(model), **terms))
+            # Stands where the logits would: it has to lead to the loss, and through it to the head.
             return hidden[..., :1] + 0.0 * found[-1].loss
 
-        with head_replaced(head, loss_of):
-            outputs = model(**inputs)
-        parts = found[-1]
-        return outputs, parts._replace(loss=parts.loss + 0.0 * outputs.logits.sum())
+        outputs = run_to_head(model, loss_of, **inputs)
+        return outputs, found[-1]
 
-    def _loss_on_logits(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        mask: Tensor,
-        signal: TeacherSignal | None,
-        terms: dict[str, Any],
-    ) -> tuple[Any, FusedLoss]:
-        outputs = model(**inputs)
-        rows = outputs.logits[:, :-1][mask]
-        teacher_rows = rows.detach()
-        if signal is not None:
-            if signal.logits is not None:
-                teacher_rows = signal.logits[:, :-1][mask]
-            elif signal.hidden is not None and signal.head is not None:
-                teacher_rows = signal.head.logits(signal.hidden[:, :-1][mask])
-        parts = divergence_of_logits(rows, teacher_rows, self.divergence, **terms)
-        return outputs, parts._replace(loss=parts.loss + 0.0 * outputs.logits[..., :1].sum())
+    def _note(self, model: nn.Module, inputs: dict[str, Any], parts: FusedLoss, outputs: Any) -> None:
+        """Add a batch to the sums that the next log line, or the end of this evaluation, turns into means."""
+        read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        sums = {"tokens": len(parts.divergence), "read": read, "kd": parts.divergence, "ce": parts.cross_entropy}
+        if parts.statistics is not None:
+            sums |= {"entropy": parts.statistics.entropy, "correct": parts.statistics.correct}
+        if self.aux_loss_enabled:
+            sums |= {"aux_loss": outputs.aux_loss.detach(), "batches": 1}
+        noted = self._sums["train" if model.training else "eval"]
+        for name, values in sums.items():
+            value = values.float().sum() if isinstance(values, Tensor) else torch.tensor(float(values))
+            noted[name] = noted.get(name, 0.0) + value.to(self.args.device)
 
-    def _note(self, model: nn.Module, parts: FusedLoss, mask: Tensor) -> None:
-        """Keep the parts of the loss for the next log line, as means over this batch's labelled tokens."""
-        mode = "train" if model.training else "eval"
-        sums = torch.stack([parts.divergence.sum(), parts.cross_entropy.sum(), mask.sum().float()])
-        kd, ce, tokens = self.accelerator.gather(sums[None]).sum(0).tolist()
-        if tokens:
-            if self.args.kd_weight > 0:
-                self._metrics[mode]["kd"].append(kd / tokens)
-            self._metrics[mode]["ce"].append(ce / tokens)
+    def _means(self, mode: str) -> dict[str, float]:
+        """What was noted on all processes since the last call, as means over the labeled tokens; and forgets it."""
+        noted, self._sums[mode] = self._sums[mode], {}
+        if not noted:
+            return {}
+        names = sorted(noted)
+        gathered = self.accelerator.gather(torch.stack([noted[name] for name in names])[None]).sum(0).tolist()
+        total = dict(zip(names, gathered, strict=True))
+        tokens = max(total["tokens"], 1.0)
+        if mode == "train":
+            self._tokens_read += total["read"]
+        means = {
+            "ce": total["ce"] / tokens,
+            "entropy": total["entropy"] / tokens,
+            "mean_token_accuracy": total["correct"] / tokens,
+            "num_tokens": self._tokens_read,
+        }
+        if self.args.kd_weight > 0:
+            means["kd"] = total["kd"] / tokens
+        if "aux_loss" in total:
+            means["aux_loss"] = total["aux_loss"] / total["batches"]
+        return means
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss to a training log line, as means over all tokens since the last one."""
+        if "loss" in logs:
+            logs.update(self._means("train"))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds the parts of the loss to the metrics of this evaluation set, under its own prefix."""
+        self._sums["eval"] = {}
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means("eval")
+        if means:
+            loss = self.args.ce_weight * means["ce"] + self.args.kd_weight * means.get("kd", 0.0)
+            means["loss"] = loss + self.router_aux_loss_coef * means["aux_loss"] if "aux_loss" in means else loss
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
 
 
 @contextmanager
 def _any_head_passes(model: Any) -> Iterator[None]:
-    """Let SFTTrainer accept an adapted head: it refuses one because its own loss would pass the adapter by."""
-    adapted = hasattr(model, "peft_config") and not is_plain_head(head_module(model))
-    if adapted:
-        plain = nn.Linear(1, 1)
-        model.get_output_embeddings = lambda: plain
+    """Let SFTTrainer accept an adapted head: it refuses one because its own loss would bypass the adapter."""
+    causal, plain = causal_lm_of(model), nn.Linear(1, 1)
+    own = causal.get_output_embeddings
+
+    def shown() -> Any:
+        head = own()
+        return plain if isinstance(head, BaseTunerLayer) else head
+
+    causal.get_output_embeddings = shown
     try:
         yield
     finally:
-        if adapted:
-            del model.get_output_embeddings
+        del causal.get_output_embeddings
+
+
+def one_teacher(teacher: Any, args: DistillationConfig) -> Any:
+    """The teacher that was given or named: a model, a `Teacher`, a path, or None for an adapter of the student.
+
+    Raises:
+        ValueError: None is named, or two.
+        TypeError: It is not something that can teach.
+    """
+    named = args.teacher_model_name_or_path
+    if teacher is not None and not isinstance(teacher, (str, Path, nn.Module, Teacher)):
+        raise TypeError(
+            f"`teacher` has to be a model, a path, a Hub id or a `Teacher` (with `form` and `signal`), got "
+            f"{type(teacher).__name__}."
+        )
+    given = str(teacher) if isinstance(teacher, (str, Path)) else None
+    if isinstance(teacher, nn.Module):
+        given = causal_lm_of(teacher).config.name_or_path
+    if teacher is not None and (args.teacher_adapter is not None or (named is not None and named != given)):
+        raise ValueError(
+            f"Two teachers are named: `teacher` ({given or type(teacher).__name__!r}), and in the config "
+            f"{named or args.teacher_adapter!r}. Leave one of them out."
+        )
+    teacher = named if teacher is None else teacher
+    if teacher is None and args.teacher_adapter is None and args.kd_weight > 0:
+        raise ValueError(
+            "Distillation needs a teacher: pass `teacher=`, or set `teacher_model_name_or_path` or "
+            "`teacher_adapter`. (With `kd_weight=0` there is none, and this is plain fine-tuning.)"
+        )
+    if teacher is not None and args.kd_weight == 0:
+        logger.warning("`kd_weight` is 0: the teacher is not used, and this is plain fine-tuning.")
+    return teacher
+
+
+def load_student(path: str | Path, args: DistillationConfig, quantization_config: Any) -> tuple[Any, Any]:
+    """The student and its tokenizer, loaded as `model_init_kwargs` say, by default in float32; adapters trainable."""
+    settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **dict(args.model_init_kwargs or {})}  # type: ignore[arg-type]
+    dtype = settings.pop("torch_dtype", settings.pop("dtype", "float32"))
+    if quantization_config is not None:
+        if "quantization_config" in settings:
+            raise ValueError("`quantization_config` is given twice: to the trainer, and in `model_init_kwargs`.")
+        settings["quantization_config"] = quantization_config
+    model = load_model(path, dtype=dtype, **settings)
+    for name in getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []:
+        model.peft_config[name].inference_mode = False
+        model.set_adapter(name)  # trainable, where it was loaded for inference
+    named = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
+    return model, load_tokenizer(path, **named)
+
+
+def tokenizer_beside(teacher: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder, or the part of the Hub's cache, that a loaded teacher came from; None without one.
+
+    One with more tokens than the teacher has entries is not its own: its vocabulary was trimmed since.
+    """
+    name = causal_lm_of(teacher).config.name_or_path
+    if not name:
+        return None
+    try:
+        tokenizer = load_tokenizer(name, local_files_only=True)
+    except FileNotFoundError:
+        return None
+    return tokenizer if len(tokenizer) <= head_rows(teacher) else None
+
+
+def refuse_shared_weights(student: Any, teacher: Any) -> None:
+    """Refuse a teacher that would change, or freeze, with the student.
+
+    Raises:
+        ValueError: The student trains weights of the teacher.
+    """
+    held = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters() if not parameter.is_meta}
+    shared = [
+        name
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and parameter.numel() and parameter.untyped_storage().data_ptr() in held - {0}
+    ]
+    if shared:
+        raise ValueError(
+            f"Teacher and student share {len(shared)} tensors that are trained ({shared[0]}, ...): the teacher would "
+            "be the student itself. For an adapter's own base as the teacher, leave `teacher` out and set "
+            '`teacher_adapter="base"`; otherwise load the teacher a second time.'
+        )
 
 
 def checked_samples(dataset: Any, prepared: Any, args: DistillationConfig, context: int | None) -> Any:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_transfer_ext.files import written_aside
 from hf_transfer_ext.models.loading import load_model
-from hf_transfer_ext.teachers.live import shards_parameters
+from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
 
 
@@ -47,7 +47,7 @@ def taught(
     config.max_steps, config.learning_rate, config.output_dir = steps, learning_rate, str(folder) + ".checkpoints"
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     trainer = DistillationTrainer(teacher, None, config, dataset, tokenizer, peft_config=lora)
-    if shards_parameters(trainer.accelerator):
+    if is_sharded(accelerator=trainer.accelerator):
         raise ValueError(
             "A teacher cannot be taught under FSDP or ZeRO-3, which shard the weights that the LoRA is merged into. "
             "Fine-tune it in a run of its own and give the result as the teacher, with `teach_steps: 0`."

@@ -18,12 +18,12 @@ from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forg
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.losses.needs import asked_quantities, check_options, over
 from hf_transfer_ext.losses.unlearning import METHODS, RETAIN_LOSSES, UNLEARNING_LOSSES
-from hf_transfer_ext.models.heads import head_module, head_replaced
-from hf_transfer_ext.models.plumbing import active_adapter, output_head, vocabulary_size
+from hf_transfer_ext.models.heads import run_to_head, vocabulary_size
+from hf_transfer_ext.models.plumbing import active_adapter, is_sharded, output_head, pad_token_id
 from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer
 from hf_transfer_ext.registry import unknown_name
-from hf_transfer_ext.teachers.live import prepare_frozen, shards_parameters
-from hf_transfer_ext.tensors import next_token_targets
+from hf_transfer_ext.teachers.live import prepare_frozen
+from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 
 logger = logging.getLogger(__name__)
@@ -192,8 +192,7 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
                     f"learning_rate={args.learning_rate:g} is low for an adapter, which forgets less than full "
                     f"fine-tuning at equal settings; try {LORA_LEARNING_RATE:g} to 1e-3 and measure."
                 )
-        pad_ids = (processing_class.pad_token_id, processing_class.eos_token_id, 0)
-        self._pad_id = next(token for token in pad_ids if token is not None)
+        self._pad_id = pad_token_id(processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -205,7 +204,7 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         self.can_return_loss = True
         self.add_callback(_EpochOfPairs(train_dataset))
         self._sums: dict[str, Tensor] = {}
-        self._sharded = shards_parameters(self.accelerator)
+        self._sharded = is_sharded(accelerator=self.accelerator)
         self._refusal_ids = processing_class(args.refusal, add_special_tokens=False)["input_ids"]
         self._control: Tensor | None = None
         self.reference_model: Any = None
@@ -352,25 +351,24 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         """One forward pass through all wrappers, in which the head reads the answers' rows alone."""
         targets, mask = next_token_targets(batch["labels"])
         length = batch["labels"].shape[1]
-        head = head_module(model)
         found: dict[str, Tensor] = {}
 
-        def read(hidden: Tensor) -> Tensor:
-            rows = hidden[:, -length:][:, :-1][mask]  # virtual tokens of prompt-learning adapters stand in front
+        def read(hidden: Tensor) -> None:
+            rows = predicting_rows(hidden, mask)
             if "logits" in asked:
                 found["logits"] = output_head(model)(rows)
                 found["log_probs"] = _picked(found["logits"], targets[mask])
             else:
                 found["log_probs"] = self._chunked_log_probs(model, rows, targets[mask])
-            return hidden[..., :1]  # stands where the logits would; wrappers hang their backward hooks on it
 
-        with head_replaced(head, read):
-            outputs = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-                output_hidden_states="hidden" in asked,
-            )
+        outputs = run_to_head(
+            model,
+            read,
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            output_hidden_states="hidden" in asked,
+        )
         if "hidden" in asked:
             layer = outputs.hidden_states[self.args.hidden_layer]
             found["hidden"] = layer[:, -length:][:, 1:][mask].float()

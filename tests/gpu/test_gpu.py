@@ -13,7 +13,8 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
-from hf_transfer_ext.models.heads import LMHead
+from hf_transfer_ext.losses.rows import HeadRows, LogitRows
+from hf_transfer_ext.models.heads import LMHead, LogitFinish
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,7 +30,10 @@ def heads(device, dtype, tokens=33, width=16, vocab=1003):
     def rand(*shape):
         return torch.randn(*shape, generator=g).to(dtype).to(device)
 
-    student, teacher = LMHead(rand(vocab, width).requires_grad_(), softcap=20.0), LMHead(rand(vocab, width))
+    student, teacher = (
+        LMHead(rand(vocab, width).requires_grad_(), finish=LogitFinish(softcap=20.0)),
+        LMHead(rand(vocab, width)),
+    )
     hidden, teacher_hidden = rand(tokens, width).requires_grad_(), rand(tokens, width)
     labels, weights = torch.randint(vocab, (tokens,), generator=g), torch.rand(tokens, generator=g) / tokens
     weights[3] = 0.0
@@ -39,7 +43,7 @@ def heads(device, dtype, tokens=33, width=16, vocab=1003):
 def loss_and_gradients(device, dtype, name):
     hidden, student, teacher_hidden, teacher, labels, weights = heads(device, dtype)
     fused = fused_linear_divergence(
-        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         kd_weight=0.7, ce_weight=0.3, temperature=1.5, chunk_tokens=10,
     )  # fmt: skip
     gradients = torch.autograd.grad(fused.loss, (hidden, student.weight))
@@ -74,7 +78,7 @@ def test_the_head_gradient_in_bfloat16_is_summed_in_float32():
 
     def gradient(head, chunk):
         loss = fused_linear_divergence(
-            hidden.to(head.dtype), LMHead(head), hidden.to(head.dtype), LMHead(teacher.to(head.dtype)),
+            hidden.to(head.dtype), LMHead(head), HeadRows(hidden.to(head.dtype), LMHead(teacher.to(head.dtype))),
             DISTILLATION_LOSSES["forward_kl"], weights=weights, chunk_tokens=chunk,
         ).loss  # fmt: skip
         return torch.autograd.grad(loss, head)[0].float()
@@ -92,7 +96,9 @@ def test_logits_that_exist():
     for device in ("cpu", "cuda"):
         leaf = logits.to(device).requires_grad_()
         weights = torch.full((7,), 1 / 7, device=device)
-        loss = divergence_of_logits(leaf, teacher.to(device), DISTILLATION_LOSSES["reverse_kl"], weights=weights).loss
+        loss = divergence_of_logits(
+            leaf, LogitRows(teacher.to(device)), DISTILLATION_LOSSES["reverse_kl"], weights=weights
+        ).loss
         found.append((loss.detach().cpu(), torch.autograd.grad(loss, leaf)[0].cpu()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
 

@@ -8,7 +8,8 @@ import torch
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
-from hf_transfer_ext.models.heads import LMHead
+from hf_transfer_ext.losses.rows import HeadRows, LogitRows
+from hf_transfer_ext.models.heads import LMHead, LogitFinish
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 9, 6, 5, 23
 
@@ -19,10 +20,9 @@ def problem(dtype=torch.float32, bias=True, scale=1.0, softcap=None, vocab=VOCAB
     def rand(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    student = LMHead(
-        rand(vocab, WIDTH).requires_grad_(), rand(vocab).requires_grad_() if bias else None, scale, softcap
-    )
-    teacher = LMHead(rand(teacher_vocab, TEACHER_WIDTH), rand(teacher_vocab) if bias else None, scale, softcap)
+    finish = LogitFinish(scale, softcap)
+    student = LMHead(rand(vocab, WIDTH).requires_grad_(), rand(vocab).requires_grad_() if bias else None, finish)
+    teacher = LMHead(rand(teacher_vocab, TEACHER_WIDTH), rand(teacher_vocab) if bias else None, finish)
     hidden, teacher_hidden = rand(tokens, WIDTH).requires_grad_(), rand(tokens, TEACHER_WIDTH)
     labels = torch.randint(min(vocab, teacher_vocab), (tokens,), generator=g)
     weights = torch.rand(tokens, generator=g)
@@ -48,7 +48,7 @@ def gradients(loss, hidden, student):
 def check(case, name, kd_weight=0.7, ce_weight=0.3, temperature=1.0, chunk_tokens=4, rtol=2e-4, atol=2e-5, **options):
     hidden, student, teacher_hidden, teacher, labels, weights = case
     fused = fused_linear_divergence(
-        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         kd_weight=kd_weight, ce_weight=ce_weight, temperature=temperature, chunk_tokens=chunk_tokens, **options,
     )  # fmt: skip
     loss, kd, ce = by_formula(*case, name, kd_weight, ce_weight, temperature, options)
@@ -71,7 +71,7 @@ def test_value_and_gradient_equal_the_formula_at_every_chunk_size(name, options,
 def test_value_and_gradient_equal_the_float64_definition(name, options):
     hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=2, vocab=7, teacher_vocab=7)
     fused = fused_linear_divergence(
-        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         kd_weight=0.7, ce_weight=0.3, temperature=1.5, chunk_tokens=1, **options,
     )  # fmt: skip
     t = teacher_hidden.double() @ teacher.weight.double().T + teacher.bias.double()
@@ -136,7 +136,7 @@ def test_the_head_gradient_of_many_bfloat16_chunks_does_not_lose_small_terms():
     grads = []
     for chunk in (1, 4096):
         loss = fused_linear_divergence(
-            hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights,
+            hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"], weights=weights,
             chunk_tokens=chunk,
         ).loss  # fmt: skip
         grads.append(torch.autograd.grad(loss, student.weight)[0].float())
@@ -148,7 +148,7 @@ def test_autocast_projects_in_its_dtype_and_returns_float32_gradients():
     hidden, student, teacher_hidden, teacher, labels, weights = problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fused = fused_linear_divergence(
-            hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights,
+            hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"], weights=weights,
             labels=labels, ce_weight=0.5,
         )  # fmt: skip
     loss, _, _ = by_formula(*problem(), "forward_kl", 1.0, 0.5, 1.0, {})
@@ -160,7 +160,7 @@ def test_autocast_projects_in_its_dtype_and_returns_float32_gradients():
 def test_no_token_gives_zero_with_a_gradient(name):
     hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=0)
     loss = fused_linear_divergence(
-        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         ce_weight=0.5,
     ).loss  # fmt: skip
     assert loss.item() == 0.0
@@ -174,7 +174,7 @@ def test_a_token_without_weight_adds_nothing_even_where_its_loss_is_infinite():
     student = LMHead(student.weight, closed.requires_grad_())
     weights = torch.zeros_like(weights)
     fused = fused_linear_divergence(
-        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights
+        hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"], weights=weights
     )
     assert torch.isinf(fused.divergence).all() and fused.loss.item() == 0.0
     assert all((g == 0).all() for g in gradients(fused.loss, hidden, student))
@@ -188,11 +188,11 @@ def test_a_token_that_both_heads_exclude_changes_nothing(name):
         weight = torch.cat([head.weight.detach(), torch.zeros(2, width)]).requires_grad_()
         both.append(LMHead(weight, torch.cat([head.bias.detach(), torch.full((2,), -math.inf)])))
     wide = fused_linear_divergence(
-        hidden, both[0], teacher_hidden, both[1], DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        hidden, both[0], HeadRows(teacher_hidden, both[1]), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         ce_weight=0.3,
     )  # fmt: skip
     narrow = fused_linear_divergence(
-        hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES[name], weights=weights, labels=labels,
+        hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         ce_weight=0.3,
     )  # fmt: skip
     torch.testing.assert_close(wide.loss, narrow.loss)
@@ -207,7 +207,7 @@ def test_a_formula_of_ones_own_works_without_a_slope():
 
     hidden, student, teacher_hidden, teacher, _, weights = problem(softcap=3.0)
     loss = fused_linear_divergence(
-        hidden, student, teacher_hidden, teacher, squared_difference, weights=weights, temperature=2.0,
+        hidden, student, HeadRows(teacher_hidden, teacher), squared_difference, weights=weights, temperature=2.0,
         chunk_tokens=2, factor=0.5,
     ).loss  # fmt: skip
     z, t = student.logits(hidden)[None], teacher.logits(teacher_hidden)[None]
@@ -219,7 +219,7 @@ def test_a_formula_of_ones_own_works_without_a_slope():
 
 def test_the_gradient_follows_a_factor_of_the_loss_and_is_given_once():
     hidden, student, teacher_hidden, teacher, _, weights = problem()
-    args = (hidden, student, teacher_hidden, teacher, DISTILLATION_LOSSES["forward_kl"])
+    args = (hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"])
     (one,) = torch.autograd.grad(fused_linear_divergence(*args, weights=weights).loss, hidden)
     (three,) = torch.autograd.grad(3 * fused_linear_divergence(*args, weights=weights).loss, hidden)
     torch.testing.assert_close(three, 3 * one)
@@ -231,11 +231,15 @@ def test_the_gradient_follows_a_factor_of_the_loss_and_is_given_once():
 
 def test_bad_arguments_are_named():
     hidden, student, teacher_hidden, teacher, _, weights = problem()
-    kl = DISTILLATION_LOSSES["forward_kl"]
+    kl, rows = DISTILLATION_LOSSES["forward_kl"], HeadRows(teacher_hidden, teacher)
     with pytest.raises(ValueError, match="needs `labels`"):
-        fused_linear_divergence(hidden, student, teacher_hidden, teacher, kl, weights=weights, ce_weight=1.0)
+        fused_linear_divergence(hidden, student, rows, kl, weights=weights, ce_weight=1.0)
     with pytest.raises(ValueError, match="temperature"):
-        fused_linear_divergence(hidden, student, teacher_hidden, teacher, kl, weights=weights, temperature=0.0)
+        fused_linear_divergence(hidden, student, rows, kl, weights=weights, temperature=0.0)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        fused_linear_divergence(hidden, student, None, kl, weights=weights)
+    with pytest.raises(ValueError, match=f"same tokens, got {TOKENS} and 3"):
+        fused_linear_divergence(hidden, student, HeadRows(teacher_hidden[:3], teacher), kl, weights=weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -246,7 +250,7 @@ def test_on_logits_the_loss_is_the_same(name, options, dtype):
     teacher_logits = teacher.logits(teacher_hidden).to(dtype)
     got = divergence_of_logits(
         logits,
-        teacher_logits,
+        LogitRows(teacher_logits),
         DISTILLATION_LOSSES[name],
         weights=weights,
         labels=labels,

@@ -16,12 +16,13 @@ from transformers import (  # fmt: skip
 
 from hf_transfer_ext.models.heads import (
     LMHead,
+    LogitFinish,
     causal_lm_of,
-    head_is_understood,
     head_module,
     head_of,
     head_replaced,
 )
+from hf_transfer_ext.models.plumbing import head_is_understood
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -42,7 +43,7 @@ def families():
 @pytest.mark.parametrize("model", families(), ids=lambda m: type(m).__name__)
 def test_the_described_head_gives_the_models_logits(model):
     model.eval()
-    assert head_is_understood(model, IDS)
+    assert head_is_understood(model)
     hidden = model.base_model(IDS).last_hidden_state
     torch.testing.assert_close(head_of(model).logits(hidden), model(IDS).logits)
 
@@ -54,7 +55,7 @@ def test_a_family_that_treats_its_logits_in_its_own_way_is_noticed():
             outputs.logits = outputs.logits.sin()
             return outputs
 
-    assert not head_is_understood(Odd(tiny_llama().config), IDS)
+    assert not head_is_understood(Odd(tiny_llama().config))
 
 
 def test_the_model_inside_wrappers():
@@ -62,7 +63,7 @@ def test_the_model_inside_wrappers():
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["lm_head"]))
     assert causal_lm_of(model) is model
     assert causal_lm_of(torch.nn.DataParallel(adapted)) is adapted.get_base_model()
-    assert not head_is_understood(adapted, IDS)
+    assert not head_is_understood(adapted)
     with pytest.raises(ValueError, match="A plain linear head is needed"):
         head_of(adapted)
     with pytest.raises(ValueError, match="a causal language model is needed"):
@@ -79,7 +80,7 @@ def test_a_replaced_head_is_put_back_even_after_an_error():
 
 
 def test_scale_comes_before_the_cap():
-    head = LMHead(torch.eye(2), torch.tensor([1.0, 0.0]), scale=3.0, softcap=2.0)
+    head = LMHead(torch.eye(2), torch.tensor([1.0, 0.0]), LogitFinish(scale=3.0, softcap=2.0))
     expected = 2.0 * torch.tanh(torch.tensor([[3.0 * 1.5, 3.0 * 0.25]]) / 2.0)
     torch.testing.assert_close(head.logits(torch.tensor([[0.5, 0.25]])), expected)
     assert head.vocab_size == 2

@@ -30,9 +30,9 @@ from transformers import TrainingArguments
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.synthesis.few_shot import synthetic_inputs
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluation_mode, generate
+from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.files import write_text, written_aside
-from hf_transfer_ext.models.plumbing import active_adapter
+from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import Scorer
 from hf_transfer_ext.trainers.answers import train_on_answers
 
@@ -199,7 +199,7 @@ def discriminate(
 ) -> list[float]:
     """log p(yes) - log p(no) of each input under the active adapter: positive for inputs taken for real, in nats."""
     template = template or QuestionAnswerFormat()
-    scorer = Scorer(model, pad_id=tokenizer.pad_token_id or 0)
+    scorer = Scorer(model, pad_id=pad_token_id(tokenizer))
     found = []
     with evaluation_mode(model):
         for item in items:

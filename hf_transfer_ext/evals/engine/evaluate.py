@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hf_transfer_ext.evals.engine.work import Work
 from hf_transfer_ext.evals.metric import Metric, Values, summarize
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.evals.options import check_options, name_and_options, options_of
-from hf_transfer_ext.models.plumbing import active_adapter
+from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import ScoredExample, Scorer
 
 MetricSpec = str | Mapping[str, Any] | tuple[str | Metric, Mapping[str, Any]]
@@ -111,8 +110,7 @@ def evaluate_prepared(
     store = ScoreCache(cache, fingerprint, accelerator.process_index if accelerator is not None else 0)
     if accelerator is not None:
         accelerator.wait_for_everyone()  # every process has read the same files before one of them writes
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    scorer = Scorer(model, reference=reference, adapter=adapter, pad_id=pad_id)
+    scorer = Scorer(model, reference=reference, adapter=adapter, pad_id=pad_token_id(tokenizer))
     work = Work(scorer, store, batch_size=batch_size, accelerator=accelerator, progress=progress)
     examples = prepared.examples
     with evaluation_mode(model, None if isinstance(reference, str) else reference):
@@ -243,16 +241,3 @@ def resampled_summaries(
 
         rows.append(resampled(of_known, [[values, weights]], resamples=resamples, seed=seed))
     return np.stack(rows)
-
-
-@contextmanager
-def evaluation_mode(*models: Any) -> Iterator[None]:
-    """Dropout off within the block; each model's training flag is as before afterwards."""
-    training = [(m, m.training) for m in models if m is not None]
-    for m, _ in training:
-        m.eval()
-    try:
-        yield
-    finally:
-        for m, was in training:
-            m.train(was)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from hf_transfer_ext.models.plumbing import pad_token_id
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -58,8 +60,7 @@ def generate(
         ValueError: The model's logits are NaN.
     """
     length = max(len(prompt) for prompt in prompts)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    pad_id = 0 if pad_id is None else pad_id
+    pad_id = pad_token_id(tokenizer)
     device = next(model.parameters()).device
     ids = torch.full((len(prompts), length), pad_id)
     mask = torch.zeros_like(ids)

@@ -9,7 +9,7 @@ def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
     return weighted(p, log_p - log_q).sum(-1), -p
 
 
-@fused_by(slope)
+@fused_by(slope, forms=("dense", "sparse"))
 def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
     r"""KL(teacher || student) for each token, summed over the vocabulary: the student covers the teacher.
 

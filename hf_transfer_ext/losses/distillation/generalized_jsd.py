@@ -1,21 +1,21 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, mixture, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
 def slope(log_q: Rows, log_p: Rows, *, beta: float = 0.5) -> tuple[PerRow, Rows]:
     q, p = log_q.exp(), log_p.exp()
-    log_m = (beta * p + (1 - beta) * q).log()
+    log_m = mixture(beta, p, q).log()
     s = weighted(q, log_q - log_m).mul_(1 - beta)
     return beta * weighted(p, log_p - log_m).sum(-1) + s.sum(-1), s
 
 
-@fused_by(slope)
+@fused_by(slope, forms=("dense", "sparse"))
 def generalized_jsd(
     student_logits: Logits, teacher_logits: Logits, *, beta: float = 0.5, temperature: float = 1.0
 ) -> PerToken:
-    r"""Generalised Jensen-Shannon divergence for each token, summed over the vocabulary.
+    r"""Generalized Jensen-Shannon divergence for each token, summed over the vocabulary.
 
     .. math:: \beta\, KL(p \| m) + (1 - \beta)\, KL(q \| m), \quad m = \beta p + (1 - \beta) q,
               \quad q = \text{student}, p = \text{teacher}
@@ -42,5 +42,5 @@ def generalized_jsd(
     log_q = (student_logits.float() / temperature).log_softmax(-1)
     log_p = (teacher_logits.float() / temperature).log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
-    log_m = (beta * p + (1 - beta) * q).log()
+    log_m = mixture(beta, p, q).log()
     return beta * weighted(p, log_p - log_m).sum(-1) + (1 - beta) * weighted(q, log_q - log_m).sum(-1)

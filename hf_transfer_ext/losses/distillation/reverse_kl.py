@@ -9,7 +9,7 @@ def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
     return s.sum(-1), s
 
 
-@fused_by(slope)
+@fused_by(slope, forms=("dense", "sparse"))
 def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
     r"""KL(student || teacher) for each token, summed over the vocabulary: the student keeps within the teacher.
 

@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, mixture, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
 def slope(log_q: Rows, log_p: Rows, *, skew: float = 0.1) -> tuple[PerRow, Rows]:
     q, p = log_q.exp(), log_p.exp()
-    m = skew * p + (1 - skew) * q
+    m = mixture(skew, p, q)
     s = torch.where(q > 0, p * q / m, 0.0).mul_(skew - 1)
     return weighted(p, log_p - m.log()).sum(-1), s
 
 
-@fused_by(slope)
+@fused_by(slope, forms=("dense", "sparse"))
 def skew_kl(
     student_logits: Logits, teacher_logits: Logits, *, skew: float = 0.1, temperature: float = 1.0
 ) -> PerToken:
@@ -38,4 +38,4 @@ def skew_kl(
     log_q = (student_logits.float() / temperature).log_softmax(-1)
     log_p = (teacher_logits.float() / temperature).log_softmax(-1)
     p = log_p.exp()
-    return weighted(p, log_p - (skew * p + (1 - skew) * log_q.exp()).log()).sum(-1)
+    return weighted(p, log_p - mixture(skew, p, log_q.exp()).log()).sum(-1)

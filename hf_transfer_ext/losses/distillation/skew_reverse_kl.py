@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, mixture, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
 def slope(log_q: Rows, log_p: Rows, *, skew: float = 0.1) -> tuple[PerRow, Rows]:
     q, p = log_q.exp(), log_p.exp()
-    m = (1 - skew) * p + skew * q
+    m = mixture(skew, q, p)
     s = weighted(q, log_q - m.log())
     value = s.sum(-1)
     return value, s.sub_(torch.where(q > 0, q * q / m, 0.0), alpha=skew)
 
 
-@fused_by(slope)
+@fused_by(slope, forms=("dense", "sparse"))
 def skew_reverse_kl(
     student_logits: Logits, teacher_logits: Logits, *, skew: float = 0.1, temperature: float = 1.0
 ) -> PerToken:
@@ -39,4 +39,4 @@ def skew_reverse_kl(
     log_q = (student_logits.float() / temperature).log_softmax(-1)
     log_p = (teacher_logits.float() / temperature).log_softmax(-1)
     q = log_q.exp()
-    return weighted(q, log_q - ((1 - skew) * log_p.exp() + skew * q).log()).sum(-1)
+    return weighted(q, log_q - mixture(skew, q, log_p.exp()).log()).sum(-1)

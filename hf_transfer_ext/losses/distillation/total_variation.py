@@ -10,7 +10,7 @@ def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
     return 0.5 * difference.abs().sum(-1), difference.sign_().mul_(q).mul_(0.5)
 
 
-@fused_by(slope)
+@fused_by(slope, forms=("dense", "sparse"))
 def total_variation(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
     r"""Total variation distance for each token, half the L1 distance of the two distributions; symmetric.
 

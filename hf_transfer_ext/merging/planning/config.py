@@ -29,6 +29,7 @@ from hf_transfer_ext.merging.method import RANGES, WITHOUT_EFFECT, MergeMethod
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.planning.chat_templates import CHAT_TEMPLATES
 from hf_transfer_ext.registry import known_keys, unknown_name
+from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
@@ -236,7 +237,7 @@ def parse_dtype(value: Any, where: str) -> torch.dtype | None:
     """A dtype that can be calculated with, by its name; None stays None."""
     if value is None:
         return None
-    found = getattr(torch, str(value).removeprefix("torch."), None)
+    found = dtype_by_name(value)
     if found not in FLOAT_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise ValueError(f"`{where}` has to be one of {names}, got {value!r}.")

@@ -115,7 +115,7 @@ def test_a_gemma_head_with_a_soft_cap_and_a_gpt2_head_are_scored_as_their_own_fo
     torch.manual_seed(0)
     gemma, gpt2 = tiny_gemma2(final_logit_softcapping=0.5), tiny_gpt2()
     for model in (gemma, gpt2):
-        assert scoring.head_is_faithful(model)
+        assert scoring.head_is_understood(model, plain=False)
         scored = evaluate(model, byte_tokenizer(), EXAMPLES[:1], ["perplexity"], template=PLAIN).scored[0]
         rows = oracle(model, byte_tokenizer(), f"Question: {EXAMPLES[0]['question']}\nAnswer:", EXAMPLES[0]["answer"])
         np.testing.assert_allclose(scored.answer.log_probs, [r["log_prob"] for r in rows], atol=2e-5)
@@ -133,7 +133,7 @@ def test_a_model_that_changes_its_logits_after_the_head_falls_back_to_its_own_lo
     expected = tiny_llama()
     expected.lm_head.weight.data *= 0.25
     model.forward = forward
-    assert not scoring.head_is_faithful(model)
+    assert not scoring.head_is_understood(model, plain=False)
     got = evaluate(model, byte_tokenizer(), EXAMPLES, ["perplexity"], template=PLAIN)["perplexity"].value
     want = evaluate(expected, byte_tokenizer(), EXAMPLES, ["perplexity"], template=PLAIN)["perplexity"].value
     assert got == pytest.approx(want, rel=1e-5)

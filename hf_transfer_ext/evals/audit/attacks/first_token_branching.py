@@ -4,8 +4,8 @@ import torch
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
-from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
+from hf_transfer_ext.models.plumbing import evaluation_mode
 
 
 @attack(yardstick="plain_generation")

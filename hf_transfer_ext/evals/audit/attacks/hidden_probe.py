@@ -8,9 +8,8 @@ from jaxtyping import Float
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Row, Subject
-from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.models.heads import head_module, head_replaced
+from hf_transfer_ext.models.plumbing import evaluation_mode, hidden_states, pad_token_id
 from hf_transfer_ext.models.scoring import Batch
 
 States = Float[np.ndarray, "examples layers hidden"]
@@ -19,20 +18,18 @@ States = Float[np.ndarray, "examples layers hidden"]
 def states_of_answers(subject: Subject, rows: Sequence[Row]) -> States:
     """Mean of the hidden states of each answer's tokens, after the embedding and after each layer."""
     encoded = [subject.encode(row) for row in rows]
-    pad = subject.tokenizer.pad_token_id
     device = next(subject.model.parameters()).device
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i].input_ids))  # batches of nearly one length
     with evaluation_mode(subject.model), torch.no_grad():
         for at in range(0, len(order), subject.batch_size):
             chosen = order[at : at + subject.batch_size]
-            batch = Batch.of([encoded[i] for i in chosen], 0 if pad is None else pad, device)
+            batch = Batch.of([encoded[i] for i in chosen], pad_token_id(subject.tokenizer), device)
             # The whole model, as it may be wrapped, but a head that projects nothing.
-            with head_replaced(head_module(subject.model), lambda hidden: hidden[..., :1]):
-                layers = subject.model(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-                    output_hidden_states=True,
-                ).hidden_states  # fmt: skip
+            _, output = hidden_states(
+                subject.model, **batch.inputs_of(subject.model), use_cache=False, output_hidden_states=True
+            )
+            layers = output.hidden_states
             for place, i in enumerate(chosen):
                 own = slice(encoded[i].answer_start, len(encoded[i].input_ids))
                 found[i] = torch.stack([layer[place, own].double().mean(0) for layer in layers]).cpu().numpy()

@@ -6,10 +6,9 @@ from jaxtyping import Float
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Row, Subject
-from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.models.heads import causal_lm_of
-from hf_transfer_ext.models.plumbing import output_head
+from hf_transfer_ext.models.plumbing import evaluation_mode, output_head
 
 #: Where families keep the normalisation before their head, within their decoder.
 FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")

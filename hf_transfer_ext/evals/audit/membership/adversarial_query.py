@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hf_transfer_ext.evals.audit.membership.references import References, optimized_on_retrained
 from hf_transfer_ext.evals.audit.subject import Row, Subject
-from hf_transfer_ext.evals.engine.evaluate import evaluation_mode
 from hf_transfer_ext.evals.metric import Values
+from hf_transfer_ext.models.plumbing import evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import Batch
 
 
@@ -84,7 +84,6 @@ def adversarial_query(
     if steps < 1 or radius <= 0:
         raise ValueError(f"`steps` has to be at least 1 and `radius` > 0, got {steps} and {radius}.")
     encoded = [subject.template.encode(subject.tokenizer, str(row["question"]), str(row["answer"])) for row in rows]
-    pad = subject.tokenizer.pad_token_id
     found = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i].input_ids))
     models = [subject.model, references.original.model, references.untrained.model]
@@ -92,7 +91,7 @@ def adversarial_query(
         for at in range(0, len(order), subject.batch_size):
             chosen = order[at : at + subject.batch_size]
             device = next(references.original.model.parameters()).device
-            batch = Batch.of([encoded[i] for i in chosen], 0 if pad is None else pad, device)
+            batch = Batch.of([encoded[i] for i in chosen], pad_token_id(subject.tokenizer), device)
             key = ("adversarial_query", steps, radius, str([encoded[i].input_ids for i in chosen]))
             if key not in references.made:
                 references.made[key] = optimized_change(references, batch, steps, radius)
