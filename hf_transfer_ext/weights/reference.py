@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ class ModelReference:
 
 
 def parse_reference(value: Any, field_name: str) -> ModelReference:
-    """Parse `path[@revision][+lora[@revision]]`, or mergekit's mapping `{model: ..., lora: ...}`."""
+    """Parse `path[@revision][+lora[@revision]]`, or mergekit's mapping `{model: ..., lora: ...}`.
+
+    Where a text can be read in several ways, as with `+` or `@` in the name of a folder, folders that exist win.
+    """
     if isinstance(value, Mapping):
         known_keys(value, ("model", "lora", "path", "revision"), field_name)
         if "path" in value:
-            return ModelReference(str(value["path"]), value.get("revision"))
+            return ModelReference(_expanded(str(value["path"])), value.get("revision"))
         model = parse_reference(value.get("model"), f"{field_name}.model")
         if value.get("lora") is None:
             return model
@@ -40,12 +43,46 @@ def parse_reference(value: Any, field_name: str) -> ModelReference:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError(f"`{field_name}` has to name a model (a folder or a Hub id), got {value!r}.")
     text = str(value)
-    if Path(text).is_dir():
-        return ModelReference(text)
-    parts = [part.split("@") for part in text.split("+")]
-    if len(parts) > 2 or any(len(part) > 2 or not part[0] for part in parts):
+    found = [one for one in _readings(text) if one is not None]
+    if not found:
         raise ValueError(f"`{field_name}` has to read `path[@revision][+lora[@revision]]`, got {text!r}.")
-    revisions = [part[1] if len(part) == 2 else None for part in parts]
-    if len(parts) == 1:
-        return ModelReference(parts[0][0], revisions[0])
-    return ModelReference(parts[0][0], revisions[0], parts[1][0], revisions[1])
+    return max(found, key=_existing)  # the first of those that are equally good
+
+
+def _readings(text: str) -> Iterator[ModelReference | None]:
+    """All ways to read a reference; a folder may have `+` and `@` in its name."""
+    for path, revision in _parts(text):
+        yield ModelReference(path, revision)
+    for i, sign in enumerate(text):
+        if sign == "+":
+            for path, revision in _parts(text[:i]):
+                for lora, lora_revision in _parts(text[i + 1 :]):
+                    yield ModelReference(path, revision, lora, lora_revision)
+
+
+def _parts(text: str) -> list[tuple[str, str | None]]:
+    """All ways to read `path[@revision]`; `~` becomes the home folder."""
+    ways: list[tuple[str, str | None]] = [(text, None)] if _is_folder(text) or not set("+@") & set(text) else []
+    for i, sign in enumerate(text):
+        if sign == "@" and (_is_folder(text[:i]) or not set("+@") & set(text[:i] + text[i + 1 :])):
+            ways.append((text[:i], text[i + 1 :]))
+    return [(_expanded(path), revision) for path, revision in ways if path and revision != ""]
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return bool(path) and Path(_expanded(path)).is_dir()
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or no home folder
+        return False
+
+
+def _existing(reference: ModelReference) -> tuple[int, int]:
+    """How well a reading fits what is on the disk: folders it names, the fewer parts the better."""
+    parts = [reference.path] + ([reference.lora] if reference.lora is not None else [])
+    return sum(_is_folder(part) for part in parts) * 2 - len(parts), -sum(
+        revision is not None for revision in (reference.revision, reference.lora_revision)
+    )

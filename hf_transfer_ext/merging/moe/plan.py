@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hf_transfer_ext.merging.planning.config import parse_dtype, yaml_mapping
+from hf_transfer_ext.merging.planning.config import number, parse_dtype, whole_number, without_anchors, yaml_mapping
 from hf_transfer_ext.registry import known_keys, unknown_name
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
@@ -100,20 +100,19 @@ def parse_moe_config(content: Any) -> MoeConfig:
     Raises:
         ValueError: An unknown key, a value out of its range, or prompts that are missing or tell no experts apart.
     """
+    content = without_anchors(content)
     known_keys(content, _TOP_KEYS, "the configuration of the mixture")
     mode = content.get("gate_mode", "hidden")
     if mode not in GATE_MODES:
         raise ValueError(f"`gate_mode`: {unknown_name('mode', mode, GATE_MODES)}")
     experts = _experts(content.get("experts"), "experts")
     shared = _experts(content["shared_experts"], "shared_experts") if content.get("shared_experts") else ()
-    per_token = content.get("experts_per_token", 2)
-    if not isinstance(per_token, int) or isinstance(per_token, bool) or not 1 <= per_token <= len(experts):
+    per_token = whole_number(content.get("experts_per_token", 2), "experts_per_token")
+    if per_token is None or not 1 <= per_token <= len(experts):
         raise ValueError(
             f"`experts_per_token` has to be from 1 to {len(experts)}, the number of experts, got {per_token!r}."
         )
-    seed = content.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"`seed` has to be a whole number, got {seed!r}.")
+    seed = whole_number(content.get("seed"), "seed") or 0
     if mode not in RANDOM_MODES:
         _check_prompts(experts, mode)
     architecture = content.get("architecture")
@@ -156,11 +155,7 @@ def _prompts(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _number(value: Any, default: float, where: str) -> float:
-    if value is None:
-        return default
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"`{where}` has to be a number, got {value!r}.")
-    return float(value)
+    return default if value is None else float(number(value, where))
 
 
 def _check_prompts(experts: tuple[Expert, ...], mode: str) -> None:

@@ -9,7 +9,9 @@ A configuration names exactly one of `models`, `slices` and `modules`:
 
 An option is a number, a gradient over the depth (`[0, 0.5, 1]`), or conditions
 `[{filter: mlp, value: 0.5}, {value: 1}]`, of which the first that fits the tensor's name counts. An option of a source
-wins over one of its slice, that over one of its module, and that over one of the whole merge.
+wins over one of its slice, that over one of its module, and that over one of the whole merge. Numbers may be written
+as text (`"0.5"`, and `1e-5`, which YAML 1.1 takes for text); NaN and infinity are refused. Top-level keys that begin
+with `x-` hold YAML anchors and are not read.
 
 Beyond mergekit: `seed` of the random masks, `output: {lora: {rank: 16}}` for a result that is a LoRA adapter, and
 `tensors: {fisher: path}` of a source for methods that read further tensors beside its weights (`planning.extra`).
@@ -17,7 +19,9 @@ Beyond mergekit: `seed` of the random masks, `output: {lora: {rank: 16}}` for a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,8 @@ from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
 Parameters = dict[str, Any]
+
+_NUMBER = re.compile(r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
 _TOP_KEYS = (
     "models",
@@ -136,6 +142,14 @@ class MergeConfig:
             tokens.append(self.tokenizer.source)
         return list(dict.fromkeys(one for one in [*bases, *models, *tokens] if one is not None))
 
+    def filters(self) -> list[str]:
+        """All filters of the options, in the order of the configuration."""
+        places = [self.parameters, *(module.parameters for module in self.modules)]
+        slices = [part for module in self.modules for part in module.slices]
+        places += [part.parameters for part in slices]
+        places += [source.parameters for part in slices for source in part.sources]
+        return list(dict.fromkeys(one for place in places for setting in place.values() for one in _filters(setting)))
+
 
 def load_config(config: Mapping[str, Any] | str | Path) -> MergeConfig:
     """Parse a configuration: a mapping, or the path of a YAML file."""
@@ -151,7 +165,7 @@ def yaml_mapping(config: Mapping[str, Any] | str | Path, title: str, keys: str) 
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no YAML, or no mapping.
+        ValueError: It is not valid YAML, or not a mapping.
     """
     if isinstance(config, Mapping):
         return config
@@ -161,10 +175,43 @@ def yaml_mapping(config: Mapping[str, Any] | str | Path, title: str, keys: str) 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} has to be a mapping with {keys}, got {content!r}.")
     return content
+
+
+def without_anchors(content: Any) -> Any:
+    """A configuration without its keys `x-...`, which hold YAML anchors for other keys."""
+    if not isinstance(content, Mapping):
+        return content
+    return {key: value for key, value in content.items() if not str(key).startswith("x-")}
+
+
+def number(value: Any, where: str) -> float:
+    """A finite number; a text that reads as one is accepted, since YAML 1.1 takes `1e-5` for a text.
+
+    Raises:
+        ValueError: It is not a number, or it is NaN or infinite.
+    """
+    if isinstance(value, str) and _NUMBER.match(value.strip()):
+        value = float(value)
+        value = int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"`{where}` has to be a number, got {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{where}` has to be a finite number, got {value!r}.")
+    return value
+
+
+def whole_number(value: Any, where: str) -> int | None:
+    """A whole number, also as a text; None stays None."""
+    if value is None:
+        return None
+    found = number(value, where) if isinstance(value, str) and _NUMBER.match(value.strip()) else value
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise ValueError(f"`{where}` has to be a whole number, got {value!r}.")
+    return found
 
 
 def parse_config(content: Mapping[str, Any]) -> MergeConfig:
@@ -173,6 +220,7 @@ def parse_config(content: Mapping[str, Any]) -> MergeConfig:
     Raises:
         ValueError: An unknown key, method or option, an option out of its range, or keys that contradict each other.
     """
+    content = without_anchors(content)
     known_keys(content, _TOP_KEYS, "the merge configuration")
     if "merge_method" not in content:
         raise ValueError(f"`merge_method` is missing. Available: {', '.join(sorted(MERGE_METHODS))}.")
@@ -189,7 +237,7 @@ def parse_config(content: Mapping[str, Any]) -> MergeConfig:
         out_dtype=parse_dtype(content.get("out_dtype"), "out_dtype"),
         tokenizer=_tokenizer(content),
         chat_template=_template(content.get("chat_template")),
-        seed=_typed(content.get("seed"), int, "seed") or 0,
+        seed=whole_number(content.get("seed"), "seed") or 0,
         lora_rank=_lora_rank(content.get("output")),
     )
 
@@ -216,15 +264,11 @@ def evaluate(setting: Any, tensor: str, depth: float) -> Any:
     return None
 
 
-def _typed(value: Any, kind: type, where: str) -> Any:
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-        raise ValueError(f"`{where}` has to be of type {kind.__name__}, got {value!r}.")
-    return value
-
-
 def _template(value: Any) -> str | None:
     """The template itself, also for a name of `CHAT_TEMPLATES`; "auto" stays."""
-    text = _typed(value, str, "chat_template")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"`chat_template` has to be a text, got {value!r}.")
+    text = value
     if text is None or text == "auto" or "{" in text:
         return text
     if text not in CHAT_TEMPLATES:
@@ -250,7 +294,7 @@ def _lora_rank(value: Any) -> int | None:
         return None
     known_keys(value, ("lora",), "output")
     known_keys(value.get("lora"), ("rank",), "output.lora")
-    rank = _typed(value["lora"].get("rank"), int, "output.lora.rank")
+    rank = whole_number(value["lora"].get("rank"), "output.lora.rank")
     if rank is None or rank < 1:
         raise ValueError(f"`output.lora.rank` has to be at least 1, got {rank!r}.")
     return rank
@@ -322,15 +366,14 @@ def _slices(content: Mapping[str, Any], method: MergeMethod, prefix: str) -> tup
 def _slice_source(value: Any, method: MergeMethod, where: str) -> Source:
     known_keys(value, ("model", "layer_range", "parameters", "tensors"), where)
     layers = value.get("layer_range")
-    if (
-        not isinstance(layers, list)
-        or len(layers) != 2
-        or not all(isinstance(one, int) and not isinstance(one, bool) for one in layers)
-        or not 0 <= layers[0] < layers[1]
-    ):
+    ends: list[int | None] = []
+    if isinstance(layers, list) and len(layers) == 2:
+        ends = [whole_number(one, f"{where}.layer_range") for one in layers]
+    first, end = ends if ends else (None, None)
+    if first is None or end is None or not 0 <= first < end:
         raise ValueError(f"`{where}.layer_range` has to be [first, end) with 0 <= first < end, got {layers!r}.")
     parameters = _parameters(value.get("parameters"), method, f"{where}.parameters", per_model=None)
-    return Source(parse_reference(value.get("model"), f"{where}.model"), (layers[0], layers[1]), parameters)
+    return Source(parse_reference(value.get("model"), f"{where}.model"), (first, end), parameters)
 
 
 def _parameters(value: Any, method: MergeMethod, where: str, *, per_model: bool | None) -> Parameters:
@@ -339,6 +382,7 @@ def _parameters(value: Any, method: MergeMethod, where: str, *, per_model: bool 
         return {}
     if not isinstance(value, Mapping):
         raise ValueError(f"`{where}` has to be a mapping, got {value!r}.")
+    settings: Parameters = {}
     for name, setting in value.items():
         if _has_no_effect(name, method):
             continue
@@ -350,39 +394,54 @@ def _parameters(value: Any, method: MergeMethod, where: str, *, per_model: bool 
                 f"`{where}.{name}` has no effect: {name!r} counts for the whole merge. Move it to the top level "
                 "`parameters`, or to those of the slice."
             )
-        _check_setting(name, setting, f"{where}.{name}")
-    return {name: setting for name, setting in value.items() if not _has_no_effect(name, method)}
+        settings[name] = _setting(name, setting, f"{where}.{name}")
+    return settings
 
 
 def _has_no_effect(name: str, method: MergeMethod) -> bool:
     return name in WITHOUT_EFFECT or f"{method.__name__}.{name}" in WITHOUT_EFFECT
 
 
-def _check_setting(name: str, setting: Any, where: str) -> None:
+def _setting(name: str, setting: Any, where: str) -> Any:
+    """The value of an option with its numbers read, after a check of their range."""
     if isinstance(setting, Mapping):
         raise ValueError(f"`{where}` has to be a value or a list of conditions, got a mapping: {dict(setting)!r}.")
     if not isinstance(setting, list):
+        if setting is not None and not isinstance(setting, bool):
+            if not isinstance(setting, (int, float)) and not (isinstance(setting, str) and _NUMBER.match(setting)):
+                raise ValueError(f"`{where}` has to be a number or true or false, got {setting!r}.")
+            setting = number(setting, where)
         allowed = RANGES.get(name)
-        if setting is not None and not isinstance(setting, (int, float)):
-            raise ValueError(f"`{where}` has to be a number or true or false, got {setting!r}.")
         if allowed is not None and setting not in allowed:
             raise ValueError(f"`{where}` has to be {allowed}, got {setting!r}.")
-        return
+        return setting
     if not setting:
         raise ValueError(f"`{where}` is an empty list; give a value, a gradient or conditions.")
     conditions = [one for one in setting if isinstance(one, Mapping)]
     if conditions and len(conditions) != len(setting):
         raise ValueError(f"`{where}` mixes conditions with plain values; give the last value as `- value: ...`.")
+    values: list[Any] = []
     for i, one in enumerate(setting):
         if isinstance(one, Mapping):
             known_keys(one, ("filter", "value"), f"{where}[{i}]")
             if "value" not in one:
                 raise ValueError(f"`{where}[{i}]` has no `value`.")
-            _check_setting(name, one["value"], f"{where}[{i}].value")
+            if one.get("filter") is not None and not isinstance(one["filter"], str):
+                raise ValueError(f"`{where}[{i}].filter` has to be a part of tensor names, got {one['filter']!r}.")
+            values.append({**one, "value": _setting(name, one["value"], f"{where}[{i}].value")})
         elif isinstance(one, list):
             raise ValueError(f"`{where}[{i}]` is a list in a list; a gradient is a flat list of numbers.")
         else:
-            _check_setting(name, one, f"{where}[{i}]")
+            values.append(_setting(name, one, f"{where}[{i}]"))
+    return values
+
+
+def _filters(setting: Any) -> Iterator[str]:
+    for condition in setting if isinstance(setting, list) else ():
+        if isinstance(condition, Mapping):
+            if condition.get("filter") not in (None, "*"):
+                yield condition["filter"]
+            yield from _filters(condition["value"])
 
 
 def _tokenizer(content: Mapping[str, Any]) -> TokenizerPlan | None:
@@ -397,7 +456,7 @@ def _tokenizer(content: Mapping[str, Any]) -> TokenizerPlan | None:
     tokens = value.get("tokens") or {}
     if not isinstance(tokens, Mapping):
         raise ValueError(f"`tokenizer.tokens` has to be a mapping from tokens to sources, got {tokens!r}.")
-    pad = _typed(value.get("pad_to_multiple_of"), int, "tokenizer.pad_to_multiple_of")
+    pad = whole_number(value.get("pad_to_multiple_of"), "tokenizer.pad_to_multiple_of")
     if pad is not None and pad < 1:
         raise ValueError(f"`tokenizer.pad_to_multiple_of` has to be at least 1, got {pad}.")
     return TokenizerPlan(

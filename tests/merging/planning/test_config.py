@@ -277,7 +277,7 @@ MODELS = [{"model": "a/b", "parameters": {"weight": 1}}]
             "exactly one of `token`",
         ),
         ({"tokenizer": {}, "tokenizer_source": "base"}, "give only one"),
-        ({"seed": "x"}, "`seed` has to be of type int"),
+        ({"seed": "x"}, "`seed` has to be a whole number"),
     ],
 )
 def test_refused(changes, message):
@@ -303,8 +303,48 @@ def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match="no merge configuration"):
         load_config(tmp_path / "none.yml")
     (tmp_path / "a.yml").write_text("a: [")
-    with pytest.raises(ValueError, match="no valid YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         load_config(tmp_path / "a.yml")
     (tmp_path / "b.yml").write_text("- a")
     with pytest.raises(ValueError, match="has to be a mapping"):
         load_config(tmp_path / "b.yml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("'0.5'", 0.5), ("' 1 '", None), ("[0, '1e-1', 1]", [0, 0.1, 1]), ("-2E+1", -20), ("true", True)],
+)
+def test_numbers_as_people_write_them(text, value):
+    content = yaml.safe_load(
+        f"merge_method: ties\nbase_model: c/d\nmodels: [{{model: a/b}}]\nparameters: {{weight: {text}}}"
+    )
+    if value is None:
+        with pytest.raises(ValueError, match="has to be a number"):
+            parse_config(content)
+    else:
+        assert parse_config(content).parameters == {"weight": value}
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "[1, .nan]", "[{filter: mlp, value: .inf}]", "1e999"])
+def test_numbers_that_are_not_finite(text):
+    content = yaml.safe_load(f"merge_method: linear\nmodels: [{{model: a/b, parameters: {{weight: {text}}}}}]")
+    with pytest.raises(ValueError, match="has to be a finite number"):
+        parse_config(content)
+
+
+def test_anchors_have_keys_of_their_own():
+    content = yaml.safe_load("x-p: &p {weight: 0.5}\nmodels: [{model: a/b, parameters: *p}]\nmerge_method: linear")
+    assert parse_config(content).modules[0].slices[0].sources[0].parameters == {"weight": 0.5}
+
+
+def test_filters_are_listed_wherever_they_are():
+    option = [{"filter": "mlp", "value": 1}, {"filter": "*", "value": 0}]
+    models = [{"model": "a/b", "parameters": {"weight": [{"filter": "attn", "value": 1}]}}]
+    config = parse_config(
+        {"merge_method": "ties", "base_model": "c", "models": models, "parameters": {"density": option}}
+    )
+    assert config.filters() == ["mlp", "attn"]
+    with pytest.raises(ValueError, match="part of tensor names"):
+        parse_config(
+            {"merge_method": "linear", "models": models, "parameters": {"weight": [{"filter": 3, "value": 1}]}}
+        )
