@@ -26,6 +26,7 @@ from hf_transfer_ext.evals.engine.evaluate import (
 )
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.reading import parse_json, read_json, read_text
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -199,10 +200,7 @@ def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
                 ) from error
     if path is None:
         raise FileNotFoundError(f"The file with {name} is missing: no {told} in {str(source)!r}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} with {name} is no JSON: {error}") from error
+    return read_json(path, kind=None, max_bytes=None)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -214,12 +212,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         rows: Any = list(load_dataset("parquet", data_files={"train": str(path)}, split="train"))
     else:
-        text = path.read_text(encoding="utf-8")
-        try:
-            is_list = text.lstrip().startswith("[")
-            rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} is neither a JSON list nor JSON lines: {error}") from error
+        text = read_text(path, max_bytes=None)
+        if text.lstrip().startswith("["):
+            rows = parse_json(text, f"{path.name}, which starts as a JSON list,", kind=list)
+        else:
+            lines = enumerate(text.split("\n"), start=1)
+            rows = [parse_json(line, f"Line {n} of {path.name}", kind=None) for n, line in lines if line.strip()]
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path.name} needs rows that are JSON objects or texts, and has {len(rows)} rows.")

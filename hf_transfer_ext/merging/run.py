@@ -23,6 +23,7 @@ from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, pl
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
+from hf_transfer_ext.reading import parse_yaml
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
 from hf_transfer_ext.weights.devices import resolve_device
 from hf_transfer_ext.weights.opened import InputModel, open_model
@@ -273,7 +274,7 @@ def _bar(total: int, show: bool) -> Iterator[Any]:
 def public_yaml(config: Mapping[str, Any] | str | Path) -> str:
     """The configuration as it goes into the result: word for word, unless it names folders of this machine."""
     text = None if isinstance(config, Mapping) else Path(config).read_text(encoding="utf-8")
-    content = dict(config) if isinstance(config, Mapping) else yaml.safe_load(text or "")
+    content = dict(config) if isinstance(config, Mapping) else parse_yaml(text or "", repr(str(config)))
     public = _without_local_paths(content)
     return text if text is not None and public == content else yaml.safe_dump(public, sort_keys=False)
 

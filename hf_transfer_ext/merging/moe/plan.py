@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from hf_transfer_ext.merging.planning.config import parse_dtype, yaml_mapping
+from hf_transfer_ext.reading import shown
 from hf_transfer_ext.registry import known_keys, unknown_name
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
@@ -109,11 +110,11 @@ def parse_moe_config(content: Any) -> MoeConfig:
     per_token = content.get("experts_per_token", 2)
     if not isinstance(per_token, int) or isinstance(per_token, bool) or not 1 <= per_token <= len(experts):
         raise ValueError(
-            f"`experts_per_token` has to be from 1 to {len(experts)}, the number of experts, got {per_token!r}."
+            f"`experts_per_token` has to be from 1 to {len(experts)}, the number of experts, got {shown(per_token)}."
         )
     seed = content.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"`seed` has to be a whole number, got {seed!r}.")
+        raise ValueError(f"`seed` has to be a whole number, got {shown(seed)}.")
     if mode not in RANDOM_MODES:
         _check_prompts(experts, mode)
     architecture = content.get("architecture")
@@ -131,7 +132,7 @@ def parse_moe_config(content: Any) -> MoeConfig:
 
 def _experts(value: Any, where: str) -> tuple[Expert, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"`{where}` has to be a list with at least one expert, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a list with at least one expert, got {shown(value)}.")
     experts = []
     for i, one in enumerate(value):
         known_keys(one, _EXPERT_KEYS, f"{where}[{i}]")
@@ -151,7 +152,7 @@ def _prompts(value: Any, where: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-        raise ValueError(f"`{where}` has to be a list of texts, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a list of texts, got {shown(value)}.")
     return tuple(value)
 
 
@@ -159,7 +160,7 @@ def _number(value: Any, default: float, where: str) -> float:
     if value is None:
         return default
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"`{where}` has to be a number, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a number, got {shown(value)}.")
     return float(value)
 
 

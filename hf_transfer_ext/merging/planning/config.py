@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hf_transfer_ext.merging.method import RANGES, WITHOUT_EFFECT, MergeMethod
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.planning.chat_templates import CHAT_TEMPLATES
+from hf_transfer_ext.reading import read_yaml, shown
 from hf_transfer_ext.registry import known_keys, unknown_name
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
@@ -155,12 +155,9 @@ def yaml_mapping(config: Mapping[str, Any] | str | Path, title: str, keys: str) 
     path = Path(config)
     if not path.is_file():
         raise FileNotFoundError(f"There is no {title} at {str(path)!r}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{str(path)!r} has to be a mapping with {keys}, got {content!r}.")
+        raise ValueError(f"{str(path)!r} has to be a mapping with {keys}, got {shown(content)}.")
     return content
 
 
@@ -215,7 +212,7 @@ def evaluate(setting: Any, tensor: str, depth: float) -> Any:
 
 def _typed(value: Any, kind: type, where: str) -> Any:
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-        raise ValueError(f"`{where}` has to be of type {kind.__name__}, got {value!r}.")
+        raise ValueError(f"`{where}` has to be of type {kind.__name__}, got {shown(value)}.")
     return value
 
 
@@ -237,7 +234,7 @@ def parse_dtype(value: Any, where: str) -> torch.dtype | None:
     found = getattr(torch, str(value).removeprefix("torch."), None)
     if found not in FLOAT_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise ValueError(f"`{where}` has to be one of {names}, got {value!r}.")
+        raise ValueError(f"`{where}` has to be one of {names}, got {shown(value)}.")
     return found
 
 
@@ -249,7 +246,7 @@ def _lora_rank(value: Any) -> int | None:
     known_keys(value.get("lora"), ("rank",), "output.lora")
     rank = _typed(value["lora"].get("rank"), int, "output.lora.rank")
     if rank is None or rank < 1:
-        raise ValueError(f"`output.lora.rank` has to be at least 1, got {rank!r}.")
+        raise ValueError(f"`output.lora.rank` has to be at least 1, got {shown(rank)}.")
     return rank
 
 
@@ -260,7 +257,7 @@ def _slices_have_base(content: Mapping[str, Any]) -> bool:
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"`{where}` has to be a list with at least one entry, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a list with at least one entry, got {shown(value)}.")
     return value
 
 
@@ -271,7 +268,7 @@ def _modules(content: Mapping[str, Any], method: MergeMethod) -> tuple[Module, .
     if given[0] != "modules":
         return (Module("default", _slices(content, method, "")),)
     if not isinstance(content["modules"], Mapping):
-        raise ValueError(f"`modules` has to be a mapping from names to modules, got {content['modules']!r}.")
+        raise ValueError(f"`modules` has to be a mapping from names to modules, got {shown(content['modules'])}.")
     modules = []
     for name, value in content["modules"].items():
         where = f"modules.{name}"
@@ -322,7 +319,7 @@ def _slice_source(value: Any, method: MergeMethod, where: str) -> Source:
         or not all(isinstance(one, int) and not isinstance(one, bool) for one in layers)
         or not 0 <= layers[0] < layers[1]
     ):
-        raise ValueError(f"`{where}.layer_range` has to be [first, end) with 0 <= first < end, got {layers!r}.")
+        raise ValueError(f"`{where}.layer_range` has to be [first, end) with 0 <= first < end, got {shown(layers)}.")
     parameters = _parameters(value.get("parameters"), method, f"{where}.parameters", per_model=None)
     return Source(parse_reference(value.get("model"), f"{where}.model"), (layers[0], layers[1]), parameters)
 
@@ -332,7 +329,7 @@ def _parameters(value: Any, method: MergeMethod, where: str, *, per_model: bool 
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"`{where}` has to be a mapping, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a mapping, got {shown(value)}.")
     for name, setting in value.items():
         if _has_no_effect(name, method):
             continue
@@ -358,9 +355,9 @@ def _check_setting(name: str, setting: Any, where: str) -> None:
     if not isinstance(setting, list):
         allowed = RANGES.get(name)
         if setting is not None and not isinstance(setting, (int, float)):
-            raise ValueError(f"`{where}` has to be a number or true or false, got {setting!r}.")
+            raise ValueError(f"`{where}` has to be a number or true or false, got {shown(setting)}.")
         if allowed is not None and setting not in allowed:
-            raise ValueError(f"`{where}` has to be {allowed}, got {setting!r}.")
+            raise ValueError(f"`{where}` has to be {allowed}, got {shown(setting)}.")
         return
     if not setting:
         raise ValueError(f"`{where}` is an empty list; give a value, a gradient or conditions.")
@@ -390,7 +387,7 @@ def _tokenizer(content: Mapping[str, Any]) -> TokenizerPlan | None:
     known_keys(value, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
     tokens = value.get("tokens") or {}
     if not isinstance(tokens, Mapping):
-        raise ValueError(f"`tokenizer.tokens` has to be a mapping from tokens to sources, got {tokens!r}.")
+        raise ValueError(f"`tokenizer.tokens` has to be a mapping from tokens to sources, got {shown(tokens)}.")
     pad = _typed(value.get("pad_to_multiple_of"), int, "tokenizer.pad_to_multiple_of")
     if pad is not None and pad < 1:
         raise ValueError(f"`tokenizer.pad_to_multiple_of` has to be at least 1, got {pad}.")

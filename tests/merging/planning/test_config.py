@@ -303,7 +303,7 @@ def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match="no merge configuration"):
         load_config(tmp_path / "none.yml")
     (tmp_path / "a.yml").write_text("a: [")
-    with pytest.raises(ValueError, match="no valid YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         load_config(tmp_path / "a.yml")
     (tmp_path / "b.yml").write_text("- a")
     with pytest.raises(ValueError, match="has to be a mapping"):
