@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
+from hf_transfer_ext import reading
 from hf_transfer_ext.registry import unknown_name
 
 
@@ -93,10 +93,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping, as plain values."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no config file at {str(path)!r}. Mend the path given with --config.")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    content = reading.read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -147,10 +144,7 @@ def _takes_mapping(hint: Any) -> bool:
 
 def _mapping(name: str, text: str) -> dict[str, Any]:
     """A mapping that came as JSON, from the command line or through the argument parser."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"`{name}` has to be a mapping in JSON, got {text!r}: {error}.") from error
+    return reading.parse_json(text, f"`{name}`")
 
 
 def _raise(message: str) -> typing.NoReturn:

@@ -15,15 +15,15 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     Example: *Unknown merge method 'tis'. Did you mean 'ties'? Available: linear, ties.*
     """
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = get_close_matches(str(name)[:200], names, n=1, cutoff=0.5)
     suggestion = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown {kind} {name!r}.{suggestion} Available: {', '.join(names)}."
+    return f"Unknown {kind} {name!r:.200}.{suggestion} Available: {', '.join(names)}."
 
 
 def known_keys(content: Any, known: tuple[str, ...], where: str) -> None:
     """Refuse what is no mapping, and keys that nothing would read."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} has to be a mapping with some of {', '.join(known)}, got {content!r}.")
+        raise ValueError(f"{where} has to be a mapping with some of {', '.join(known)}, got {content!r:.200}.")
     for key in content:
         if key not in known:
             raise ValueError(f"In {where}: {unknown_name('key', key, known)}")

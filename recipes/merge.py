@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.evals.engine.evaluate import evaluate, resolve_metric
@@ -24,6 +22,7 @@ from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.reading import read_yaml
 from hf_transfer_ext.recipe import parse_recipe
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.weights.ranks import is_first_rank
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = [name.strip() for name in arguments.metrics.split(",")]
     for name in metrics:
         resolve_metric(name)
-    content = named(yaml.safe_load(Path(arguments.merge_config).read_text(encoding="utf-8")))
+    content = named(read_yaml(arguments.merge_config))
     plan = load_config(content)
     record = RunRecord(
         job="merging",

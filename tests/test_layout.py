@@ -40,7 +40,7 @@ METHODS = [
 
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
 FLOORS = [
-    "registry", "tensors", "files", "measurement", "recipe",
+    "registry", "tensors", "files", "reading", "measurement", "recipe",
     "weights", "data", "models", "losses", "teachers", "students", "trainers",
     "evals", "hub", "adapters", "merging", "testing", "cli",
 ]  # fmt: skip

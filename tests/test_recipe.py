@@ -47,7 +47,7 @@ def test_without_a_file(tmp_path):
         ("dataset: d\nsteps: many\n", [], "invalid int value: 'many'"),
         ("steps: 3\n", [], "required: --dataset"),
         ("- a\n", [], "has to hold `key: value` settings"),
-        ("a: [\n", [], "is no valid YAML"),
+        ("a: [\n", [], "is not valid YAML"),
     ],
 )
 def test_mistakes_are_told(tmp_path, text, extra, message):
@@ -59,7 +59,7 @@ def test_a_mapping_comes_from_the_file_and_as_json(tmp_path):
     argv = write(tmp_path, "dataset: d\ncolumns: {text: body}\n")
     assert parse_recipe(Job, argv=argv)[0].columns == {"text": "body"}
     assert parse_recipe(Job, argv=[*argv, "--columns", '{"text": "b"}'])[0].columns == {"text": "b"}
-    with pytest.raises(ValueError, match="`columns` has to be a mapping in JSON"):
+    with pytest.raises(ValueError, match="`columns` is not valid JSON"):
         parse_recipe(Job, argv=[*argv, "--columns", "{text: b}"])
 
 

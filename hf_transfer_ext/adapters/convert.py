@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual
 from hf_transfer_ext.files import write_text, written_aside
+from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.weights.lora import (
     CONVERTIBLE,
     PREFIX,
@@ -71,7 +72,7 @@ def convert_to_lora(
     path = file_of(adapter, "adapter_config.json", revision=revision)
     if path is None:
         raise FileNotFoundError(f"There is no adapter_config.json in {str(adapter)!r}; it is not a PEFT adapter.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     folder = local_folder(adapter, revision=revision)
     base_name = base or config.get("base_model_name_or_path")
     with written_aside(out, overwrite=overwrite) as aside:

@@ -334,7 +334,7 @@ def _skeleton(model: InputModel) -> Any:
     """The model without weights, to know which tensor belongs to which kind of module."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(str(model.folder))
+    config = transformers.AutoConfig.from_pretrained(str(model.folder), trust_remote_code=False)
     names = config.architectures or []
     architecture = getattr(transformers, names[0], None) if names else None
     if architecture is None:

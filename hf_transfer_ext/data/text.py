@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hf_transfer_ext.data.facts import FACTS_DATASET, fact_texts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.reading import parse_json, read_text
 from hf_transfer_ext.registry import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix not in (".json", ".jsonl"):
         return [dict(row) for row in _loaded(path, "train", False, None, None)]
-    text = path.read_text(encoding="utf-8")
-    try:
-        is_list = text.lstrip().startswith("[")
-        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} is neither a JSON list nor JSON lines: {error}") from error
+    text = read_text(path, max_bytes=None)
+    if text.lstrip().startswith("["):
+        rows: Any = parse_json(text, f"{path.name}, which starts as a JSON list,", kind=list)
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [parse_json(line, f"Line {n} of {path.name}", kind=None) for n, line in lines if line.strip()]
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path.name} needs rows that are JSON objects or texts, and has {len(rows)} rows.")

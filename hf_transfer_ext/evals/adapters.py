@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.models.loading import checked_adapter
+from hf_transfer_ext.reading import one_line
+
 
 def with_adapters(model: Any, folders: Sequence[str | Path]) -> tuple[Any, dict[str, str]]:
     """Put all adapters on one model: the base is loaded once.
@@ -25,12 +28,12 @@ def with_adapters(model: Any, folders: Sequence[str | Path]) -> tuple[Any, dict[
     for folder, name in zip(folders, names, strict=True):
         try:
             if hasattr(model, "peft_config"):
-                model.load_adapter(str(folder), adapter_name=name)
+                model.load_adapter(str(checked_adapter(folder, model)), adapter_name=name)
             else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-        except (RuntimeError, ValueError) as error:
+                model = PeftModel.from_pretrained(model, str(checked_adapter(folder, model)), adapter_name=name)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"Adapter {str(folder)!r} does not fit {model.config.name_or_path!r}: {str(error).splitlines()[0]} "
+                f"Adapter {str(folder)!r} does not fit {model.config.name_or_path!r}: {one_line(error)} "
                 "Its adapter_config.json names the base it was made for."
             ) from error
     return model.eval(), {"base": "base", **{name: name for name in names}}

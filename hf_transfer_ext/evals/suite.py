@@ -21,6 +21,7 @@ from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.engine.result import EvaluationResult
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.reading import read_json
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -230,10 +231,7 @@ def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
                 ) from error
     if path is None:
         raise FileNotFoundError(f"The file with {name} is missing: no {looked_for} in {str(source)!r}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} with {name} is not valid JSON: {error}") from error
+    return read_json(path, kind=None, max_bytes=None)
 
 
 def load_optional_set(source: str | Path, name: str, **where: Any) -> list[dict[str, Any]] | None:

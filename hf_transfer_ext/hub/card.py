@@ -67,7 +67,7 @@ def model_card(
     """Write the card of a run's result from its record alone, so that the card cannot claim more than was recorded.
 
     The front matter names the bases that are on the Hub. A base that is only a local folder is replaced by the bases
-    that its own card or record names, or left out. The licence is taken from the inputs' cards when all models among
+    that its own card or record names, or left out. The license is taken from the inputs' cards when all models among
     them state the same one, and is never guessed; a Gemma model among them, a teacher too, makes it "gemma".
 
     Args:
@@ -113,29 +113,35 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
-def base_models(record: RunRecord, *, direct: bool = False) -> list[str]:
+def base_models(record: RunRecord, *, direct: bool = False, known: dict[int, list[str]] | None = None) -> list[str]:
     """Hub ids of the models that the result derives from, in the user's order, each once.
 
     Args:
         direct: Leave out a base that is only a local folder, as an adapter has to: it fits that base alone and not
             the one behind it. Otherwise the Hub ids that the folder's card or record names stand for it.
+        known: `id(record)` -> answer for ancestors; each is looked at once, however many ways lead to it.
     """
+    known = {} if known is None else known
     roles = _JOBS.get(record.job, _OTHER_JOB)[1]
     if record.job == "merging":
         chosen = [item for item in record.inputs if item.role in roles]
     else:
         role = next((role for role in roles if any(item.role == role for item in record.inputs)), None)
         chosen = [item for item in record.inputs if item.role == role]
-    return list(dict.fromkeys(name for item in chosen for name in _hub_names(item, direct)))
+    return list(dict.fromkeys(name for item in chosen for name in _hub_names(item, direct, known)))
 
 
-def _hub_names(item: RunInput, direct: bool = False) -> list[str]:
+def _hub_names(item: RunInput, direct: bool, known: dict[int, list[str]]) -> list[str]:
     if item.on_hub:
         return [item.name]
     if direct:
         return []
     stated = [name for name in item.base_model if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", name)]
-    return stated or (base_models(item.record) if item.record is not None else [])
+    if stated or item.record is None:
+        return stated
+    if id(item.record) not in known:
+        known[id(item.record)] = base_models(item.record, known=known)
+    return known[id(item.record)]
 
 
 def _title(record: RunRecord, bases: Sequence[str]) -> str:
@@ -147,23 +153,29 @@ def _models(record: RunRecord) -> list[RunInput]:
     return [item for item in record.inputs if item.role != "dataset"]
 
 
-def _is_gemma(item: RunInput) -> bool:
-    """Under Gemma's terms: stated so, or a Gemma model whose card states nothing; Gemma 4 has a licence of its own."""
+def _is_gemma(item: RunInput, known: dict[int, bool] | None = None) -> bool:
+    """Under Gemma's terms: stated so, or a Gemma model whose card states nothing; Gemma 4 has a license of its own."""
+    known = {} if known is None else known  # `id(record)` -> answer; each ancestor is looked at once
     if item.license:
         return item.license.get("license") == "gemma"
     kind = item.model_type or ""
     by_type = "gemma" in kind and not kind.startswith("gemma4")
-    return by_type or (item.record is not None and any(_is_gemma(i) for i in _models(item.record)))
+    if by_type or item.record is None:
+        return by_type
+    if id(item.record) not in known:
+        known[id(item.record)] = any(_is_gemma(i, known) for i in _models(item.record))
+    return known[id(item.record)]
 
 
-def _license(record: RunRecord) -> dict[str, Any]:
-    """Front matter for the licence: that of all models among the inputs if they agree, else nothing."""
+def _license(record: RunRecord, known: dict[int, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Front matter for the license: that of all models among the inputs if they agree, else nothing."""
+    known = {} if known is None else known  # `id(record)` -> answer; each ancestor is looked at once
     models = _models(record)
     if any(_is_gemma(item) for item in models):
         return {"license": "gemma"}
-    stated = [item.license or _license_of_parent(item) for item in models]
+    stated = [item.license or _license_of_parent(item, known) for item in models]
     agreed = stated[0] if stated and all(one == stated[0] for one in stated) else {}
-    # The Hub refuses a card whose licence is no identifier, so a base's free text is left to the body.
+    # The Hub refuses a card whose license is no identifier, so a base's free text is left to the body.
     return dict(agreed) if re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", agreed.get("license", "")) else {}
 
 
@@ -171,8 +183,12 @@ def _license_name(item: RunInput) -> str:
     return _text(item.license.get("license_name") or item.license.get("license") or "not stated")
 
 
-def _license_of_parent(item: RunInput) -> dict[str, str]:
-    return _license(item.record) if item.record is not None else {}
+def _license_of_parent(item: RunInput, known: dict[int, dict[str, Any]]) -> dict[str, str]:
+    if item.record is None:
+        return {}
+    if id(item.record) not in known:
+        known[id(item.record)] = _license(item.record, known)
+    return known[id(item.record)]
 
 
 def _eval_results(record: RunRecord) -> list[Any]:
@@ -219,7 +235,7 @@ def _terms(record: RunRecord) -> str:
     if not _license(record) and _models(record):
         found = [f"{_code(item.name)}: {_license_name(item)}" for item in _models(record)]
         return (
-            "No licence is stated here, because the inputs' cards do not state one and the same "
+            "No license is stated here, because the inputs' cards do not state one and the same "
             f"({', '.join(found)}). Those of the inputs apply."
         )
     return ""
@@ -307,7 +323,7 @@ def _inputs(record: RunRecord) -> str:
                 _license_name(item),
             ]
         )
-    return _table(["role", "name", "revision", "sha256", "licence"], rows) + (
+    return _table(["role", "name", "revision", "sha256", "license"], rows) + (
         "\n\nFull digests are in `hf_transfer_ext.json`."
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -12,18 +13,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext import reading
 from hf_transfer_ext.data.facts import FACTS_DATASET
 from hf_transfer_ext.files import sha256_of, write_text
 from hf_transfer_ext.hub.privacy import is_absolute_path, last_component, public_text, public_value
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.reading import card_metadata, one_line, parse_json, read_json, read_text
 from hf_transfer_ext.weights.repository import connection_error, file_of
+
+logger = logging.getLogger(__name__)
 
 #: The record's file in a model folder or repository.
 RECORD_FILE = "hf_transfer_ext.json"
+#: Limits of a record that is read: its size, the records that it carries, and how many of them in one line.
+MAX_RECORD_BYTES, MAX_ANCESTORS, MAX_GENERATIONS = 20_000_000, 1000, 100
 #: Raised by one whenever a reader of the old form would misread the new one.
 SCHEMA_VERSION = 1
 #: What an input can be to a run.
@@ -167,16 +175,23 @@ class RunRecord:
         """The record of `to_dict`. Raises `ValueError` for a newer schema and for a record that is malformed."""
         schema = data.get("schema_version")
         if not isinstance(schema, int) or isinstance(schema, bool):
-            raise ValueError(f"{where} has no `schema_version`; it is no record of hf_transfer_ext, or was cut short.")
+            raise ValueError(
+                f"{where} has no `schema_version`; it is not a record of hf_transfer_ext, or was cut short."
+            )
         if schema > SCHEMA_VERSION:
             raise ValueError(
                 f"{where} has schema version {schema}, and this hf_transfer_ext reads up to {SCHEMA_VERSION}. "
                 "It was written by a newer version: upgrade hf_transfer_ext."
             )
         try:
-            return _linked(data, dict(data.get("parents") or {}), {}, ())
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} is malformed ({type(error).__name__}: {error}). Write it anew.") from error
+            parents = reading.field_of(data, "parents", dict, where=where, default={})
+            if len(parents) > MAX_ANCESTORS:
+                raise ValueError(f"it has {len(parents)} ancestors, and {MAX_ANCESTORS} are read")
+            return _linked(data, parents, {}, ())
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{where} is malformed ({type(error).__name__}: {one_line(error)}). Write it anew."
+            ) from error
 
     def _own_dict(self, digests: Mapping[int, str]) -> dict[str, Any]:
         """This record alone; its inputs refer to their records by digest (`id(record)` -> digest)."""
@@ -225,13 +240,9 @@ def read_record(folder_or_repo: str | Path, *, revision: str | None = None) -> R
             f"{public_text(str(folder_or_repo))!r} holds no {RECORD_FILE}: it was not written by hf_transfer_ext, "
             "or there is no such folder or repository."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{RECORD_FILE} of {last_name(folder_or_repo)!r} is no JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{RECORD_FILE} of {last_name(folder_or_repo)!r} has to hold an object.")
-    return RunRecord.from_dict(data, where=f"{RECORD_FILE} of {last_name(folder_or_repo)!r}")
+    where = f"{RECORD_FILE} of {last_name(folder_or_repo)!r}"
+    data = parse_json(read_text(path, max_bytes=MAX_RECORD_BYTES), where)
+    return RunRecord.from_dict(data, where=where)
 
 
 def describe_dataset(name_or_path: str | Path, revision: str | None = None) -> RunInput:
@@ -369,35 +380,44 @@ def _linked(
 ) -> RunRecord:
     """Build a record and, by their digests, those of its inputs; `above` are the digests that are being built now."""
     inputs = []
-    for item in data["inputs"]:
-        digest = item.get("record")
+    if len(above) > MAX_GENERATIONS:
+        raise ValueError(f"it goes back more than {MAX_GENERATIONS} generations")
+    text = partial(reading.field_of, where="the record", kind=str)
+    for item in _mappings(data, "inputs"):
+        digest = text(item, "record", default=None)
         if digest in above:
             raise ValueError(f"record {digest} is its own ancestor")
         if digest in parents and digest not in built:
-            built[digest] = _linked(parents[digest], parents, built, (*above, digest))
+            parent = reading.field_of(parents, digest, dict, where="`parents` of the record")
+            built[digest] = _linked(parent, parents, built, (*above, digest))
         inputs.append(
             RunInput(
-                name=item["name"],
-                role=item["role"],
+                name=text(item, "name"),
+                role=text(item, "role"),
                 on_hub=bool(item.get("on_hub", False)),
-                revision=item.get("revision"),
+                revision=text(item, "revision", default=None),
                 sha256=_strings(item.get("sha256")),
                 license=_strings(item.get("license")),
-                model_type=item.get("model_type"),
-                base_model=[str(name) for name in item.get("base_model") or []],
-                record=built.get(digest),
+                model_type=text(item, "model_type", default=None),
+                base_model=[
+                    str(name) for name in reading.field_of(item, "base_model", list, where="an input", default=[])
+                ],
+                record=built.get(digest) if digest is not None else None,
             )
         )
+    compared = reading.field_of(data, "compared", dict, where="the record", default={})
     return RunRecord(
-        job=data["job"],
-        recipe=data["recipe"],
-        config=public_value(dict(data["config"])),  # a foreign record may name files of this machine: do not read them
+        job=text(data, "job"),
+        recipe=text(data, "recipe"),
+        config=public_value(
+            reading.field_of(data, "config", dict, where="the record")
+        ),  # a foreign record may name files of this machine: do not read them
         inputs=inputs,
-        metrics=[_measurement(m) for m in data["metrics"]],
-        compared={str(name): [_measurement(m) for m in found] for name, found in (data.get("compared") or {}).items()},
+        metrics=[_measurement(m) for m in _mappings(data, "metrics")],
+        compared={name: [_measurement(m) for m in _mappings(compared, name)] for name in compared},
         not_measured=[str(sentence) for sentence in data.get("not_measured") or []],
-        seed=data.get("seed"),
-        device=dict(data.get("device") or {}),
+        seed=reading.field_of(data, "seed", int, where="the record", default=None),
+        device=dict(reading.field_of(data, "device", dict, where="the record", default={})),
         stages=[Stage(str(s["name"]), float(s["seconds"])) for s in data.get("stages") or []],
         files=_strings(data.get("files")),
         versions=_strings(data.get("versions")),
@@ -414,8 +434,15 @@ def _measurement(data: Mapping[str, Any]) -> Measurement:
         higher_is_better=bool(data["higher_is_better"]),
         examples=int(data["examples"]),
         interval=None if interval is None else (float(interval[0]), float(interval[1])),
-        dataset=data.get("dataset"),
+        dataset=reading.field_of(data, "dataset", str, where="a measurement", default=None),
     )
+
+
+def _mappings(data: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    found = reading.field_of(data, key, list, where="the record")
+    if not all(isinstance(one, Mapping) for one in found):
+        raise ValueError(f"`{key}` has to be a list of mappings")
+    return found
 
 
 def _strings(data: Any) -> dict[str, str]:
@@ -458,29 +485,30 @@ def _read_card_and_config(described: RunInput, source: str | Path, revision: str
     config = file_of(source, "config.json", revision=revision)
     if config is not None:
         try:
-            model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            model_type = read_json(config).get("model_type")
             described.model_type = model_type if isinstance(model_type, str) else None
-        except (ValueError, AttributeError):
-            pass  # loading the model tells this error better
+        except (ValueError, OSError):
+            pass  # loading the model explains this error better
     card = file_of(source, "README.md", revision=revision)
     if card is not None:
-        stated = card_metadata(card.read_text(encoding="utf-8", errors="replace"))
+        try:
+            stated = card_metadata(_head(card), f"README.md of {last_name(source)!r}")
+        except (ValueError, OSError) as error:
+            logger.warning("%s The card is not read: licence and base models of this input stay unknown.", error)
+            stated = {}
         for key in ("license", "license_name", "license_link"):
             if isinstance(stated.get(key), str):
                 described.license[key] = stated[key]
         bases = stated.get("base_model")
-        described.base_model = [str(b) for b in (bases if isinstance(bases, list) else [bases] if bases else [])]
+        described.base_model = [b for b in (bases if isinstance(bases, list) else [bases]) if isinstance(b, str) and b]
     if file_of(source, RECORD_FILE, revision=revision) is not None:
-        described.record = read_record(source, revision=revision)
+        try:
+            described.record = read_record(source, revision=revision)
+        except (ValueError, OSError) as error:
+            logger.warning("%s It is left out: the history of this input stays unknown.", error)
 
 
-def card_metadata(text: str) -> dict[str, Any]:
-    """The YAML front matter of a card, {} where there is none that can be read."""
-    import yaml
-
-    match = re.match(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", text, re.DOTALL)
-    try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        found = None
-    return found if isinstance(found, dict) else {}
+def _head(card: Path) -> str:
+    """The part of a card that can hold its front matter."""
+    with open(card, "rb") as file:
+        return file.read(2 * reading.MAX_YAML_BYTES).decode("utf-8-sig", errors="replace")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_transfer_ext.reading import check_patterns, field_of, one_line, read_json
 from hf_transfer_ext.tensors import dtype_by_name
-from hf_transfer_ext.weights.repository import file_of, local_folder
+from hf_transfer_ext.weights.repository import base_of_adapter, file_of, local_folder
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
@@ -23,6 +23,10 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
     return found
 
 
+#: For every `from_pretrained`: without it transformers asks on the terminal, and a `y` in a pipe runs the code.
+NO_REMOTE_CODE = {"trust_remote_code": False}
+
+
 def load_model(
     name: str | Path, *, revision: str | None = None, dtype: str | torch.dtype | None = "auto", **kwargs: Any
 ) -> PreTrainedModel | Any:
@@ -31,8 +35,13 @@ def load_model(
     Args:
         dtype: "auto" (of the checkpoint), "float32", "bfloat16" or "float16".
         kwargs: Passed to `from_pretrained` (`device_map`, `attn_implementation`, `quantization_config`, ...).
+            Code of a repository runs only with `trust_remote_code=True`; nothing is asked on the terminal.
+
+    Raises:
+        FileNotFoundError: There is no model at `name`.
+        ValueError: Its config, or that of the adapter, cannot be read, or it needs code of its repository.
     """
-    kwargs = {"use_safetensors": True, **kwargs}
+    kwargs = {"use_safetensors": True, **NO_REMOTE_CODE, **kwargs}
     adapter_config = file_of(name, "adapter_config.json", revision=revision)
     if adapter_config is not None:
         return _load_adapter(name, adapter_config, revision, dtype, kwargs)
@@ -40,6 +49,12 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(
             str(name), revision=revision or "main", dtype=dtype_of(dtype), **kwargs
         )
+    except RecursionError as error:
+        raise ValueError(f"The config.json of model {str(name)!r} is nested too deeply.") from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(_needs_code("Model", name)) from error
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"Model {str(name)!r} cannot be loaded: it has to be a folder or Hub repository with config.json and "
@@ -51,23 +66,46 @@ def _load_adapter(name: str | Path, adapter_config: Path, revision: str | None, 
     """The adapter `name` as a `PeftModel` on the base that its config names."""
     from peft import PeftModel
 
-    adapter = json.loads(adapter_config.read_text(encoding="utf-8"))
-    base_name = adapter.get("base_model_name_or_path")
-    if not base_name:
-        raise ValueError(f"Adapter {str(name)!r} names no base: fill in `base_model_name_or_path` of its config.")
-    if file_of(base_name, "adapter_config.json", revision=adapter.get("revision")) is not None:
+    base_name, base_revision = base_of_adapter(adapter_config)
+    if file_of(base_name, "adapter_config.json", revision=base_revision) is not None:
         raise ValueError(
             f"Adapter {str(name)!r} names {base_name!r} as its base, which is an adapter too. Merge that one into "
             "its base first."
         )
-    folder = local_folder(name, revision=revision)
+    base = load_model(base_name, revision=base_revision, dtype=dtype, **kwargs)
+    folder = checked_adapter(name, base, revision=revision)
+    try:
+        return PeftModel.from_pretrained(base, folder)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"Adapter {str(name)!r} does not fit {base_name!r}: {one_line(error)}") from error
+
+
+def checked_adapter(name: str | Path, base: Any, *, revision: str | None = None) -> Path:
+    """The folder of an adapter for `base`, refused where PEFT would load a pickle, import a module or never end.
+
+    Raises:
+        FileNotFoundError: It has no safetensors weights.
+        ValueError: Its adapter_config.json asks for imports, or its module patterns are invalid or take too long.
+    """
+    folder, where = local_folder(name, revision=revision), f"adapter {str(name)!r}"
     if not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(
             f"Adapter {str(name)!r} has no adapter_model.safetensors. Pickles are not read: convert it first."
         )
-    return PeftModel.from_pretrained(
-        load_model(base_name, revision=adapter.get("revision"), dtype=dtype, **kwargs), folder
-    )
+    settings = read_json(folder / "adapter_config.json")
+    for key in ("megatron_config", "tokenizer_kwargs"):
+        if settings.get(key):
+            raise ValueError(
+                f"The adapter_config.json of {where} sets `{key}`, with which PEFT imports modules or loads a "
+                "tokenizer by options of the adapter's author. Remove it there."
+            )
+    modules = [module for module, _ in base.named_modules()]
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        if isinstance(settings.get(key), str):
+            check_patterns([settings[key]], modules, where, whole=True)
+    for key in ("rank_pattern", "alpha_pattern"):
+        check_patterns(field_of(settings, key, dict, where=where, default={}), modules, where)
+    return folder
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -78,10 +116,14 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
             vocabulary instead, which turns every text into nothing; that is refused here too.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision or "main", **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name), revision=revision or "main", **{**NO_REMOTE_CODE, **kwargs}
+        )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(_needs_code("Tokenizer", name)) from error
         raise FileNotFoundError(
-            f"Tokenizer {str(name)!r} cannot be loaded: {str(error).splitlines()[0]} Mend the path or the Hub id; "
+            f"Tokenizer {str(name)!r} cannot be loaded: {one_line(error)} Fix the path or the Hub id; "
             "tokenizer.json and tokenizer_config.json have to lie there."
         ) from error
     if len(tokenizer) < 100 and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -94,10 +136,17 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
     return tokenizer
 
 
+def _needs_code(what: str, name: str | Path) -> str:
+    return (
+        f"{what} {str(name)!r} needs Python code of its own repository, which is not run. Read that code; if you "
+        "trust it, pass `trust_remote_code=True`."
+    )
+
+
 def context_length(model_or_config: Any) -> int | None:
     """The longest sequence that a model was built for, or None where its config does not say."""
     config = getattr(model_or_config, "config", model_or_config)
     if isinstance(config, (str, Path)):
-        config = AutoConfig.from_pretrained(str(config))
+        config = AutoConfig.from_pretrained(str(config), **NO_REMOTE_CODE)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)

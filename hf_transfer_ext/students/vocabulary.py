@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.reading import field_of, read_json
 from hf_transfer_ext.students import tokenizer_json
 from hf_transfer_ext.students.layers import rebuilt, refuse_wrapped
 
@@ -88,12 +89,17 @@ class VocabularyMap:
         path = Path(folder) / MAP_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no {MAP_FILE}: its vocabulary was not trimmed, or not here.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        old_ids = tuple(content["old_ids"])
-        size, tokens = content["original_size"], content["tokens"]
-        if len(set(old_ids)) != len(old_ids) or not 0 < tokens <= len(old_ids) or not _all_below(old_ids, size):
+        content, where = read_json(path), repr(str(path))
+        old_ids = tuple(field_of(content, "old_ids", list, where=where))
+        size, tokens = (field_of(content, key, int, where=where) for key in ("original_size", "tokens"))
+        if (
+            not all(type(old) is int for old in old_ids)
+            or len(set(old_ids)) != len(old_ids)
+            or not 0 < tokens <= len(old_ids)
+            or not _all_below(old_ids, size)
+        ):
             raise ValueError(f"{str(path)!r} is damaged: ids repeat or lie outside 0 to {size - 1}. Trim again.")
-        return cls(old_ids, size, tokens, content["original"])
+        return cls(old_ids, size, tokens, field_of(content, "original", str, where=where))
 
 
 def trim_vocabulary(

@@ -72,11 +72,12 @@ def _convert(package: ModuleType, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as scratch:
         gguf = Path(package.assemble(Path(scratch) / package.MODEL_NAME))  # checks the SHA-256 of the whole file
         model = AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+            scratch, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
         )
         model.save_pretrained(folder)
         del model
-        AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
 
 
 def _package() -> ModuleType:

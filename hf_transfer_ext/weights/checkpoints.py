@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.files import require_free_space, write_text
+from hf_transfer_ext.reading import field_of, one_line, read_json, shown
 from hf_transfer_ext.registry import unknown_name
 
 #: dtype names of the file format -> torch.
@@ -227,16 +229,16 @@ def _find_entries(folder: Path, stem: str, allow_pickle: bool) -> dict[str, Stor
 
 def _indexed_entries(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"The index {str(index)!r} cannot be read ({error!r}). Fetch it again.") from error
+        weight_map = field_of(read_json(index), "weight_map", dict, where="the index")
+        shards = sorted({field_of(weight_map, name, str, where="`weight_map`") for name in weight_map})
+    except ValueError as error:
+        raise ValueError(f"The index {str(index)!r} cannot be read: {error} Fetch it again.") from error
     headers = {}
     for shard in shards:
         # Compared by name and not by what it resolves to: files of the Hub cache are links out of their folder.
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise ValueError(f"The index {str(index)!r} leads out of its folder, to {shard!r}; refused.")
-        if not (folder / shard).exists():
+        if not (folder / shard).is_file():
             raise FileNotFoundError(f"Shard {shard!r}, named by {str(index)!r}, is missing. Fetch it too.")
         headers[shard] = read_header(folder / shard)
     missing = [name for name, shard in weight_map.items() if name not in headers[shard]]
@@ -251,7 +253,19 @@ def _indexed_entries(folder: Path, index: Path) -> dict[str, StoredTensor]:
 def _pickled_entries(files: list[Path]) -> dict[str, StoredTensor]:
     entries = {}
     for file in files:
-        for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
+        try:
+            # Files of the old form, which is not a zip archive, cannot be mapped into memory.
+            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except Exception as error:  # unpickling strangers' bytes raises anything
+            raise ValueError(
+                f"{str(file)!r} cannot be loaded with weights_only=True: {one_line(error)} It is damaged or "
+                "holds more than tensors; convert it to safetensors where it was made."
+            ) from error
+        if not isinstance(stored, dict):
+            raise ValueError(f"{str(file)!r} has to hold a mapping from names to tensors, got {shown(stored)}.")
+        for name, tensor in stored.items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{str(file)!r} has to hold tensors by name, but {shown(name)} is {shown(tensor)}.")
             entries[name] = StoredTensor(name, tensor.dtype, tuple(tensor.shape), file, 0, tensor)
     return entries
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.reading import check_patterns, field_of, module_pattern, read_json
 from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, write_checkpoint
 
 #: What PEFT puts before the name of each module.
@@ -79,7 +80,7 @@ def read_lora(folder: str | Path, *, allow: Sequence[str] = ()) -> LoraAdapter:
     path = folder / "adapter_config.json"
     if not path.exists():
         raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is no PEFT adapter.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     _refuse_other_kinds(config, folder, allow)
     checkpoint = Checkpoint(folder, stem="adapter_model")
     found: dict[str, dict[str, Tensor]] = {}
@@ -99,6 +100,12 @@ def read_lora(folder: str | Path, *, allow: Sequence[str] = ()) -> LoraAdapter:
             )
         else:
             replaced[name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
+    where = f"adapter_config.json of {str(folder)!r}"
+    patterns = field_of(config, "alpha_pattern", dict, where=where, default={})
+    check_patterns(patterns, found, where)
+    field_of(config, "lora_alpha", float, where=where, default=8)
+    for pattern in patterns:
+        field_of(patterns, pattern, float, where=f"`alpha_pattern` in {where}")
     modules = {module: _factors(module, factors, config, folder) for module, factors in found.items()}
     return LoraAdapter(checkpoint, config, modules, replaced, beyond["magnitude_vector"], beyond["B.bias"])
 
@@ -107,7 +114,7 @@ def lora_scale(module: str, config: Mapping[str, Any], rank: int) -> float:
     """The factor of `B A` for a module: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(module_pattern(pattern), module):
             alpha = value
             break
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -127,6 +134,8 @@ def _factors(module: str, found: dict[str, Tensor], config: Mapping[str, Any], f
             f"Adapter {str(folder)!r}: the factors of {module!r} do not fit, B {list(up.shape)} and A "
             f"{list(down.shape)}. Only matrices can be merged."
         )
+    if down.shape[0] < 1:
+        raise ValueError(f"Adapter {str(folder)!r}: the factors of {module!r} have rank 0, so they change nothing.")
     scale = lora_scale(module, config, down.shape[0])
     if transposed:
         return LoraFactors((down.T * scale).contiguous(), up.T.contiguous())

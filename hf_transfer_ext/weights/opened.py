@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.reading import field_of, read_json
 from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, bytes_of, unknown_tensor
 from hf_transfer_ext.weights.devices import on_host
 from hf_transfer_ext.weights.lora import LoraFactors, read_lora
 from hf_transfer_ext.weights.reference import ModelReference
-from hf_transfer_ext.weights.repository import local_folder
+from hf_transfer_ext.weights.repository import base_of_adapter, local_folder
 
 #: Buffers that old checkpoints store and that every model builds by itself.
 REBUILT_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
@@ -203,12 +203,12 @@ def open_model(reference: ModelReference, *, allow_pickle: bool = False) -> Inpu
         adapted = ModelReference(reference.path, reference.revision)
     elif not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         lora = folder
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        adapted = ModelReference(adapter["base_model_name_or_path"], adapter.get("revision"))
+        adapted = ModelReference(*base_of_adapter(folder / "adapter_config.json"))
         folder = local_folder(adapted.path, revision=adapted.revision, allow_pickle=allow_pickle)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"There is no config.json in {str(folder)!r}; it is no model folder.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
+    field_of(config, "text_config", dict, where=f"config.json of {str(folder)!r}", default={})
     checkpoint = Checkpoint(folder, allow_pickle=allow_pickle)
     tensors: dict[str, InputTensor] = {
         name: StoredInput(checkpoint, entry)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hf_transfer_ext.reading import field_of, read_json
+
 #: What a model folder needs for loading and merging; optimizer states, pickles and other formats stay on the Hub.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf", "README.md"]
 
@@ -18,7 +20,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"There is no model folder at {str(name)!r}. Mend the path, or give a Hub id.")
+        raise FileNotFoundError(f"There is no model folder at {str(name)!r}. Fix the path, or give a Hub id.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -28,7 +30,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"Model {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local folder nor a "
-            f"repository that can be reached on the Hub ({type(error).__name__}). Mend the name, or log in."
+            f"repository that can be reached on the Hub ({type(error).__name__}). Fix the name, or log in."
         ) from error
 
 
@@ -47,6 +49,18 @@ def file_of(folder_or_repo: str | Path, name: str, *, revision: str | None = Non
         return Path(hf_hub_download(str(folder_or_repo), name, revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError, connection_error()):
         return None
+
+
+def base_of_adapter(adapter_config: Path) -> tuple[str, str | None]:
+    """The base model that an `adapter_config.json` names, by path or Hub id, and its revision."""
+    config, where = read_json(adapter_config), f"{adapter_config.name} of {str(adapter_config.parent)!r}"
+    base = field_of(config, "base_model_name_or_path", str, where=where, default="")
+    if not base:
+        raise ValueError(
+            f"Adapter {str(adapter_config.parent)!r} names no base: set `base_model_name_or_path` in its "
+            f"{adapter_config.name}."
+        )
+    return base, field_of(config, "revision", str, where=where, default=None)
 
 
 def connection_error() -> type[Exception]:

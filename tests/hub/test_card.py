@@ -119,12 +119,12 @@ def test_a_local_base_is_not_named_as_a_repository():
         ([on_hub("a/x", license=MIT), on_hub("a/data", "dataset")], MIT),
     ],
 )
-def test_a_licence_is_taken_over_and_never_invented(inputs, expected):
+def test_a_license_is_taken_over_and_never_invented(inputs, expected):
     made = str(model_card(record(*inputs, job="merging")))
     data = front_matter(made)
     assert {k: v for k, v in data.items() if k.startswith("license")} == expected
     assert ("Gemma Terms of Use" in made) == (expected.get("license") == "gemma")
-    assert ("No licence is stated" in made) == (expected == {})
+    assert ("No license is stated" in made) == (expected == {})
 
 
 def test_the_table_shows_each_measurement_with_unit_direction_count_and_interval():

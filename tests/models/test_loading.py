@@ -1,12 +1,17 @@
+import io
 import json
 
 import pytest
 import torch
+from hf_transfer_ext.evals.models import with_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 from transformers import Gemma3TextConfig, GPT2Config, Qwen2Config
 
+from hf_transfer_ext.evals.text.text_models import sentence_encoder
 from hf_transfer_ext.models.loading import context_length, dtype_of, load_model, load_tokenizer
+from hf_transfer_ext.weights.opened import open_model
+from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.repository import local_folder
 
 
@@ -114,13 +119,79 @@ def test_an_adapter_that_cannot_be_loaded_says_why(folder, tmp_path):
         load_model(adapter)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha_pattern": {"([a-z0-9_.]+)+!": 2}}, "takes more than 2 seconds"),
+        ({"target_modules": "([a-z0-9_.]+)+!"}, "takes more than 2 seconds"),
+        ({"rank_pattern": {"(": 2}}, "not a valid regular expression"),
+        ({"alpha_pattern": ["x"]}, "`alpha_pattern` of adapter .* has to be a mapping"),
+        ({"r": "x"}, "does not fit"),
+        ({"base_model_name_or_path": 3}, "`base_model_name_or_path` .* has to be a text"),
+        ({"megatron_config": {"a": 1}}, "sets `megatron_config`"),
+        ({"tokenizer_kwargs": {"trust_remote_code": True}}, "sets `tokenizer_kwargs`"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_the_settings_of_an_adapter_are_checked(folder, tmp_path, change, message):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = tmp_path / "adapter"
+    get_peft_model(load_model(folder), config).save_pretrained(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_model(adapter)
+    if "base_model_name_or_path" not in change:
+        with pytest.raises(ValueError, match=message):
+            with_adapters(load_model(folder), [adapter])
+
+
+CODE = """
+open({mark!r}, "w").write("code of the repository ran")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig): model_type = "own"
+class Model(LlamaForCausalLM): config_class = Config
+class Tokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+@pytest.mark.parametrize("answer", ["y\n" * 20, ""], ids=["yes", "nothing"])
+def test_code_of_a_repository_does_not_run_whatever_stdin_says(hub, folder, tmp_path, monkeypatch, answer):
+    mark = tmp_path / "RAN"
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoModel": "own.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto_map}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(CODE.format(mark=str(mark)))
+    hub.seed("tester/own", folder)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    for name in ("tester/own", folder):
+        for load in (load_model, load_tokenizer, context_length, sentence_encoder, skeleton):
+            with pytest.raises((ValueError, OSError), match=r"code|own"):
+                load(name)
+    assert not mark.exists() and not asked
+    loaded = load_model(folder, trust_remote_code=True)
+    assert mark.exists() and type(loaded).__name__ == "Model"
+
+
+def skeleton(name):
+    """What `extract` loads of a model."""
+    from hf_transfer_ext.adapters.extract import _skeleton
+
+    return _skeleton(open_model(ModelReference(str(name))))
+
+
 @pytest.mark.parametrize("name", ["tester/none", "gpt2", "/no/such/folder", "./none", "not a name"])
 def test_a_name_that_leads_nowhere(hub, name):
     with pytest.raises(FileNotFoundError, match=r"none|gpt2|folder|name"):
         load_model(name)
     with pytest.raises(FileNotFoundError, match=r"none|gpt2|folder|name"):
         load_tokenizer(name)
-    with pytest.raises(FileNotFoundError, match="Mend the"):
+    with pytest.raises(FileNotFoundError, match="Fix the"):
         local_folder(name)
 
 

@@ -189,3 +189,35 @@ def test_pickled_weights_need_a_flag(tmp_path):
 def test_no_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights"):
         Checkpoint(tmp_path)
+
+
+class Runs:
+    def __reduce__(self):
+        return (print, ("code of the pickle ran",))
+
+
+@pytest.mark.parametrize("content", [{"a": Runs()}, [1], {"a": "b"}, {1: torch.ones(2)}, b"junk"], ids=str)
+def test_a_pickle_with_more_than_tensors_is_refused_in_one_sentence(tmp_path, capsys, content):
+    if isinstance(content, bytes):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*(weights_only|has to hold)") as error:
+        Checkpoint(tmp_path, allow_pickle=True)
+    assert len(str(error.value)) < 700 and "\n" not in str(error.value)
+    assert "code of the pickle ran" not in capsys.readouterr().out
+
+
+def test_a_pickle_of_the_old_form_is_read(tmp_path):
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with Checkpoint(tmp_path, allow_pickle=True) as checkpoint:
+        assert torch.equal(checkpoint.read("w"), torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "\ufeff"]
+)
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index.*cannot be read"):
+        Checkpoint(tmp_path)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.files import write_text, written_aside
 from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import Scorer
+from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.trainers.answers import train_on_answers
 
 logger = logging.getLogger(__name__)
@@ -187,8 +188,8 @@ def read_discriminator(folder: str | Path) -> Discriminator | None:
     path = Path(folder) / SEEDS_FILE
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    seeds = content.get("seeds") if isinstance(content, Mapping) else None
+    content = read_json(path)
+    seeds = content.get("seeds")
     if not isinstance(seeds, list) or not seeds or not all(isinstance(one, str) for one in seeds):
         raise ValueError(f"{SEEDS_FILE} in {str(folder)!r} must hold `seeds`, a list of texts.")
     return Discriminator(seeds, str(content.get("task_name", "task")), content.get("separation"))

@@ -22,8 +22,8 @@ def sentence_encoder(name_or_path: str | Path, *, device: Any = "cpu", batch_siz
 
     Source: Sentence-BERT, Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    model = AutoModel.from_pretrained(name_or_path).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    model = AutoModel.from_pretrained(name_or_path, trust_remote_code=False).eval().to(device)
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> Float[np.ndarray, "texts hidden"]:
@@ -44,8 +44,8 @@ def entailment_classifier(name_or_path: str | Path, *, device: Any = "cpu", batc
     Raises:
         ValueError: The model has no such label.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(name_or_path).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(name_or_path, trust_remote_code=False).eval().to(device)
     labels = [int(i) for i, label in model.config.id2label.items() if str(label).lower().startswith("entail")]
     if len(labels) != 1:
         raise ValueError(

@@ -96,7 +96,7 @@ def mixture_config(architecture: Architecture, config: MoeConfig, base: InputMod
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    dense = AutoConfig.from_pretrained(str(base.folder)).to_dict()
+    dense = AutoConfig.from_pretrained(str(base.folder), trust_remote_code=False).to_dict()
     if architecture.model_type not in CONFIG_MAPPING:
         raise ValueError(f"This version of transformers does not know {architecture.model_type!r}. Upgrade it.")
     kind: Any = CONFIG_MAPPING[architecture.model_type]
@@ -125,7 +125,7 @@ def check_fit(architecture: Architecture, mixture: Any, base: InputModel) -> Non
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(mixture)
+        skeleton = AutoModelForCausalLM.from_config(mixture, trust_remote_code=False)
     wanted = {name: tuple(one.shape) for name, one in skeleton.state_dict().items() if ".mlp." not in name}
     if base.is_tied:
         wanted.pop("lm_head.weight", None)

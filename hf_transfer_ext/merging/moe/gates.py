@@ -59,7 +59,7 @@ def _hidden(config: MoeConfig, base: InputModel) -> Any:
     from transformers import AutoModelForCausalLM
 
     tokenizer = _tokenizer(base)
-    model = AutoModelForCausalLM.from_pretrained(str(base.folder), dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(str(base.folder), dtype="auto", trust_remote_code=False).eval()
     average = config.gate_mode == "hidden_avg"
 
     def states(prompts: Sequence[str]) -> Float[Tensor, "layers hidden"]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from hf_transfer_ext.merging.planning.config import number, parse_dtype, whole_number, without_anchors, yaml_mapping
+from hf_transfer_ext.reading import shown
 from hf_transfer_ext.registry import known_keys, unknown_name
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
@@ -110,7 +111,7 @@ def parse_moe_config(content: Any) -> MoeConfig:
     per_token = whole_number(content.get("experts_per_token", 2), "experts_per_token")
     if per_token is None or not 1 <= per_token <= len(experts):
         raise ValueError(
-            f"`experts_per_token` has to be from 1 to {len(experts)}, the number of experts, got {per_token!r}."
+            f"`experts_per_token` has to be from 1 to {len(experts)}, the number of experts, got {shown(per_token)}."
         )
     seed = whole_number(content.get("seed"), "seed") or 0
     if mode not in RANDOM_MODES:
@@ -130,7 +131,7 @@ def parse_moe_config(content: Any) -> MoeConfig:
 
 def _experts(value: Any, where: str) -> tuple[Expert, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"`{where}` has to be a list with at least one expert, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a list with at least one expert, got {shown(value)}.")
     experts = []
     for i, one in enumerate(value):
         known_keys(one, _EXPERT_KEYS, f"{where}[{i}]")
@@ -150,7 +151,7 @@ def _prompts(value: Any, where: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-        raise ValueError(f"`{where}` has to be a list of texts, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a list of texts, got {shown(value)}.")
     return tuple(value)
 
 

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hf_transfer_ext.merging.method import RANGES, WITHOUT_EFFECT, MergeMethod
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.planning.chat_templates import CHAT_TEMPLATES
+from hf_transfer_ext.reading import read_yaml, shown
 from hf_transfer_ext.registry import known_keys, unknown_name
 from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
@@ -172,12 +172,9 @@ def yaml_mapping(config: Mapping[str, Any] | str | Path, title: str, keys: str) 
     path = Path(config)
     if not path.is_file():
         raise FileNotFoundError(f"There is no {title} at {str(path)!r}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{str(path)!r} has to be a mapping with {keys}, got {content!r}.")
+        raise ValueError(f"{str(path)!r} has to be a mapping with {keys}, got {shown(content)}.")
     return content
 
 
@@ -198,9 +195,9 @@ def number(value: Any, where: str) -> float:
         value = float(value)
         value = int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"`{where}` has to be a number, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a number, got {shown(value)}.")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"`{where}` has to be a finite number, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a finite number, got {shown(value)}.")
     return value
 
 
@@ -210,7 +207,7 @@ def whole_number(value: Any, where: str) -> int | None:
         return None
     found = number(value, where) if isinstance(value, str) and _NUMBER.match(value.strip()) else value
     if isinstance(found, bool) or not isinstance(found, int):
-        raise ValueError(f"`{where}` has to be a whole number, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a whole number, got {shown(value)}.")
     return found
 
 
@@ -267,7 +264,7 @@ def evaluate(setting: Any, tensor: str, depth: float) -> Any:
 def _template(value: Any) -> str | None:
     """The template itself, also for a name of `CHAT_TEMPLATES`; "auto" stays."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"`chat_template` has to be a text, got {value!r}.")
+        raise ValueError(f"`chat_template` has to be a text, got {shown(value)}.")
     text = value
     if text is None or text == "auto" or "{" in text:
         return text
@@ -284,7 +281,7 @@ def parse_dtype(value: Any, where: str) -> torch.dtype | None:
     found = dtype_by_name(value)
     if found not in FLOAT_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise ValueError(f"`{where}` has to be one of {names}, got {value!r}.")
+        raise ValueError(f"`{where}` has to be one of {names}, got {shown(value)}.")
     return found
 
 
@@ -296,7 +293,7 @@ def _lora_rank(value: Any) -> int | None:
     known_keys(value.get("lora"), ("rank",), "output.lora")
     rank = whole_number(value["lora"].get("rank"), "output.lora.rank")
     if rank is None or rank < 1:
-        raise ValueError(f"`output.lora.rank` has to be at least 1, got {rank!r}.")
+        raise ValueError(f"`output.lora.rank` has to be at least 1, got {shown(rank)}.")
     return rank
 
 
@@ -307,7 +304,7 @@ def _slices_have_base(content: Mapping[str, Any]) -> bool:
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"`{where}` has to be a list with at least one entry, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a list with at least one entry, got {shown(value)}.")
     return value
 
 
@@ -318,7 +315,7 @@ def _modules(content: Mapping[str, Any], method: MergeMethod) -> tuple[Module, .
     if given[0] != "modules":
         return (Module("default", _slices(content, method, "")),)
     if not isinstance(content["modules"], Mapping):
-        raise ValueError(f"`modules` has to be a mapping from names to modules, got {content['modules']!r}.")
+        raise ValueError(f"`modules` has to be a mapping from names to modules, got {shown(content['modules'])}.")
     modules = []
     for name, value in content["modules"].items():
         where = f"modules.{name}"
@@ -371,7 +368,7 @@ def _slice_source(value: Any, method: MergeMethod, where: str) -> Source:
         ends = [whole_number(one, f"{where}.layer_range") for one in layers]
     first, end = ends if ends else (None, None)
     if first is None or end is None or not 0 <= first < end:
-        raise ValueError(f"`{where}.layer_range` has to be [first, end) with 0 <= first < end, got {layers!r}.")
+        raise ValueError(f"`{where}.layer_range` has to be [first, end) with 0 <= first < end, got {shown(layers)}.")
     parameters = _parameters(value.get("parameters"), method, f"{where}.parameters", per_model=None)
     return Source(parse_reference(value.get("model"), f"{where}.model"), (first, end), parameters)
 
@@ -381,7 +378,7 @@ def _parameters(value: Any, method: MergeMethod, where: str, *, per_model: bool 
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"`{where}` has to be a mapping, got {value!r}.")
+        raise ValueError(f"`{where}` has to be a mapping, got {shown(value)}.")
     settings: Parameters = {}
     for name, setting in value.items():
         if _has_no_effect(name, method):
@@ -405,15 +402,15 @@ def _has_no_effect(name: str, method: MergeMethod) -> bool:
 def _setting(name: str, setting: Any, where: str) -> Any:
     """The value of an option with its numbers read, after a check of their range."""
     if isinstance(setting, Mapping):
-        raise ValueError(f"`{where}` has to be a value or a list of conditions, got a mapping: {dict(setting)!r}.")
+        raise ValueError(f"`{where}` has to be a value or a list of conditions, got {shown(dict(setting))}.")
     if not isinstance(setting, list):
         if setting is not None and not isinstance(setting, bool):
             if not isinstance(setting, (int, float)) and not (isinstance(setting, str) and _NUMBER.match(setting)):
-                raise ValueError(f"`{where}` has to be a number or true or false, got {setting!r}.")
+                raise ValueError(f"`{where}` has to be a number or true or false, got {shown(setting)}.")
             setting = number(setting, where)
         allowed = RANGES.get(name)
         if allowed is not None and setting not in allowed:
-            raise ValueError(f"`{where}` has to be {allowed}, got {setting!r}.")
+            raise ValueError(f"`{where}` has to be {allowed}, got {shown(setting)}.")
         return setting
     if not setting:
         raise ValueError(f"`{where}` is an empty list; give a value, a gradient or conditions.")
@@ -455,7 +452,7 @@ def _tokenizer(content: Mapping[str, Any]) -> TokenizerPlan | None:
     known_keys(value, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
     tokens = value.get("tokens") or {}
     if not isinstance(tokens, Mapping):
-        raise ValueError(f"`tokenizer.tokens` has to be a mapping from tokens to sources, got {tokens!r}.")
+        raise ValueError(f"`tokenizer.tokens` has to be a mapping from tokens to sources, got {shown(tokens)}.")
     pad = whole_number(value.get("pad_to_multiple_of"), "tokenizer.pad_to_multiple_of")
     if pad is not None and pad < 1:
         raise ValueError(f"`tokenizer.pad_to_multiple_of` has to be at least 1, got {pad}.")

@@ -211,7 +211,7 @@ def _tokenizer_of(model: InputModel) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(model.folder))
+        return AutoTokenizer.from_pretrained(str(model.folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Model {str(model.reference)!r} has no tokenizer that can be loaded, which `tokenizer` needs."

@@ -12,6 +12,7 @@ import yaml
 
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.hub.privacy import public_text
+from hf_transfer_ext.reading import parse_yaml
 from hf_transfer_ext.weights.opened import InputModel
 
 #: Files that go with the weights and are taken from the base model, or from the first one.
@@ -56,7 +57,7 @@ def write_companions(folder: Path, donor: InputModel, config: Mapping[str, Any],
 def public_yaml(config: Mapping[str, Any] | str | Path) -> str:
     """The configuration as it goes into the result: word for word, unless it names folders of this machine."""
     text = None if isinstance(config, Mapping) else Path(config).read_text(encoding="utf-8")
-    content = dict(config) if isinstance(config, Mapping) else yaml.safe_load(text or "")
+    content = dict(config) if isinstance(config, Mapping) else parse_yaml(text or "", repr(str(config)))
     public = _without_local_paths(content)
     return text if text is not None and public == content else yaml.safe_dump(public, sort_keys=False)
 
