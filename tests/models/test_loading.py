@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from hf_transfer_ext.evals.models import with_adapters
+from hf_transfer_ext.evals.adapters import with_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 from transformers import Gemma3TextConfig, GPT2Config, Qwen2Config
