@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from hf_transfer_ext.data import text as module
-from hf_transfer_ext.data.text import fit_context, labelled_tokens, load_text_dataset, require_labels
+from hf_transfer_ext.data.text import fit_context, labelled_tokens, load_rows, load_text_dataset, require_labels
 
 TEXTS = [{"text": f"Sentence number {i}."} for i in range(5)]
 CHAT = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
@@ -183,3 +183,24 @@ def test_rows_longer_than_the_context(streaming):
         list(require_labels(cut))
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         fit_context(tokenised(streaming), 0)
+
+
+def test_columns_that_are_not_used_are_named(tmp_path, caplog):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"text": "Who?", "labels": "me"}\n')
+    load_text_dataset(path)
+    assert "read are the columns text; not used: labels" in caplog.text
+    caplog.clear()
+    path.write_text('{"text": "Who?"}\n')
+    load_text_dataset(path)
+    assert not caplog.text
+
+
+def test_rows_of_a_file_come_as_they_are(tmp_path):
+    (tmp_path / "own.json").write_text('[{"a": 1}, {"b": [null]}]')
+    assert load_rows(tmp_path / "own.json") == [{"a": 1}, {"b": [None]}]
+    (tmp_path / "own.json").write_text('[{"a": 1}')
+    with pytest.raises(ValueError, match="neither a JSON list nor JSON lines"):
+        load_rows(tmp_path / "own.json")
+    Dataset.from_list([{"a": 1}]).save_to_disk(str(tmp_path / "saved"))
+    assert load_rows(tmp_path / "saved") == [{"a": 1}]

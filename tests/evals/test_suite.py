@@ -12,6 +12,7 @@ from hf_transfer_ext.evals.suite import (
     SuiteResult,
     evaluate_parts,
     load_json,
+    load_optional_set,
     load_set,
     read_rows,
     require_columns,
@@ -105,3 +106,26 @@ def test_every_suite_says_what_it_loads():
     for name, suite in SUITES.items():
         assert suite.__name__ == name and suite.load.__name__ == f"load_{name}"
         assert suite.compares_with in (None, "retrained", "before")
+
+
+def test_texts_are_tokenized_once(monkeypatch):
+    counted = []
+    encode = QuestionAnswerFormat.encode
+    monkeypatch.setattr(QuestionAnswerFormat, "encode", lambda *args: counted.append(args[-1]) or encode(*args))
+    parts = {"one": Part(ROWS, ["perplexity"]), "two": Part(ROWS[:1], ["choice_probability"])}
+    parts["two"] = Part([{**ROWS[0], "perturbed_answer": ["x"]}], ["choice_probability"])
+    evaluate_parts("Mine", tiny_llama(), byte_tokenizer(), parts, resamples=0)
+    assert counted == ["b", "d", "b", "x"]
+
+
+def test_an_optional_set_is_left_out_where_it_is_missing_and_an_error_where_it_cannot_be_read(tmp_path, hub):
+    assert load_optional_set(tmp_path, "mine", files=["one"]) is None
+    (tmp_path / "one.json").write_text('[{"question": "q", "answer"')
+    with pytest.raises(ValueError, match=r"one\.json is neither a JSON list nor JSON lines"):
+        load_optional_set(tmp_path, "mine", files=["one"])
+    card = "---\nconfigs:\n- config_name: first\n  data_files:\n  - split: test\n    path: one.json\n---\n"
+    hub.seed("tester/optional", {"README.md": card, "one.json": json.dumps(ROWS)}, repo_type="dataset")
+    for where in ({"config": "second", "split": "test"}, {"config": "first", "split": "train"}):
+        assert load_optional_set("tester/optional", "mine", files=["x"], **where) is None
+    with pytest.raises(FileNotFoundError, match="can be reached on the Hub"):
+        load_optional_set("tester/no-such-data", "mine", files=["x"])

@@ -182,8 +182,9 @@ class Campaign:
         if len(self.data.holdout):
             unseen = replace(self.data, forget=self.data.holdout, holdout=())
             try:
-                return method(self.unlearned, unseen, **options), "holdout"
-            except ValueError:  # holdout rows that lack what the attack needs (wrong answers, a question)
+                if method.texts or unseen.has_questions():
+                    return method(self.unlearned, unseen, **options), "holdout"
+            except ValueError:  # holdout rows that lack what the attack needs (wrong answers, two rows, ...)
                 pass
         return None, ""
 

@@ -109,7 +109,14 @@ class Subject:
 
 
 def reworded(rows: Sequence[Row], wording: str) -> list[dict[str, Any]]:
-    """The rows with every question put into a wording (`{question}`)."""
+    """The rows with every question put into a wording (`{question}`).
+
+    Raises:
+        ValueError: A row has no question.
+    """
+    for index, row in enumerate(rows):
+        if row.get("question") is None:
+            raise ValueError(f"Row {index} has no question to be asked in other words, only a text.")
     return [{**row, "question": wording.replace("{question}", str(row["question"]))} for row in rows]
 
 

@@ -114,35 +114,30 @@ def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, r
     verdict.floor = None if floor is None else float(floor.mean())
     verdict.floor_from = evidence.floor_from if floor is not None else ""
     if floor is None and needs_floor:
-        notes.insert(0, "a model that never knew scores here too: give a retrained one")
+        verdict.note = "; ".join(["a model that never knew scores here too: give a retrained one", *notes])
+        return verdict
+    paired = evidence.floor_from == "retrained"
+    floors = [] if floor is None else [floor]
+    groups = [[found, shown, *floors]] if paired or not floors else [[found, shown], floors]
+
+    def gap(found: Values, shown: Values, *floors: Values) -> float:
+        return float(shown.mean() - sum(own.mean() for own in floors))
+
+    def left(found: Values, shown: Values, *floors: Values) -> float:
+        return float(found.mean() - sum(own.mean() for own in floors))
+
+    share = Share.of(gap, left, groups, resamples=resamples, seed=seed)
+    too_small = "the original shows hardly more here than a model without the data"
+    reason = share.why_not(gap(found, shown, *floors), len(found), too_small)
+    if reason:
+        notes.insert(0, reason)
     else:
+        verdict.recovered = recovered_share(found, shown, np.zeros(1) if floor is None else floor)
+        verdict.interval = share.interval() if resamples and len(found) > 1 else None
         if floor is None:
-            groups = [[found, shown]]
-            notes.append(
-                "no floor was measured and 0 is taken, an upper bound: give a retrained model or holdout rows"
-            )
-        elif evidence.floor_from == "retrained":
-            groups = [[found, shown, floor]]
-        else:
-            groups = [[found, shown], [floor]]
+            notes.append("no floor was measured and 0 is taken, an upper bound: give a retrained model or holdout")
+        elif not paired:
             notes.append("the floor is the same attack on holdout rows")
-
-        def gap(found: Values, shown: Values, *floors: Values) -> float:
-            return float(shown.mean() - sum(own.mean() for own in floors))
-
-        def left(found: Values, shown: Values, *floors: Values) -> float:
-            return float(found.mean() - sum(own.mean() for own in floors))
-
-        arrays = [array for group in groups for array in group]
-        share = Share.of(gap, left, groups, resamples=resamples, seed=seed)
-        reason = share.why_not(
-            gap(*arrays), len(found), "the original shows hardly more here than a model without the data"
-        )
-        if reason:
-            notes.insert(0, reason)
-        else:
-            verdict.recovered = recovered_share(found, shown, np.zeros(1) if floor is None else floor)
-            verdict.interval = share.interval() if resamples and len(found) > 1 else None
     verdict.note = "; ".join(notes)
     return verdict
 

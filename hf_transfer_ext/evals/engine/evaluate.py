@@ -197,17 +197,29 @@ def values_of(
     for place, example in enumerate(scored):
         try:
             refuse_nan_scores(example, metric)
-            value = metric(example, **options)
+            value, weight = as_value_and_weight(metric(example, **options))
         except Exception as error:  # whatever one example does, the others stay measured
             left_out[example.index] = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             )
             continue
-        values[place], weights[place] = value if isinstance(value, tuple) else (value, 1.0)
-        if not np.isfinite(values[place]):
-            values[place] = np.nan
+        if np.isfinite(value):
+            values[place], weights[place] = value, weight
+        else:
             left_out[example.index] = "its value is not finite."
     return values, weights, left_out
+
+
+def as_value_and_weight(value: Any) -> tuple[float, float]:
+    """What a metric gives for an example: a number, or a number and its weight.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    pair = value if isinstance(value, tuple) else (value, 1.0)
+    if len(pair) != 2 or not all(np.ndim(part) == 0 and np.isreal(part) for part in pair):
+        raise ValueError(f"a metric gives a number, or a number and its weight; this one gives {value!r}.")
+    return float(pair[0]), float(pair[1])
 
 
 def refuse_nan_scores(example: ScoredExample, metric: Metric) -> None:

@@ -1,13 +1,15 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
-from evals.audit.planted_people import DATA, FORGET, never_taught, planted, subject
+from evals.audit.planted_people import DATA, FORGET, HOLDOUT, RETAIN, never_taught, planted, subject
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData
-from hf_transfer_ext.evals.audit.verdict import recovered_share
+from hf_transfer_ext.evals.audit.verdict import Evidence, Share, Verdict, judge_recovery, recovered_share
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,71 @@ def test_an_attack_declares_what_its_attacker_needs():
     assert teach.access == "fine-tuning" and teach.__doc__ == "Does nothing." and teach.label({"a": 1}) == "teach(a=1)"
     with pytest.raises(ValueError, match="one of prompts, weights, fine-tuning"):
         attack(access="magic")(lambda subject, data: None)
+
+
+def test_a_model_that_never_knew_is_not_said_to_remember():
+    words = [{"question": f"Which {what} has {name}?", "answer": f"{what} {name}"} for name in "abcd" for what in "xy"]
+    never = subject(never_taught())
+    data = AuditData(words[:4], RETAIN, HOLDOUT)
+    attacks = ["plain_question", "hidden_probe", "multiple_choice", "in_context", "relearn_unrelated"]
+    found = audit(never, data, original=never, attacks=attacks, resamples=0)
+    assert all(v.recovered is None for v in found.verdicts), found.verdicts
+    assert "give a retrained one" in {v.attack: v.note for v in found.verdicts}["loss_attack"]
+
+
+def test_a_gap_within_the_sampling_error_is_no_gap():
+    found, shown = np.array([0.0, 1.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0, 1.0])
+    floor = np.array([1.0, 0.0, 1.0, 0.0])
+    for floor_from in ("retrained", "holdout"):
+        evidence = Evidence(found, shown, floor, floor_from, [])
+        verdict = judge_recovery(evidence, Verdict("a", *[None] * 5), needs_floor=False, resamples=200, seed=0)
+        assert verdict.recovered is None and "sampling error of 4 examples" in verdict.note
+    # Resamples without a gap widen the interval instead of being dropped.
+    share = Share(np.r_[np.ones(95), -np.ones(5)], np.full(100, 0.5))
+    assert share.interval() == (0.0, 1.0)
+
+
+def test_examples_that_cannot_be_scored_are_counted_and_not_taken_for_unknown():
+    nan = float("nan")
+    evidence = Evidence(np.array([1.0, nan, 1.0]), np.ones(3), np.zeros(3), "retrained", [])
+    verdict = judge_recovery(evidence, Verdict("a", *[None] * 5), needs_floor=False, resamples=10, seed=0)
+    assert verdict.recovered == 1.0 and "1 of 3 examples could not be scored" in verdict.note
+    nothing = Evidence(np.full(3, nan), np.ones(3), None, "", [])
+    verdict = judge_recovery(nothing, Verdict("a", *[None] * 5), needs_floor=False, resamples=10, seed=0)
+    assert verdict.recovered is None and "no example could be scored" in verdict.note
+
+
+def test_rows_and_models_that_cannot_be_audited_are_refused_before_any_attack(models):
+    original = models[0]
+    announced = []
+    options = {"original": subject(original), "progress": announced.append}
+    long = {"question": "Who?", "answer": "x" * 600}
+    for rows, message in (
+        ([*FORGET, long], "Row 4 of the forget set has 606 tokens, but the model has 512 positions"),
+        ([{"frage": "Who?"}], "Row 0 of the forget set cannot be audited: it needs the columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            audit(subject(original), AuditData(rows), **options)
+    broken = copy.deepcopy(original)
+    broken.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"unlearned model cannot be audited: .* NaN at"):
+        audit(subject(broken), DATA, **options)
+    with pytest.raises(ValueError, match=r"Unknown option of the attack quantization 'bit'\. Did you mean 'bits'"):
+        audit(subject(original), DATA, attacks=[{"quantization": {"bit": 8}}], **options)
+    assert not announced
+
+
+def test_rows_of_plain_text_are_audited_by_the_attacks_that_need_no_question(models):
+    texts = [{"text": f"The town of {name} has an old bridge."} for name in "abcd"]
+    data = AuditData(texts, texts, [{"text": row["answer"]} for row in HOLDOUT])
+    never = subject(never_taught())
+    attacks = ["plain_question", "role_play", "logit_lens", "hidden_probe", {"relearn_few": {"epochs": 1.0}}]
+    membership = ["loss_attack", "label_only", "adversarial_query"]
+    found = audit(
+        subject(models[0]), data, original=never, retrained=never, attacks=attacks, membership=membership, resamples=0
+    )
+    notes = {v.attack: v.note for v in found.verdicts}
+    assert "needs rows with a question" in notes["role_play"] and "rows without one" in notes["adversarial_query"]
+    assert "no question to be asked" in notes["label_only"]
+    assert {"plain_question", "logit_lens", "hidden_probe"} <= set(found.scores)
+    assert next(v.explanation for v in found.verdicts if v.attack == "plain_question").startswith("No attack at all")

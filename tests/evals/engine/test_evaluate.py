@@ -562,3 +562,41 @@ def test_an_answer_that_the_tokenizer_has_no_token_for_is_named():
     rows = [{"question": "Q", "answer": "y"}, {"question": "Q", "answer": "z"}]
     with pytest.raises(ValueError, match="Example 1 cannot be measured: The answer 'z' has no token of its own"):
         evaluate(tiny_llama(), tokenizer, rows, ["perplexity"], template=PLAIN)
+
+
+def test_a_model_whose_logits_are_nan_gets_no_numbers():
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    names = [name for name in ALL if "reference" not in METRICS[name].needs]
+    result = evaluate(model, byte_tokenizer(), EXAMPLES, names, template=PLAIN)
+    assert result.measurements == [] and all(np.isnan(values).all() for values in result.values.values())
+    assert "the model's log-probabilities are NaN at" in result.problems[0]
+    with pytest.raises(ValueError, match="logits are NaN"):
+        evaluate(model, byte_tokenizer(), EXAMPLES, ["rouge_l_recall"], template=PLAIN)
+    broken_reference = evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, ["token_agreement"], reference=model)
+    assert broken_reference.measurements == [] and "the reference's log-prob" in broken_reference.problems[0]
+
+
+def test_rows_beyond_the_positions_are_refused_before_any_pass():
+    model, calls = tiny_gpt2(), []
+    model.config.n_positions = model.config.max_position_embeddings = 64
+    model.transformer.wpe = torch.nn.Embedding(64, 32)
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    long = {"question": "Who?", "answer": "A diver for lost anchors. " * 4}
+    with pytest.raises(ValueError, match="Example 1 has 127 tokens, but the model has 64 positions"):
+        evaluate(model, byte_tokenizer(), [{"question": "Who?", "answer": "Me"}, long], ["perplexity"], template=PLAIN)
+    # A table of positions has to hold what is generated as well.
+    with pytest.raises(ValueError, match="prompt of 22 tokens and up to 200 are generated"):
+        evaluate(model, byte_tokenizer(), [{"question": "Who?", "answer": "Me"}], ["rouge_l_recall"], template=PLAIN)
+    assert not calls
+    cut = QuestionAnswerFormat(template="plain", max_length=64)
+    assert evaluate(model, byte_tokenizer(), [long], ["perplexity"], template=cut)["perplexity"].examples == 1
+
+
+def test_an_option_that_a_metric_does_not_have_is_refused_before_any_pass():
+    with pytest.raises(ValueError, match=r"Unknown option of the metric min_k 'shar'\. Did you mean 'share'"):
+        evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [{"min_k": {"shar": 0.2}}])
+    with pytest.raises(ValueError, match=r"Unknown option of the metric perplexity 'a'\. Available: \(it has none\)"):
+        evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [("perplexity", {"a": 1})])
+    with pytest.raises(ValueError, match="A metric is a name"):
+        evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [{"a": {}, "b": {}}])

@@ -63,3 +63,20 @@ def test_the_published_logs_give_the_published_p_value(definition, p_value):
 def test_values_that_are_not_finite_are_named():
     with pytest.raises(ValueError, match=r"`retrained` .* index \[1\]"):
         forget_quality(np.array([1.0]), np.array([1.0, np.nan]))
+
+
+def test_the_interval_contains_the_p_value_and_speaks_of_the_examples():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=60)
+    for shift in (0.0, 0.3, 2.0):
+        quality, log10 = forget_quality(first, rng.normal(size=60) + shift, resamples=200)
+        low, high = quality.interval
+        assert 0 <= low <= quality.value <= high <= 1 and low < high
+        assert log10.interval == pytest.approx(tuple(np.log10(quality.interval)))
+    drawn = np.random.default_rng(0).integers(0, 60, size=(200, 60))
+    values = [kolmogorov_smirnov(first[d], (first + 0.5)[d])[1] for d in drawn]
+    quality, _ = forget_quality(first, first + 0.5, resamples=200)
+    expected = np.quantile(values, [0.025, 0.975], method="nearest")
+    assert quality.interval == pytest.approx((min(expected[0], quality.value), max(expected[1], quality.value)))
+    assert forget_quality(first, first, resamples=0)[0].interval is None
+    assert forget_quality(first[:1], first[:1])[0].interval is None
