@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,5 +30,34 @@ def svd(
 
 def nearest_orthogonal(matrix: Matrix) -> Matrix:
     """The matrix with orthonormal columns (or rows) that is nearest: U V^T of its singular value decomposition."""
-    left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (left @ right).to(matrix.dtype)
+    orthogonal: Tensor = _NearestOrthogonal.apply(matrix)
+    return orthogonal
+
+
+class _NearestOrthogonal(torch.autograd.Function):
+    """U V^T with a gradient that equal singular values do not spoil, as they do those of U and V.
+
+    For a gradient H of the result, with B = U^T H V: U ((B - B^T)_ij / (s_i + s_j)) V^T, and of the directions
+    outside of U and V what S^-1 leaves of H. Singular values of 0 have no slope, and give 0.
+    """
+
+    @staticmethod
+    def forward(context: Any, matrix: Tensor) -> Tensor:
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        context.save_for_backward(left, values, right)
+        return (left @ right).to(matrix.dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        left, values, right = context.saved_tensors
+        slope = gradients[0].double()
+        inner = left.T @ slope @ right.T
+        inside = left @ ((inner - inner.T) * _inverse(values[:, None] + values)) @ right
+        beside_left = (slope - left @ (left.T @ slope)) @ right.T * _inverse(values) @ right
+        beside_right = left * _inverse(values) @ (left.T @ (slope - slope @ right.T @ right))
+        return (inside + beside_left + beside_right).to(gradients[0].dtype)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """1 / s, and 0 for 0."""
+    return torch.where(values > 0, 1 / values, torch.zeros_like(values))

@@ -180,6 +180,18 @@ def test_truncation_of_a_product():
         assert norm == pytest.approx(float(s.norm())) and lost == pytest.approx(float(s[rank:].norm()), abs=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_sum_of_models_scales_what_no_model_changed_too(tmp_path, inputs, normalize):
+    """Weights that do not sum to 1 make another tensor of equal ones, so that it is not the base's own."""
+    config = config_of(inputs, "linear", ["lora0", "lora0"], weights=(0.5, 0.8), parameters={"normalize": normalize})
+    oracle = changes(inputs, config, tmp_path / "whole")
+    merge({**config, "output": {"lora": {"rank": 32}}}, tmp_path / "out")
+    found = stored(tmp_path / "out")
+    assert ("model.layers.0.mlp.up_proj" in found) == (not normalize)  # which the adapter does not change
+    for module, product in found.items():
+        assert torch.allclose(product, oracle[f"{module}.weight"], atol=2e-6), module
+
+
 class TestRefused:
     def refused(self, tmp_path, config, message, error=ValueError, **options):
         with pytest.raises(error, match=message):
