@@ -267,3 +267,116 @@ def test_on_logits_the_loss_is_the_same(name, options, dtype):
     torch.testing.assert_close(
         torch.autograd.grad(2 * got.loss, logits)[0], torch.autograd.grad(2 * want, logits)[0], **tolerance
     )
+
+
+@pytest.mark.parametrize("way", ["half weights", "autocast", "full logits"])
+def test_float16_keeps_small_gradients_under_a_gradient_scaler(way):
+    """Stored times 1 / tokens, most of a gradient would lie below the smallest float16."""
+    torch.manual_seed(0)
+    tokens, hidden, vocab, scale = 4096, 32, 1000, 65536.0
+    h, w = torch.randn(tokens, hidden), torch.randn(vocab, hidden) * 0.15
+    t, weights = h + 0.3 * torch.randn(tokens, hidden), torch.full((tokens,), 1 / tokens)
+    x, y = h.half().double().requires_grad_(), w.half().double().requires_grad_()
+    q, p = (x @ y.T).log_softmax(-1), (t.half().double() @ w.half().double().T).log_softmax(-1)
+    (p.exp() * (p - q)).sum(-1).mean().backward()
+    kl, dtype = DISTILLATION_LOSSES["forward_kl"], torch.float32 if way == "autocast" else torch.float16
+    a, b = (tensor.half().to(dtype).requires_grad_() for tensor in (h, w))
+    rows = HeadRows(t.half().to(dtype), LMHead(w.half().to(dtype)))
+    if way == "full logits":
+        loss = divergence_of_logits(a @ b.T, LogitRows(t.half() @ w.half().T), kl, weights=weights).loss
+    else:
+        with torch.autocast("cpu", dtype=torch.float16, enabled=way == "autocast"):
+            loss = fused_linear_divergence(a, LMHead(b), rows, kl, weights=weights).loss
+    (loss * scale).backward()
+    for got, want in ((a, x), (b, y)):
+        assert got.grad.dtype == dtype
+        assert (got.grad.double() / scale - want.grad).norm() < 0.02 * want.grad.norm()
+
+
+def test_a_float16_head_gradient_beyond_the_range_of_float16_is_summed():
+    """All tokens pull one row of the head the same way: the sum before division is 100 times the largest float16."""
+    tokens = 4096
+    hidden, head = torch.full((tokens, 4), 500.0).half(), torch.zeros(6, 4).half().requires_grad_()
+    teacher = LogitRows(torch.tensor([[20.0, 0, 0, 0, 0, 0]]).half().expand(tokens, 6))
+    weights = torch.full((tokens,), 1 / tokens)
+    loss = fused_linear_divergence(hidden, LMHead(head), teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights)
+    (gradient,) = torch.autograd.grad(loss.loss, head)
+    assert gradient[0, 0].item() == pytest.approx(-500 * 5 / 6, rel=2e-3)
+
+
+@pytest.mark.parametrize("way", ["fused", "logits"])
+def test_without_gradients_none_are_computed(way, monkeypatch):
+    from hf_transfer_ext.losses import fused
+
+    hidden, student, teacher_hidden, teacher, labels, weights = problem()
+    made = []
+    rows, kl = HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"]
+    real = fused._rows
+    monkeypatch.setattr(fused, "_rows", lambda *args: (made.append(args[6]), real(*args)))
+    monkeypatch.setattr(fused, "_add_outer", lambda *args: made.append("head"))
+    with torch.no_grad():
+        if way == "fused":
+            found = fused_linear_divergence(hidden, student, rows, kl, weights=weights, labels=labels, ce_weight=0.3)
+        else:
+            logits = student.logits(hidden).requires_grad_()
+            found = divergence_of_logits(logits, rows, kl, weights=weights, labels=labels, ce_weight=0.3)
+    assert made and all(item is None for item in made)
+    loss, kd, ce = by_formula(*problem(), "forward_kl", 1.0, 0.3, 1.0, {})
+    torch.testing.assert_close(found.loss, loss.detach())
+    torch.testing.assert_close(found.divergence, kd)
+    torch.testing.assert_close(found.cross_entropy, ce)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    rows, kl = HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"]
+    loss = fused_linear_divergence(hidden, student, rows, kl, weights=weights).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    logits = student.logits(hidden).detach().requires_grad_()
+    loss = divergence_of_logits(logits, rows, kl, weights=weights).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+@pytest.mark.parametrize("spread, temperature", [(104.0, 1.0), (150.0, 1.0), (60.0, 0.5), (300.0, 2.0), (3e4, 1.0)])
+@pytest.mark.parametrize("name", ["generalized_jsd", "skew_kl", "skew_reverse_kl"])
+def test_mixtures_are_finite_on_wide_logits(name, spread, temperature):
+    student = torch.linspace(0, -spread, 4000)[None]
+    teacher = student + 0.1 * torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    z, loss = student.clone().requires_grad_(), DISTILLATION_LOSSES[name]
+    fused = divergence_of_logits(z, LogitRows(teacher), loss, weights=torch.ones(1), temperature=temperature).loss
+    fused.backward()
+    exact = student.double().requires_grad_()
+    log_q, log_p = (exact / temperature).log_softmax(-1), (teacher.double() / temperature).log_softmax(-1)
+    log_m = {
+        "generalized_jsd": torch.logaddexp(log_p, log_q) - math.log(2),
+        "skew_kl": torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9)),
+        "skew_reverse_kl": torch.logaddexp(log_p + math.log(0.9), log_q + math.log(0.1)),
+    }[name]
+    to_p, to_q = (log_p.exp() * (log_p - log_m)).sum(), (log_q.exp() * (log_q - log_m)).sum()
+    value = {"generalized_jsd": (to_p + to_q) / 2, "skew_kl": to_p, "skew_reverse_kl": to_q}[name]
+    value.backward()
+    assert fused.item() == pytest.approx(value.item(), rel=1e-3, abs=1e-7)
+    torch.testing.assert_close(z.grad, exact.grad.float(), rtol=1e-3, atol=1e-6)
+    own = student.clone()[None].requires_grad_()
+    plain = loss(own, teacher[None], temperature=temperature)
+    plain.sum().backward()
+    assert plain.item() == pytest.approx(value.item(), rel=1e-3, abs=1e-7) and own.grad.isfinite().all()
+
+
+def test_statistics_describe_the_student_at_temperature_one():
+    hidden, student, teacher_hidden, teacher, labels, weights = problem(softcap=5.0, vocab=29)
+    closed = student.bias.detach().clone()
+    closed[3] = -math.inf
+    student = LMHead(student.weight, closed)
+    labels[0] = student.logits(hidden)[0].argmax()
+    rows, kl = HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["reverse_kl"]
+    found = fused_linear_divergence(
+        hidden, student, rows, kl, weights=weights, labels=labels, temperature=2.0, chunk_tokens=2, statistics=True
+    ).statistics
+    p = student.logits(hidden).double().softmax(-1)
+    torch.testing.assert_close(found.entropy.double(), torch.special.entr(p).sum(-1), rtol=1e-5, atol=1e-6)
+    assert found.correct.tolist() == (p.argmax(-1) == labels).float().tolist() and found.correct[0] == 1
+    with pytest.raises(ValueError, match="needs `labels`"):
+        fused_linear_divergence(hidden, student, rows, kl, weights=weights, statistics=True)

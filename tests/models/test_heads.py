@@ -4,6 +4,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from torch import nn
 from transformers import (  # fmt: skip
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -21,6 +22,9 @@ from hf_transfer_ext.models.heads import (
     head_module,
     head_of,
     head_replaced,
+    logit_finish,
+    own_forward,
+    run_to_head,
 )
 from hf_transfer_ext.models.plumbing import head_is_understood
 
@@ -48,13 +52,14 @@ def test_the_described_head_gives_the_models_logits(model):
     torch.testing.assert_close(head_of(model).logits(hidden), model(IDS).logits)
 
 
-def test_a_family_that_treats_its_logits_in_its_own_way_is_noticed():
-    class Odd(type(tiny_llama())):
-        def forward(self, *args, **kwargs):
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits.sin()
-            return outputs
+class Odd(type(tiny_llama())):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits.sin()
+        return outputs
 
+
+def test_a_family_that_treats_its_logits_in_its_own_way_is_noticed():
     assert not head_is_understood(Odd(tiny_llama().config))
 
 
@@ -84,3 +89,85 @@ def test_scale_comes_before_the_cap():
     expected = 2.0 * torch.tanh(torch.tensor([[3.0 * 1.5, 3.0 * 0.25]]) / 2.0)
     torch.testing.assert_close(head.logits(torch.tensor([[0.5, 0.25]])), expected)
     assert head.vocab_size == 2
+
+
+def test_what_stood_in_the_instance_is_put_back():
+    head = nn.Linear(3, 5)
+    own = lambda hidden: type(head).forward(head, hidden) + 1  # noqa: E731
+    head.forward = own
+    x = torch.ones(1, 3)
+    expected = head(x)
+    with head_replaced(head, lambda hidden: own_forward(head)(hidden) * 2):
+        torch.testing.assert_close(head(x), 2 * expected)
+        assert own_forward(head) is own
+    assert head.forward is own and own_forward(head) is head
+
+
+def offloaded(folder):
+    """A model whose head accelerate brings from the disk for each forward."""
+    tiny_llama(2).save_pretrained(folder / "model")
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=str(folder / "offload")
+    )
+
+
+def test_a_head_on_the_disk_is_entered_through_its_hook(tmp_path):
+    model, plain = offloaded(tmp_path), tiny_llama(2)
+    assert model.lm_head.weight.is_meta
+    before = model(IDS).logits
+    seen = []
+
+    def read(hidden):
+        seen.append((head_of(model).logits(hidden), own_forward(head_module(model))(hidden)))
+
+    run_to_head(model, read, input_ids=IDS)
+    for logits in seen[0]:
+        torch.testing.assert_close(logits, plain(IDS).logits)
+    assert torch.equal(model(IDS).logits, before) and model.lm_head.weight.is_meta
+    assert head_is_understood(model) and head_is_understood(model, plain=False)
+
+
+def test_hooks_on_a_head_run_and_one_that_changes_its_output_is_noticed():
+    model, calls = tiny_llama(), []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: calls.append(1))
+    assert head_is_understood(model) and calls
+    handle.remove()
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
+    assert not head_is_understood(model) and not head_is_understood(model, plain=False)
+
+
+def test_run_to_head_builds_no_logits_and_lets_a_stand_in_through():
+    model = tiny_llama()
+    output = run_to_head(model, lambda hidden: None, input_ids=IDS)
+    assert output.logits.shape == (1, 4, 1)
+    output = run_to_head(model, lambda hidden: hidden[..., :2] * 0, input_ids=IDS)
+    assert output.logits.shape == (1, 4, 2) and "forward" not in vars(model.lm_head)
+
+
+class Config:
+    def __init__(self, model_type="llama", **fields):
+        self.model_type = model_type
+        vars(self).update(fields)
+
+
+class Model:
+    def __init__(self, config):
+        self.config = config
+
+
+@pytest.mark.parametrize(
+    "config, scale, softcap",
+    [
+        (Config(), 1.0, None),
+        (Config(final_logit_softcapping=30.0), 1.0, 30.0),
+        (Config(output_logit_soft_cap=20.0), 1.0, 20.0),  # xLSTM
+        (Config(logits_soft_cap=10.0), 1.0, 10.0),  # RecurrentGemma
+        (Config(output_multiplier=0.25, final_logit_softcapping=30.0), 0.25, 30.0),
+        (Config(lm_head_multiplier=0.5), 0.5, None),
+        (Config("granite", logits_scaling=4.0), 0.25, None),
+        (Config("hyperclovax", logits_scaling=4.0), 4.0, None),
+        (Config("minicpm3", logits_scaling=4.0), 1.0, None),
+    ],
+)
+def test_every_scale_and_soft_cap_field_is_known(config, scale, softcap):
+    assert logit_finish(Model(config)) == LogitFinish(scale, softcap)

@@ -1,0 +1,203 @@
+"""A teacher as rows: every form against the definition, and what a divergence may be paired with."""
+
+import math
+from itertools import pairwise
+
+import oracles
+import pytest
+import torch
+from test_fused import gradients, problem
+
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.losses.rows import DenseRows, HeadRows, LogitRows, SparseRows, TopTokens
+from hf_transfer_ext.losses.slopes import accepts, forms_of
+
+SPARSE = [(name, options) for name, options in oracles.CASES if "sparse" in forms_of(DISTILLATION_LOSSES[name])]
+TOP = 5
+
+
+def buckets(log_probs, ids):
+    """Probabilities of the listed tokens and of all the others together, (rows, top + 1)."""
+    p = log_probs.exp()
+    listed = p.gather(1, ids)
+    return torch.cat([listed, (p.sum(1) - listed.sum(1))[:, None]], 1)
+
+
+def test_all_but_the_ranking_divergence_accept_sparse_rows():
+    assert {name for name, _ in SPARSE} == set(DISTILLATION_LOSSES) - {"adaptive_kl"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name, options", SPARSE)
+def test_sparse_rows_follow_the_float64_definition_over_buckets(name, options, temperature):
+    hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=2, vocab=9, teacher_vocab=9)
+    rows = SparseRows.from_logits(teacher.logits(teacher_hidden), 3, temperature=temperature)
+    fused = fused_linear_divergence(
+        hidden, student, rows, DISTILLATION_LOSSES[name], weights=weights, labels=labels, kd_weight=0.7,
+        ce_weight=0.3, temperature=temperature, chunk_tokens=1, **options,
+    )  # fmt: skip
+    log_p = (teacher.logits(teacher_hidden).double() / temperature).log_softmax(-1)
+
+    def definition(h):
+        z = h.view(2, -1) @ student.weight.detach().double().T + student.bias.detach().double()
+        q = buckets((z / temperature).log_softmax(-1), rows.top.ids)
+        p = buckets(log_p, rows.top.ids)
+        total = 0.0
+        for i in range(2):
+            kd = oracles.ORACLES[name](q[i].tolist(), p[i].tolist(), **options)
+            total += weights[i].item() * (0.7 * kd - 0.3 * math.log(oracles.probabilities(z[i])[labels[i]]))
+        return total
+
+    assert fused.loss.item() == pytest.approx(definition(hidden.detach().double()), rel=1e-5)
+    (got,) = torch.autograd.grad(fused.loss, hidden)
+    want = oracles.slope_of(definition, hidden.detach().reshape(-1)).view_as(hidden)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5)
+
+
+def by_buckets(z, rows, name, temperature, options):
+    """The divergence over buckets by autograd, from full logits."""
+    log_q = (z / temperature).log_softmax(-1)
+    rest = log_q.scatter(1, rows.top.ids, -math.inf).logsumexp(1, keepdim=True)
+    student = torch.cat([log_q.gather(1, rows.top.ids), rest], 1)
+    teacher = torch.cat([rows.top.log_probs, rows.top.tail.log()[:, None]], 1)
+    return DISTILLATION_LOSSES[name](student[None], teacher[None], **options)[0]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 7, 100])
+@pytest.mark.parametrize("name, options", SPARSE)
+def test_sparse_rows_equal_autograd_at_every_chunk_size(name, options, chunk_tokens):
+    hidden, student, teacher_hidden, teacher, _, weights = problem(scale=0.5, softcap=6.0)
+    rows = SparseRows.from_logits(teacher.logits(teacher_hidden), TOP, temperature=1.5)
+    fused = fused_linear_divergence(
+        hidden, student, rows, DISTILLATION_LOSSES[name], weights=weights, temperature=1.5,
+        chunk_tokens=chunk_tokens, **options,
+    )  # fmt: skip
+    want = by_buckets(student.logits(hidden).float(), rows, name, 1.5, options)
+    torch.testing.assert_close(fused.divergence, want.detach(), rtol=1e-4, atol=1e-6)
+    total = (weights * want).sum()
+    for got, expected in zip(gradients(fused.loss, hidden, student), gradients(total, hidden, student), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name, options", SPARSE)
+def test_with_every_token_listed_sparse_rows_are_dense(name, options):
+    hidden, student, teacher_hidden, teacher, labels, weights = problem()
+    logits = teacher.logits(teacher_hidden)
+    found = []
+    for rows in (
+        SparseRows.from_logits(logits, logits.shape[1]),
+        LogitRows(logits),
+        HeadRows(teacher_hidden, teacher),
+    ):
+        fused = fused_linear_divergence(
+            hidden, student, rows, DISTILLATION_LOSSES[name], weights=weights, labels=labels, ce_weight=0.5, **options
+        )
+        found.append((fused.divergence, *gradients(fused.loss, hidden, student)))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", SPARSE)
+def test_merging_tokens_never_raises_the_divergence(name, options):
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    logits, loss = teacher.logits(teacher_hidden), DISTILLATION_LOSSES[name]
+    values = [
+        fused_linear_divergence(
+            hidden, student, SparseRows.from_logits(logits, top), loss, weights=weights, **options
+        ).divergence
+        for top in (1, 4, 16, logits.shape[1])
+    ]
+    for fewer, more in pairwise(values):
+        assert (fewer <= more + 1e-6).all()
+
+
+def test_forward_kl_of_one_row_by_hand():
+    """Student (1/2, 1/4, 1/4), teacher (3/4, 1/8, 1/8) with its first token listed: buckets (1/2, 1/2), (3/4, 1/4)."""
+    z = torch.tensor([[0.5, 0.25, 0.25]]).log().requires_grad_()
+    rows = SparseRows(TopTokens(torch.tensor([[0]]), torch.tensor([[0.75]]).log(), torch.tensor([0.25])))
+    loss = divergence_of_logits(z, rows, DISTILLATION_LOSSES["forward_kl"], weights=torch.ones(1)).loss
+    assert loss.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    (gradient,) = torch.autograd.grad(loss, z)  # q - p for the listed token; the tail is shared by the student's mass
+    torch.testing.assert_close(gradient, torch.tensor([[-0.25, 0.125, 0.125]]))
+
+
+def test_the_gradient_is_zero_where_the_student_has_the_teachers_buckets():
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    for name, options in SPARSE:
+        z = logits.clone().requires_grad_()
+        loss = divergence_of_logits(
+            z, SparseRows.from_logits(logits, 4), DISTILLATION_LOSSES[name], weights=torch.ones(3), **options
+        ).loss
+        torch.testing.assert_close(loss.detach(), torch.zeros(()), atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.autograd.grad(loss, z)[0], torch.zeros_like(z), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tail", [0.0, 1e-30])
+def test_a_tail_of_nothing_and_a_student_of_nothing_outside_the_list(tail):
+    """Top-k without a tail is top-k that excludes the rest; a student without mass there has no gradient there."""
+    rows = SparseRows(TopTokens(torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.5]]).log(), torch.tensor([tail])))
+    z = torch.tensor([[-math.inf, 1.0, 0.0, -math.inf]], requires_grad=True)
+    loss = divergence_of_logits(z, rows, DISTILLATION_LOSSES["generalized_jsd"], weights=torch.ones(1)).loss
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss.isfinite() and gradient.isfinite().all() and (gradient[0, [0, 3]] == 0).all()
+
+
+def test_a_formula_without_a_slope_reads_the_forms_that_it_names():
+    @accepts("dense", "sparse")
+    def own_kl(student_logits, teacher_logits, *, temperature=1.0):
+        log_q, log_p = (student_logits / temperature).log_softmax(-1), (teacher_logits / temperature).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    logits = teacher.logits(teacher_hidden)
+    for rows, temperature in ((SparseRows.from_logits(logits, TOP, temperature=2.0), 2.0), (LogitRows(logits), 1.5)):
+        losses = [
+            fused_linear_divergence(hidden, student, rows, loss, weights=weights, temperature=temperature)
+            for loss in (own_kl, DISTILLATION_LOSSES["forward_kl"])
+        ]
+        torch.testing.assert_close(losses[0].loss, losses[1].loss)
+        for one, two in zip(*(gradients(found.loss, hidden, student) for found in losses), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixture_of_two_teachers_is_a_subclass():
+    class Mixture(DenseRows):
+        def __init__(self, *teachers):
+            self.teachers, self.vocab_size = teachers, teachers[0].vocab_size
+
+        def __len__(self):
+            return len(self.teachers[0])
+
+        def __call__(self, part):
+            return torch.stack([rows(part).log_softmax(-1) for rows in self.teachers]).logsumexp(0)
+
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    other = teacher_hidden.flip(0)
+    kl = DISTILLATION_LOSSES["forward_kl"]
+    mixture = Mixture(HeadRows(teacher_hidden, teacher), HeadRows(other, teacher))
+    loss = fused_linear_divergence(hidden, student, mixture, kl, weights=weights, chunk_tokens=2).loss
+    p = 0.5 * sum(teacher.logits(states).softmax(-1) for states in (teacher_hidden, other))
+    want = (weights * kl(student.logits(hidden)[None], p.log()[None])[0]).sum()
+    torch.testing.assert_close(loss, want)
+
+
+def test_pairs_that_cannot_be_are_refused():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    logits = teacher.logits(teacher_hidden)
+    rows = SparseRows.from_logits(logits, TOP, temperature=2.0)
+    kl = DISTILLATION_LOSSES["forward_kl"]
+    with pytest.raises(ValueError, match="adaptive_kl needs dense teacher rows, but this teacher gives sparse ones"):
+        fused_linear_divergence(hidden, student, rows, DISTILLATION_LOSSES["adaptive_kl"], weights=weights)
+    with pytest.raises(ValueError, match=r"taken at temperature 2.0, but the loss has `temperature=1.0`"):
+        fused_linear_divergence(hidden, student, rows, kl, weights=weights)
+    far = SparseRows(TopTokens(rows.top.ids + 100, rows.top.log_probs, rows.top.tail))
+    with pytest.raises(ValueError, match="the student has 23 vocabulary entries"):
+        fused_linear_divergence(hidden, student, far, kl, weights=weights)
+    with pytest.raises(ValueError, match=r"have to sum to 1, got a row of"):
+        SparseRows(TopTokens(rows.top.ids, rows.top.log_probs, rows.top.tail.clamp(min=1e-9).log()))
+    with pytest.raises(ValueError, match="`top` has to lie between 1 and the 23 vocabulary entries, got 24"):
+        SparseRows.from_logits(logits, 24)
+    with pytest.raises(ValueError, match="accepts one or more of dense, sparse, got"):
+        accepts()
