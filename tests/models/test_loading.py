@@ -3,11 +3,11 @@ import json
 
 import pytest
 import torch
-from hf_transfer_ext.evals.adapters import with_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 from transformers import Gemma3TextConfig, GPT2Config, Qwen2Config
 
+from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.evals.text.text_models import sentence_encoder
 from hf_transfer_ext.models.loading import context_length, dtype_of, load_model, load_tokenizer
 from hf_transfer_ext.weights.opened import open_model

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.adapters.transfer import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.anchors import (
     even_layers,
     layer_similarities,
@@ -22,8 +21,9 @@ from hf_transfer_ext.adapters.transfer.anchors import (
     residual_map,
     shared_token_ids,
 )
-from hf_transfer_ext.adapters.transfer.lorasuite import match_heads
 from hf_transfer_ext.adapters.transfer.method import Heads, LinearPair, TransferMethod
+from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
+from hf_transfer_ext.adapters.transfer.methods.lorasuite import match_heads
 from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from hf_transfer_ext.adapters.transfer.lorasuite import match_heads
 from hf_transfer_ext.adapters.transfer.method import Heads, LinearPair
+from hf_transfer_ext.adapters.transfer.methods.lorasuite import match_heads
 from hf_transfer_ext.weights.lora import LoraFactors
 
 HIDDEN, WIDE, HEADS = 12, 20, Heads(4, 2)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.adapters.transfer import TRANSFER_METHODS
+from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
 
 TOKENS = torch.arange(12).reshape(2, 6)

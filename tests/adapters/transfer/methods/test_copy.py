@@ -2,7 +2,7 @@ import pytest
 import torch
 from adapters.transfer.pairs import dense, twin, with_target
 
-from hf_transfer_ext.adapters.transfer.copy import copy
+from hf_transfer_ext.adapters.transfer.methods.copy import copy
 
 
 def test_the_change_is_the_same_whatever_the_target():

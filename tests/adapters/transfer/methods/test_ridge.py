@@ -2,7 +2,7 @@ import pytest
 import torch
 from adapters.transfer.pairs import SIZES, dense, twin
 
-from hf_transfer_ext.adapters.transfer.ridge import ridge, ridge_map
+from hf_transfer_ext.adapters.transfer.methods.ridge import ridge, ridge_map
 
 
 @pytest.mark.parametrize("kind", SIZES)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from adapters.transfer.pairs import SIZES, dense, twin
 
-from hf_transfer_ext.adapters.transfer import TRANSFER_METHODS
+from hf_transfer_ext.adapters.transfer.method import transfer_method
+from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 
 #: Options under which a method promises the identity exactly, beside its defaults.
 EXACT = {"ridge": {"regularization": 1e-9}}
@@ -32,3 +33,14 @@ def test_the_rank_stays_small_and_the_inputs_are_untouched(name):
 def test_the_docstring_gives_formula_and_source(name):
     doc = TRANSFER_METHODS[name].__doc__
     assert ".. math::" in doc and "Returns:" in doc and "https://" in doc.partition("Source: ")[2]
+
+
+def test_a_plain_function_is_refused_at_the_door():
+    def mine(layer):
+        return layer.change
+
+    with pytest.raises(ValueError, match="Declare what it needs"):
+        TRANSFER_METHODS.register(mine)
+    with pytest.raises(ValueError, match="need of a transfer method 'activation'"):
+        transfer_method(needs=("activation",))(mine)
+    assert "mine" not in TRANSFER_METHODS

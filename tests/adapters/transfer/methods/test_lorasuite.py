@@ -4,8 +4,8 @@ import pytest
 import torch
 from adapters.transfer.pairs import HEADS, HIDDEN, SIZES, dense, layer, rotation, twin
 
-from hf_transfer_ext.adapters.transfer.lorasuite import lorasuite, match_heads
 from hf_transfer_ext.adapters.transfer.method import Heads
+from hf_transfer_ext.adapters.transfer.methods.lorasuite import lorasuite, match_heads
 
 
 @pytest.mark.parametrize("kind", SIZES)

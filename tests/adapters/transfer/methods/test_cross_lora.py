@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapters.transfer.pairs import SIZES, dense, twin, with_target
 
-from hf_transfer_ext.adapters.transfer.cross_lora import cross_lora
+from hf_transfer_ext.adapters.transfer.methods.cross_lora import cross_lora
 from hf_transfer_ext.weights.lora import LoraFactors
 
 

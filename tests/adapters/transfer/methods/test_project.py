@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapters.transfer.pairs import dense, rotation, twin, with_target
 
-from hf_transfer_ext.adapters.transfer.project import project
+from hf_transfer_ext.adapters.transfer.methods.project import project
 
 
 def directions(weight, count):
