@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hf_transfer_ext.adapters.transfer.method import TransferMethod
 from hf_transfer_ext.adapters.transfer.methods.copy import copy
 from hf_transfer_ext.adapters.transfer.methods.cross_lora import cross_lora
@@ -11,7 +13,7 @@ from hf_transfer_ext.adapters.transfer.methods.ridge import ridge
 from hf_transfer_ext.registry import Registry
 
 
-def check(method: TransferMethod) -> None:
+def check(method: Any) -> None:
     """Refuse a plain function: the transfer has to know what the method needs."""
     if not isinstance(method, TransferMethod):
         raise ValueError(
