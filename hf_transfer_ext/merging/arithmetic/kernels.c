@@ -26,7 +26,7 @@
 #error "the flags in `collect` are read as little-endian words; without the kernels torch does their work"
 #endif
 
-/* Raised here and in kernels.py with every change of the functions' arguments. */
+/* Increased here and in kernels.py with every change of the functions' arguments. */
 #define VERSION 2
 #define BLOCK 512
 #define MAX_MODELS 32
@@ -40,7 +40,7 @@ typedef struct {
     int64_t is_bfloat16;
 } Tensor;
 
-/* What is kept of a change, see `masks.Mask`: random where limit < 2**32 - 1. */
+/* What is kept of a change, see `kernels.Kept`: random where limit < 2**32 - 1. */
 typedef struct {
     float low, high, scale;
     uint32_t limit, key, second_key;

@@ -1,8 +1,8 @@
-"""Compiled arithmetic for tensors on the CPU: what `changes`, `masks`, `selection`, `trimming`, `variance` define.
+"""Compiled arithmetic for tensors on the CPU, from which `fast` builds the fast forms of methods.
 
-Those files write a merge as a chain of torch's operations, each of which goes through memory once. `kernels.c` does
-the same in one pass, and takes tensors as they lie in files, in float32 or bfloat16. It is built with the package
-where there is a C compiler; without it, on a GPU and for other tensors, torch does the work: same results to the
+The methods write a merge as a chain of torch's operations, each of which goes through memory once. `kernels.c` does
+the same in one pass, and reads tensors as they lie in files, in float32 or bfloat16. It is built with the package
+where there is a C compiler; without it, on a GPU and for other tensors, torch does the work: the same results to the
 rounding of float32, in several times the time.
 """
 
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Of the functions in `kernels.c`, and another one there after every change of their arguments: a library of another
-#: version, which an old installation left, is not used.
+#: Of the functions in `kernels.c`, and increased there too with every change of their arguments: a library of another
+#: version, left by an old installation, is not used.
 VERSION = 2
 
 #: Models that the kernels have room for.
@@ -80,7 +80,8 @@ LIBRARY = _load()
 def can_take(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and take these tensors; None stands for no tensor.
 
-    They read all tensors as one length and give no gradients: shapes that differ are torch's, to broadcast or refuse.
+    They read all tensors as one length and give no gradients. Tensors of different shapes are left to torch, which
+    broadcasts or refuses them.
     """
     there = [tensor for tensor in tensors if tensor is not None]
     alike = len({tensor.shape for tensor in there}) <= 1
@@ -93,7 +94,15 @@ def _fits(tensor: Tensor) -> bool:
 
 
 class Kept(NamedTuple):
-    """A mask as the kernels take it; see `masks.Mask`. `limit` is the share of random words that keep an element."""
+    """What is kept of a change t.
+
+    Args:
+        low: The smallest |t| that is kept.
+        high: The largest |t| that is kept.
+        scale: Factor of what is kept.
+        limit: Random words below it keep an element (`noise.limit_of`); the largest word keeps all.
+        keys: Of the sequence of random words (`Noise.keys`).
+    """
 
     low: float = 0.0
     high: float = float("inf")

@@ -1,8 +1,13 @@
-"""Trimming over the whole model: one threshold for the changes of all tensors, exact and without keeping them.
+"""Trimming over the whole model: one threshold for the changes of all tensors, exact and without holding them.
 
-A sample of all tensors says between which two numbers the threshold lies. One pass counts what lies below, and what
-lies between for every float32 number by itself. Where the sample misleads, or the two numbers are far apart, passes
-with coarser counts narrow them down first.
+A magnitude is looked for by its rank among those of all tensors, as the bits of a float32 number, which grow with it:
+
+    0 ........... low [ bin | bin | bin | ... | bin ] high ........... 2**31
+                          ^ the bin with the rank becomes the next window, until a bin is a single number
+
+A sample of all tensors gives the first window. Each pass counts what lies below the window and in each of its bins.
+The first window mostly has no more numbers than bins, so that one pass is enough. Where the sample misleads, the
+search starts again with a window that holds everything.
 """
 
 from __future__ import annotations
@@ -22,10 +27,10 @@ from hf_transfer_ext.merging.streaming.stream import SEGMENT, StreamedPieces
 from hf_transfer_ext.weights.opened import Scratch
 from hf_transfer_ext.weights.ranks import Ranks
 
-#: Numbers between which one pass can tell, and elements of all tensors that are looked at before.
+#: Bins of a window, and elements in the sample of all tensors.
 BINS = SAMPLED = 1 << 20
 
-#: Bits of float32 numbers that are not negative; they grow with the numbers.
+#: The bits of float32 numbers that are not negative are below this.
 _END = 1 << 31
 
 
@@ -52,7 +57,7 @@ def with_model_thresholds(
     if len(densities) > 1:
         raise ValueError(
             "`trim_over_model` compares the changes of all tensors, so `density` has to be one number for each model, "
-            f"got {list(densities[0])} and {list(densities[1])}. Take its gradients and filters away."
+            f"got {list(densities[0])} and {list(densities[1])}. Remove its gradients and filters."
         )
     search = _Search(chosen, threads, device or torch.device("cpu"), not allow_nonfinite, ranks)
     options = {"thresholds": search.thresholds(densities[0])}
@@ -60,13 +65,22 @@ def with_model_thresholds(
     return [replace(job, options={**job.options, **options}) if job.name in names else job for job in jobs]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Window:
-    """The bit patterns low .. high - 1, among which the element of a rank is looked for."""
+    """The bit patterns low .. high - 1, among which that of a rank is expected."""
 
     rank: int
     low: int
     high: int
+
+    @property
+    def is_found(self) -> bool:
+        return self.high - self.low == 1
+
+    @property
+    def value(self) -> float:
+        """The number with the lowest bit pattern."""
+        return float(np.array(self.low, dtype=np.int32).view(np.float32))
 
     @property
     def shift(self) -> int:
@@ -74,7 +88,7 @@ class _Window:
         return max(0, (self.high - self.low - 1).bit_length() - BINS.bit_length() + 1)
 
     def narrowed(self, below: int, bins: np.ndarray) -> _Window:
-        """The window of one bin, or everything where the rank lies outside of this window."""
+        """The window of the bin that holds the rank, or everything where the rank lies outside of this window."""
         place = self.rank - below
         if not 0 <= place < int(bins.sum()):
             return _Window(self.rank, 0, _END)
@@ -83,6 +97,8 @@ class _Window:
 
 
 class _Search:
+    """Finds the thresholds of all models at once: each pass over the tensors serves the windows of all of them."""
+
     def __init__(
         self, jobs: Sequence[TensorJob], threads: int, device: torch.device, check: bool, ranks: Ranks
     ) -> None:
@@ -91,22 +107,26 @@ class _Search:
         self._local = threading.local()
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
-        kept = [int(density * self.numel) for density in densities]
-        windows: dict[int, _Window] = {}
+        """For each model the smallest magnitude that is kept; 0 if all are, infinity if none is."""
+        counts = [int(density * self.numel) for density in densities]
+        found = [0.0 if count else float("inf") for count in counts]
         with self.ranks.together():
-            for i, sample in enumerate(self._sample()):
-                if 0 < kept[i] < self.numel:
-                    windows[i] = self._first_window(sample, self.numel - kept[i])
-        found = [0.0 if count else float("inf") for count in kept]
+            windows = self._first_windows(counts)
         while windows:
-            with self.ranks.together():
-                counts = self._count(windows)
-            counts = [sum(parts[1:], parts[0]) for parts in zip(*self.ranks.gather(counts), strict=True)]
-            for (i, window), count in zip(list(windows.items()), counts, strict=True):
-                windows[i] = window.narrowed(int(count[-1]), count[:-1])
-                if windows[i].high - windows[i].low == 1:
-                    found[i] = float(np.array(windows.pop(i).low, dtype=np.int32).view(np.float32))
+            for i, window in self._narrowed(windows).items():
+                windows[i] = window
+                if window.is_found:
+                    found[i] = windows.pop(i).value
         return found
+
+    def _first_windows(self, counts: Sequence[int]) -> dict[int, _Window]:
+        """model -> its window, for the models that keep some elements and not all."""
+        samples = self._sample()
+        return {
+            i: self._first_window(samples[i], self.numel - count)
+            for i, count in enumerate(counts)
+            if 0 < count < self.numel
+        }
 
     def _first_window(self, sample: np.ndarray, rank: int) -> _Window:
         """8 standard deviations to both sides, as if the sample's elements were independent."""
@@ -114,6 +134,16 @@ class _Search:
         margin = 8 * (size * place * (1 - place)) ** 0.5 + 16
         low, high = int(place * size - margin), int(place * size + margin) + 1
         return _Window(rank, int(sample[low]) if low >= 0 else 0, int(sample[high]) + 1 if high < size else _END)
+
+    def _narrowed(self, windows: dict[int, _Window]) -> dict[int, _Window]:
+        """The windows after one more pass over the tensors, of which each rank counts its own."""
+        with self.ranks.together():
+            own = self._count(windows)
+        of_all = [sum(parts[1:], parts[0]) for parts in zip(*self.ranks.gather(own), strict=True)]
+        return {
+            i: window.narrowed(int(count[-1]), count[:-1])
+            for (i, window), count in zip(windows.items(), of_all, strict=True)
+        }
 
     def _sample(self) -> list[np.ndarray]:
         """For each model the sorted bit patterns of some magnitudes, from each tensor in proportion to its size."""
@@ -127,7 +157,7 @@ class _Search:
         return [np.sort(np.concatenate(one)) for one in zip(*parts, strict=True)]
 
     def _count(self, windows: dict[int, _Window]) -> list[np.ndarray]:
-        """For each window the elements in its bins, and those below it, in the tensors of this rank."""
+        """For each window the elements in its bins and, last, those below it, in the tensors of this rank."""
         totals = [np.zeros(BINS + 1, dtype=np.int64) for _ in windows]
         lock = threading.Lock()
 
@@ -145,7 +175,7 @@ class _Search:
 
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(work, self._tasks()))
-        self.check = False  # the first pass has seen everything
+        self.check = False  # the first pass has seen all elements
         return totals
 
     def _tasks(self) -> Iterator[tuple[TensorJob, int]]:
