@@ -1,4 +1,4 @@
-"""A merge from its configuration to a model folder that is either whole or absent."""
+"""A merge from its configuration to a model folder that is written atomically."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hf_transfer_ext.weights.devices import resolve_device
 from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
 from hf_transfer_ext.weights.reference import ModelReference
-from hf_transfer_ext.weights.resume import key_of, resumable_folder
+from hf_transfer_ext.weights.resume import resumable_folder, work_of
 
 if TYPE_CHECKING:
     from hf_transfer_ext.adapters.extract import ExtractionReport
@@ -132,7 +132,8 @@ def merge(
     with ranks_of_launch(alone=alone) as ranks:
         with ranks.together():
             parsed = load_config(config)
-            target = refuse_existing_output(out_dir, overwrite=overwrite)
+            sources = [None if isinstance(config, Mapping) else config]
+            target = refuse_existing_output(out_dir, overwrite=overwrite, inputs=sources)
             if threads is not None and threads < 1:
                 raise ValueError(f"`threads` has to be at least 1, got {threads}.")
             where = _own_device(device, ranks)
@@ -142,6 +143,9 @@ def merge(
             models = _open_all(parsed, allow_pickle)
         try:
             with ranks.together():
+                opened = [checkpoint for model in models.values() for checkpoint in model.opened]
+                read = [file for checkpoint in opened for file in checkpoint.stamps]
+                refuse_existing_output(target, overwrite=overwrite, inputs=read)
                 donor = models[parsed.references[0]]
                 vocabulary = build_vocabulary(parsed, models) if parsed.tokenizer is not None else None
                 template = chat_template_of(parsed, models)
@@ -164,7 +168,10 @@ def merge(
             jobs = with_model_thresholds(
                 jobs, threads=workers, device=where, allow_nonfinite=allow_nonfinite, ranks=ranks
             )
-            content = _plan_content(parsed, jobs, vocabulary, max_shard_bytes, where.type)
+            content = {
+                **_plan_content(parsed, jobs, vocabulary, max_shard_bytes, where.type),
+                "allow_nonfinite": allow_nonfinite,
+            }
             if rank is not None:
                 adapter = None
                 with ranks.together():
@@ -188,8 +195,7 @@ def merge(
                 adapter = ranks.gather(adapter)[0]
                 size = (target / "adapter_model.safetensors").stat().st_size
                 return replace(report, adapter=adapter, written_bytes=size, seconds=time.perf_counter() - began)
-            key = ranks.gather(key_of(content, [file for model in models.values() for file in model.files]))[0]
-            with resumable_folder(target, key, ranks, overwrite=overwrite) as folder:
+            with resumable_folder(target, work_of(content, opened), ranks, overwrite=overwrite) as folder:
                 own = sum(job.input_bytes for job in ranks.share_of(jobs))
                 with _bar(own, progress and ranks.is_first) as advance:
                     done = write_tensors(

@@ -24,7 +24,7 @@ from hf_transfer_ext.merging.streaming.stream import StreamedPieces
 from hf_transfer_ext.weights.lora import LoraFactors
 from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, InputTensor, Scratch, StoredInput, open_model
 from hf_transfer_ext.weights.reference import ModelReference
-from hf_transfer_ext.weights.resume import key_of
+from hf_transfer_ext.weights.resume import work_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def write_adapter(
 
     Args:
         jobs: All tensors of the result.
-        content: What the result depends on beside the files of the models (`resume.key_of`).
+        content: What the result depends on beside the files of the models (`resume.work_of`).
         files: Name -> text of further files of the folder.
 
     Raises:
@@ -112,8 +112,8 @@ def write_adapter(
             out,
             rank=rank,
             dtype=config.out_dtype or config.dtype or torch.float32,
-            key=key_of(
-                {**content, "rank": rank}, [*start.files, *(f for model in models.values() for f in model.files)]
+            work=work_of(
+                {**content, "rank": rank}, [*start.opened, *(one for model in models.values() for one in model.opened)]
             ),
             base_model=reference.path,
             revision=reference.revision,
