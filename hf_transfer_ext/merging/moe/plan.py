@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hf_transfer_ext.merging.planning.config import parse_dtype, yaml_mapping
+from hf_transfer_ext.merging.planning.config import is_finite, parse_dtype, yaml_mapping
 from hf_transfer_ext.registry import known_keys, unknown_name
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
@@ -160,6 +160,8 @@ def _number(value: Any, default: float, where: str) -> float:
         return default
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"`{where}` has to be a number, got {value!r}.")
+    if not is_finite(value):
+        raise ValueError(f"`{where}` has to be a finite number, got {value!r}.")
     return float(value)
 
 

@@ -16,6 +16,7 @@ Beyond mergekit: `seed` of the random masks, and `output: {lora: {rank: 16}}` fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,6 +214,14 @@ def evaluate(setting: Any, tensor: str, depth: float) -> Any:
     return None
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is neither NaN nor infinite, as a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
 def _typed(value: Any, kind: type, where: str) -> Any:
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
         raise ValueError(f"`{where}` has to be of type {kind.__name__}, got {value!r}.")
@@ -359,6 +368,8 @@ def _check_setting(name: str, setting: Any, where: str) -> None:
         allowed = RANGES.get(name)
         if setting is not None and not isinstance(setting, (int, float)):
             raise ValueError(f"`{where}` has to be a number or true or false, got {setting!r}.")
+        if setting is not None and not is_finite(setting):
+            raise ValueError(f"`{where}` has to be a finite number, got {setting!r}.")
         if allowed is not None and setting not in allowed:
             raise ValueError(f"`{where}` has to be {allowed}, got {setting!r}.")
         return
