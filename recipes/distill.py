@@ -57,14 +57,15 @@ class DistillArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     told, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv)
-    out = refuse_existing_output(args.output_dir, overwrite=told.overwrite)
+    read = (told.teacher, told.student, told.dataset)
+    out = refuse_existing_output(args.output_dir, overwrite=told.overwrite, inputs=read)
     record = RunRecord("distillation", "recipes/distill.py", settings_of(told, args), seed=args.seed)
     if is_deepspeed_zero3_enabled() and (told.student is None or told.trim_vocabulary or told.compare_with_ce):
         raise ValueError(
             "ZeRO-3 shards models while they are loaded, so none can be cut, trimmed or copied. Make the student in a "
             "run of its own and name it with `student`; leave `trim_vocabulary` and `compare_with_ce` off."
         )
-    work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=told.overwrite)
+    work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=told.overwrite, inputs=read)
     publish, args.push_to_hub, args.output_dir = args.push_to_hub, False, str(work / "checkpoints")
     set_seed(args.seed)
     load = partial(

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     (told,) = parse_recipe(QuickstartArguments, argv=argv)
     root = Path(told.output_dir)
     for folder in ("student", "learnt", "adapter", "merged", "unlearned"):
-        refuse_existing_output(root / folder, overwrite=told.overwrite)
+        refuse_existing_output(root / folder, overwrite=told.overwrite, inputs=(told.teacher, told.dataset))
     settings, seed = settings_of(told), told.seed
     people = fictitious_people(told.people, forget=told.forget_people, holdout=0, facts=told.facts, seed=seed)
     test = load_text_dataset(told.dataset, split="test")

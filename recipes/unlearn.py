@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.suites.forget_retain import forget_retain
-from hf_transfer_ext.files import refuse_existing_output, written_aside
+from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs, written_aside
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import RunRecord, describe_input
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
@@ -60,9 +60,9 @@ def lora(model: Any, rank: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
-def keep(model: Any, tokenizer: Any, folder: str) -> None:
+def keep(model: Any, tokenizer: Any, folder: str, *, replace: bool) -> None:
     if PartialState().is_main_process:
-        with written_aside(folder, overwrite=True) as aside:
+        with written_aside(folder, overwrite=replace) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
 
@@ -70,9 +70,15 @@ def keep(model: Any, tokenizer: Any, folder: str) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv)
     publish, args.push_to_hub = args.push_to_hub, False  # the whole result at the end, not the trainer's checkpoints
-    out = refuse_existing_output(args.output_dir, overwrite=arguments.overwrite)
+    read = (arguments.model_name_or_path, arguments.forget_data, arguments.retain_data)
+    out = refuse_existing_output(args.output_dir, overwrite=arguments.overwrite, inputs=read)
+    refuse_shared_outputs(out, arguments.original_dir, arguments.retrained_dir)
+    replace = arguments.overwrite or bool(args.resume_from_checkpoint)  # a resumed run saves them again
+    for folder in (arguments.original_dir, arguments.retrained_dir):
+        if folder is not None:
+            refuse_existing_output(folder, overwrite=replace, inputs=read)
     record = RunRecord("unlearning", "recipes/unlearn.py", settings_of(arguments, args), seed=args.seed)
-    work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=arguments.overwrite)
+    work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=arguments.overwrite, inputs=read)
     args.output_dir = str(work / "checkpoints")
     set_seed(args.seed)
     splits = forget_retain_rows(
@@ -101,10 +107,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 return learning.merge_and_unload()
 
             if arguments.retrained_dir is not None:
-                keep(taught(copy.deepcopy(model), splits["retain"]), tokenizer, arguments.retrained_dir)
+                keep(
+                    taught(copy.deepcopy(model), splits["retain"]), tokenizer, arguments.retrained_dir, replace=replace
+                )
             model = taught(model, splits["forget"] + splits["retain"])
     if arguments.original_dir is not None:
-        keep(model, tokenizer, arguments.original_dir)
+        keep(model, tokenizer, arguments.original_dir, replace=replace)
     model = lora(model, arguments.lora_rank)
     trainer = UnlearningTrainer(
         model, args, forget_dataset=splits["forget"], retain_dataset=splits["retain"] or None,

@@ -19,7 +19,7 @@ from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
 from hf_transfer_ext.weights.lora import LoraFactors, low_rank, save_lora, truncated
 from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, Scratch, open_model
 from hf_transfer_ext.weights.reference import parse_reference
-from hf_transfer_ext.weights.resume import Parts, key_of, resumable_folder
+from hf_transfer_ext.weights.resume import Parts, Work, resumable_folder, work_of
 
 #: What the adapter leaves out, module by module, in its folder.
 RESIDUALS_FILE = "residuals.json"
@@ -95,7 +95,7 @@ def extract_lora(
     Args:
         base: Folder or Hub id, `@revision` allowed, as in a merge configuration.
         finetuned: A model of the same architecture and shapes.
-        out: Folder of the adapter; whole or absent.
+        out: Folder of the adapter; written atomically.
         rank: At least 1. A matrix with fewer rows or columns gets all its ranks, through rank_pattern.
         dtype: Of the factors.
         base_name: `base_model_name_or_path` of the adapter, if it is not `base` (a local copy of a Hub model).
@@ -122,7 +122,7 @@ def extract_lora(
                 out,
                 rank=rank,
                 dtype=factor_dtype,
-                key=key_of({"rank": rank, "dtype": str(dtype), "base": base_name}, [*start.files, *end.files]),
+                work=work_of({"rank": rank, "dtype": str(dtype), "base": base_name}, [*start.opened, *end.opened]),
                 base_model=base_name or base_reference.path,
                 revision=base_reference.revision,
                 overwrite=overwrite,
@@ -141,7 +141,7 @@ def write_change(
     *,
     rank: int,
     dtype: torch.dtype,
-    key: str,
+    work: Work,
     base_model: str,
     revision: str | None,
     overwrite: bool = False,
@@ -153,11 +153,11 @@ def write_change(
     Factors that a killed run of the same work has found are not calculated again.
 
     Args:
-        key: Names the work (`merging.resume.key_of`).
+        work: What the result depends on (`resume.work_of`).
         files: Name -> text of further files of the folder.
     """
     began = time.perf_counter()
-    with resumable_folder(refuse_existing_output(out, overwrite=overwrite), key, overwrite=overwrite) as folder:
+    with resumable_folder(Path(out), work, overwrite=overwrite) as folder:
         found = _Changes(start, end, Parts(folder / ".factors"))
         found.collect(rank, progress=progress)
         save_lora(

@@ -69,11 +69,11 @@ def save_result(
             raise FileNotFoundError(f"The extra file {name!r} is to be copied from {str(source)!r}, which is no file.")
     if model is None:
         return _complete(Path(folder), tokenizer, record, overwrite, extras, card_options)
-    refuse_existing_output(folder, overwrite=overwrite)
+    refuse_existing_output(folder, overwrite=overwrite, inputs=extras.values(), also=extras)
     adapter = hasattr(model, "peft_config")
     weights = model.parameters() if not adapter else (p for n, p in model.named_parameters() if "lora_" in n)
     require_free_space(folder, sum(p.numel() * p.element_size() for p in weights))
-    with written_aside(folder, overwrite=overwrite) as aside:
+    with written_aside(folder, overwrite=overwrite, inputs=extras.values(), also=extras) as aside:
         model.save_pretrained(str(aside))
         _complete(aside, tokenizer, record, True, extras, card_options)
     return Path(folder)

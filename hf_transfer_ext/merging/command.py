@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -36,10 +37,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_dir", help="folder of the result")
     parser.add_argument("--overwrite", action="store_true", help="replace a model in OUT_DIR")
     parser.add_argument("--threads", type=int, help="tensors worked on at once (default: all cores)")
+    size = MAX_SHARD_BYTES / 1e9
     parser.add_argument(
-        "--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="largest file, in 10^9 bytes (default: 5)"
+        "--max-shard-gb", type=_shard_size, default=size, help=f"largest file, in 10^9 bytes (default: {size:g})"
     )
     parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin (weights_only)")
+
+
+def _shard_size(text: str) -> float:
+    size = float(text)
+    if not 1e-9 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"has to be a number of 10^9 bytes above 0, got {text}")
+    return size
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,12 +23,12 @@ from hf_transfer_ext.merging.streaming.as_lora import write_adapter
 from hf_transfer_ext.merging.streaming.companions import CONFIG_FILE, public_yaml, write_companions
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
-from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, Checkpoint
 from hf_transfer_ext.weights.devices import resolve_device
 from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
 from hf_transfer_ext.weights.reference import ModelReference
-from hf_transfer_ext.weights.resume import key_of, resumable_folder
+from hf_transfer_ext.weights.resume import resumable_folder, work_of
 
 #: Threads that keep a GPU busy while others read and write; each takes memory on it.
 GPU_THREADS = 4
@@ -111,7 +111,8 @@ def merge(
     began = time.perf_counter()
     with ranks_of_launch(alone=alone) as ranks, ExitStack() as inputs:
         with ranks.together():
-            target = refuse_existing_output(out_dir, overwrite=overwrite)
+            source = None if isinstance(config, Mapping) else config
+            target = refuse_existing_output(out_dir, overwrite=overwrite, inputs=[source])
             settings = _Settings(
                 target=target,
                 overwrite=overwrite,
@@ -122,6 +123,8 @@ def merge(
                 progress=progress,
             )
             plan = _plan(config, lora_rank, allow_pickle, inputs)
+            read = [file for checkpoint in plan.checkpoints for file in checkpoint.stamps]
+            refuse_existing_output(target, overwrite=overwrite, inputs=read)
         report = plan.report(target)
         if dry_run:
             return report
@@ -183,9 +186,9 @@ class _Plan:
         return self.models[self.config.references[0]]
 
     @property
-    def files(self) -> list[Path]:
-        """All input files."""
-        return [file for model in self.models.values() for file in model.files] + self.extra.files
+    def checkpoints(self) -> list[Checkpoint]:
+        """Everything that tensors are read from."""
+        return [one for model in self.models.values() for one in model.opened] + list(self.extra.checkpoints.values())
 
     def report(self, target: Path) -> MergeReport:
         rank = self.lora_rank
@@ -207,6 +210,7 @@ class _Plan:
             "vocabulary": sorted(self.vocabulary.tokens.items()) if self.vocabulary is not None else None,
             "shards": settings.max_shard_bytes,
             "arithmetic": [settings.device.type, kernels.LIBRARY is not None],
+            "allow_nonfinite": settings.allow_nonfinite,
         }
 
 
@@ -238,8 +242,8 @@ def _plan(
 
 def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, Any]:
     """Write the result as a model folder; returns what the report says about it."""
-    key = ranks.gather(key_of(plan.content(settings), plan.files))[0]
-    with resumable_folder(settings.target, key, ranks, overwrite=settings.overwrite) as folder:
+    work = work_of(plan.content(settings), plan.checkpoints)
+    with resumable_folder(settings.target, work, ranks, overwrite=settings.overwrite) as folder:
         own_bytes = sum(job.input_bytes for job in ranks.share_of(plan.jobs))
         with _bar(own_bytes, settings.progress and ranks.is_first) as advance:
             resumed = write_tensors(
@@ -282,7 +286,7 @@ def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, 
                 rank=plan.lora_rank,
                 content=plan.content(settings),
                 files={CONFIG_FILE: plan.text},
-                inputs=plan.files,
+                checkpoints=plan.checkpoints,
                 allow_nonfinite=settings.allow_nonfinite,
                 overwrite=settings.overwrite,
                 progress=settings.progress,

@@ -56,7 +56,8 @@ def demo_model(cache_dir: str | Path | None = None) -> Path:
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if _stamp_of(folder) != stamp:
             require_free_space(folder, NEEDED_BYTES)
-            with written_aside(folder, overwrite=True) as aside:
+            names = (STAMP_FILE, "GEMMA_TERMS.html", "NOTICE.md")
+            with written_aside(folder, overwrite=True, also=names) as aside:
                 _convert(package, aside)
                 for name in ("GEMMA_TERMS.html", "NOTICE.md"):
                     shutil.copyfile(str(files(MODULE).joinpath("data", name)), aside / name)

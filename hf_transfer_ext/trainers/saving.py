@@ -1,4 +1,4 @@
-"""What a run leaves behind: whole weights under every way of sharding them, and the checkpoint to go on from."""
+"""What a run leaves behind: full weights under every way of sharding them, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -6,21 +6,36 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_transfer_ext.files import replace_folder
+from hf_transfer_ext.files import publish, refuse_existing_output, refuse_inputs_inside
 from hf_transfer_ext.models.loading import load_model
 
+#: What recipes put into their training folder. `--overwrite` removes a folder with these entries and no others.
+TRAINING_ENTRIES = ("checkpoints", "teaching", "teacher", "teacher.checkpoints", "student", "vocabulary_map.json")
 
-def training_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
-    """The folder beside `out` for checkpoints and finished stages; `out` itself appears only when it is whole.
+
+#: Hidden entries of a run that was killed (`files`).
+_LEFT_BY_A_KILL = re.compile(r"\..*\.(partial-.*|old-.*|output-lock)")
+
+
+def training_folder(
+    out: str | Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()
+) -> Path:
+    """The folder beside `out` for checkpoints and finished stages; `out` itself is written atomically at the end.
 
     What an earlier run left there is used on `resume`, removed on `overwrite`, and else refused: a new run must not
     mix its stages with those of another one. Every process calls it.
 
+    Args:
+        inputs: Files and folders that the run reads; the folder is not removed if one of them lies in it.
+
     Raises:
-        FileExistsError: An earlier run's folder, and neither `resume` nor `overwrite`.
+        FileExistsError: An earlier run's folder, and neither `resume` nor `overwrite`; or `overwrite`, and entries
+            that no recipe makes (`TRAINING_ENTRIES`).
+        ValueError: One of the inputs would be removed.
     """
     from accelerate import PartialState
 
@@ -34,19 +49,37 @@ def training_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
             f"An earlier run left its checkpoints in {str(folder)!r}. Go on with it by --resume_from_checkpoint true, "
             "or start anew by --overwrite true, which removes them."
         )
+    if left:
+        refuse_inputs_inside(folder, inputs)
+        foreign = _foreign_entries(folder)
+    state.wait_for_everyone()
+    if left and foreign:
+        raise FileExistsError(
+            f"The folder of checkpoints {str(folder)!r} holds {foreign[0]!r}, which no earlier run made and "
+            "--overwrite would remove. Move it away, or name another output folder."
+        )
     if left and state.is_main_process:
         shutil.rmtree(folder)
     state.wait_for_everyone()
     return folder
 
 
+def _foreign_entries(folder: Path) -> list[str]:
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    names = [entry.name for entry in folder.iterdir()]
+    return sorted(name for name in names if name not in TRAINING_ENTRIES and not _LEFT_BY_A_KILL.fullmatch(name))
+
+
 def save_whole(trainer: Any, folder: str | Path) -> Path:
-    """Save a trainer's model and tokenizer to `folder`, whole or not at all; every process calls it.
+    """Save a trainer's model and tokenizer to `folder` atomically; every process calls it.
+
+    An earlier result in `folder` is replaced; other files in it are refused before anything is saved.
 
     Under FSDP the Trainer's default, sharded state writes nothing here without a word, and under ZeRO-3 a checkpoint
     that only DeepSpeed reads: the full state is asked for.
     """
-    folder = Path(folder)
+    folder = refuse_existing_output(folder, overwrite=True)
     aside = folder.with_name(f".{folder.name}.partial-save")
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -62,7 +95,7 @@ def save_whole(trainer: Any, folder: str | Path) -> Path:
         if not any(aside.glob("*.safetensors")):
             raise OSError(f"The trainer wrote no safetensors weights to {str(aside)!r}; nothing was replaced.")
         (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that may hold a token
-        replace_folder(aside, folder)
+        publish(aside, folder, overwrite=True)
     trainer.accelerator.wait_for_everyone()
     return folder
 

@@ -1,17 +1,19 @@
 """Checkpoints in the safetensors format, read piece by piece and written into files of a size known beforehand.
 
 A file is `8 bytes of header length | JSON header | data`; the header gives each tensor's dtype, shape and place. So a
-piece of a tensor is one `pread`, and a checkpoint of any size can be worked through in a few megabytes. Nothing is
+piece of a tensor is one read, and a checkpoint of any size can be worked through in a few megabytes. Nothing is
 memory-mapped: mapped pages count as resident memory, and a truncated file would end in a bus error instead of a
 message.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import struct
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.files import require_free_space, write_text
+from hf_transfer_ext.files import Stamp, require_free_space, stamp_of, write_text
 from hf_transfer_ext.reading import field_of, one_line, read_json, shown
 from hf_transfer_ext.registry import unknown_name
 
@@ -81,10 +83,12 @@ class StoredTensor(TensorSpec):
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Parse the header of a safetensors file and hold it against the size of the file.
+    """Parse the header of a safetensors file and validate it as the safetensors library does.
+
+    The tensors fill the file from the header to its end, without gaps or overlaps.
 
     Raises:
-        ValueError: The file is no safetensors file, is truncated, or its header contradicts itself.
+        ValueError: The file is not a safetensors file, is truncated, or its header contradicts itself.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -92,36 +96,120 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > MAX_HEADER_BYTES or 8 + length > size:
             raise ValueError(
-                f"{str(file)!r} is no whole safetensors file: its header would end after its {size} bytes. "
+                f"{str(file)!r} is not a complete safetensors file: its header would end after its {size} bytes. "
                 "Fetch it again; a Git LFS pointer in its place has to be pulled first."
             )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"The header of {str(file)!r} cannot be read ({error}). Fetch the file again.") from error
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
-    if size < end:
-        last = max(entries.values(), key=lambda entry: entry.offset)
-        raise ValueError(
-            f"{str(file)!r} is truncated: tensor {last.name!r} ends at byte {end}, the file at byte {size}. "
-            "Fetch it again."
-        )
+        text = stream.read(length)
+    try:
+        header = _parsed(text)
+        _check_metadata(header.pop("__metadata__", None))
+        entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
+    except (KeyError, TypeError, AttributeError, _HeaderError) as error:
+        raise ValueError(f"The header of {str(file)!r} cannot be read ({error}). Fetch the file again.") from error
+    _check_places(file, entries, 8 + length, size)
     return entries
+
+
+class _HeaderError(ValueError):
+    """What a header says that the format does not allow."""
+
+
+def _parsed(text: bytes) -> Any:
+    if not text.startswith(b"{"):
+        raise _HeaderError("it does not begin with '{'")
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _HeaderError(str(error)) from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _HeaderError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _HeaderError("__metadata__ has to map names to texts")
 
 
 def _entry(file: Path, name: str, value: Mapping[str, Any], data_start: int) -> StoredTensor:
     if value["dtype"] not in DTYPES:
         raise ValueError(f"Tensor {name!r} in {str(file)!r}: {unknown_name('dtype', value['dtype'], DTYPES)}")
-    begin, end = value["data_offsets"]
-    entry = StoredTensor(name, DTYPES[value["dtype"]], tuple(value["shape"]), file, data_start + begin)
+    places, shape = value["data_offsets"], value["shape"]
+    if not all(isinstance(one, list) and all(type(number) is int for number in one) for one in (places, shape)):
+        raise _HeaderError(f"offsets and shape of {name!r} have to be lists of whole numbers")
+    if len(places) != 2:
+        raise _HeaderError(f"{name!r} needs two offsets, got {places}")
+    begin, end = places
+    entry = StoredTensor(name, DTYPES[value["dtype"]], tuple(shape), file, data_start + begin)
     if begin < 0 or any(extent < 0 for extent in entry.shape) or entry.nbytes != end - begin:
         raise ValueError(
             f"The header of {str(file)!r} contradicts itself: tensor {name!r} of shape {list(entry.shape)} and dtype "
             f"{value['dtype']} needs {entry.nbytes} bytes, but lies at {begin}..{end}. Fetch the file again."
         )
     return entry
+
+
+def _check_places(file: Path, entries: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
+    end, before = data_start, "the header"
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
+            fault = "overlaps with" if entry.offset < end else "leaves a gap after"
+            raise ValueError(
+                f"The header of {str(file)!r} contradicts itself: tensor {entry.name!r} {fault} {before}, at byte "
+                f"{entry.offset} and not {end}. Fetch the file again."
+            )
+        end, before = entry.offset + entry.nbytes, repr(entry.name)
+    if size < end:
+        raise ValueError(
+            f"{str(file)!r} is truncated: tensor {before} ends at byte {end}, the file at byte {size}. Fetch it again."
+        )
+    if size > end:
+        raise ValueError(
+            f"{str(file)!r} holds {size - end} bytes after its last tensor, which no reader accepts. Fetch it again."
+        )
+
+
+#: Endings of the files of a model folder that weights, configs and tokenizers are read from.
+_READ = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+
+#: Windows changes line ends in files that are not opened with this flag.
+_BINARY: int = getattr(os, "O_BINARY", 0)
+
+#: Held between seeking and reading or writing, on systems that cannot do both in one call.
+_SEEKING = threading.Lock()
+
+
+def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fill the beginning of `view` from `offset` on; returns how many bytes came."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], offset)
+    if hasattr(os, "pread"):
+        read = os.pread(descriptor, len(view), offset)
+    else:
+        with _SEEKING:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            read = os.read(descriptor, len(view))
+    view[: len(read)] = read
+    return len(read)
+
+
+def _write_at(descriptor: int, view: memoryview | bytes, offset: int) -> None:
+    """Write all of `view` from `offset` on."""
+    rest, done = memoryview(view), 0
+    while done < len(rest):
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(descriptor, rest[done:], offset + done)
+        else:
+            with _SEEKING:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                done += os.write(descriptor, rest[done:])
 
 
 class Checkpoint:
@@ -135,9 +223,13 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, *, stem: str = "model", allow_pickle: bool = False) -> None:
         self.folder = Path(folder)
+        #: The files of the folder that a job may read, as they were before any was read (`resume.Work`).
+        self.stamps: dict[Path, Stamp] = {
+            file: stamp_of(file) for file in sorted(self.folder.glob("*")) if file.suffix in _READ and file.is_file()
+        }
         self.entries = _find_entries(self.folder, stem, allow_pickle)
         self._descriptors: dict[Path, int] = {
-            file: os.open(file, os.O_RDONLY)
+            file: os.open(file, os.O_RDONLY | _BINARY)
             for file in sorted({entry.file for entry in self.entries.values() if entry.loaded is None})
         }
 
@@ -163,7 +255,7 @@ class Checkpoint:
             return
         descriptor, done = self._descriptors[entry.file], 0
         while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], entry.offset + start + done)
+            count = _read_at(descriptor, view[done:], entry.offset + start + done)
             if count == 0:
                 raise OSError(
                     f"{str(entry.file)!r} ended in the middle of tensor {entry.name!r}. It became shorter while it "
@@ -285,17 +377,67 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BY
     return shards
 
 
+@dataclass(frozen=True)
+class PlannedFile:
+    """A safetensors file whose layout is known before any of its data.
+
+    Args:
+        header: Its first bytes: length of the header, and the header.
+        places: The tensors with the byte at which each begins.
+    """
+
+    name: str
+    header: bytes
+    size: int
+    places: list[tuple[TensorSpec, int]]
+
+    def is_begun(self, folder: Path) -> bool:
+        """Whether the file is there with its header and its whole length, so that tensors in it may be finished."""
+        file = folder / self.name
+        if not file.is_file() or file.stat().st_size != self.size:
+            return False
+        with open(file, "rb") as stream:
+            return stream.read(len(self.header)) == self.header
+
+
+def plan_files(
+    specs: Iterable[TensorSpec], *, stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[PlannedFile]:
+    """The files of a checkpoint. Tensors of a file are ordered by dtype size, so each is aligned to its own."""
+    shards = plan_shards(specs, max_shard_bytes)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return [_plan_file(name, shard) for name, shard in zip(names, shards, strict=True)]
+
+
+def _plan_file(name: str, shard: list[TensorSpec]) -> PlannedFile:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ordered = sorted(shard, key=lambda spec: -spec.dtype.itemsize)
+    ends = np.cumsum([spec.nbytes for spec in ordered], dtype=np.int64).tolist()
+    for spec, end in zip(ordered, ends, strict=True):
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [end - spec.nbytes, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = [(spec, start + end - spec.nbytes) for spec, end in zip(ordered, ends, strict=True)]
+    return PlannedFile(name, struct.pack("<Q", len(text)) + text, start + (ends[-1] if ends else 0), places)
+
+
 class CheckpointWriter:
     """Safetensors files of known layout that are filled in any order, from several threads at once.
 
-    The headers and the full length of all files are written first, so a full disk is found before any work. Tensors
-    of a shard are ordered by the size of their dtype, so that each lies at a multiple of it.
+    The headers and the full length of all files are written first, so a full disk is found before any work.
 
     Args:
         folder: Existing folder, written aside by the caller (`files.written_aside`).
         specs: What will be written. The shards follow its order.
         stem: Name of the files without ending.
-        resume: Keep what the files hold already if they have the planned length.
+        resume: Keep what the files hold if all of them are begun (`are_begun`).
     """
 
     def __init__(
@@ -307,47 +449,33 @@ class CheckpointWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
         resume: bool = False,
     ) -> None:
-        shards = plan_shards(specs, max_shard_bytes)
-        self.nbytes = sum(spec.nbytes for shard in shards for spec in shard)
+        planned = plan_files(specs, stem=stem, max_shard_bytes=max_shard_bytes)
+        self.nbytes = sum(spec.nbytes for file in planned for spec, _ in file.places)
         self._places: dict[str, tuple[int, int, TensorSpec]] = {}
         self._descriptors: list[int] = []
-        names = [f"{stem}.safetensors"]
-        if len(shards) > 1:
-            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        if not (resume and all((folder / name).exists() for name in names)):
+        keep = resume and all(file.is_begun(folder) for file in planned)
+        if not keep:
             require_free_space(folder, self.nbytes)
         try:
-            for name, shard in zip(names, shards, strict=True):
-                self._create(folder / name, shard, resume)
+            for file in planned:
+                self._open(folder, file, keep)
         except BaseException:
             self.close()
             raise
-        if len(shards) > 1:
-            weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
+        if len(planned) > 1:
+            weight_map = {spec.name: file.name for file in planned for spec, _ in file.places}
             content = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             write_text(folder / f"{stem}.safetensors.index.json", json.dumps(content, indent=2) + "\n")
 
-    def _create(self, file: Path, shard: list[TensorSpec], resume: bool) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        ordered = sorted(shard, key=lambda spec: -spec.dtype.itemsize)
-        ends = np.cumsum([spec.nbytes for spec in ordered]).tolist()
-        for spec, end in zip(ordered, ends, strict=True):
-            header[spec.name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [end - spec.nbytes, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        size = 8 + len(text) + (ends[-1] if ends else 0)
-        keep = resume and file.exists() and file.stat().st_size == size
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
+    def _open(self, folder: Path, file: PlannedFile, keep: bool) -> None:
+        flags = os.O_RDWR | os.O_CREAT | _BINARY | (0 if keep else os.O_TRUNC)
+        descriptor = os.open(folder / file.name, flags, 0o666)
         self._descriptors.append(descriptor)
         if not keep:
-            _allocate(descriptor, size)
-            os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
-        for spec, end in zip(ordered, ends, strict=True):
-            self._places[spec.name] = (descriptor, 8 + len(text) + end - spec.nbytes, spec)
+            _write_at(descriptor, file.header, 0)  # before the length, by which a kill would leave it complete
+            _allocate(descriptor, file.size)
+        for spec, place in file.places:
+            self._places[spec.name] = (descriptor, place, spec)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write `values` (contiguous, in the dtype of the spec) as elements `start`, `start + 1`, ... of a tensor."""
@@ -362,9 +490,7 @@ class CheckpointWriter:
     def write_bytes(self, name: str, start: int, view: memoryview) -> None:
         """Write raw bytes from byte `start` of a tensor on."""
         descriptor, offset, _ = self._places[name]
-        done = 0
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], offset + start + done)
+        _write_at(descriptor, view, offset + start)
 
     def close(self) -> None:
         while self._descriptors:
@@ -380,14 +506,14 @@ class CheckpointWriter:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Reserve the whole file at once; file systems that cannot reserve get a file of that length with holes."""
+    """Reserve the whole file at once; systems that cannot reserve get a file of that length with holes."""
     try:
         os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (22, 95):  # EINVAL, EOPNOTSUPP
-            raise
-        os.ftruncate(descriptor, size)
     except AttributeError:  # no such call on this system
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
         os.ftruncate(descriptor, size)
 
 

@@ -263,6 +263,12 @@ def save_lora(
             biases = True
             name = f"{owner}.base_layer.bias" if owner in modules else name
         tensors[PREFIX + name] = tensor.contiguous()
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"Tensor {name!r} of the adapter would hold NaN or infinity in {tensor.dtype}. Choose a wider "
+                "`dtype`, or fix the model."
+            )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

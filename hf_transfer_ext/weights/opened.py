@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.reading import field_of, read_json
-from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, bytes_of, unknown_tensor
+from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, Checkpoint, StoredTensor, bytes_of, unknown_tensor
 from hf_transfer_ext.weights.devices import on_host
 from hf_transfer_ext.weights.lora import LoraFactors, read_lora
 from hf_transfer_ext.weights.reference import ModelReference
@@ -20,6 +20,10 @@ from hf_transfer_ext.weights.repository import base_of_adapter, local_folder
 
 #: Buffers that old checkpoints store and that every model builds by itself.
 REBUILT_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+#: What follows a weight's name in the name of the scales that it is stored with.
+SCALES = ("_scale", "_scale_inv", ".absmax")
 
 
 class Scratch:
@@ -248,6 +252,12 @@ def _adapt(model: InputModel, folder: Path) -> None:
             raise ValueError(
                 f"Adapter {str(folder)!r} changes {name!r} with shape {list(factors.shape)}, but model "
                 f"{str(model.reference)!r} has {list(model.tensors[name].shape)} there. It belongs to another model."
+            )
+        if model.tensors[name].dtype not in FLOAT_DTYPES or any(name + ending in model.tensors for ending in SCALES):
+            raise ValueError(
+                f"Adapter {str(folder)!r} changes {name!r}, which model {str(model.reference)!r} stores quantized "
+                f"({model.tensors[name].dtype}, with scales of its own): the change cannot be added to the stored "
+                "numbers. Use the model with its weights in bfloat16, float16 or float32."
             )
         model.tensors[name] = AdaptedInput(model.tensors[name], factors)
 

@@ -1,7 +1,7 @@
-"""Several processes on one merge: the tensors are shared out, what one process learns or suffers all of them know.
+"""Several processes on one merge: tensors are split across them, and an error in one is raised in all.
 
-Under `accelerate launch` or `torchrun` every process calls `merge` with the same arguments. They meet over a gloo
-group of their own, whose patience is a month, since the shares of a large merge end at different times.
+Under `accelerate launch` or `torchrun` every process calls `merge` with the same arguments. They communicate over a
+dedicated gloo group with a 30-day timeout, since the shares of a large merge end at different times.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 @runtime_checkable
 class HasInputBytes(Protocol):
-    """A piece of work that tells how many bytes it reads."""
+    """A piece of work with a known number of input bytes."""
 
     @property
     def input_bytes(self) -> int: ...
@@ -57,7 +57,7 @@ class Ranks:
         except Exception as error:
             failed = error
         told = self.gather(None if failed is None else (type(failed).__name__, str(failed)))
-        # A rank that only stopped because of another has nothing to tell.
+        # A rank that only stopped because of another one is not a cause.
         causes = [rank for rank, one in enumerate(told) if one is not None and one[0] != "InterruptedError"]
         if failed is not None and (self.rank in causes or not causes):
             raise failed

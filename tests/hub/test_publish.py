@@ -257,3 +257,25 @@ def test_a_data_set_is_read_by_its_id(hub, tmp_path, streaming):
     assert found.on_hub and found.revision == hub.commits("tester/parquet", repo_type="dataset")[0].oid
     assert any(name.endswith(".parquet") for name in found.sha256)
     assert snapshot_download("tester/lines", repo_type="dataset")
+
+
+def test_files_that_are_not_of_a_result_stay(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"notes\.txt"):
+            save_result(tmp_path / "out", model=tiny_llama(1), record=record(), overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_result_with_extra_files_is_replaced_by_one_with_the_same(tmp_path):
+    (tmp_path / "plot.png").write_text("")
+    for _ in range(2):
+        save_result(
+            tmp_path / "out",
+            model=tiny_llama(1),
+            record=record(),
+            overwrite=True,
+            extra_files={"plots/loss.png": tmp_path / "plot.png"},
+        )
+    assert (tmp_path / "out" / "plots" / "loss.png").exists()

@@ -1,4 +1,4 @@
-"""A merge that is killed leaves no output folder, and ends with the same bytes when it is started again."""
+"""A killed merge leaves no output folder; started again, it ends with the bytes of an undisturbed one."""
 
 from __future__ import annotations
 

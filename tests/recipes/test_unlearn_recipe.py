@@ -79,3 +79,20 @@ def test_own_data_with_other_columns_gives_an_adapter(tmp_path, model_folder):
 def test_a_typo_is_told_before_a_model_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="'metod'"):
         unlearn.main(["--output_dir", str(tmp_path), "--model_name_or_path", "nowhere/at-all", "--metod", "npo"])
+
+
+@pytest.mark.parametrize("setting", ["original_dir", "retrained_dir"])
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_further_output_folders_are_checked_before_work(tmp_path, model_folder, monkeypatch, setting, overwrite):
+    monkeypatch.setattr(unlearn, "load_model", lambda *arguments, **options: pytest.fail("loaded a model"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for folder, error, message in (
+        (tmp_path / "mine", FileExistsError, r"notes\.txt"),
+        (model_folder, ValueError, "holds the input"),
+        (tmp_path / "out", ValueError, "contain each other"),
+        (tmp_path / "out" / "original", ValueError, "contain each other"),
+    ):
+        with pytest.raises(error, match=message):
+            unlearn.main(arguments(tmp_path, model_folder, overwrite=overwrite, **{setting: folder}))
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and (model_folder / "config.json").exists()

@@ -52,3 +52,28 @@ def test_what_an_earlier_run_left_is_used_removed_or_refused(tmp_path):
     assert (training_folder(out, resume=True, overwrite=False) / "teacher").exists()
     training_folder(out, resume=False, overwrite=True)
     assert not folder.exists()
+
+
+def test_only_what_a_run_left_is_removed(tmp_path):
+    folder = tmp_path / "out.training"
+    (folder / "student").mkdir(parents=True)
+    (folder / ".student.partial-save").mkdir()
+    with pytest.raises(ValueError, match="holds the input"):
+        training_folder(tmp_path / "out", resume=False, overwrite=True, inputs=[None, "org/name", folder / "student"])
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        training_folder(tmp_path / "out", resume=False, overwrite=True)
+    assert (folder / "notes.txt").exists() and (folder / "student").exists()
+    (folder / "notes.txt").unlink()
+    training_folder(tmp_path / "out", resume=False, overwrite=True)
+    assert not folder.exists()
+
+
+def test_a_trainer_replaces_a_result_and_no_other_files(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    trainer = trainer_of(tiny_llama(), tmp_path / "t")
+    trainer.save_model = lambda folder: pytest.fail("saved before it looked")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        save_whole(trainer, tmp_path / "model")
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"

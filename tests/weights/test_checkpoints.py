@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 import struct
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_transfer_ext.weights.checkpoints import (
@@ -14,6 +18,7 @@ from hf_transfer_ext.weights.checkpoints import (
     Checkpoint,
     CheckpointWriter,
     TensorSpec,
+    plan_files,
     plan_shards,
     write_checkpoint,
 )
@@ -101,6 +106,68 @@ def test_a_full_disk_is_found_first(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("limit", [40, 10**9])
+def test_a_file_is_begun_by_its_header_and_not_by_its_length(tmp_path, tensors, limit):
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    planned = plan_files(specs, max_shard_bytes=limit)
+    CheckpointWriter(tmp_path, specs, max_shard_bytes=limit).close()
+    assert all(file.is_begun(tmp_path) for file in planned)
+    last = tmp_path / planned[-1].name
+    for content in (b"\0" * planned[-1].size, last.read_bytes()[:-1], b""):
+        last.write_bytes(content)
+        assert not planned[-1].is_begun(tmp_path)
+        CheckpointWriter(tmp_path, specs, max_shard_bytes=limit, resume=True).close()
+        assert planned[-1].is_begun(tmp_path)
+    last.unlink()
+    assert not planned[-1].is_begun(tmp_path)
+
+
+def test_what_is_begun_is_kept(tmp_path):
+    specs = [TensorSpec("x", torch.float32, (4,))]
+    for resume, expected in ((True, 1.0), (False, 0.0)):
+        with CheckpointWriter(tmp_path, specs) as writer:
+            writer.write("x", 0, torch.ones(4))
+        CheckpointWriter(tmp_path, specs, resume=resume).close()
+        assert load_file(tmp_path / "model.safetensors")["x"].tolist() == [expected] * 4
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "ftruncate", "pwrite"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_leaves_no_file_of_full_length_without_its_header(tmp_path, monkeypatch, call, before):
+    specs = [TensorSpec("x", torch.float32, (1000,))]
+    planned = plan_files(specs)[0]
+    child = os.fork()
+    if child == 0:
+        real = getattr(os, call)
+
+        def killing(*arguments):
+            if not before:
+                real(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(os, call, killing)
+        if call == "ftruncate":
+            del os.posix_fallocate
+        CheckpointWriter(tmp_path, specs)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    file = tmp_path / "model.safetensors"
+    assert file.stat().st_size < planned.size or planned.is_begun(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["", "preadv", "preadv pread", "pwrite", "posix_fallocate", "preadv pread pwrite posix_fallocate"],
+)
+def test_systems_without_some_calls(tmp_path, tensors, monkeypatch, missing):
+    for name in missing.split():
+        monkeypatch.delattr(os, name)
+    write_checkpoint(tmp_path, tensors, max_shard_bytes=100)
+    with Checkpoint(tmp_path) as checkpoint:
+        for name, tensor in tensors.items():
+            assert torch.equal(checkpoint.read(name), tensor)
+
+
 def test_all_dtypes_have_a_size():
     assert all(torch.empty(1, dtype=dtype).element_size() == dtype.itemsize for dtype in DTYPES.values())
 
@@ -127,6 +194,23 @@ class TestBrokenFiles:
             ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, "contradicts itself"),
             ({"x": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}, "Unknown dtype 'F31'"),
             ({"x": {"dtype": "F32", "shape": [1]}}, "cannot be read"),
+            ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]}}, "two offsets"),
+            ({"x": {"dtype": "F32", "shape": [2], "data_offsets": "08"}}, "whole numbers"),
+            ({"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "whole numbers"),
+            ({"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}}, "whole numbers"),
+            ({"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, "cannot be read"),
+            ({"__metadata__": {"a": 1}, "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "texts"),
+            ({"__metadata__": ["a"], "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "texts"),
+            ({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "leaves a gap after the header"),
+            ({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "4 bytes after its last tensor"),
+            ({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}, "is truncated"),
+            ({}, "8 bytes after its last tensor"),
+            (b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"x":{}}', "'x' is there twice"),
+            (b" {}", "does not begin"),
+            ('{"x":1}'.encode("utf-16"), "does not begin"),
+            (b"{" * 20000, "cannot be read"),
+            (b'{"x":' + b"[" * 100000, "cannot be read"),
+            (b'{"x":{"shape":[' + b"9" * 5000 + b"]}}", "cannot be read"),
         ],
     )
     def test_header(self, tmp_path, header, message):
@@ -137,6 +221,37 @@ class TestBrokenFiles:
         save_file(tensors, tmp_path / "model.safetensors")
         with Checkpoint(tmp_path) as checkpoint, pytest.raises(ValueError, match="Did you mean 'matrix'"):
             checkpoint.read("matrx")
+
+
+def entry(begin, end, dtype="U8"):
+    return {"dtype": dtype, "shape": [end - begin], "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_headers_are_judged_as_the_library_judges_them(tmp_path, seed):
+    """Tensors side by side, with gaps, overlaps and empty ones, in any order, with too many or too few bytes."""
+    draw = random.Random(seed)
+    header, end = {}, 0
+    for i in range(draw.randint(0, 5)):
+        begin = max(0, end + draw.choice([0, 0, 0, 0, 0, 1, -1]))
+        end = begin + draw.choice([0, 1, 3])
+        header[f"x{i}"] = entry(begin, end)
+    header = dict(draw.sample(list(header.items()), len(header)))
+    if draw.random() < 0.3:
+        header["__metadata__"] = draw.choice([{}, None, {"format": "pt"}, {"n": 1}, {"n": None}])
+    size = max(0, end + draw.choice([0, 0, 0, 1, -1]))
+    folder = broken(tmp_path / "m", header, b"\0" * size)
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as library:
+            expected = sorted(library.keys())
+    except SafetensorError:
+        expected = None
+    try:
+        with Checkpoint(folder) as checkpoint:
+            found = sorted(checkpoint)
+    except ValueError:
+        found = None
+    assert found == expected
 
 
 class TestIndex:

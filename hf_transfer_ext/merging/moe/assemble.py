@@ -1,4 +1,4 @@
-"""A mixture of experts from its configuration to a model folder that is either whole or absent."""
+"""A mixture of experts from its configuration to a model folder that is written atomically."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.files import refuse_existing_output, require_free_space, write_text
+from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.methods.passthrough import passthrough
 from hf_transfer_ext.merging.moe.architectures import (
@@ -30,10 +31,10 @@ from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, lo
 from hf_transfer_ext.merging.planning.layout import TensorJob, layer_count
 from hf_transfer_ext.merging.streaming.companions import COMPANIONS, public_yaml
 from hf_transfer_ext.merging.streaming.stream import write_tensors
-from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, MAX_SHARD_BYTES
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, open_model
 from hf_transfer_ext.weights.reference import ModelReference
-from hf_transfer_ext.weights.resume import key_of, resumable_folder
+from hf_transfer_ext.weights.resume import resumable_folder, work_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def assemble(
     """
     began = time.perf_counter()
     parsed = load_moe_config(config)
-    target = refuse_existing_output(out_dir, overwrite=overwrite)
+    sources = [None if isinstance(config, Mapping) else config]
+    target = refuse_existing_output(out_dir, overwrite=overwrite, inputs=sources)
     if threads is not None and threads < 1:
         raise ValueError(f"`threads` has to be at least 1, got {threads}.")
     _check_experts(parsed, allow_same_experts)
@@ -140,6 +142,9 @@ def assemble(
     try:
         for reference in parsed.references:
             models[reference] = open_model(reference, allow_pickle=allow_pickle)
+        opened = [checkpoint for model in models.values() for checkpoint in model.opened]
+        read = [file for checkpoint in opened for file in checkpoint.stamps]
+        refuse_existing_output(target, overwrite=overwrite, inputs=read)
         base = models[parsed.base_model]
         if base.adapted is not None and parsed.gate_mode not in RANDOM_MODES:
             raise ValueError(
@@ -173,9 +178,9 @@ def assemble(
             "layout": [(job.name, job.shape, str(job.dtype)) for job in jobs],
             "gates": hashlib.sha256(gates.numpy().tobytes()).hexdigest(),
             "shards": max_shard_bytes,
+            "arithmetic": kernels.LIBRARY is not None,
         }
-        key = key_of(content, [file for model in models.values() for file in model.files])
-        with resumable_folder(target, key, overwrite=overwrite) as folder:
+        with resumable_folder(target, work_of(content, opened), overwrite=overwrite) as folder:
             resumed = write_tensors(
                 folder, jobs, threads=threads or os.cpu_count() or 1, max_shard_bytes=max_shard_bytes
             )
@@ -261,6 +266,11 @@ def _gate_jobs(config: MoeConfig, architecture: Architecture, gates: Gates, base
 
 
 def _job(name: str, tensor: InputTensor, scale: float, config: MoeConfig) -> TensorJob:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"Tensor {name!r} would be made of one of dtype {tensor.dtype}. Use models that are not quantized: a "
+            "mixture does not carry their scales."
+        )
     dtype = config.dtype or tensor.dtype
     plain = scale == 1.0 and dtype == tensor.dtype and not isinstance(tensor, NoisyInput)
     return TensorJob(name, tensor.shape, dtype, passthrough, None, (tensor,), {"scale": [scale]}, is_copy=plain)

@@ -26,10 +26,6 @@ class ExtraFiles:
 
     checkpoints: Mapping[str, Checkpoint]
 
-    @property
-    def files(self) -> list[Path]:
-        return sorted({entry.file for one in self.checkpoints.values() for entry in one.entries.values()})
-
     def of(
         self, method: MergeMethod, sources: Sequence[tuple[Source, str]], shape: tuple[int, ...]
     ) -> dict[str, tuple[InputTensor, ...]]:

@@ -257,7 +257,13 @@ class _Module:
         tensors = tuple(tensor for _, _, tensor in pairs)
         donor = base if base is not None else tensors[0]
         if donor.dtype not in FLOAT_DTYPES:
-            return self._copied(name, donor, tensors, pairs)
+            return self._copied(name, donor, tensors, pairs, options)
+        for source, source_name, tensor in pairs:
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise ValueError(
+                    f"Tensor {source_name!r} of model {str(source.model)!r} has dtype {tensor.dtype}, but "
+                    f"{donor.dtype} in another one. Use models that are not quantized."
+                )
         dtype = self.config.out_dtype or self.config.dtype or donor.dtype
         is_copy = self.method.__name__ == "passthrough" and options["scale"] == [1.0] and dtype == donor.dtype
         extra = self.extra.of(self.method, [(source, own_name) for source, own_name, _ in pairs], donor.shape)
@@ -336,12 +342,14 @@ class _Module:
         donor: InputTensor,
         tensors: tuple[InputTensor, ...],
         pairs: Sequence[tuple[Source, str, InputTensor]],
+        options: Mapping[str, Any],
     ) -> TensorJob:
         """Whole numbers (and eight-bit floats) cannot be averaged; a stack of layers may carry them along."""
-        if len(tensors) > 1 or donor is not tensors[0]:
+        unchanged = self.method.__name__ == "passthrough" and options["scale"] == [1.0]
+        if len(tensors) > 1 or donor is not tensors[0] or (donor.dtype.is_floating_point and not unchanged):
             raise ValueError(
                 f"Tensor {name!r} of model {str(pairs[0][0].model)!r} has dtype {donor.dtype}, which "
-                f"{self.method.__name__!r} cannot calculate with. Use models that are not quantised."
+                f"{self.method.__name__!r} cannot calculate with. Use models that are not quantized."
             )
         return TensorJob(name, donor.shape, donor.dtype, self.method, None, tensors, {}, is_copy=True)
 

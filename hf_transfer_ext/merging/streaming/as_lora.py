@@ -21,10 +21,11 @@ from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.planning.config import MergeConfig
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.merging.streaming.stream import StreamedPieces
+from hf_transfer_ext.weights.checkpoints import Checkpoint
 from hf_transfer_ext.weights.lora import LoraFactors
 from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, InputTensor, Scratch, StoredInput, open_model
 from hf_transfer_ext.weights.reference import ModelReference
-from hf_transfer_ext.weights.resume import key_of
+from hf_transfer_ext.weights.resume import work_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def write_adapter(
     rank: int,
     content: Mapping[str, Any],
     files: Mapping[str, str],
-    inputs: Sequence[Path],
+    checkpoints: Sequence[Checkpoint],
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -80,9 +81,9 @@ def write_adapter(
 
     Args:
         jobs: All tensors of the result.
-        content: What the result depends on beside the files of the models (`resume.key_of`).
+        content: What the result depends on beside the files of the models (`resume.work_of`).
         files: Name -> text of further files of the folder.
-        inputs: All files that the jobs read.
+        checkpoints: Everything that the jobs read.
 
     Raises:
         ValueError: There is no base, or the result has tensors or shapes that the base lacks.
@@ -108,7 +109,7 @@ def write_adapter(
             out,
             rank=rank,
             dtype=config.out_dtype or config.dtype or torch.float32,
-            key=key_of({**content, "rank": rank}, [*start.files, *inputs]),
+            work=work_of({**content, "rank": rank}, [*start.opened, *checkpoints]),
             base_model=reference.path,
             revision=reference.revision,
             overwrite=overwrite,

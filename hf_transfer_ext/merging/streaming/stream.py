@@ -11,6 +11,7 @@ products are fused with them, so results agree with those of the CPU to the roun
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -26,9 +27,11 @@ from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.method import Piece
 from hf_transfer_ext.merging.planning.layout import TensorJob
-from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, CheckpointWriter
+from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, CheckpointWriter, plan_files
 from hf_transfer_ext.weights.opened import InputTensor, Scratch, StoredInput
 from hf_transfer_ext.weights.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 #: Elements of a piece: few enough for the caches of a core, enough that Python's part of the work is small.
 PIECE = 1 << 18
@@ -219,6 +222,7 @@ class Stream:
         self._halt = threading.Event()
         self._lock = threading.Lock()
         self._left: dict[str, int] = {}
+        self._reported: set[str] = set()
         self._local = threading.local()
 
     def run(self, jobs: Sequence[TensorJob]) -> None:
@@ -270,8 +274,7 @@ class Stream:
         for start, piece in method.over(pieces, noise=Noise(self.seed, job.name), **job.options):
             merged = piece.reshape(-1)
             result = merged.to(job.dtype)
-            if job.dtype == torch.float16 and not self.allow_nonfinite and not torch.isfinite(result).all():
-                raise ValueError(f"Tensor {job.name!r} does not fit into float16. Choose `out_dtype: bfloat16`.")
+            self._check_result(job, start, result)
             self.writer.write(job.name, start, result.cpu())
             with self._lock:
                 self.advance(round(per_element * merged.numel()))
@@ -289,9 +292,29 @@ class Stream:
             raw = self._local.scratch.raw(min(step, task.stop * size - start))
             view = memoryview(raw)
             source.checkpoint.read_bytes(source.entry, start, view)
+            if job.dtype.is_floating_point:
+                self._check_result(job, start // size, torch.from_numpy(raw).view(job.dtype))
             self.writer.write_bytes(job.name, start, view)
             with self._lock:
                 self.advance(len(view))
+
+    def _check_result(self, job: TensorJob, start: int, result: Tensor) -> None:
+        """Refuse NaN and infinity, or name the tensor once where they are allowed."""
+        bad = first_nonfinite(result)
+        if bad < 0:
+            return
+        kind = str(job.dtype).removeprefix("torch.")
+        told = f"Tensor {job.name!r} of the result is {float(result[bad])} at element {start + bad}"
+        if not self.allow_nonfinite:
+            cause = "The input holds it" if job.is_copy else f"The result does not fit into {kind}"
+            raise ValueError(
+                f"{told}. {cause}: fix the model, choose smaller weights or another `out_dtype`, or pass "
+                "--allow-nonfinite to keep such values."
+            )
+        with self._lock:
+            if job.name not in self._reported:
+                self._reported.add(job.name)
+                logger.warning("%s.", told)
 
 
 def _is_stored(tensor: InputTensor) -> bool:
@@ -300,9 +323,13 @@ def _is_stored(tensor: InputTensor) -> bool:
 
 def first_nonfinite(values: Tensor) -> int:
     """The place of the first element that is NaN or infinite, -1 if there is none."""
+    if values.dtype.itemsize == 1:  # eight-bit floats have no arithmetic
+        values = values.float()
+    if math.isfinite(float(values.sum())):  # what is not finite stays so in a sum, which is the fastest look
+        return -1
     if kernels.can_take(values):
         return kernels.first_nonfinite(values)
-    if math.isfinite(float(values.sum())) or torch.isfinite(values).all():
+    if torch.isfinite(values).all():
         return -1
     return int((~torch.isfinite(values)).nonzero()[0])
 
@@ -382,6 +409,10 @@ def write_tensors(
     with ranks.together():  # the first rank lays the files out, the others find them
         if ranks.is_first:
             (folder / FAILURE).unlink(missing_ok=True)  # a failed run that was killed may have left it
+            planned = plan_files(specs, max_shard_bytes=max_shard_bytes)
+            if not all(file.is_begun(folder) for file in planned):
+                for journal in folder.glob(f"{JOURNAL}-*"):  # they speak of files that are written anew
+                    journal.unlink()
             CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True).close()
         finished = finished_tensors(folder)
     done: set[str] = ranks.gather(finished)[0]
