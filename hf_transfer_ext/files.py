@@ -39,7 +39,8 @@ RESULT_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "README.md", "hf_transfer_ext.json", ".eval_results/*.yaml", "comparison.png", "vocabulary_map.json",
-    "residuals.json", "mergekit_config.yml", "mergekit_moe_config.yml",
+    "residuals.json", "transfer.json", "transfer_seeds.json", "discriminator/adapter_*", "discriminator/README.md",
+    "mergekit_config.yml", "mergekit_moe_config.yml",
     ".*.partial-*",  # left by a kill in `write_text`
 )  # fmt: skip
 

@@ -75,7 +75,7 @@ def convert_to_lora(
     config = read_json(path)
     folder = local_folder(adapter, revision=revision)
     base_name = base or config.get("base_model_name_or_path")
-    with written_aside(out, overwrite=overwrite) as aside:
+    with written_aside(out, overwrite=overwrite, inputs=[adapter, base_name]) as aside:
         if config.get("peft_type", "LORA") != "LORA":
             residuals = _by_peft(folder, aside, config["peft_type"], base_name, rank)
             saved, biases = [], 0

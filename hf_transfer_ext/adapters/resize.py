@@ -58,7 +58,7 @@ def resize_lora(
     if ratio is not None and not ratio > 1:
         raise ValueError(f"`ratio` must be greater than 1, got {ratio}.")
     began = time.perf_counter()
-    with written_aside(out, overwrite=overwrite) as folder:
+    with written_aside(out, overwrite=overwrite, inputs=[adapter]) as folder:
         found = read_lora(local_folder(adapter, revision=revision))
         modules: dict[str, LoraFactors] = {}
         residuals: list[ModuleResidual] = []

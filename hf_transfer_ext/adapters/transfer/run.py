@@ -101,7 +101,7 @@ def transfer_lora(
         raise ValueError(f"`rank` must be at least 1, got {rank}.")
     if "activations" in chosen.needs and not texts:
         raise ValueError(f"{method} reads texts with both models: give `texts`.")
-    refuse_existing_output(out, overwrite=overwrite)
+    refuse_existing_output(out, overwrite=overwrite, inputs=[adapter, source_base, target_base])
     found = read_lora(local_folder(adapter))
     named = source_base or found.config.get("base_model_name_or_path")
     if not named:
@@ -114,7 +114,7 @@ def transfer_lora(
         try:
             carrier = _Carrier(chosen, options or {}, found, source, target, texts)
             factors, parts = carrier.carry(rank)
-            with written_aside(out, overwrite=overwrite) as folder:
+            with written_aside(out, overwrite=overwrite, inputs=[adapter, source_base, target_base]) as folder:
                 save_lora(
                     folder,
                     factors,
