@@ -58,9 +58,7 @@ class AuditArguments:
         default=", ".join((*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS)), metadata={"help": "The same; none: leave out."}
     )
     template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
-    chat_template_kwargs: str = field(
-        default="{}", metadata={"help": 'JSON for the chat template: {"enable_thinking": false}.'}
-    )
+    chat_template_kwargs: str = field(default="{}", metadata={"help": 'JSON: {"enable_thinking": false}.'})
     max_new_tokens: int = 48
     batch_size: int = 16
     dtype: str = "float32"

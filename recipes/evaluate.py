@@ -19,8 +19,7 @@ from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.evals.adapters import with_adapters
-from hf_transfer_ext.evals.engine.evaluate import evaluate, resolve_metric
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate, resolve_metric
 from hf_transfer_ext.evals.harness import measure_with_lm_eval
 from hf_transfer_ext.evals.suite_run import SuiteRun
 from hf_transfer_ext.evals.suites import SUITES
@@ -64,9 +63,7 @@ class EvaluateArguments:
         metadata={"help": 'Names, comma-separated, or JSON: ["perplexity", {"truth_ratio": {...}}].'},
     )
     template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
-    chat_template_kwargs: str = field(
-        default="{}", metadata={"help": 'JSON for the chat template: {"enable_thinking": false}.'}
-    )
+    chat_template_kwargs: str = field(default="{}", metadata={"help": 'JSON: {"enable_thinking": false}.'})
     prompt: str = field(default=QuestionAnswerFormat.prompt, metadata={"help": "The plain prompt."})
     max_new_tokens: int = 200
     batch_size: int = 16
@@ -82,9 +79,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if arguments.adapters and len(arguments.models) > 1:
         raise ValueError("`adapters` go on one model: give one in `models`.")
     accelerator = Accelerator()
-    template = QuestionAnswerFormat(
-        arguments.template, arguments.prompt, chat_template_kwargs=json.loads(arguments.chat_template_kwargs)
-    )
+    chat = json.loads(arguments.chat_template_kwargs)
+    template = QuestionAnswerFormat(arguments.template, arguments.prompt, chat_template_kwargs=chat)
     shared: dict[str, Any] = {
         "template": template, "columns": json.loads(arguments.columns), "batch_size": arguments.batch_size,
         "generation": GenerationSettings(arguments.max_new_tokens), "accelerator": accelerator,

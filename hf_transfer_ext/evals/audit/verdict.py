@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from hf_transfer_ext.evals.bootstrap import percentile_interval, resampled
 from hf_transfer_ext.evals.metric import Values
@@ -72,7 +73,7 @@ class Evidence:
 
     found: Values
     shown: Values
-    floor: Values | None
+    floor: Float[np.ndarray, " floor_examples"] | None
     floor_from: str
     notes: list[str]
 
@@ -92,7 +93,7 @@ class Evidence:
         )
 
 
-def recovered_share(found: Values, original: Values, floor: Values) -> float:
+def recovered_share(found: Values, original: Values, floor: Float[np.ndarray, " floor_examples"]) -> float:
     """(found - floor) / (original - floor), of means, within [0, 1]; NaN where there was nothing to forget."""
     there = original.mean() - floor.mean()
     return float(np.clip((found.mean() - floor.mean()) / there, 0.0, 1.0)) if there > 0 else float("nan")
@@ -120,10 +121,10 @@ def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, r
     floors = [] if floor is None else [floor]
     groups = [[found, shown, *floors]] if paired or not floors else [[found, shown], floors]
 
-    def gap(found: Values, shown: Values, *floors: Values) -> float:
+    def gap(found: np.ndarray, shown: np.ndarray, *floors: np.ndarray) -> float:
         return float(shown.mean() - sum(own.mean() for own in floors))
 
-    def left(found: Values, shown: Values, *floors: Values) -> float:
+    def left(found: np.ndarray, shown: np.ndarray, *floors: np.ndarray) -> float:
         return float(found.mean() - sum(own.mean() for own in floors))
 
     share = Share.of(gap, left, groups, resamples=resamples, seed=seed)
@@ -143,7 +144,7 @@ def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, r
 
 
 def judge_membership(
-    sides: Mapping[str, tuple[Values, Values]],
+    sides: Mapping[str, tuple[np.ndarray, np.ndarray]],
     verdict: Verdict,
     *,
     optimized_on_retrained: bool,
@@ -171,10 +172,10 @@ def judge_membership(
         order = ("unlearned", "original", "retrained")
         groups = [[sides[model][side] for model in order] for side in (0, 1)]
 
-        def gap(*scores: Values) -> float:
+        def gap(*scores: np.ndarray) -> float:
             return area(scores[1], scores[4]) - area(scores[2], scores[5])
 
-        def left(*scores: Values) -> float:
+        def left(*scores: np.ndarray) -> float:
             return area(scores[0], scores[3]) - area(scores[2], scores[5])
 
         share = Share.of(gap, left, groups, resamples=resamples, seed=seed)

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.metrics.membership_auc import area
@@ -14,7 +13,7 @@ def privleak(
     unlearned: Measurement,
     retrained: Measurement,
     *,
-    scores: Sequence[Float[np.ndarray, " examples"]] = (),
+    scores: Sequence[np.ndarray] = (),
     resamples: int = 1000,
     seed: int = 0,
 ) -> Measurement:

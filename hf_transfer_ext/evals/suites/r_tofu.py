@@ -157,7 +157,7 @@ def r_tofu(
         measurements += [replace(whole, name=label, dataset=f"R-TOFU {', '.join(kept)}"), *utility]
     notes = []
     absent = [name for name in KEPT if name not in kept]
-    if absent:
+    if absent and kept:
         notes.append(f"Model utility does not cover {', '.join(absent)}: the data has no such set.")
     if encoder is None:
         notes.append("Without a sentence encoder, efficacy and utility leave cosine similarity out.")

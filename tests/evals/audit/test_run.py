@@ -138,7 +138,7 @@ def test_an_attack_declares_what_its_attacker_needs():
 def test_a_model_that_never_knew_is_not_said_to_remember():
     words = [{"question": f"Which {what} has {name}?", "answer": f"{what} {name}"} for name in "abcd" for what in "xy"]
     never = subject(never_taught())
-    data = AuditData(words[:4], RETAIN, HOLDOUT)
+    data = AuditData(words[:6], RETAIN, HOLDOUT)
     attacks = ["plain_question", "hidden_probe", "multiple_choice", "in_context", "relearn_unrelated"]
     found = audit(never, data, original=never, attacks=attacks, resamples=0)
     assert all(v.recovered is None for v in found.verdicts), found.verdicts

@@ -583,7 +583,7 @@ def test_rows_beyond_the_positions_are_refused_before_any_pass():
     model.transformer.wpe = torch.nn.Embedding(64, 32)
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     long = {"question": "Who?", "answer": "A diver for lost anchors. " * 4}
-    with pytest.raises(ValueError, match="Example 1 has 127 tokens, but the model has 64 positions"):
+    with pytest.raises(ValueError, match="Example 1 has 128 tokens, but the model has 64 positions"):
         evaluate(model, byte_tokenizer(), [{"question": "Who?", "answer": "Me"}, long], ["perplexity"], template=PLAIN)
     # A table of positions has to hold what is generated as well.
     with pytest.raises(ValueError, match="prompt of 22 tokens and up to 200 are generated"):

@@ -12,7 +12,7 @@ from hf_transfer_ext.evals.audit.attacks.bitsandbytes_quantization import (
 
 def test_an_int8_row_has_even_levels_of_its_own():
     pytest.importorskip("bitsandbytes")
-    weight = torch.randn(4, 96)
+    weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
     rounded = bitsandbytes_rounded(weight, "int8")
     step = weight.half().abs().amax(1, keepdim=True) / 127
     assert (rounded - (weight / step).round() * step).abs().max() < 1.01 * step.max()

@@ -31,7 +31,7 @@ def test_what_is_refused_in_one_language_comes_out_in_another_that_the_original_
     found = audit(subject(shallow), DATA, original=subject(original), attacks=["plain_question", spec], resamples=0)
     plain, german = sorted(found.verdicts, key=lambda v: v.recovered)
     assert plain.recovered < 0.4 and german.recovered > 0.9
-    assert german.note == "asked in German; the original cannot: Turkish"
+    assert german.note.startswith("asked in German; the original cannot: Turkish")
 
 
 def test_a_language_that_the_original_lacks_is_not_asked(bilingual):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from evals.audit.planted_people import DATA, FORGET, HOLDOUT, planted, subject
+from evals.audit.planted_people import DATA, FORGET, HOLDOUT, never_taught, planted, subject
 
-from hf_transfer_ext.evals.audit.attacks.multiple_choice import by_chance, multiple_choice
+from hf_transfer_ext.evals.audit.attacks.multiple_choice import multiple_choice
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData
 
@@ -20,16 +20,19 @@ def test_the_share_is_that_of_the_probabilities():
 def test_a_model_that_refuses_still_prefers_the_right_answer_and_a_guess_is_no_recovery():
     original, shallow, retrained = map(subject, planted())
     found = [
-        audit(one, DATA, original=original, attacks=["plain_question", "multiple_choice"], resamples=20, membership=[])
+        audit(
+            one, DATA, original=original, retrained=subject(never_taught()), membership=[], resamples=20,
+            attacks=["plain_question", "multiple_choice"],
+        )
         for one in (shallow, retrained)
-    ]
+    ]  # fmt: skip
     by_name = [{v.attack: v for v in one.verdicts} for one in found]
     assert by_name[0]["multiple_choice"].recovered > by_name[0]["plain_question"].recovered + 0.2
     assert by_name[1]["multiple_choice"].recovered < 0.25
-    assert by_name[0]["multiple_choice"].floor == pytest.approx(1 / 3)
+    alone = audit(shallow, DATA, original=original, attacks=["multiple_choice"], resamples=20, membership=[])
+    assert alone.verdicts[0].recovered is None and "give a retrained one" in alone.verdicts[0].note
 
 
 def test_without_wrong_answers_it_does_not_apply():
-    assert by_chance(DATA).tolist() == [1 / 3] * 4
     with pytest.raises(ValueError, match="perturbed_answer"):
         multiple_choice(subject(planted()[0]), AuditData(HOLDOUT))
