@@ -39,7 +39,7 @@ PIECE = 1 << 18
 #: Elements of a piece for the kernels, which need no caches for what lies between two operations.
 STORED_PIECE = 1 << 19
 
-#: Elements of a piece on a GPU; with buffers and intermediate results about half a gigabyte for each thread.
+#: Elements of a piece on a GPU: 32 MiB in float32, and some five times that for each model with intermediate results.
 DEVICE_PIECE = 1 << 23
 
 #: A sample holds one element in SAMPLE_STEP, a number that has no factor in common with most widths of matrices. Where
