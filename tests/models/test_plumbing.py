@@ -102,7 +102,9 @@ def test_hidden_states_and_head_are_the_models_logits_in_every_dtype(model, dtyp
     hidden, output = hidden_states(model, input_ids=IDS)
     assert output.logits.shape[-1] == 1
     expected = model(IDS).logits.float()
-    torch.testing.assert_close(output_head(model)(hidden[0]), expected[0], atol=1e-2 * expected.abs().max().item(), rtol=0)
+    torch.testing.assert_close(
+        output_head(model)(hidden[0]), expected[0], atol=1e-2 * expected.abs().max().item(), rtol=0
+    )
     assert head_is_understood(model) and head_is_understood(model, plain=False)
 
 
