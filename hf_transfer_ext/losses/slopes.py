@@ -16,6 +16,7 @@ both, for a bucket is an outcome; one that ranks single tokens accepts dense row
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
@@ -99,3 +100,32 @@ def mixture(share: float, p: Float[Tensor, "*shape"], q: Float[Tensor, "*shape"]
 def logit_gradient(log_q: Rows, slope: Rows, temperature: float) -> Rows:
     """dD/dz from the slope, by the rule above. Overwrites and returns `slope`."""
     return slope.addcmul_(log_q.exp(), slope.sum(-1, keepdim=True), value=-1.0).div_(temperature)
+
+
+def own_options(divergence: Callable) -> list[str]:
+    """The names of a divergence's own options (`beta`, `skew`, ...)."""
+    parameters = inspect.signature(divergence).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "temperature"]
+
+
+def check_signature(divergence: Callable) -> None:
+    """Refuse a function that could not be called as a divergence, before anything is trained with it.
+
+    Raises:
+        ValueError: The signature is another one, an option has no default, or the docstring names no source.
+    """
+    name = getattr(divergence, "__name__", repr(divergence))
+    wanted = f"{name}(student_logits, teacher_logits, *, temperature=1.0, **own options with defaults)"
+    parameters = inspect.signature(divergence).parameters
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if positional != ["student_logits", "teacher_logits"]:
+        raise ValueError(f"A divergence is {wanted}, got {name}({', '.join(map(str, parameters.values()))}).")
+    if "temperature" not in parameters or parameters["temperature"].default != 1.0:
+        raise ValueError(f"A divergence is {wanted}: `temperature` of {name} is missing, or its default is not 1.0.")
+    for option in own_options(divergence):
+        if parameters[option].default is inspect.Parameter.empty:
+            raise ValueError(f"A divergence is {wanted}: `{option}` of {name} has no default.")
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()):
+        raise ValueError(f"A divergence is {wanted}: {name} takes any arguments, which hides typos.")
+    if "Source: " not in (inspect.getdoc(divergence) or ""):
+        raise ValueError(f'The docstring of {name} names no source. Write "Source: authors, year, link".')

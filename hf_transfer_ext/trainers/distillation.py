@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from hf_transfer_ext.data.text import fit_context, require_labels
 from hf_transfer_ext.data.vocabularies import compare_vocabularies
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_linear_divergence
-from hf_transfer_ext.losses.slopes import Form, require_form
+from hf_transfer_ext.losses.slopes import Form, own_options, require_form
 from hf_transfer_ext.models.heads import causal_lm_of, head_of, head_rows, run_to_head
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
@@ -125,11 +124,7 @@ def cpu_computes_in_bf16() -> bool:
 def check_loss(name: str, options: dict[str, Any]) -> None:
     """Refuse an unknown divergence, unknown options, and values out of the divergence's range."""
     divergence = DISTILLATION_LOSSES[name]
-    known = [
-        parameter.name
-        for parameter in inspect.signature(divergence).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "temperature"
-    ]
+    known = own_options(divergence)
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of {name}", option, known or ["(it has none)"]))
@@ -214,10 +209,12 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self._context = context_length(causal_lm_of(model))
         self._sums: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
         self._tokens_read = 0.0
+        obeyed, args.model_init_kwargs = args.model_init_kwargs, None  # SFTTrainer would say that they are ignored
         with _any_head_passes(model):
             super().__init__(
                 model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
             )
+        args.model_init_kwargs = obeyed
         if teaches and args.chat_template_path is not None:  # which may have brought new tokens to the student
             check_vocabularies(self.model, teacher, processing_class, teacher_processing_class)
         self.divergence = DISTILLATION_LOSSES[args.loss]

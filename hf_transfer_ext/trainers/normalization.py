@@ -49,7 +49,7 @@ class TokenLossNormalization:
         devices = (
             self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         )
-        count = num_items_in_batch.to(mask.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        count = torch.as_tensor(num_items_in_batch, device=mask.device).clamp(min=1)  # a step may have no token
         return mask.new_ones((), dtype=torch.float32) * devices / count
 
     def normalize(

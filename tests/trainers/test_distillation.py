@@ -1,18 +1,31 @@
 """The distillation trainer: what one step does to the weights, however a batch is split and whoever teaches."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from processes import on_two_ranks
 from tiny import byte_tokenizer, tiny_llama
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (  # fmt: skip
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.rows import SparseRows
+from hf_transfer_ext.teachers.live import LiveTeacher
+from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import next_token_view
 
 TEXTS = ["gold is a metal", "paris", "the sea is wide and the sky is high", "iron", "a", "tin and zinc", "oak", "elm"]
@@ -405,3 +418,337 @@ def test_a_teacher_adapter_that_is_not_there_or_not_apart_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the teacher and the active adapter of the student at once"):
         make(tmp_path, adapted_student(), teacher_adapter="student")
     assert isinstance(make(tmp_path, adapted_student(), teacher_adapter="teacher").model, PeftModel)
+
+
+class TopTeacher:
+    """What a cache of teacher outputs would give: the likeliest tokens of a model, and the mass of the others."""
+
+    form = "sparse"
+
+    def __init__(self, model, top, temperature=1.0, targets_of=None):
+        self.model, self.top, self.temperature, self.targets_of = model, top, temperature, targets_of
+
+    def signal(self, student, inputs, mask):
+        targets = None
+        if self.targets_of is not None:
+            targets = self.targets_of(inputs["input_ids"])
+            mask = targets != -100
+        with torch.no_grad():
+            logits = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return TeacherSignal(
+            SparseRows.from_logits(logits[:, :-1][mask], self.top, temperature=self.temperature), targets
+        )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_teacher_of_ones_own_with_sparse_rows(tmp_path, fused):
+    options = {"distill_temperature": 2.0, "ce_weight": 0.5, "texts": TEXTS[:4], "fused": fused}
+    whole = trained(tmp_path / "a", teacher=TopTeacher(tiny_llama(2), 258, 2.0), **options)
+    other = trained(tmp_path / "b", teacher=tiny_llama(2), **options)
+    assert_same(weights(whole), weights(other))
+    few = trained(tmp_path / "c", teacher=TopTeacher(tiny_llama(2), 8, 2.0), **options)
+    assert 0 < logged(few, "kd")[0] < logged(whole, "kd")[0]
+
+
+def test_a_teacher_with_positions_of_its_own(tmp_path):
+    """Rows only for every second token: divergence and cross entropy are taken there, and nowhere else."""
+
+    def every_second(input_ids):
+        targets = torch.full_like(input_ids[:, 1:], -100)
+        targets[:, ::2] = input_ids[:, 1::2]
+        return targets
+
+    text = Dataset.from_dict({"text": ["gold is a metal"] * 4})
+    teacher = TopTeacher(tiny_llama(2), 258, targets_of=every_second)
+    trainer = trained(tmp_path, teacher=teacher, data=text, ce_weight=0.5, per_device_train_batch_size=4)
+    ids = torch.tensor([byte_tokenizer()("gold is a metal")["input_ids"] + [257]])
+    with torch.no_grad():
+        z, t = tiny_llama(1)(ids).logits[:, :-1][:, ::2], tiny_llama(2)(ids).logits[:, :-1][:, ::2]
+    kd = DISTILLATION_LOSSES["forward_kl"](z, t).sum()
+    ce = torch.nn.functional.cross_entropy(z[0], ids[0, 1::2], reduction="sum")
+    labeled = ids.shape[1] - 1  # what the Trainer counts, and all losses are divided by
+    assert logged(trainer, "loss")[0] == pytest.approx(((kd + 0.5 * ce) / labeled).item(), rel=1e-4)
+
+
+def test_a_teacher_whose_form_the_divergence_cannot_read_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="adaptive_kl needs dense teacher rows, but this teacher gives sparse ones"):
+        make(tmp_path, teacher=TopTeacher(tiny_llama(2), 4), loss="adaptive_kl")
+    with pytest.raises(TypeError, match=r"a `Teacher` \(with `form` and `signal`\), got dict"):
+        make(tmp_path, teacher={})
+
+
+def test_the_config_refuses_a_divergence_that_its_teacher_cannot_feed(tmp_path, monkeypatch):
+    def needs_top_tokens(student_logits, teacher_logits, *, temperature=1.0):
+        """Source: none."""
+        return (student_logits - teacher_logits).square().sum(-1)
+
+    from hf_transfer_ext.losses.slopes import accepts
+
+    monkeypatch.setitem(DISTILLATION_LOSSES._functions, "needs_top_tokens", accepts("sparse")(needs_top_tokens))
+    with pytest.raises(ValueError, match="needs_top_tokens needs sparse teacher rows"):
+        config(tmp_path, loss="needs_top_tokens", teacher_model_name_or_path="anything")
+    assert config(tmp_path, loss="needs_top_tokens").teacher_form is None
+
+
+def lora(**options):
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options)
+
+
+def test_the_base_with_adapters_off_teaches_as_a_copy_of_it_does(tmp_path):
+    def student():
+        torch.manual_seed(3)
+        return get_peft_model(tiny_llama(1), lora(init_lora_weights=False))
+
+    one = trained(tmp_path / "a", student(), teacher_adapter="base")
+    other = trained(tmp_path / "b", student(), tiny_llama(1))
+    assert_same(weights(one), weights(other), atol=1e-5)
+    assert logged(one, "kd")[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["base and peft_config", "own base", "one object"])
+def test_a_teacher_that_is_the_student_is_refused(tmp_path, kind):
+    model = tiny_llama(1)
+    student, extra = model, {}
+    if kind == "base and peft_config":
+        extra = {"peft_config": lora()}
+    elif kind == "own base":
+        student = get_peft_model(model, lora())
+    with pytest.raises(ValueError, match=r"the teacher would be the student itself.*teacher_adapter=\"base\""):
+        DistillationTrainer(
+            student, model, config(tmp_path), Dataset.from_dict({"text": TEXTS}), byte_tokenizer(), **extra
+        )
+
+
+def test_a_frozen_student_is_refused_and_an_adapter_by_path_is_trained(tmp_path):
+    tiny_llama(1).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(tiny_llama(1), lora())
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    for_inference = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"Nothing in the PeftModel.* is trainable.*is_trainable=True"):
+        make(tmp_path, for_inference, tiny_llama(2))
+    with pytest.raises(ValueError, match=r"Nothing in the LlamaForCausalLM is trainable.*requires_grad_"):
+        make(tmp_path, tiny_llama(1).requires_grad_(False), tiny_llama(2))
+    trainer = trained(tmp_path, str(tmp_path / "adapter"))
+    assert logged(trainer, "grad_norm")[0] > 0
+    assert {name.split(".")[-2] for name, p in trainer.model.named_parameters() if p.requires_grad} == {"default"}
+
+
+def test_an_adapter_named_like_a_part_of_the_model_freezes_only_itself(tmp_path):
+    torch.manual_seed(3)
+    model = get_peft_model(tiny_llama(1), lora(init_lora_weights=False), adapter_name="self_attn")
+    model.add_adapter("student", lora(init_lora_weights=False))
+    model.set_adapter("student")
+    trainer = make(tmp_path, model, teacher_adapter="self_attn")
+    trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trainable and all(".student." in name for name in trainable)
+
+
+def test_a_teacher_on_the_disk_teaches_as_one_in_memory_and_stays_whole(tmp_path):
+    tiny_llama(2).save_pretrained(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher", device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=str(tmp_path / "offload")
+    )
+    ids = torch.tensor([[1, 2, 3]])
+    before = teacher(ids).logits
+    one = trained(tmp_path / "a", teacher=teacher, max_steps=2)
+    other = trained(tmp_path / "b", max_steps=2)
+    assert_same(weights(one), weights(other))
+    assert torch.equal(teacher(ids).logits, before) and one.teacher._head is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_run_with_dropout_resumes_to_the_same_losses(tmp_path, fused):
+    options = {
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2, "fused": fused,
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+
+    def run(resume):
+        trainer = DistillationTrainer(
+            tiny_llama(1), tiny_llama(2), config(tmp_path, **options), Dataset.from_dict({"text": TEXTS}),
+            byte_tokenizer(), peft_config=lora(lora_dropout=0.3),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return logged(trainer, "loss")
+
+    assert run(None) == run(str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_prompt_tuned_student_learns_the_batchs_own_tokens(tmp_path, fused):
+    def student():
+        torch.manual_seed(4)
+        return get_peft_model(tiny_llama(1), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+    trainer = trained(tmp_path, student(), texts=["gold is a metal"] * 4, fused=fused)
+    ids = torch.tensor([byte_tokenizer()("gold is a metal")["input_ids"] + [257]])
+    with torch.no_grad():
+        z, t = student().eval()(input_ids=ids).logits[:, 3:-1], tiny_llama(2)(ids).logits[:, :-1]
+    assert logged(trainer, "kd")[0] == pytest.approx(DISTILLATION_LOSSES["forward_kl"](z, t).mean().item(), rel=1e-4)
+    assert logged(trainer, "grad_norm")[0] > 0
+
+
+def test_an_adapted_head_may_come_as_a_peft_config(tmp_path):
+    target = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    trainer = DistillationTrainer(
+        tiny_llama(1), tiny_llama(2), config(tmp_path), Dataset.from_dict({"text": TEXTS}), byte_tokenizer(),
+        peft_config=target,
+    )  # fmt: skip
+    trainer.train()
+    moved = [name for name, p in trainer.model.named_parameters() if "lora_B" in name and p.any()]
+    assert any("lm_head" in name for name in moved)
+    assert trainer.model.get_output_embeddings() is trainer.model.get_base_model().lm_head
+
+
+def vision_model(seed=2):
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8,
+        "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": None, "bos_token_id": None,
+        "eos_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=265, eoi_token_index=266,
+            image_token_index=267,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_(0, 0.5)
+    return model
+
+
+def test_a_teacher_sees_the_images_that_the_student_sees_or_is_refused():
+    ids = torch.tensor([[265, 267, 267, 267, 267, 266, 10, 11, 12, 13]])
+    inputs = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": (ids == 267).long(),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+    }  # fmt: skip
+    student, mask = vision_model().eval(), torch.ones(1, 9, dtype=torch.bool)
+    expected = student(**inputs).logits[0, :-1]
+    teacher = LiveTeacher(vision_model(), Accelerator())
+    rows = teacher.signal(student, inputs, mask).rows
+    torch.testing.assert_close(rows(slice(None)), expected)
+    other = LiveTeacher(vision_model(), Accelerator())
+    without = other.signal(student, {**inputs, "pixel_values": torch.zeros(1, 3, 16, 16)}, mask).rows
+    assert not torch.allclose(without(slice(None)), expected)
+    blind = LiveTeacher(tiny_llama(2, vocab_size=272), Accelerator())
+    with pytest.raises(ValueError, match="reads pixel_values, which the teacher LlamaForCausalLM does not take"):
+        blind.signal(student, inputs, mask)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1, but cross entropy is not smoothed"),
+        ({"loss_type": "dft"}, "`loss_type` is 'dft', a loss of SFTTrainer that is not used here"),
+    ],
+)
+def test_inherited_settings_without_effect_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_arguments_without_effect_are_refused(tmp_path):
+    def start(args=None, teacher=None, **kwargs):
+        return DistillationTrainer(
+            tiny_llama(1), teacher or tiny_llama(2), args or config(tmp_path), Dataset.from_dict({"text": TEXTS}),
+            byte_tokenizer(), **kwargs,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="`compute_loss_func` cannot be used here"):
+        start(compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.mean())
+    with pytest.raises(ValueError, match="the student is loaded already"):
+        start(config(tmp_path, model_init_kwargs={"dtype": "bfloat16"}))
+    with pytest.raises(ValueError, match="the student is loaded already"):
+        start(quantization_config=object())
+    with pytest.raises(ValueError, match=r"Two teachers are named.*'other'"):
+        start(config(tmp_path, teacher_model_name_or_path="other"))
+    with pytest.raises(ValueError, match=r"Two teachers are named.*'base'"):
+        start(config(tmp_path, teacher_adapter="base"))
+
+
+def test_a_student_by_path_is_loaded_as_model_init_kwargs_say(tmp_path):
+    tiny_llama(1).save_pretrained(tmp_path / "student")
+    byte_tokenizer().save_pretrained(tmp_path / "student")
+    settings = {"dtype": "bfloat16", "attn_implementation": "eager"}
+    trainer = DistillationTrainer(
+        str(tmp_path / "student"), tiny_llama(2), config(tmp_path / "out", model_init_kwargs=settings),
+        Dataset.from_dict({"text": TEXTS}),
+    )  # fmt: skip
+    assert trainer.model.dtype == torch.bfloat16 and trainer.model.config._attn_implementation == "eager"
+    plain = make(tmp_path / "plain", str(tmp_path / "student"), tiny_llama(2))
+    assert plain.model.dtype == torch.float32
+
+
+def test_a_loaded_teachers_own_tokenizer_is_found_and_compared(tmp_path):
+    tiny_llama(2).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    names = list(content["model"]["vocab"])
+    content["model"]["vocab"] = {name: i for i, name in enumerate(reversed(names))}
+    path.write_text(json.dumps(content))
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="different vocabularies"):
+        make(tmp_path / "out", teacher=teacher)
+    path.unlink()  # without a tokenizer there, sizes alone can be compared
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert make(tmp_path / "out", teacher=teacher).teacher is not None
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_parts_are_means_over_tokens_however_a_step_is_split(tmp_path, steps):
+    """Rows of very different lengths: a mean of the micro-batches' means would be another number."""
+    trainer = trained(
+        tmp_path, texts=TEXTS[:4], ce_weight=0.5, per_device_train_batch_size=4 // steps,
+        gradient_accumulation_steps=steps,
+    )  # fmt: skip
+    kd, ce, loss = (logged(trainer, key)[0] for key in ("kd", "ce", "loss"))
+    assert loss == pytest.approx(kd + 0.5 * ce, rel=1e-4)
+    _, expected = manual_step(tiny_llama(1), tiny_llama(2), TEXTS[:4])
+    assert kd == pytest.approx(expected, rel=1e-4)
+    assert logged(trainer, "num_tokens")[0] == sum(len(text) + 1 for text in TEXTS[:4])
+    assert 0 < logged(trainer, "entropy")[0] < math.log(258) and 0 <= logged(trainer, "mean_token_accuracy")[0] <= 1
+
+
+def test_gpt2_counts_no_first_token(tmp_path):
+    torch.manual_seed(0)
+    student = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=128, n_embd=48, n_layer=1, n_head=2))
+    trainer = trained(tmp_path, student, texts=["ab", "cd", "ef", "gh"])
+    assert logged(trainer, "loss")[0] == pytest.approx(logged(trainer, "kd")[0], rel=1e-4)
+
+
+def test_every_evaluation_set_has_its_own_parts(tmp_path):
+    sets = {name: Dataset.from_dict({"text": texts}) for name, texts in (("a", TEXTS[:3]), ("b", TEXTS[3:]))}
+    trainer = DistillationTrainer(
+        tiny_llama(1), tiny_llama(2), config(tmp_path, ce_weight=0.5, per_device_eval_batch_size=2),
+        Dataset.from_dict({"text": TEXTS}), byte_tokenizer(), eval_dataset=sets,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    assert "eval_kd" not in metrics
+    for name, texts in (("a", TEXTS[:3]), ("b", TEXTS[3:])):
+        _, expected = manual_step(tiny_llama(1), tiny_llama(2), texts)
+        assert metrics[f"eval_{name}_kd"] == pytest.approx(expected, rel=1e-4)
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(expected + 0.5 * metrics[f"eval_{name}_ce"], rel=1e-4)
+
+
+def test_tokens_that_a_chat_template_brings_are_compared_again(tmp_path):
+    byte_tokenizer(CHAT).save_pretrained(tmp_path / "template")
+    source = byte_tokenizer(CHAT)
+    source.add_tokens(["<|tool|>"])
+    source.save_pretrained(tmp_path / "template")
+    data = Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]})
+    with pytest.raises(ValueError, match=r"known to the student alone.*<\|tool\|>"):
+        DistillationTrainer(
+            tiny_llama(1), tiny_llama(2), config(tmp_path, chat_template_path=str(tmp_path / "template")), data,
+            byte_tokenizer(CHAT), teacher_processing_class=byte_tokenizer(CHAT),
+        )  # fmt: skip
