@@ -69,6 +69,7 @@ class MergeReport:
         resumed_tensors: Tensors that an earlier run, which was killed, had finished.
         seconds: Wall time; 0 for a dry run.
         adapter: What the adapter holds and leaves out, where the result is one.
+        notes: Tensors that were copied or left out, and filters that fit nothing; one sentence each.
     """
 
     folder: str
@@ -81,6 +82,7 @@ class MergeReport:
     resumed_tensors: int = 0
     seconds: float = 0.0
     adapter: ExtractionReport | None = None
+    notes: tuple[str, ...] = ()
 
 
 def merge(
@@ -145,7 +147,8 @@ def merge(
                 donor = models[parsed.references[0]]
                 vocabulary = build_vocabulary(parsed, models) if parsed.tokenizer is not None else None
                 template = chat_template_of(parsed, models)
-                jobs = plan_tensors(parsed, models, vocabulary)
+                notes: list[str] = []
+                jobs = plan_tensors(parsed, models, vocabulary, notes)
                 report = MergeReport(
                     folder=str(target),
                     method=parsed.merge_method,
@@ -154,6 +157,7 @@ def merge(
                     parameters=sum(job.numel for job in jobs),
                     read_bytes=sum(job.input_bytes for job in jobs),
                     written_bytes=sum(job.spec.nbytes for job in jobs),
+                    notes=tuple(notes),
                 )
                 if rank is not None:
                     report = replace(report, written_bytes=sum(job.factor_bytes(rank) for job in jobs))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, write_
 
 #: What PEFT puts before the name of each module.
 PREFIX = "base_model.model."
+
+#: Modules of PEFT that wrap those of the model.
+_WRAPPERS = re.compile(r"\.(?:(?:base_layer|modules_to_save)\.)+")
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(\.weight)?$")
 
@@ -49,12 +52,14 @@ class LoraAdapter:
     Args:
         modules: module name -> change of its weight.
         replaced: tensor name -> stored tensor that takes its place (`modules_to_save`, trained biases).
+        stacks: module name -> factors A and B of its own parameters (`target_parameters`), in the module's order.
     """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
     modules: dict[str, LoraFactors]
     replaced: dict[str, StoredTensor]
+    stacks: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 def read_lora(folder: str | Path) -> LoraAdapter:
@@ -62,12 +67,12 @@ def read_lora(folder: str | Path) -> LoraAdapter:
 
     Raises:
         FileNotFoundError: There is no adapter.
-        ValueError: The adapter is no LoRA, or of a kind whose change is not `B A` alone (DoRA, LoRA with biases).
+        ValueError: The adapter is not a LoRA, or of a kind whose change is not `B A` alone (DoRA, LoRA with biases).
     """
     folder = Path(folder)
     path = folder / "adapter_config.json"
     if not path.exists():
-        raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is no PEFT adapter.")
+        raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is not a PEFT adapter.")
     config = json.loads(path.read_text(encoding="utf-8"))
     _refuse_other_kinds(config, folder)
     checkpoint = Checkpoint(folder, stem="adapter_model")
@@ -83,9 +88,77 @@ def read_lora(folder: str | Path) -> LoraAdapter:
                 "base model with PEFT, and use the result."
             )
         else:
-            replaced[name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
+            replaced[_WRAPPERS.sub(".", name.removeprefix(PREFIX))] = entry
+    stacks = _stacks(found, config, folder) if config.get("target_parameters") else {}
     modules = {module: _factors(module, factors, config, folder) for module, factors in found.items()}
-    return LoraAdapter(checkpoint, config, modules, replaced)
+    return LoraAdapter(checkpoint, config, modules, replaced, stacks)
+
+
+def _stacks(
+    found: dict[str, dict[str, Tensor]], config: Mapping[str, Any], folder: Path
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Take the factors of parameters out of `found`: PEFT nests those of one module, the first one innermost."""
+    nested: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    for name in list(found):
+        module = _WRAPPERS.sub(".", name + ".").removesuffix(".")
+        depth = name.split(".").count("base_layer")
+        if depth == 0 and _is_targeted(module, config.get("target_modules")):
+            continue
+        factors = found.pop(name)
+        if set(factors) != {"A", "B"}:
+            raise ValueError(f"Adapter {str(folder)!r}: {name!r} has only {sorted(factors)}; it needs A and B.")
+        nested.setdefault(module, {})[depth] = (factors["A"], factors["B"])
+    return {module: [pairs[depth] for depth in sorted(pairs, reverse=True)] for module, pairs in nested.items()}
+
+
+def _is_targeted(module: str, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in targets or ())
+
+
+def expert_factors(
+    parameter: str,
+    down: Float[Tensor, "experts_and_rank columns"],
+    up: Float[Tensor, "rows experts_and_rank"],
+    shape: tuple[int, ...],
+    config: Mapping[str, Any],
+    *,
+    transposed: bool,
+) -> list[LoraFactors]:
+    """The changes of the matrices of a parameter, as PEFT calculates them for `target_parameters`.
+
+    Args:
+        shape: Of the parameter: a matrix, or a stack of one matrix for each expert.
+        transposed: The experts' matrices are stored as `[in, out]`.
+
+    Raises:
+        ValueError: The factors do not fit the shape.
+    """
+    experts = shape[0] if len(shape) == 3 else 1
+    wanted = shape[-2:] if len(shape) == 2 or not transposed else shape[:-3:-1]
+    if len(shape) not in (2, 3) or down.shape[0] % experts or (up.shape[0], down.shape[1]) != tuple(wanted):
+        raise ValueError(
+            f"The factors B {list(up.shape)} and A {list(down.shape)} do not fit parameter {parameter!r} of shape "
+            f"{list(shape)}. The adapter belongs to another model."
+        )
+    rank = down.shape[0] // experts
+    scale = lora_scale(parameter, config, rank)
+    rights = down.reshape(experts, rank, -1)
+    lefts = up.reshape(up.shape[0], rank, experts).permute(2, 0, 1) * scale
+    if len(shape) == 3 and transposed:
+        return [
+            LoraFactors(right.T.contiguous(), left.T.contiguous()) for left, right in zip(lefts, rights, strict=True)
+        ]
+    return [LoraFactors(left.contiguous(), right.contiguous()) for left, right in zip(lefts, rights, strict=True)]
+
+
+def packed_experts(factors: Sequence[LoraFactors], *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """A and B of `target_parameters` for changes of equal rank with alpha = r; the inverse of `expert_factors`."""
+    lefts = [one.right.T if transposed else one.left for one in factors]
+    rights = [one.left.T if transposed else one.right for one in factors]
+    up = torch.stack(lefts).permute(1, 2, 0)
+    return torch.cat(rights), up.reshape(up.shape[0], -1)
 
 
 def lora_scale(module: str, config: Mapping[str, Any], rank: int) -> float:
@@ -122,7 +195,7 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"Adapter {str(folder)!r} is of type {kind}; only LORA can be merged as a change of weights.")
-    for option in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters"):
+    for option in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens"):
         if config.get(option):
             raise ValueError(
                 f"Adapter {str(folder)!r} uses {option}, so its change is not B A alone. Merge it into its base model "
