@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, write_checkpoint
+
+if TYPE_CHECKING:
+    from hf_transfer_ext.weights.architecture import Architecture
 
 #: What PEFT puts before the name of each module.
 PREFIX = "base_model.model."
@@ -272,6 +275,9 @@ def save_lora(
     modules_to_save: list[str],
     fan_in_fan_out: bool,
     dtype: torch.dtype,
+    task_type: str | None = "CAUSAL_LM",
+    architecture: Architecture | None = None,
+    stacks: Mapping[str, Sequence[LoraFactors]] | None = None,
 ) -> None:
     """Write a plain PEFT LoRA folder with alpha = r, so that the change is B A itself.
 
@@ -280,28 +286,53 @@ def save_lora(
         base_model: `base_model_name_or_path` of the adapter, at `revision` where it is a Hub repository.
         target_modules: The names of the modules, or endings of names that fit these modules only.
         rank: The usual rank; modules with fewer columns in `left` are named in rank_pattern.
-        replaced: tensor name -> tensor of `modules_to_save`, and trained biases.
+        replaced: tensor name -> tensor of `modules_to_save`, trained biases, and parameters of larger modules.
         fan_in_fan_out: The base stores its matrices transposed (GPT-2).
+        task_type: Of PEFT; None for its plain wrapper.
+        architecture: Of the base; says how PEFT nests the parameters of one module.
+        stacks: parameter -> factors of the matrices in it, for parameters that are no module's weight.
     """
+    wrapped = {parameter: list(factors) for parameter, factors in (stacks or {}).items()}
+    own_modules = dict(modules)
+    if architecture is not None:
+        for module in [name for name in modules if _is_renamed_by_peft(name, architecture)]:
+            wrapped[f"{module}.weight"] = [own_modules.pop(module)]
+            target_modules = [one for one in target_modules if not module.endswith(one)]
     tensors: dict[str, Tensor] = {}
-    smaller: dict[str, int] = {}
-    for module, factors in modules.items():
-        own = factors.left.shape[1]
-        if own != rank:
-            smaller[module] = own
+    ranks: dict[str, int] = {}
+    for module, factors in own_modules.items():
+        ranks[module] = factors.left.shape[1]
         up, down = (factors.right.T, factors.left.T) if fan_in_fan_out else (factors.left, factors.right)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = down.to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = up.to(dtype).contiguous()
+    nested: dict[str, list[str]] = {}  # module -> its parameters that are wrapped, the innermost first
+    for parameter in wrapped:
+        nested.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    for module, parameters in nested.items():
+        part = architecture.modules[module] if architecture is not None else None
+        order = [f"{module}.{leaf}" for leaf, _ in part.named_parameters(recurse=False)] if part is not None else []
+        nested[module] = sorted(parameters, key=order.index)
+        for place, parameter in enumerate(nested[module]):
+            ranks[parameter] = wrapped[parameter][0].left.shape[1]
+            transposed = len(wrapped[parameter]) > 1 and bool(getattr(part, "is_transposed", False))
+            down, up = packed_experts(wrapped[parameter], transposed=transposed)
+            prefix = f"{PREFIX}{module}{'.base_layer' * (len(parameters) - 1 - place)}"
+            tensors[f"{prefix}.lora_A.weight"] = down.to(dtype).contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = up.to(dtype).contiguous()
     biases = False
     for name, tensor in replaced.items():
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias" and owner not in modules_to_save:
             biases = True
-            name = f"{owner}.base_layer.bias" if owner in modules else name
+            name = f"{owner}.base_layer.bias" if owner in own_modules else name
+        for module, parameters in nested.items():
+            if name.startswith(f"{module}."):
+                name = f"{module}{'.base_layer' * len(parameters)}{name.removeprefix(module)}"
         tensors[PREFIX + name] = tensor.contiguous()
+    smaller = {re.escape(name): own for name, own in ranks.items() if own != rank}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": revision,
         "r": rank,
@@ -310,10 +341,30 @@ def save_lora(
         "bias": "all" if biases else "none",
         "target_modules": target_modules,
         "modules_to_save": sorted(modules_to_save) or None,
-        "rank_pattern": {re.escape(module): own for module, own in smaller.items()},
-        "alpha_pattern": {re.escape(module): own for module, own in smaller.items()},
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
     }
+    if wrapped:
+        config["target_parameters"] = sorted(wrapped)
     write_checkpoint(folder, tensors, stem="adapter_model")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _is_renamed_by_peft(module: str, architecture: Architecture) -> bool:
+    """Whether PEFT takes a module for an expert that transformers 5 has fused, by the ending of its name.
+
+    PEFT rewrites `target_modules` of adapters for old mixtures of experts, and meets other layers of these names too
+    (shared experts, dense layers). As `target_parameters` they stay what they are.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(architecture.model.config.model_type) is None:
+        return False
+    try:
+        from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+    except ImportError:  # a version of PEFT that does not rewrite
+        return False
+    kind = _MODEL_TO_CONVERSION_PATTERN.get(architecture.model.config.model_type)
+    return module.rpartition(".")[2] in _MOE_TARGET_MODULE_MAPPING.get(str(kind), {})
