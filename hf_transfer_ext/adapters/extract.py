@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,18 @@ from torch import Tensor
 
 from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.tensors import dtype_by_name
+from hf_transfer_ext.weights.architecture import Loading
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
 from hf_transfer_ext.weights.lora import LoraFactors, low_rank, save_lora, truncated
-from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, Scratch, open_model
+from hf_transfer_ext.weights.opened import (
+    AdaptedInput,
+    InputModel,
+    Scratch,
+    StoredInput,
+    has_token_rows,
+    is_buffer,
+    open_model,
+)
 from hf_transfer_ext.weights.reference import parse_reference
 from hf_transfer_ext.weights.resume import Parts, Work, resumable_folder, work_of
 
@@ -27,10 +36,11 @@ RESIDUALS_FILE = "residuals.json"
 
 @dataclass(frozen=True)
 class ModuleResidual:
-    """What of a module's change the adapter does not hold.
+    """The part of a module's change that the adapter does not represent.
 
     Args:
-        rank: The module's own rank; smaller than the asked one where its matrix is.
+        module: Name of the module, or of the parameter where the experts of a layer are one.
+        rank: The module's own rank; smaller than the requested one where its matrix is.
         change: Frobenius norm of W_finetuned - W_base.
         residual_energy: Share of the squared norm that is lost, 0 (nothing) to 1 (all).
     """
@@ -51,6 +61,10 @@ class ExtractionReport:
         saved_biases: Number of biases that are stored whole.
         residual_energy: Share of the squared norm of all matrices' changes that is lost.
         seconds: Wall time.
+        saved_parameters: Parameters that are stored whole by themselves (A_log, class tokens), under their own names.
+            PEFT loads them into the base model, as it does with trained biases.
+        left_out: Parameters that changed and that `include` or `exclude` leaves out -> norm of their change.
+        notes: What a user of the adapter has to know; one sentence each.
     """
 
     folder: str
@@ -60,6 +74,9 @@ class ExtractionReport:
     saved_biases: int
     residual_energy: float
     seconds: float
+    saved_parameters: list[str] = field(default_factory=list)
+    left_out: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def residuals(self) -> dict[str, Any]:
         """Plain JSON values for the adapter's folder: the whole share that is lost, and that of each module."""
@@ -70,7 +87,9 @@ class ExtractionReport:
                 one.module: {"rank": one.rank, "change": one.change, "residual_energy": one.residual_energy}
                 for one in self.modules
             },
-            "stored_whole": self.saved_modules,
+            "stored_whole": [*self.saved_modules, *self.saved_parameters],
+            "left_out": self.left_out,
+            "notes": self.notes,
         }
 
 
@@ -82,15 +101,18 @@ def extract_lora(
     rank: int,
     dtype: str | torch.dtype = "float32",
     base_name: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     overwrite: bool = False,
     allow_pickle: bool = False,
     progress: bool = False,
 ) -> ExtractionReport:
     """Write a PEFT LoRA folder that turns `base` into (nearly) `finetuned`; it loads with `PeftModel.from_pretrained`.
 
-    The change of each linear layer becomes the best product of rank `rank`, with alpha = r. Changed embeddings, norms
-    and heads are stored whole (`modules_to_save`), as are changed biases (`bias: all`). One matrix is in memory at a
-    time. A run that was killed leaves a hidden folder beside `out`; the same one started again goes on from there.
+    The change of each linear layer becomes the best product of rank `rank`, with alpha = r; that of fused experts one
+    product for each expert (`target_parameters`). Changed embeddings, norms and heads are stored whole
+    (`modules_to_save`), as are changed biases (`bias: all`) and parameters of larger modules. One parameter is in
+    memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside `out`; the same one started again goes on from there.
 
     Args:
         base: Folder or Hub id, `@revision` allowed, as in a merge configuration.
@@ -99,6 +121,8 @@ def extract_lora(
         rank: At least 1. A matrix with fewer rows or columns gets all its ranks, through rank_pattern.
         dtype: Of the factors.
         base_name: `base_model_name_or_path` of the adapter, if it is not `base` (a local copy of a Hub model).
+        include: Parts of names; only tensors with one of them go into the adapter. Empty: all.
+        exclude: Parts of names; tensors with one of them do not. What changed and is left out is reported.
         overwrite: Replace an adapter that is there.
         allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
 
@@ -122,7 +146,18 @@ def extract_lora(
                 out,
                 rank=rank,
                 dtype=factor_dtype,
-                work=work_of({"rank": rank, "dtype": str(dtype), "base": base_name}, [*start.opened, *end.opened]),
+                work=work_of(
+                    {
+                        "rank": rank,
+                        "dtype": str(dtype),
+                        "base": base_name,
+                        "include": list(include),
+                        "exclude": list(exclude),
+                    },
+                    [*start.opened, *end.opened],
+                ),
+                include=include,
+                exclude=exclude,
                 base_model=base_name or base_reference.path,
                 revision=base_reference.revision,
                 overwrite=overwrite,
@@ -147,6 +182,8 @@ def write_change(
     overwrite: bool = False,
     progress: bool = False,
     files: Mapping[str, str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> ExtractionReport:
     """`extract_lora` for models that are open; `end` may be one that is calculated while it is read.
 
@@ -158,7 +195,7 @@ def write_change(
     """
     began = time.perf_counter()
     with resumable_folder(Path(out), work, overwrite=overwrite) as folder:
-        found = _Changes(start, end, Parts(folder / ".factors"))
+        found = _Changes(start, end, Parts(folder / ".factors"), include, exclude)
         found.collect(rank, progress=progress)
         save_lora(
             folder,
@@ -171,6 +208,9 @@ def write_change(
             modules_to_save=found.saved_modules,
             fan_in_fan_out=found.transposed,
             dtype=dtype,
+            task_type=found.task_type,
+            architecture=found.architecture,
+            stacks=found.stacks,
         )
         total = sum(one.change**2 for one in found.residuals)
         lost = sum(one.residual_energy * one.change**2 for one in found.residuals)
@@ -179,12 +219,12 @@ def write_change(
             rank=rank,
             modules=found.residuals,
             saved_modules=found.saved_modules,
-            saved_biases=sum(
-                name.endswith(".bias") and name.rpartition(".")[0] not in found.saved_modules
-                for name in found.replaced
-            ),
+            saved_biases=found.saved_biases,
             residual_energy=lost / total,
             seconds=time.perf_counter() - began,
+            saved_parameters=found.saved_parameters,
+            left_out=found.left_out,
+            notes=found.notes,
         )
         write_text(folder / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
         for name, text in (files or {}).items():
@@ -193,29 +233,42 @@ def write_change(
 
 
 class _Changes:
-    """Goes through the tensors of two models and sorts what changed by what an adapter can hold."""
+    """Goes through the parameters of two models and sorts what changed by what an adapter can hold.
 
-    def __init__(self, start: InputModel, end: InputModel, parts: Parts) -> None:
+    Changes are calculated on the stored tensors and then converted to the parameters of the modules, by the
+    conversions with which transformers loads the model.
+    """
+
+    def __init__(
+        self, start: InputModel, end: InputModel, parts: Parts, include: Sequence[str], exclude: Sequence[str]
+    ) -> None:
         self.start, self.end, self.finished = start, end, parts
-        self.model = _skeleton(start)
-        self.parts = dict(self.model.named_modules())
+        self.include, self.exclude = include, exclude
+        self.architecture = end.architecture
+        self.model, self.parts = self.architecture.model, self.architecture.modules
         self.head = self.model.get_output_embeddings()
         self.scratch = Scratch()
         self.factors: dict[str, LoraFactors] = {}
+        self.stacks: dict[str, list[LoraFactors]] = {}
         self.replaced: dict[str, Tensor] = {}
         self.saved_modules: list[str] = []
         self.residuals: list[ModuleResidual] = []
+        self.left_out: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.task_type = task_type_of(self.model)
         self.transposed = any(type(part).__name__ == "Conv1D" for part in self.parts.values())
+        self._before, self._after = self._loadings(start), self._loadings(end)
+        self._loaded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def collect(self, rank: int, *, progress: bool) -> None:
         from tqdm import tqdm
 
-        self._check_fit()
-        for name in tqdm(self.start.tensors, desc="extracting", unit="tensor", disable=not progress):
-            self._take(name, rank)
-        if self.start.is_tied and self.model.get_input_embeddings() is not None:
-            self._save_tied_head()
-        if not self.factors:
+        for parameter in tqdm(list(self._after), desc="extracting", unit="tensor", disable=not progress):
+            self._take(parameter, rank)
+        self._save_tied()
+        self._save_further()
+        self._note_unloaded()
+        if not self.factors and not self.stacks:
             raise ValueError(
                 f"No linear layer differs between {str(self.start.reference)!r} and {str(self.end.reference)!r}, so "
                 "there is nothing to extract."
@@ -228,9 +281,18 @@ class _Changes:
             name.endswith(".bias") and name.rpartition(".")[0] not in self.saved_modules for name in self.replaced
         )
 
+    @property
+    def saved_parameters(self) -> list[str]:
+        """Parameters stored by themselves that are neither biases nor parts of a stored module."""
+        return [
+            name
+            for name in self.replaced
+            if not name.endswith(".bias") and name.rpartition(".")[0] not in self.saved_modules
+        ]
+
     def target_modules(self) -> list[str]:
         """Endings like `q_proj` where all linear layers of that name changed, full names elsewhere."""
-        linear = [name for name, part in self.parts.items() if self._is_linear(name, part)]
+        linear = {name for name, part in self.parts.items() if self._is_linear(name, part)}
         targets = set()
         for name in self.factors:
             ending = name.rpartition(".")[2]
@@ -238,112 +300,265 @@ class _Changes:
             targets.add(ending if all(other in self.factors and other in linear for other in alike) else name)
         return sorted(targets)
 
-    def _take(self, name: str, rank: int) -> None:
-        own = self._own_name(name)
-        owner, _, leaf = own.rpartition(".")
-        part = self.parts[owner]
-        is_factored = leaf == "weight" and self._is_linear(owner, part)
-        after = self.end[name]
-        if is_factored and isinstance(after, AdaptedInput) and after.inner is self.start[name]:
-            self._keep(owner, *truncated(after.factors, rank))
+    def _loadings(self, model: InputModel) -> dict[str, Loading]:
+        """Parameter -> the tensors of a model that it is loaded from, in the architecture of the fine-tune."""
+        shapes = {name: tensor.shape for name, tensor in model.tensors.items() if not is_buffer(name, tensor)}
+        found: dict[str, Loading] = {}
+        for loading in self.architecture.loadings(shapes):
+            for parameter in loading.parameters:
+                found[parameter] = loading
+        for target in self.architecture.tied:
+            # The other way round where only the second of two tied tensors is stored.
+            source = self.architecture.tied[target]
+            if source not in found and target in found:
+                found[source] = found[target]
+        return found
+
+    def _is_wanted(self, parameter: str) -> bool:
+        names = {parameter, *(self._after[parameter].sources if parameter in self._after else ())}
+        if any(one in name for one in self.exclude for name in names):
+            return False
+        return not self.include or any(one in name for one in self.include for name in names)
+
+    def _take(self, parameter: str, rank: int) -> None:
+        if parameter not in self.architecture.state or self._is_stored_elsewhere(parameter):
             return
-        earlier = self.finished.get(name) if is_factored else None
+        owner, _, leaf = parameter.rpartition(".")
+        part = self.parts[owner]
+        loading = self._after[parameter]
+        before = self._before.get(parameter) or self._tied_loading(self._before, parameter)
+        wanted = self._is_wanted(parameter)
+        is_factored = leaf == "weight" and self._is_linear(owner, part)
+        if wanted and is_factored and before is not None and loading.converter is None:
+            after = self.end.tensors[loading.sources[0]]
+            if isinstance(after, AdaptedInput) and after.inner is self.start.tensors.get(before.sources[0]):
+                self._keep(owner, *truncated(after.factors, rank))
+                return
+        earlier = self.finished.get(parameter) if is_factored and wanted else None
         if earlier is not None:
             norm, lost = earlier["norm_and_lost"].tolist()
             self._keep(owner, LoraFactors(earlier["left"], earlier["right"]), norm, lost)
             return
-        change, tuned = self._change(name)
-        if not bool(change.any()):
+        change, tuned = self._change(parameter)
+        if change is not None and not bool(change.any()):
             return
-        if is_factored:
-            factors = low_rank(change, min(rank, *change.shape))
-            norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-            lost = float(torch.linalg.vector_norm(change - factors.rows(0, len(change)), dtype=torch.float64))
+        if not wanted:
+            norm = float(torch.linalg.vector_norm(tuned.float() if change is None else change, dtype=torch.float64))
+            self.left_out[parameter] = norm
+        elif change is None:  # the base has no such tensor, or one of another vocabulary
+            self._save_new(parameter, owner, part, tuned)
+        elif is_factored:
+            factors, norm, lost = _decomposed(change, rank)
             norms = torch.tensor([norm, lost], dtype=torch.float64)
-            self.finished.put(name, {"left": factors.left, "right": factors.right, "norm_and_lost": norms})
+            self.finished.put(parameter, {"left": factors.left, "right": factors.right, "norm_and_lost": norms})
             self._keep(owner, factors, norm, lost)
+        elif change.dim() == 3 and not list(part.children()) and leaf != "weight":
+            self._keep_stack(parameter, change, rank, bool(getattr(part, "is_transposed", False)))
         elif leaf == "bias" and self._is_linear(owner, part):
-            self.replaced[own] = tuned
+            self.replaced[parameter] = tuned
+        elif list(part.children()) or self._holds_others(part) or not owner:
+            self.replaced[parameter] = tuned
         else:
-            self._save_whole(owner, part, name)
+            self._save_whole(owner, part)
+
+    def _holds_others(self, part: Any) -> bool:
+        """Whether a module is more than weight, bias and the statistics of a normalization."""
+        return any(leaf not in ("weight", "bias") for leaf, _ in part.named_parameters(recurse=False))
+
+    def _is_stored_elsewhere(self, parameter: str) -> bool:
+        """Whether a parameter shares its tensor, by the config and in the file of the fine-tune, with another one."""
+        source = self.architecture.tied.get(parameter)
+        return source is not None and self._after.get(source) is self._after[parameter]
+
+    def _tied_loading(self, loadings: dict[str, Loading], parameter: str) -> Loading | None:
+        for one in sorted(self.architecture.ties_of(parameter)):
+            if one in loadings:
+                return loadings[one]
+        return None
 
     def _keep(self, owner: str, factors: LoraFactors, norm: float, lost: float) -> None:
         if norm > 0:
             self.factors[owner] = factors
             self.residuals.append(ModuleResidual(owner, factors.left.shape[1], norm, min(1.0, (lost / norm) ** 2)))
 
-    def _save_whole(self, owner: str, part: Any, name: str) -> None:
+    def _keep_stack(self, parameter: str, change: Tensor, rank: int, transposed: bool) -> None:
+        """The matrices of all experts, each cut to the rank; `target_parameters` of PEFT has one rank for all."""
+        own = min(rank, *change.shape[1:])
+        found = [_decomposed(one, own) for one in change]
+        self.stacks[parameter] = [factors for factors, _, _ in found]
+        norm = sum(one**2 for _, one, _ in found) ** 0.5
+        lost = sum(one**2 for _, _, one in found) ** 0.5
+        self.residuals.append(ModuleResidual(parameter, own, norm, min(1.0, (lost / norm) ** 2)))
+
+    def _save_whole(self, owner: str, part: Any) -> None:
         if owner in self.saved_modules:
             return
-        if list(part.children()):
-            raise ValueError(
-                f"Tensor {name!r} changed, but it belongs to {owner!r} ({type(part).__name__}), which is neither a "
-                "linear layer nor a simple module; an adapter cannot hold it. Keep the full fine-tune."
-            )
         self.saved_modules.append(owner)
-        prefix = name.rpartition(".")[0]
-        for leaf, _ in part.named_parameters(recurse=False):
-            self.replaced[f"{owner}.{leaf}"] = self._change(f"{prefix}.{leaf}")[1]
+        for leaf in part.state_dict():
+            name = f"{owner}.{leaf}"
+            if leaf in dict(part.named_parameters(recurse=False)) or name in self._after:
+                self.replaced[name] = self._change(name)[1]
+            else:  # a counter, which is not trained
+                self.replaced[name] = self._stored_buffer(name)
 
-    def _save_tied_head(self) -> None:
-        """A stored copy of tied embeddings is a copy of its own in PEFT, so the head needs the same one."""
-        names = {id(part): name for name, part in self.parts.items()}
-        embedding, head = names[id(self.model.get_input_embeddings())], names.get(id(self.head))
-        if embedding in self.saved_modules and head is not None and head not in self.saved_modules:
-            self.saved_modules.append(head)
-            self.replaced[f"{head}.weight"] = self.replaced[f"{embedding}.weight"].clone()
+    def _stored_buffer(self, name: str) -> Tensor:
+        for model in (self.end, self.start):
+            for stored, parameter in self.architecture.parameters_of(model.tensors).items():
+                tensor = model.tensors[stored]
+                if parameter == name and isinstance(tensor, StoredInput):
+                    return tensor.checkpoint.read(tensor.entry.name)
+        raise ValueError(f"Buffer {name!r} of a changed module is in neither model, so the module cannot be stored.")
 
-    def _change(self, name: str) -> tuple[Tensor, Tensor]:
-        """W_finetuned - W_base in float32, and W_finetuned in its own dtype."""
-        before, after = self.start[name], self.end[name]
-        if before.dtype not in FLOAT_DTYPES or after.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"Tensor {name!r} has dtype {after.dtype}; use models that are not quantised.")
-        one, two = torch.empty(before.shape), torch.empty(after.shape)
-        before.read(0, one.view(-1), self.scratch)
-        after.read(0, two.view(-1), self.scratch)
-        change = two - one
-        if not torch.isfinite(change).all():
-            raise ValueError(f"Tensor {name!r} holds NaN or infinity in one of the models. Mend the model first.")
-        return change, two.to(after.dtype)
+    def _save_new(self, parameter: str, owner: str, part: Any, tuned: Tensor) -> None:
+        """A tensor that the base lacks (a new head), or whose rows are those of a larger vocabulary."""
+        before = self._before.get(parameter)
+        if before is not None:
+            rows = tuned.shape[0]
+            self.notes.append(
+                f"{parameter} has {rows} rows, more or less than the base: resize the base before the adapter is "
+                f"loaded, with model.resize_token_embeddings({rows})."
+            )
+        else:
+            self.notes.append(f"{parameter} is not in the base model and is stored whole.")
+        if list(part.children()):
+            self.replaced[parameter] = tuned
+        else:
+            self._save_whole(owner, part)
 
-    def _check_fit(self) -> None:
-        for name in [*self.start.tensors, *self.end.tensors]:
-            shapes = self.start[name].shape, self.end[name].shape
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"Tensor {name!r} has shape {list(shapes[0])} in {str(self.start.reference)!r} and "
-                    f"{list(shapes[1])} in {str(self.end.reference)!r}. An adapter needs one architecture and one "
-                    "vocabulary."
+    def _save_tied(self) -> None:
+        """Every module that shares the tensor of a stored one is a module of its own in PEFT and needs it."""
+        for name in list(self.replaced):
+            for other in sorted(self.architecture.ties_of(name) - {name}):
+                owner, _, leaf = other.rpartition(".")
+                if other in self.replaced or owner not in self.parts:
+                    continue
+                own = self._after.get(other)
+                if own is not None and own is not self._after.get(name):
+                    continue  # the fine-tune has a tensor of its own there, which was looked at by itself
+                self.replaced[other] = self.replaced[name].clone()
+                for leaf_ in self.parts[owner].state_dict():
+                    if f"{owner}.{leaf_}" not in self.replaced:
+                        self.replaced[f"{owner}.{leaf_}"] = self._change(f"{owner}.{leaf_}")[1]
+                if owner not in self.saved_modules:
+                    self.saved_modules.append(owner)
+
+    def _save_further(self) -> None:
+        """PEFT also wraps modules whose names end like those to save, and the heads of some tasks."""
+        heads = _TASK_HEADS.get(self.task_type or "", ())
+        while True:
+            wrapped = [
+                name
+                for name, part in self.parts.items()
+                if name and name not in self.saved_modules and name.endswith((*heads, *self.saved_modules))
+            ]
+            wrapped = [name for name in wrapped if self.parts[name].state_dict()]
+            if not wrapped:
+                return
+            for name in wrapped:
+                self.saved_modules.append(name)
+                if self.factors.pop(name, None) is not None:
+                    self.residuals = [one for one in self.residuals if one.module != name]
+                for leaf in self.parts[name].state_dict():
+                    parameter = f"{name}.{leaf}"
+                    if parameter not in self.replaced:
+                        self.replaced[parameter] = (
+                            self._change(parameter)[1] if self._has(parameter) else self._stored_buffer(parameter)
+                        )
+
+    def _has(self, parameter: str) -> bool:
+        return self._tied_loading(self._after, parameter) is not None
+
+    def _note_unloaded(self) -> None:
+        """Tensors that transformers does not load into the fine-tune's architecture are told, if they differ."""
+        for model, loadings in ((self.start, self._before), (self.end, self._after)):
+            used = {source for loading in loadings.values() for source in loading.sources}
+            rest = [name for name, tensor in model.tensors.items() if name not in used and not is_buffer(name, tensor)]
+            if rest:
+                self.notes.append(
+                    f"{len(rest)} tensors of {str(model.reference)!r} are not loaded by {type(self.model).__name__} "
+                    f"and are left out: {', '.join(rest[:5])}{' ...' if len(rest) > 5 else ''}."
                 )
-            self._own_name(name)
+
+    def _read(self, model: InputModel, names: Sequence[str]) -> list[Tensor]:
+        tensors = []
+        for name in names:
+            tensor = model.tensors[name]
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise ValueError(f"Tensor {name!r} has dtype {tensor.dtype}; use models that are not quantized.")
+            out = torch.empty(tensor.shape)
+            tensor.read(0, out.view(-1), self.scratch)
+            if not torch.isfinite(out).all():
+                raise ValueError(f"Tensor {name!r} of {str(model.reference)!r} holds NaN or infinity. Fix the model.")
+            tensors.append(out)
+        return tensors
+
+    def _change(self, parameter: str) -> tuple[Tensor | None, Tensor]:
+        """W_finetuned - W_base in float32, None where the base has no such W; and W_finetuned in its dtype."""
+        loading = self._after.get(parameter) or self._tied_loading(self._after, parameter)
+        before = self._before.get(parameter) or self._tied_loading(self._before, parameter)
+        if loading is None:
+            raise ValueError(f"{str(self.end.reference)!r} has no tensor for {parameter!r}.")
+        after = self._converted(self.end, loading, parameter)
+        dtype = self.end.tensors[loading.sources[0]].dtype
+        if before is None:
+            return None, after.to(dtype)
+        one = self._converted(self.start, before, parameter)
+        if one.shape != after.shape:
+            if has_token_rows(parameter) and one.shape[1:] == after.shape[1:]:
+                return None, after.to(dtype)
+            raise ValueError(
+                f"Tensor {parameter!r} has shape {list(one.shape)} in {str(self.start.reference)!r} and "
+                f"{list(after.shape)} in {str(self.end.reference)!r}. An adapter needs one architecture."
+            )
+        return after - one, after.to(dtype)
+
+    def _converted(self, model: InputModel, loading: Loading, parameter: str) -> Tensor:
+        made = self.architecture.convert(loading, self._read(model, loading.sources))
+        return made[parameter] if parameter in made else made[loading.parameters[0]]
 
     def _is_linear(self, name: str, part: Any) -> bool:
         return part is not self.head and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D")
 
-    def _own_name(self, name: str) -> str:
-        """The tensor's name in the model; old files leave its first part out (`h.0` for `transformer.h.0`)."""
-        for own in (name, f"{self.model.base_model_prefix}.{name}"):
-            if own.rpartition(".")[0] in self.parts:
-                return own
-        raise ValueError(
-            f"Tensor {name!r} of {str(self.start.reference)!r} belongs to no module of {type(self.model).__name__}."
-        )
+
+def _decomposed(change: Tensor, rank: int) -> tuple[LoraFactors, float, float]:
+    """Factors of a change, its Frobenius norm, and that of what the factors leave out."""
+    factors = low_rank(change, min(rank, *change.shape))
+    norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    lost = float(torch.linalg.vector_norm(change - factors.rows(0, len(change)), dtype=torch.float64))
+    return factors, norm, lost
 
 
-def _skeleton(model: InputModel) -> Any:
-    """The model without weights, to know which tensor belongs to which kind of module."""
-    import transformers
+#: Endings of the names of architectures -> the task that PEFT has for them.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
-    config = transformers.AutoConfig.from_pretrained(str(model.folder), trust_remote_code=False)
-    names = config.architectures or []
-    architecture = getattr(transformers, names[0], None) if names else None
-    if architecture is None:
-        raise ValueError(
-            f"transformers {transformers.__version__} does not know the architecture {names} of "
-            f"{str(model.reference)!r}, so the layers an adapter may change are unknown."
-        )
-    with torch.device("meta"):
-        return architecture._from_config(config)
+#: Modules that PEFT stores with every adapter of a task.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def task_type_of(model: Any) -> str | None:
+    """The `task_type` with which PEFT wraps a model; None where its plain wrapper is right (images, sound, masks).
+
+    PEFT's wrappers for tasks pass `input_ids` on and need the methods of text generation.
+    """
+    name = type(model).__name__
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    for ending, task in _TASKS.items():
+        if name.endswith(ending):
+            return task if task != "CAUSAL_LM" or hasattr(model, "prepare_inputs_for_generation") else None
+    if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -356,6 +571,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("out", help="folder of the adapter")
     parser.add_argument("--rank", type=int, required=True, help="rank of the factors")
     parser.add_argument("--dtype", default="float32", help="dtype of the factors (default: float32)")
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="PART", help="only tensors with PART in their name"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PART", help="no tensor with PART in its name"
+    )
     parser.add_argument("--base-name", help="name of the base in the adapter's config, if not BASE")
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
     parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin (weights_only)")
@@ -372,6 +593,8 @@ def main(argv: list[str] | None = None) -> int:
         rank=arguments.rank,
         dtype=arguments.dtype,
         base_name=arguments.base_name,
+        include=arguments.include,
+        exclude=arguments.exclude,
         overwrite=arguments.overwrite,
         allow_pickle=arguments.allow_pickle,
         progress=not arguments.quiet,
@@ -382,4 +605,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {one.module}  {one.residual_energy:.2%} at rank {one.rank}")
     if report.saved_modules or report.saved_biases:
         print(f"stored whole: {', '.join(report.saved_modules) or 'no module'}, {report.saved_biases} biases")
+    if report.saved_parameters:
+        print(f"stored by themselves: {', '.join(report.saved_parameters)}")
+    for name, norm in report.left_out.items():
+        print(f"left out: {name}, whose change has norm {norm:.4g}")
+    for note in report.notes:
+        print(f"note: {note}")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     if not is_first_rank():
         return 0
     print(summary(report))
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     if arguments.dry_run:
         print(time_floor(report, arguments.config, allow_pickle=arguments.allow_pickle))
         require_free_space(report.folder, report.written_bytes)

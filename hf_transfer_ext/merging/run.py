@@ -49,6 +49,7 @@ class MergeReport:
         resumed_tensors: Tensors that an earlier run had finished before it was killed.
         seconds: Wall time; 0 for a dry run.
         adapter: What the adapter represents and what it leaves out, if the result is one.
+        notes: Tensors that were copied or left out, and filters that match nothing; one sentence each.
     """
 
     folder: str
@@ -61,6 +62,7 @@ class MergeReport:
     resumed_tensors: int = 0
     seconds: float = 0.0
     adapter: ExtractionReport | None = None
+    notes: tuple[str, ...] = ()
 
 
 def merge(
@@ -169,6 +171,7 @@ class _Plan:
         lora_rank: Rank of the adapter that the result becomes; None for a whole model.
         chat_template: Of the result; None leaves that of the donor.
         extra: The opened files of extra tensors.
+        notes: What is not merged as the configuration may lead one to expect.
     """
 
     config: MergeConfig
@@ -177,6 +180,7 @@ class _Plan:
     models: dict[ModelReference, InputModel]
     extra: ExtraFiles
     jobs: list[TensorJob]
+    notes: tuple[str, ...]
     vocabulary: Vocabulary | None
     chat_template: str | None
 
@@ -200,6 +204,7 @@ class _Plan:
             parameters=sum(job.numel for job in self.jobs),
             read_bytes=sum(job.input_bytes for job in self.jobs),
             written_bytes=sum(job.factor_bytes(rank) if rank else job.spec.nbytes for job in self.jobs),
+            notes=self.notes,
         )
 
     def content(self, settings: _Settings) -> dict[str, Any]:
@@ -228,13 +233,16 @@ def _plan(
         inputs.callback(models[reference].close)
     extra = inputs.enter_context(open_extra(parsed))
     vocabulary = build_vocabulary(parsed, models) if parsed.tokenizer is not None else None
+    notes: list[str] = []
+    jobs = plan_tensors(parsed, models, vocabulary, extra, notes)
     return _Plan(
         config=parsed,
         text=public_yaml(config),
         lora_rank=rank,
         models=models,
         extra=extra,
-        jobs=plan_tensors(parsed, models, vocabulary, extra),
+        jobs=jobs,
+        notes=tuple(notes),
         vocabulary=vocabulary,
         chat_template=chat_template_of(parsed, models),
     )

@@ -106,15 +106,21 @@ class Architecture:
 
     def parameter_of(self, name: str) -> str | None:
         """The parameter for a stored name that needs no conversion, or for the name of a module's tensor."""
-        if name in self.state:
-            return name
-        found = self._renaming()[0](name)
-        return found[0] if found[0] in self.state and found[1] is None else None
+        return self.parameters_of([name])[name]
+
+    def parameters_of(self, names: Iterable[str]) -> dict[str, str | None]:
+        """`parameter_of` for many names at once."""
+        rename, _ = self._renaming()
+        found: dict[str, str | None] = {}
+        for name in sorted(names):
+            parameter, pattern = (name, None) if name in self.state else rename(name)
+            found[name] = parameter if parameter in self.state and pattern is None else None
+        return found
 
     def loaded(self, names: Iterable[str]) -> set[str]:
         """Those of the stored names that `from_pretrained` would load."""
         rename, _ = self._renaming()
-        return {name for name in names if rename(name)[0] in self.state}
+        return {name for name in sorted(names) if rename(name)[0] in self.state}
 
     def ties_of(self, parameter: str) -> set[str]:
         """All parameters that share the tensor of this one by the config, this one included."""
@@ -154,7 +160,7 @@ def _skeleton(folder: Path) -> Any:
             for auto in _AUTO_CLASSES:
                 if not names and type(config) in getattr(transformers, auto)._model_mapping:
                     return getattr(transformers, auto).from_config(config)
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except Exception as error:  # a config of strangers, read by code of a hundred architectures
         raise ValueError(
             f"transformers {transformers.__version__} cannot build the architecture of {str(folder)!r} from its "
             f"config.json ({type(error).__name__}: {error})."

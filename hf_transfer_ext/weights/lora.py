@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,14 @@ from hf_transfer_ext.files import write_text
 from hf_transfer_ext.reading import check_patterns, field_of, module_pattern, read_json
 from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, write_checkpoint
 
+if TYPE_CHECKING:
+    from hf_transfer_ext.weights.architecture import Architecture
+
 #: What PEFT puts before the name of each module.
 PREFIX = "base_model.model."
+
+#: Modules of PEFT that wrap those of the model.
+_WRAPPERS = re.compile(r"\.(?:(?:base_layer|modules_to_save)\.)+")
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(\.weight)?$")
 _BEYOND = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>magnitude_vector|B\.bias)(\.weight)?$")
@@ -56,6 +62,7 @@ class LoraAdapter:
         replaced: tensor name -> stored tensor that takes its place (`modules_to_save`, trained biases).
         magnitudes: module name -> the norm that DoRA gives each row of the weight (column, where it is transposed).
         biases: module name -> the bias that LoRA with biases adds to the module's output, without the scale.
+        stacks: module name -> factors A and B of its own parameters (`target_parameters`), in the module's order.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +71,7 @@ class LoraAdapter:
     replaced: dict[str, StoredTensor]
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    stacks: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 def read_lora(folder: str | Path, *, allow: Sequence[str] = ()) -> LoraAdapter:
@@ -74,12 +82,12 @@ def read_lora(folder: str | Path, *, allow: Sequence[str] = ()) -> LoraAdapter:
 
     Raises:
         FileNotFoundError: There is no adapter.
-        ValueError: The adapter is no LoRA, or of a kind whose change is not `B A` alone (DoRA, LoRA with biases).
+        ValueError: The adapter is not a LoRA, or of a kind whose change is not `B A` alone (DoRA, LoRA with biases).
     """
     folder = Path(folder)
     path = folder / "adapter_config.json"
     if not path.exists():
-        raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is no PEFT adapter.")
+        raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is not a PEFT adapter.")
     config = read_json(path)
     _refuse_other_kinds(config, folder, allow)
     checkpoint = Checkpoint(folder, stem="adapter_model")
@@ -99,15 +107,83 @@ def read_lora(folder: str | Path, *, allow: Sequence[str] = ()) -> LoraAdapter:
                 "base model with PEFT, and use the result."
             )
         else:
-            replaced[name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
+            replaced[_WRAPPERS.sub(".", name.removeprefix(PREFIX))] = entry
     where = f"adapter_config.json of {str(folder)!r}"
     patterns = field_of(config, "alpha_pattern", dict, where=where, default={})
     check_patterns(patterns, found, where)
     field_of(config, "lora_alpha", float, where=where, default=8)
     for pattern in patterns:
         field_of(patterns, pattern, float, where=f"`alpha_pattern` in {where}")
+    stacks = _stacks(found, config, folder) if config.get("target_parameters") else {}
     modules = {module: _factors(module, factors, config, folder) for module, factors in found.items()}
-    return LoraAdapter(checkpoint, config, modules, replaced, beyond["magnitude_vector"], beyond["B.bias"])
+    return LoraAdapter(checkpoint, config, modules, replaced, beyond["magnitude_vector"], beyond["B.bias"], stacks)
+
+
+def _stacks(
+    found: dict[str, dict[str, Tensor]], config: Mapping[str, Any], folder: Path
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Take the factors of parameters out of `found`: PEFT nests those of one module, the first one innermost."""
+    nested: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    for name in list(found):
+        module = _WRAPPERS.sub(".", name + ".").removesuffix(".")
+        depth = name.split(".").count("base_layer")
+        if depth == 0 and _is_targeted(module, config.get("target_modules")):
+            continue
+        factors = found.pop(name)
+        if set(factors) != {"A", "B"}:
+            raise ValueError(f"Adapter {str(folder)!r}: {name!r} has only {sorted(factors)}; it needs A and B.")
+        nested.setdefault(module, {})[depth] = (factors["A"], factors["B"])
+    return {module: [pairs[depth] for depth in sorted(pairs, reverse=True)] for module, pairs in nested.items()}
+
+
+def _is_targeted(module: str, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in targets or ())
+
+
+def expert_factors(
+    parameter: str,
+    down: Float[Tensor, "experts_and_rank columns"],
+    up: Float[Tensor, "rows experts_and_rank"],
+    shape: tuple[int, ...],
+    config: Mapping[str, Any],
+    *,
+    transposed: bool,
+) -> list[LoraFactors]:
+    """The changes of the matrices of a parameter, as PEFT calculates them for `target_parameters`.
+
+    Args:
+        shape: Of the parameter: a matrix, or a stack of one matrix for each expert.
+        transposed: The experts' matrices are stored as `[in, out]`.
+
+    Raises:
+        ValueError: The factors do not fit the shape.
+    """
+    experts = shape[0] if len(shape) == 3 else 1
+    wanted = shape[-2:] if len(shape) == 2 or not transposed else shape[:-3:-1]
+    if len(shape) not in (2, 3) or down.shape[0] % experts or (up.shape[0], down.shape[1]) != tuple(wanted):
+        raise ValueError(
+            f"The factors B {list(up.shape)} and A {list(down.shape)} do not fit parameter {parameter!r} of shape "
+            f"{list(shape)}. The adapter belongs to another model."
+        )
+    rank = down.shape[0] // experts
+    scale = lora_scale(parameter, config, rank)
+    rights = down.reshape(experts, rank, -1)
+    lefts = up.reshape(up.shape[0], rank, experts).permute(2, 0, 1) * scale
+    if len(shape) == 3 and transposed:
+        return [
+            LoraFactors(right.T.contiguous(), left.T.contiguous()) for left, right in zip(lefts, rights, strict=True)
+        ]
+    return [LoraFactors(left.contiguous(), right.contiguous()) for left, right in zip(lefts, rights, strict=True)]
+
+
+def packed_experts(factors: Sequence[LoraFactors], *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """A and B of `target_parameters` for changes of equal rank with alpha = r; the inverse of `expert_factors`."""
+    lefts = [one.right.T if transposed else one.left for one in factors]
+    rights = [one.left.T if transposed else one.right for one in factors]
+    up = torch.stack(lefts).permute(1, 2, 0)
+    return torch.cat(rights), up.reshape(up.shape[0], -1)
 
 
 def lora_scale(module: str, config: Mapping[str, Any], rank: int) -> float:
@@ -146,7 +222,7 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path, allow: Sequence
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"Adapter {str(folder)!r} is of type {kind}; only LORA can be merged as a change of weights.")
-    for option in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters"):
+    for option in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens"):
         if config.get(option) and option not in allow:
             advice = (
                 "Convert it to a plain LoRA first (`hf-transfer-ext convert`)"
@@ -236,6 +312,9 @@ def save_lora(
     modules_to_save: list[str],
     fan_in_fan_out: bool,
     dtype: torch.dtype,
+    task_type: str | None = "CAUSAL_LM",
+    architecture: Architecture | None = None,
+    stacks: Mapping[str, Sequence[LoraFactors]] | None = None,
 ) -> None:
     """Write a plain PEFT LoRA folder with alpha = r, so that the change is B A itself.
 
@@ -244,24 +323,48 @@ def save_lora(
         base_model: `base_model_name_or_path` of the adapter, at `revision` where it is a Hub repository.
         target_modules: The names of the modules, or endings of names that fit these modules only.
         rank: The usual rank; modules with fewer columns in `left` are named in rank_pattern.
-        replaced: tensor name -> tensor of `modules_to_save`, and trained biases.
+        replaced: tensor name -> tensor of `modules_to_save`, trained biases, and parameters of larger modules.
         fan_in_fan_out: The base stores its matrices transposed (GPT-2).
+        task_type: Of PEFT; None for its plain wrapper.
+        architecture: Of the base; says how PEFT nests the parameters of one module.
+        stacks: parameter -> factors of the matrices in it, for parameters that are no module's weight.
     """
+    wrapped = {parameter: list(factors) for parameter, factors in (stacks or {}).items()}
+    own_modules = dict(modules)
+    if architecture is not None:
+        for module in [name for name in modules if _is_renamed_by_peft(name, architecture)]:
+            wrapped[f"{module}.weight"] = [own_modules.pop(module)]
+            target_modules = [one for one in target_modules if not module.endswith(one)]
     tensors: dict[str, Tensor] = {}
-    smaller: dict[str, int] = {}
-    for module, factors in modules.items():
-        own = factors.left.shape[1]
-        if own != rank:
-            smaller[module] = own
+    ranks: dict[str, int] = {}
+    for module, factors in own_modules.items():
+        ranks[module] = factors.left.shape[1]
         up, down = (factors.right.T, factors.left.T) if fan_in_fan_out else (factors.left, factors.right)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = down.to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = up.to(dtype).contiguous()
+    nested: dict[str, list[str]] = {}  # module -> its parameters that are wrapped, the innermost first
+    for parameter in wrapped:
+        nested.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    for module, parameters in nested.items():
+        part = architecture.modules[module] if architecture is not None else None
+        order = [f"{module}.{leaf}" for leaf, _ in part.named_parameters(recurse=False)] if part is not None else []
+        nested[module] = sorted(parameters, key=order.index)
+        for place, parameter in enumerate(nested[module]):
+            ranks[parameter] = wrapped[parameter][0].left.shape[1]
+            transposed = len(wrapped[parameter]) > 1 and bool(getattr(part, "is_transposed", False))
+            down, up = packed_experts(wrapped[parameter], transposed=transposed)
+            prefix = f"{PREFIX}{module}{'.base_layer' * (len(parameters) - 1 - place)}"
+            tensors[f"{prefix}.lora_A.weight"] = down.to(dtype).contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = up.to(dtype).contiguous()
     biases = False
     for name, tensor in replaced.items():
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias" and owner not in modules_to_save:
             biases = True
-            name = f"{owner}.base_layer.bias" if owner in modules else name
+            name = f"{owner}.base_layer.bias" if owner in own_modules else name
+        for module, parameters in nested.items():
+            if name.startswith(f"{module}."):
+                name = f"{module}{'.base_layer' * len(parameters)}{name.removeprefix(module)}"
         tensors[PREFIX + name] = tensor.contiguous()
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -269,9 +372,10 @@ def save_lora(
                 f"Tensor {name!r} of the adapter would hold NaN or infinity in {tensor.dtype}. Choose a wider "
                 "`dtype`, or fix the model."
             )
+    smaller = {re.escape(name): own for name, own in ranks.items() if own != rank}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": revision,
         "r": rank,
@@ -280,11 +384,13 @@ def save_lora(
         "bias": "all" if biases else "none",
         "target_modules": target_modules,
         "modules_to_save": sorted(modules_to_save) or None,
-        "rank_pattern": {re.escape(module): own for module, own in smaller.items()},
-        "alpha_pattern": {re.escape(module): own for module, own in smaller.items()},
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
     }
+    if wrapped:
+        config["target_parameters"] = sorted(wrapped)
     write_checkpoint(folder, tensors, stem="adapter_model")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -338,3 +444,21 @@ def save_like(
     }
     write_checkpoint(folder, tensors, stem="adapter_model")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _is_renamed_by_peft(module: str, architecture: Architecture) -> bool:
+    """Whether PEFT takes a module for an expert that transformers 5 has fused, by the ending of its name.
+
+    PEFT rewrites `target_modules` of adapters for old mixtures of experts, and meets other layers of these names too
+    (shared experts, dense layers). As `target_parameters` they stay what they are.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(architecture.model.config.model_type) is None:
+        return False
+    try:
+        from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+    except ImportError:  # a version of PEFT that does not rewrite
+        return False
+    kind = _MODEL_TO_CONVERSION_PATTERN.get(architecture.model.config.model_type)
+    return module.rpartition(".")[2] in _MOE_TARGET_MODULE_MAPPING.get(str(kind), {})

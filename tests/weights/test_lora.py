@@ -109,7 +109,7 @@ class TestRefused:
             read_lora(tmp_path)
 
     def test_no_adapter(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no PEFT adapter"):
+        with pytest.raises(FileNotFoundError, match="not a PEFT adapter"):
             read_lora(tmp_path)
 
     def test_another_base(self, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_transfer_ext.merging.moe.plan import MoeConfig
-from hf_transfer_ext.weights.opened import InputModel
+from hf_transfer_ext.weights.opened import InputModel, is_buffer
 
 #: The matrices of a feed-forward layer, as Llama and its relatives call them; the last one writes its output.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -129,7 +129,11 @@ def check_fit(architecture: Architecture, mixture: Any, base: InputModel) -> Non
     wanted = {name: tuple(one.shape) for name, one in skeleton.state_dict().items() if ".mlp." not in name}
     if base.is_tied:
         wanted.pop("lm_head.weight", None)
-    found = {name: tensor.shape for name, tensor in base.tensors.items() if ".mlp." not in name}
+    found = {
+        name: tensor.shape
+        for name, tensor in base.tensors.items()
+        if ".mlp." not in name and not is_buffer(name, tensor)
+    }
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise ValueError(

@@ -28,11 +28,12 @@ from hf_transfer_ext.merging.moe.architectures import (
 )
 from hf_transfer_ext.merging.moe.gates import Gates, alike_layers, make_gates
 from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, load_moe_config
-from hf_transfer_ext.merging.planning.layout import TensorJob, layer_count
+from hf_transfer_ext.merging.planning.layout import TensorJob
+from hf_transfer_ext.merging.planning.names import layer_count
 from hf_transfer_ext.merging.streaming.companions import COMPANIONS, public_yaml
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, MAX_SHARD_BYTES
-from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, open_model
+from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, is_buffer, open_model
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import resumable_folder, work_of
 
@@ -215,7 +216,7 @@ def _weight_jobs(
     """The tensors of the base outside the feed-forward layers, and the feed-forward layers of the experts."""
     base = models[config.base_model]
     for name, tensor in base.tensors.items():
-        if ".mlp." not in name:
+        if ".mlp." not in name and not is_buffer(name, tensor):
             yield _job(name, tensor, 1.0, config)
     for layer in range(layers):
         for projection in PROJECTIONS:

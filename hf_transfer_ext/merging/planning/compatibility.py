@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_transfer_ext.merging.planning.config import Source
+from hf_transfer_ext.merging.planning.names import layer_config, layer_count, layer_keys, split_layer
 from hf_transfer_ext.weights.opened import InputModel
 
 #: Config keys that change what a weight means, though not its shape: 16 heads of 64 are stored as 8 heads of 128 are.
@@ -76,15 +77,23 @@ def _check_layer_types(first: Source, source: Source, one: InputModel, other: In
             )
 
 
-def check_layers_are_there(model: InputModel, count: int, stated: int) -> None:
-    """Refuse a model whose files hold fewer layers than its config.json counts.
+def check_layers_are_there(model: InputModel) -> None:
+    """Refuse a model whose files hold fewer layers than its config.json counts, and than transformers would load.
 
-    Args:
-        count: Layers in the files, 0 where none of the tensors is in a layer.
-        stated: Layers by the config.
+    Models whose layers share their weights (ALBERT) store fewer.
     """
-    if 0 < count < stated:
+    part = layer_config(model.config, "text_decoder")
+    stated = part[layer_keys(part, "text_decoder")[0]] if part is not None else 0
+    count = layer_count(model, "text_decoder")
+    if not 0 < count < stated:
+        return
+    try:
+        needed = {split[:2] for name in model.architecture.state if (split := split_layer(name))}
+        stored = {split[:2] for name in model.loadings if (split := split_layer(name))}
+    except ValueError:
+        needed, stored = {("", 0)}, set()
+    if not needed <= stored:
         raise ValueError(
             f"Model {str(model.reference)!r} should have {stated} layers by its config.json, but its files hold "
-            f"{count}. Fetch the missing files, or mend the config."
+            f"{count}. Fetch the missing files, or fix the config."
         )

@@ -202,13 +202,10 @@ def number(value: Any, where: str) -> float:
 
 
 def whole_number(value: Any, where: str) -> int | None:
-    """A whole number, also as a text; None stays None."""
-    if value is None:
-        return None
-    found = number(value, where) if isinstance(value, str) and _NUMBER.match(value.strip()) else value
-    if isinstance(found, bool) or not isinstance(found, int):
+    """A whole number, written as such; None stays None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise ValueError(f"`{where}` has to be a whole number, got {shown(value)}.")
-    return found
+    return value
 
 
 def parse_config(content: Mapping[str, Any]) -> MergeConfig:

@@ -1,35 +1,46 @@
 """From a configuration and opened models to the list of tensors that will be written, each with all it needs.
 
-Nothing here knows an architecture. A layer is a number in a tensor's name (`model.layers.3.mlp.up_proj.weight`); the
-tensors outside the layers count to the first slice if they are embeddings and to the last one if they are not.
+Nothing here knows an architecture. A layer is a number in a tensor's name (`model.layers.3.mlp.up_proj.weight`), and
+each stack of layers counts its own depth. The tensors outside the layers belong to the first slice if they are
+embeddings and to the last one if they are not.
+
+Every tensor of every input is in the result, or is named in a note, or is an error. Where the models name their
+tensors differently (`names.py`), transformers says what belongs together.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_transfer_ext.merging.method import MergeMethod
+from hf_transfer_ext.merging.methods.passthrough import passthrough
 from hf_transfer_ext.merging.planning.compatibility import check_layers_are_there, check_same_kind
 from hf_transfer_ext.merging.planning.config import MergeConfig, Module, Slice, Source, evaluate
 from hf_transfer_ext.merging.planning.extra import ExtraFiles
-from hf_transfer_ext.merging.planning.vocabulary import TOKEN_TENSORS, Vocabulary, rearranged
+from hf_transfer_ext.merging.planning.names import (
+    align_names,
+    belongs_to,
+    check_modules,
+    layer_config,
+    layer_count,
+    layer_keys,
+    short_list,
+    split_layer,
+)
+from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, is_rearranged, rearranged
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, TensorSpec
-from hf_transfer_ext.weights.opened import InputModel, InputTensor
+from hf_transfer_ext.weights.opened import InputModel, InputTensor, has_token_rows, is_buffer, same_bytes
 from hf_transfer_ext.weights.reference import ModelReference
 
-_LAYER = re.compile(r"^(?P<stack>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(?P<index>\d+)\.(?P<rest>.+)$")
-
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in|tok_embeddings|\w*embedding\w*)\.")
-
-#: The keys under which configs write the number of layers.
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 Models = Mapping[ModelReference, InputModel]
 
@@ -76,48 +87,139 @@ class TensorJob:
         return min(rank, *self.shape) * sum(self.shape) * self.dtype.itemsize
 
 
-def split_layer(name: str) -> tuple[str, int, str] | None:
-    """`model.layers.3.mlp.weight` -> `("model.layers", 3, "mlp.weight")`; None for a tensor outside the layers."""
-    match = _LAYER.match(name)
-    return (match["stack"], int(match["index"]), match["rest"]) if match else None
-
-
-def layer_count(model: InputModel, module: str = "default") -> int:
-    """Number of layers of a model, 0 where it has none."""
-    return max(
-        (split[1] + 1 for split in map(split_layer, model.tensors) if split and _in_module(split[0], module)),
-        default=0,
-    )
-
-
 def is_embedding(name: str) -> bool:
     """Whether a tensor has one row for each token (or position) and stands before the layers."""
     return _EMBEDDING.search(name) is not None
 
 
 def plan_tensors(
-    config: MergeConfig, models: Models, vocabulary: Vocabulary | None = None, extra: ExtraFiles | None = None
+    config: MergeConfig,
+    models: Models,
+    vocabulary: Vocabulary | None = None,
+    extra: ExtraFiles | None = None,
+    notes: list[str] | None = None,
 ) -> list[TensorJob]:
     """List the tensors of the result: embeddings, layers in order, head.
 
     Args:
         vocabulary: Of the result, where the configuration asks for one; embeddings and head are rearranged to it.
         extra: The opened files of extra tensors, for methods that read them.
+        notes: Gets a sentence for everything that is not merged as the configuration may lead one to expect: tensors
+            that are copied or left out, filters that fit nothing.
 
     Raises:
         ValueError: Tensors that are missing, or differ in shape, or options that are missing; the tensor and the
             models are named.
     """
+    notes = notes if notes is not None else []
+    merged = _merged_models(config, models)
+    align_names(merged)
+    check_modules([module.name for module in config.modules], merged)
     jobs: dict[str, TensorJob] = {}
+    used: dict[ModelReference, set[str]] = {model.reference: set() for model in merged}
+    differing: list[str] = []
+    copied: list[str] = []
     for i, module in enumerate(config.modules):
-        for job in _Module(config, module, models, vocabulary, extra, first=i == 0).jobs():
+        for job in _Module(config, module, models, vocabulary, extra, used, differing, copied, first=i == 0).jobs():
             if job.name in jobs:
                 raise ValueError(
                     f"Tensor {job.name!r} belongs to two modules of the configuration. Name the modules by the parts "
                     "of the model that hold their layers."
                 )
             jobs[job.name] = job
+    for job in _uncovered(config, merged, used, jobs, notes):
+        jobs[job.name] = job
+    _note_left_out(config, merged, used, jobs, notes)
+    if differing:
+        notes.append(
+            f"Buffers differ between the models and are those of the base, or of the first model: "
+            f"{short_list(differing)}."
+        )
+    if copied:
+        notes.append(
+            f"{len(copied)} tensors, which transformers does not load, are not in all models and are copied from the "
+            f"first that has them: {short_list(copied)}."
+        )
+    for text in config.filters():
+        if not any(text in name for names in (jobs, *used.values()) for name in names):
+            notes.append(f"The filter {text!r} fits no tensor, so its value has no effect.")
     return list(jobs.values())
+
+
+def _merged_models(config: MergeConfig, models: Models) -> list[InputModel]:
+    """The models whose tensors are merged, without those that only give tokens; the base model first."""
+    slices = [part for module in config.modules for part in module.slices]
+    bases = [config.base_model, *(part.base_model for part in slices)] if config.method.base != "none" else []
+    named = [*bases, *(source.model for part in slices for source in part.sources)]
+    return [models[one] for one in dict.fromkeys(named) if one is not None]
+
+
+def _uncovered(
+    config: MergeConfig,
+    merged: Sequence[InputModel],
+    used: Mapping[ModelReference, set[str]],
+    jobs: Mapping[str, TensorJob],
+    notes: list[str],
+) -> list[TensorJob]:
+    """Copies of the tensors that belong to no module of the configuration."""
+    modules = [module.name for module in config.modules]
+    donor = merged[0]
+    if any(module == "default" for module in modules):
+        return []
+    rest = [name for name in donor.tensors if name not in used[donor.reference] and name not in jobs]
+    rest = [
+        name
+        for name in rest
+        if split_layer(name) is None or not any(belongs_to(name, module, donor) for module in modules)
+    ]
+    if not rest:
+        return []
+    notes.append(
+        f"{len(rest)} tensors belong to none of the modules {', '.join(modules)} and are those of "
+        f"{str(donor.reference)!r}: {short_list(rest)}."
+    )
+    copies = []
+    for name in rest:
+        tensor = donor.tensors[name]
+        dtype = config.out_dtype or config.dtype or tensor.dtype
+        if tensor.dtype not in FLOAT_DTYPES or is_buffer(name, tensor):
+            dtype = tensor.dtype
+        copies.append(_copy(name, tensor, dtype))
+        used[donor.reference].add(name)
+    return copies
+
+
+def _copy(name: str, tensor: InputTensor, dtype: torch.dtype) -> TensorJob:
+    plain = dtype == tensor.dtype
+    return TensorJob(name, tensor.shape, dtype, passthrough, None, (tensor,), {"scale": [1.0]}, is_copy=plain)
+
+
+def _note_left_out(
+    config: MergeConfig,
+    merged: Sequence[InputModel],
+    used: Mapping[ModelReference, set[str]],
+    jobs: Mapping[str, TensorJob],
+    notes: list[str],
+) -> None:
+    """Name the tensors that are in an input and not in the result; those of layers outside the slices are meant."""
+    for model in merged:
+        stacked = any(
+            source.layer_range is not None
+            for module in config.modules
+            for part in module.slices
+            for source in part.sources
+            if source.model == model.reference
+        )
+        rest = [name for name in model.tensors if name not in used[model.reference] and name not in jobs]
+        if stacked or any(module.name != "default" for module in config.modules):
+            rest = [name for name in rest if split_layer(name) is None or name in model.unloaded]
+        if rest:
+            notes.append(f"{len(rest)} tensors of {str(model.reference)!r} are left out: {short_list(rest)}.")
+        if model.copies:
+            notes.append(
+                f"{str(model.reference)!r} stores copies of tied tensors, which are left out: "
+                f"{short_list(list(model.copies))}."
+            )
 
 
 class _Module:
@@ -130,53 +232,101 @@ class _Module:
         models: Models,
         vocabulary: Vocabulary | None,
         extra: ExtraFiles | None,
+        used: Mapping[ModelReference, set[str]],
+        differing: list[str],
+        copied: list[str],
         *,
         first: bool,
     ) -> None:
         self.config, self.module, self.models, self.first = config, module, models, first
         self.vocabulary, self.extra = vocabulary, extra or ExtraFiles({})
+        self.used, self.differing, self.copied = used, differing, copied
         self.method = config.method
         self.slices = [self._resolve(one) for one in module.slices]
 
     def jobs(self) -> list[TensorJob]:
-        before, after = [], []
-        for name in self._names(self.slices[0]):
-            if split_layer(name) is None and self._is_ours(name) and is_embedding(name):
-                before.append(self._job(name, [name] * len(self.slices[0].sources), self.slices[0], 0.0))
-        last = self.slices[-1]
-        for name in self._names(last):
-            if split_layer(name) is None and self._is_ours(name) and not is_embedding(name):
-                after.append(self._job(name, [name] * len(last.sources), last, 0.0))
-        return [*before, *self._layers(), *after]
+        outside = [
+            name
+            for name in self._names(self.slices, lambda name, model, source: split_layer(name) is None)
+            if self._is_ours(name)
+        ]
+        before = [self._outside(name, self.slices[0]) for name in outside if is_embedding(name)]
+        after = [self._outside(name, self.slices[-1]) for name in outside if not is_embedding(name)]
+        return [*filter(None, before), *self._layers(), *filter(None, after)]
+
+    def _outside(self, name: str, part: Slice) -> TensorJob | None:
+        return self._job(name, [name] * len(part.sources), part, 0.0)
+
+    def _names(self, slices: Sequence[Slice], fits: Callable[[str, InputModel, Source], bool]) -> list[str]:
+        """The names of tensors of all sources of slices, in the order of the base or first model."""
+        found: dict[str, None] = {}
+        for part in slices:
+            donor = part.base_model if part.base_model is not None and self.method.base != "none" else None
+            sources = list(part.sources)
+            if donor is not None:
+                layers = next((one.layer_range for one in sources if one.model == donor), sources[0].layer_range)
+                sources = [Source(donor, layers), *sources]
+            for source in {source.model: source for source in sources}.values():
+                model = self.models[source.model]
+                found.update(dict.fromkeys(name for name in model.tensors if fits(name, model, source)))
+        return list(found)
 
     def _layers(self) -> list[TensorJob]:
         jobs = []
         place = 0
         for part in self.slices:
             start, end = part.sources[0].layer_range or (0, 0)
-            donors = self._layer_names(part, start)
+            donors, lengths = self._layer_names(part)
             for offset in range(end - start):
-                depth = offset / (end - start - 1) if end - start > 1 else 1.0
-                for stack, rest in donors.get(start + offset, []):
+                for stack, rest in donors.get(offset, {}):
+                    length = min(end - start, lengths[stack])
+                    depth = offset / (length - 1) if length > 1 else 1.0
                     names = [f"{stack}.{(s.layer_range or (0, 0))[0] + offset}.{rest}" for s in part.sources]
-                    jobs.append(self._job(f"{stack}.{place + offset}.{rest}", names, part, depth))
+                    job = self._job(f"{stack}.{place + offset}.{rest}", names, part, depth)
+                    if job is not None:
+                        jobs.append(job)
             place += end - start
         return jobs
 
-    def _layer_names(self, part: Slice, start: int) -> dict[int, list[tuple[str, str]]]:
-        """layer of the first source -> (stack, rest of the name) of its tensors, in the order of the donor."""
-        found: dict[int, list[tuple[str, str]]] = {}
-        for name in self.models[part.sources[0].model].tensors:
-            split = split_layer(name)
-            if split is not None and _in_module(split[0], self.module.name):
-                found.setdefault(split[1], []).append((split[0], split[2]))
-        stacks = {stack for entries in found.values() for stack, _ in entries}
-        if len(stacks) > 1 and any(source.layer_range != (0, len(found)) for source in part.sources):
-            raise ValueError(
-                f"Slices need one stack of layers, but {str(part.sources[0].model)!r} has {sorted(stacks)}. Name one "
-                "module for each under `modules`."
-            )
-        return found
+    def _layer_names(self, part: Slice) -> tuple[dict[int, dict[tuple[str, str], None]], dict[str, int]]:
+        """Place in the slice -> (stack, rest of the name) of the tensors of any source; stack -> its length."""
+        found: dict[int, dict[tuple[str, str], None]] = {}
+        lengths: dict[str, int] = {}
+        sources = list(part.sources)
+        if part.base_model is not None and self.method.base != "none":
+            sources = [Source(part.base_model, sources[0].layer_range), *sources]
+        for source in {(one.model, one.layer_range): one for one in sources}.values():
+            model = self.models[source.model]
+            start, end = source.layer_range or (0, 0)
+            for name in model.tensors:
+                split = split_layer(name)
+                if split is None or not belongs_to(name, self.module.name, model):
+                    continue
+                if not start <= split[1] < end:
+                    continue
+                found.setdefault(split[1] - start, {})[split[0], split[2]] = None
+                lengths[split[0]] = max(lengths.get(split[0], 0), split[1] - start + 1)
+        if len(lengths) > 1 and not self._is_whole(part):
+            numbered = {stack for stack in lengths if not self._is_unloaded(stack)}
+            if len(numbered) > 1:
+                raise ValueError(
+                    f"Slices need one stack of layers, but {str(part.sources[0].model)!r} has {sorted(numbered)}. "
+                    "Name one module for each under `modules`."
+                )
+            found = {i: {key: None for key in names if key[0] in numbered} for i, names in found.items()}
+        return found, lengths
+
+    def _is_unloaded(self, stack: str) -> bool:
+        """Whether transformers loads nothing of a stack (multi-token prediction)."""
+        models = [self.models[source.model] for part in self.slices for source in part.sources]
+        own = [(model, name) for model in models for name in model.tensors if name.startswith(f"{stack}.")]
+        return bool(own) and all(name in model.unloaded for model, name in own)
+
+    def _is_whole(self, part: Slice) -> bool:
+        """Whether all sources give all of their layers."""
+        return all(
+            one.layer_range == (0, layer_count(self.models[one.model], self.module.name)) for one in part.sources
+        )
 
     def _resolve(self, part: Slice) -> Slice:
         """Give every source its layers, take a base model in where the method counts it as one more model."""
@@ -188,9 +338,8 @@ class _Module:
         for source in sources:
             model = self.models[source.model]
             count = layer_count(model, self.module.name)
-            counted = _layer_config(model.config, self.module.name)
-            if counted is not None and self.module.name == "default":
-                check_layers_are_there(model, count, counted[1][counted[0]])
+            if self.module.name == "default":
+                check_layers_are_there(model)
             layers = source.layer_range or (0, count)
             if layers[1] > count:
                 raise ValueError(
@@ -208,38 +357,59 @@ class _Module:
         return Slice(tuple(resolved), base, part.parameters)
 
     def _is_ours(self, name: str) -> bool:
-        """Tensors outside the layers go to the module they are named after, else to the first one."""
+        """Tensors outside the layers go to the module they are named after.
+
+        The others go to the first module, unless some layers belong to none: then they are not merged either.
+        """
         modules = [module.name for module in self.config.modules]
-        if len(modules) == 1:
+        if self.module.name == "default":
             return True
-        owner = [module for module in modules if module in name.split(".")]
-        return self.module.name in owner if owner else self.first
+        models = [self.models[source.model] for part in self.slices for source in part.sources]
+        owner = [module for module in modules if any(belongs_to(name, module, model) for model in models)]
+        if owner:
+            return self.module.name in owner
+        return self.first and self._all_layers_covered
 
-    def _names(self, part: Slice) -> list[str]:
-        donor = part.base_model if part.base_model is not None and self.method.base != "none" else None
-        names = list(self.models[donor or part.sources[0].model].tensors)
-        for source in part.sources:
-            if all(one.layer_range == (0, layer_count(self.models[one.model])) for one in part.sources):
-                self._refuse_extra(source.model, names, donor or part.sources[0].model)
-        return names
+    @cached_property
+    def _all_layers_covered(self) -> bool:
+        modules = [module.name for module in self.config.modules]
+        models = [self.models[source.model] for part in self.slices for source in part.sources]
+        layers = {name for model in models for name in model.tensors if split_layer(name) is not None}
+        return all(any(belongs_to(name, module, models[0]) for module in modules) for name in layers)
 
-    def _refuse_extra(self, reference: ModelReference, names: list[str], donor: ModelReference) -> None:
-        known = set(names)
-        extra = [name for name in self.models[reference].tensors if name not in known]
-        if extra and not (extra == ["lm_head.weight"] and self.models[donor].is_tied):
+    def _find(self, reference: ModelReference, name: str) -> InputTensor | None:
+        """A tensor of a model; None where it is of no use to transformers and stored in some of the models only."""
+        model = self.models[reference]
+        try:
+            tensor = model[name]
+        except ValueError:
+            if self._may_be_missing(name):
+                return None
+            owner = next((one for one in self.used if name in self.models[one].tensors), None)
+            if owner is None:
+                raise
             raise ValueError(
-                f"Model {str(reference)!r} has tensor {extra[0]!r} ({len(extra)} such tensors), which {str(donor)!r} "
-                "has not. Only models of one architecture can be merged."
-            )
+                f"Model {str(reference)!r} lacks a tensor: {str(owner)!r} has tensor {name!r}, and there is nothing "
+                "that transformers would load in its place. Only models of one architecture can be merged."
+            ) from None
+        if reference in self.used:
+            self.used[reference].add(name)
+        return tensor
 
-    def _job(self, name: str, names: list[str], part: Slice, depth: float) -> TensorJob:
+    def _may_be_missing(self, name: str) -> bool:
+        models = [self.models[reference] for reference in self.used]
+        owners = [model for model in models if name in model.tensors]
+        return bool(owners) and all(name in model.unloaded or is_buffer(name, model.tensors[name]) for model in owners)
+
+    def _job(self, name: str, names: list[str], part: Slice, depth: float) -> TensorJob | None:
         base_reference = part.base_model
         takes_base = self.method.base in ("optional", "required") and base_reference is not None
         rearranged = self._rearranged(name, part) if split_layer(name) is None else {}
         base: InputTensor | None = None
         pairs: list[tuple[Source, str, InputTensor]] = []
+        missing = False
         for source, source_name in zip(part.sources, names, strict=True):
-            tensor = rearranged.get(source.model) or self.models[source.model][source_name]
+            tensor = rearranged.get(source.model) or self._find(source.model, source_name)
             if takes_base and source.model == base_reference and base is None:
                 if source.parameters:
                     raise ValueError(
@@ -247,16 +417,24 @@ class _Module:
                         f"({', '.join(source.parameters)}) have no effect. Take them away, or name another base."
                     )
                 base = tensor
+                missing = missing or tensor is None
+            elif tensor is None:
+                missing = True
             else:
                 pairs.append((source, source_name, tensor))
-        if takes_base and base is None and base_reference is not None:
-            base = rearranged.get(base_reference) or self.models[base_reference][names[0]]
+        if takes_base and base is None and base_reference is not None and not missing:
+            base = rearranged.get(base_reference) or self._find(base_reference, names[0])
+            missing = base is None
+        if missing:
+            return self._carried(name, names, part, base, pairs)
+        donor = base if base is not None else pairs[0][2]
+        if is_buffer(name, donor) and not (len(pairs) == 1 and base is None):
+            return self._buffer(name, donor, [tensor for _, _, tensor in pairs], pairs)
         self._check_count(len(pairs), base_reference)
         self._check_shapes(name, pairs, base, base_reference)
         options = self._options(name, pairs, part, depth)
         tensors = tuple(tensor for _, _, tensor in pairs)
-        donor = base if base is not None else tensors[0]
-        if donor.dtype not in FLOAT_DTYPES:
+        if donor.dtype not in FLOAT_DTYPES or is_buffer(name, donor):
             return self._copied(name, donor, tensors, pairs, options)
         for source, source_name, tensor in pairs:
             if tensor.dtype not in FLOAT_DTYPES:
@@ -269,10 +447,51 @@ class _Module:
         extra = self.extra.of(self.method, [(source, own_name) for source, own_name, _ in pairs], donor.shape)
         return TensorJob(name, donor.shape, dtype, self.method, base, tensors, options, is_copy, extra)
 
+    def _carried(
+        self,
+        name: str,
+        names: Sequence[str],
+        part: Slice,
+        base: InputTensor | None,
+        pairs: Sequence[tuple[Source, str, InputTensor]],
+    ) -> TensorJob | None:
+        """A tensor that some models lack and transformers does not load, as the first model that has it stores it.
+
+        Layers that were cut out of a stack have no place for it; then it is left out.
+        """
+        if base is None and part.base_model is not None and self.method.base != "none":
+            base = self.models[part.base_model].tensors.get(names[0])
+            if base is not None and part.base_model in self.used:
+                self.used[part.base_model].add(names[0])
+        donor = base if base is not None else next((tensor for _, _, tensor in pairs), None)
+        if donor is None:
+            return None
+        dtype = self.config.out_dtype or self.config.dtype or donor.dtype
+        plain = donor.dtype not in FLOAT_DTYPES or is_buffer(name, donor)
+        self.copied.append(name)
+        return _copy(name, donor, donor.dtype if plain else dtype)
+
+    def _buffer(
+        self,
+        name: str,
+        donor: InputTensor,
+        others: Sequence[InputTensor],
+        pairs: Sequence[tuple[Source, str, InputTensor]],
+    ) -> TensorJob:
+        """A buffer of the base or the first model. Whole numbers of a quantized model are its weights."""
+        for source, _, _ in pairs:
+            if "quantization_config" in self.models[source.model].config and donor.dtype not in FLOAT_DTYPES:
+                return self._copied(name, donor, tuple(others), pairs, {})
+        if any(not same_bytes(donor, other) for other in others if other is not donor):
+            self.differing.append(name)
+        return _copy(name, donor, donor.dtype)
+
     def _rearranged(self, name: str, part: Slice) -> dict[ModelReference, InputTensor]:
         """The inputs of a tensor with one row for each token, where the result has a vocabulary of its own."""
-        if self.vocabulary is None or not name.endswith(TOKEN_TENSORS):
+        if self.vocabulary is None or not is_rearranged(name, [self.models[one] for one in self.used]):
             return {}
+        for reference in self.used:
+            self.used[reference].add(name)
         takes_base = self.method.base in ("optional", "required") and part.base_model is not None
         members = dict.fromkeys([source.model for source in part.sources] + ([part.base_model] if takes_base else []))
         return rearranged(self.config, self.vocabulary, self.models, name, [one for one in members if one is not None])
@@ -302,7 +521,7 @@ class _Module:
         if len(set(shapes.values())) > 1:
             told = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
             advice = "Only models of one architecture can be merged."
-            if is_embedding(name) or name.endswith("lm_head.weight"):
+            if is_embedding(name) or has_token_rows(name):
                 advice = "The vocabularies differ: say with `tokenizer: {source: union}` (or base, or a model) how."
             raise ValueError(f"Tensor {name!r} has different shapes: {told}. {advice}")
 
@@ -345,8 +564,9 @@ class _Module:
         options: Mapping[str, Any],
     ) -> TensorJob:
         """Whole numbers (and eight-bit floats) cannot be averaged; a stack of layers may carry them along."""
-        unchanged = self.method.__name__ == "passthrough" and options["scale"] == [1.0]
-        if len(tensors) > 1 or donor is not tensors[0] or (donor.dtype.is_floating_point and not unchanged):
+        changed = self.method.__name__ != "passthrough" or options.get("scale") != [1.0]
+        is_eight_bit = donor.dtype.is_floating_point and donor.dtype not in FLOAT_DTYPES
+        if len(tensors) > 1 or donor is not tensors[0] or (is_eight_bit and changed):
             raise ValueError(
                 f"Tensor {name!r} of model {str(pairs[0][0].model)!r} has dtype {donor.dtype}, which "
                 f"{self.method.__name__!r} cannot calculate with. Use models that are not quantized."
@@ -354,12 +574,11 @@ class _Module:
         return TensorJob(name, donor.shape, donor.dtype, self.method, None, tensors, {}, is_copy=True)
 
 
-def _in_module(stack: str, module: str) -> bool:
-    return module == "default" or module in stack.split(".")
-
-
 def output_config(config: MergeConfig, models: Models, donor: InputModel) -> dict[str, Any]:
-    """config.json of the result: the donor's, with its layers counted anew, their lists stacked, and the dtype."""
+    """config.json of the result: the donor's, with its layers counted anew, their lists stacked, and the dtype.
+
+    The result is not tied if one of the models has a head of its own.
+    """
     content = copy.deepcopy(donor.config)
     _stack_layers(content, config, models)
     dtype = config.out_dtype or config.dtype
@@ -368,6 +587,11 @@ def output_config(config: MergeConfig, models: Models, donor: InputModel) -> dic
             for key in ("dtype", "torch_dtype"):
                 if key in part or (key == "dtype" and part is content and "torch_dtype" not in part):
                     part[key] = str(dtype).removeprefix("torch.")
+    merged = _merged_models(config, models)
+    if any(model.has_head for model in merged) and any(model.is_tied for model in (donor, *merged)):
+        for part in (content, content.get("text_config", {})):
+            if part is content or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
     return content
 
 
@@ -375,6 +599,8 @@ def set_vocabulary_size(content: dict[str, Any], size: int) -> None:
     """Write the number of embedding rows wherever a config.json counts them."""
     for part in (content, content.get("text_config", {})):
         if "vocab_size" in part:
+            if part.get("vocab_size_per_layer_input") == part["vocab_size"]:
+                part["vocab_size_per_layer_input"] = size
             part["vocab_size"] = size
 
 
@@ -384,30 +610,24 @@ def _stack_layers(content: dict[str, Any], config: MergeConfig, models: Models) 
         if any(source.layer_range is None for part in module.slices for source in part.sources):
             continue
         sources = [part.sources[0] for part in module.slices]
-        part = _layer_config(content, module.name)
+        part = layer_config(content, module.name)
         if part is None:
             continue
-        key, old = part
+        if part.get("is_encoder_decoder") and "num_layers" in part:  # T5 counts a decoder by its encoder otherwise
+            part.setdefault("num_decoder_layers", part["num_layers"])
+        keys = layer_keys(part, module.name)
+        old = part[keys[0]]
         count = sum(end - start for start, end in (source.layer_range or (0, 0) for source in sources))
-        for name, value in list(old.items()):
-            if not isinstance(value, list) or len(value) != old[key]:
+        for name, value in list(part.items()):
+            if not isinstance(value, list) or len(value) != old:
                 continue
             stacked: list[Any] = []
             for source in sources:
-                own = _layer_config(models[source.model].config, module.name)
+                own = layer_config(models[source.model].config, module.name)
                 start, end = source.layer_range or (0, 0)
-                values = own[1].get(name, value) if own is not None else value
+                values = own.get(name, value) if own is not None else value
                 stacked += values[start:end]
-            old[name] = stacked
-        old[key] = count
-
-
-def _layer_config(content: dict[str, Any], module: str) -> tuple[str, dict[str, Any]] | None:
-    """The (part of the) config that counts the layers of a module, and the key that counts them."""
-    parts = [content.get(f"{module}_config"), content.get(module), content, content.get("text_config")]
-    for part in parts:
-        if isinstance(part, dict):
-            for key in LAYER_COUNT_KEYS:
-                if isinstance(part.get(key), int):
-                    return key, part
-    return None
+            part[name] = stacked
+        for key in keys:
+            if part[key] == old:
+                part[key] = count

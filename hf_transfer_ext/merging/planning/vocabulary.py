@@ -7,8 +7,10 @@ that of the only model that has it, else the mean of those that have it.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,34 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.merging.planning.config import MergeConfig, TokenSource
-from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch
+from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, has_token_rows
 from hf_transfer_ext.weights.reference import ModelReference
 
-#: Endings of the tensors that have one row for each token.
-TOKEN_TENSORS = (
-    "embed_tokens.weight",
-    "lm_head.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "embed_out.weight",
-    "tok_embeddings.weight",
-)
+#: Biases with one entry for each token.
+_TOKEN_BIAS = re.compile(r"(^|\.)(lm_head|embed_out|predictions|(predictions|lm_head)\.decoder)\.bias$")
+
+
+def is_rearranged(name: str, models: Sequence[InputModel]) -> bool:
+    """Whether a tensor has one row for each token in all models, and so follows the vocabulary of the result.
+
+    Raises:
+        ValueError: A bias has its tokens in another dimension, which cannot be rearranged.
+    """
+    if name.endswith("final_logits_bias"):
+        raise ValueError(
+            f"Tensor {name!r} has one number for each token in its second dimension, which `tokenizer` cannot "
+            "rearrange. Merge models of one vocabulary, without `tokenizer`."
+        )
+    if not has_token_rows(name) and not _TOKEN_BIAS.search(name):
+        return False
+    rows = [(_embedding_rows(model), model.tensors.get(name)) for model in models]
+    fits = all(tensor is None or tensor.shape[:1] == (count,) for count, tensor in rows)
+    if "per_layer" in name and not fits:
+        raise ValueError(
+            f"Tensor {name!r} has other rows than the input embeddings, so `tokenizer` cannot rearrange it. Merge "
+            "models of one vocabulary, without `tokenizer`."
+        )
+    return fits
 
 
 @dataclass(frozen=True)
@@ -50,10 +67,10 @@ class RearrangedInput(DerivedInput):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self.rows), self.inner.shape[1]
+        return len(self.rows), *self.inner.shape[1:]
 
     def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
-        columns = self.shape[1]
+        columns = math.prod(self.shape[1:])
         first, last = start // columns, -(-(start + out.numel()) // columns)
         whole = torch.empty(last - first, columns)
         row = first
@@ -139,11 +156,11 @@ def rearranged(
     scratch = Scratch()
 
     def row_of(reference: ModelReference, row: int) -> Tensor:
-        out = torch.empty(tensors[reference].shape[1])
+        out = torch.empty(math.prod(tensors[reference].shape[1:]))
         tensors[reference].read(row * len(out), out, scratch)
         return out
 
-    columns = tensors[taking_part[0]].shape[1]
+    columns = math.prod(tensors[taking_part[0]].shape[1:])
     places = vocabulary.tokens
     defaults: dict[int, Tensor] = {}
     forced: set[int] = set()
@@ -234,7 +251,7 @@ def _union(first: Any, others: list[tuple[Any, int]]) -> Any:
 
 def _embedding_rows(model: InputModel) -> int:
     for name, tensor in model.tensors.items():
-        if name.endswith(TOKEN_TENSORS):
+        if has_token_rows(name) and len(tensor.shape) == 2:
             return tensor.shape[0]
     raise ValueError(f"Model {str(model.reference)!r} has no embeddings with a known name, which `tokenizer` needs.")
 
