@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
 
-from hub_server import HubServer, _Handler
+from hub_server import HubServer, _Handler  # noqa: E402
 
 #: The requests of a push and a pull, by what stands in their address.
 PLACES = ("whoami", "repos/create", "api/models", "preupload", "objects/batch", "lfs/", "commit/", "resolve")
@@ -83,7 +83,7 @@ def measured(server: HubServer) -> list[dict[str, Any]]:
                 Path(made) / str(n), model=tiny_llama(n), tokenizer=byte_tokenizer(),
                 record=RunRecord("distillation", "r", {}, seed=n),
             )
-            for n in range(16)
+            for n in range(17)
         ]  # fmt: skip
         states = []
         for folder in folders:
@@ -168,7 +168,7 @@ def _at_once(server: HubServer, folders: list[Path], states: list[Any]) -> dict[
             row["raw"] += 1
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(one, folders))
+        list(pool.map(one, folders[1:]))
     row["seconds"] = time.perf_counter() - started
     for commit in server.commits("tester/a")[:-2]:
         files = {path: blob.data for path, blob in commit.files.items() if path != ".gitattributes"}
@@ -181,8 +181,9 @@ def report(rows: list[dict[str, Any]]) -> str:
     """The rows as a table in Markdown."""
     lines = [
         "# Faults of the Hub\n",
-        "`python benchmarks/hub_faults.py`: a result is pushed over an older one with the real client, and the loopback "
-        "Hub of the tests fails at each kind of request in turn, once or from then on (the client's waits between attempts are cut to 20 ms). *struck*: runs that met the fault; "
+        "`python benchmarks/hub_faults.py`: a result is pushed over an older one with the real client, and the "
+        "loopback Hub of the tests fails at each kind of request in turn, once or from then on "
+        "(the client's waits between attempts are cut to 20 ms). *struck*: runs that met the fault; "
         "*old*, *new*: what the repository held afterwards; *half published*: neither; *raw errors*: other than "
         "OSError and ValueError.\n",
         "| fault | runs | struck | old | new | half published | raw errors | longest run, s |",

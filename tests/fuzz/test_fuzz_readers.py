@@ -41,7 +41,10 @@ CARD = {"license": "mit", "base_model": ["a/b"], "tags": ["x"], "model-index": [
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.floats(), st.text(max_size=20),
     st.sampled_from(["", "../../x", "/etc/passwd", "(", "([a-z0-9_.]+)+!", "\x00", "é" * 500, 2**63, -1, 1e400]),
-    st.recursive(st.none() | st.integers(), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3)),
+    st.recursive(
+        st.none() | st.integers(),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    ),
     st.integers(1, 3).map(lambda n: json.loads("[" * 40 * n + "]" * 40 * n)),
 )  # fmt: skip
 
