@@ -65,7 +65,9 @@ def read_text(path: str | Path, *, max_bytes: int | None = MAX_JSON_BYTES) -> st
     if path.exists() and not path.is_file():
         raise ValueError(f"{str(path)!r} is not a regular file.")
     with open(path, "rb") as file:
-        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+        # `read(n)` reserves n bytes at once: no more is asked for than the file has.
+        size = os.fstat(file.fileno()).st_size
+        data = file.read() if max_bytes is None else file.read(min(size, max_bytes) + 1)
     if max_bytes is not None and len(data) > max_bytes:
         raise ValueError(f"{str(path)!r} is larger than {max_bytes / 1e6:g} MB, the most that is read of such a file.")
     try:

@@ -164,7 +164,7 @@ def test_patterns_that_a_model_can_be_matched_with():
     check_patterns([r"(?!.*vision).*\.q_proj"], NAMES, "the adapter", whole=True)
 
 
-@pytest.mark.parametrize("pattern", ["([a-z0-9_.]+)+!", "([a-z_.]|[a-z0-9._])+!", "(.*)*(.*)*(.*)*!"])
+@pytest.mark.parametrize("pattern", ["([a-z0-9_.]+)+!", r"(\w+\.?)+!", "(.*)*(.*)*(.*)*!"])
 def test_patterns_that_never_end(pattern):
     started = time.perf_counter()
     with pytest.raises(ValueError, match="the adapter takes more than 2 seconds"):

@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
-import tempfile
-from collections.abc import Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_transfer_ext.files import path_inside, refuse_existing_output, require_free_space, write_text, written_aside
+from hf_transfer_ext.files import (
+    path_inside,
+    refuse_existing_output,
+    require_free_space,
+    sha256_of,
+    write_text,
+    written_aside,
+)
 from hf_transfer_ext.hub.card import CARD_FILE, THIS_MODEL, base_models, model_card
-from hf_transfer_ext.hub.privacy import holds_token, is_absolute_path, last_component
+from hf_transfer_ext.hub.privacy import find_secret, find_secret_in_file, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
+from hf_transfer_ext.reading import one_line, parse_json, read_text
+from hf_transfer_ext.weights.repository import MODEL_FILES, connection_error, local_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from huggingface_hub import HfApi
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-#: Never pushed: pickles (training arguments hold local paths and may hold a token), checkpoints, logs, hidden files.
-NOT_PUBLISHED = (
-    "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "checkpoint-*", "runs", "logs", "wandb", "__pycache__",
-    ".*", "trainer_state.json",
+#: Files that a result consists of where another writer made the folder. Whatever else lies there is sent only by name.
+RESULT_PATTERNS = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*.json", "tokenizer.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/*.jinja", "*preprocessor_config.json", "processor_config.json",
+    "mergekit_config.yml", "mergekit_moe_config.yml", "vocabulary_map.json",
 )  # fmt: skip
-#: Files of a model folder in which libraries write the path that a model was loaded from, and the keys they use.
+#: Files by which libraries choose what to load. Those of an earlier content of the repository would be loaded in the
+#: place of what is pushed, so they are removed whoever wrote them; the repository's history keeps them.
+DECIDE_WHAT_IS_LOADED = (
+    "model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json", "adapter_model*.bin", "tf_model.h5", "flax_model.msgpack", "config.json",
+    "adapter_config.json",
+)  # fmt: skip
+#: Files in which libraries write the path that a model was loaded from, and the keys they use.
 _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json")
 _PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
-#: Files that are searched for access tokens before anything is sent.
-_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".toml", ".cfg", ".py", ".sh", ".log")
+#: How often a push starts again because somebody else committed in the meantime.
+_ATTEMPTS = 40
 
 
 def save_result(
@@ -47,7 +67,7 @@ def save_result(
     extra_files: Mapping[str, str | Path] | None = None,
     **card_options: Any,
 ) -> Path:
-    """Write a result that is whole or absent: safetensors, tokenizer, generation config, card and record.
+    """Write a result atomically: safetensors, tokenizer, generation config, card and record.
 
     With `model`, everything is written aside and renamed to `folder`. A `PeftModel` gives the adapter alone, with our
     card in place of PEFT's. Without `model`, card and record are added to `folder`, in which another writer (a merge,
@@ -66,7 +86,9 @@ def save_result(
     for name, source in extras.items():
         path_inside(folder, name)
         if not source.is_file():
-            raise FileNotFoundError(f"The extra file {name!r} is to be copied from {str(source)!r}, which is no file.")
+            raise FileNotFoundError(
+                f"The extra file {name!r} is to be copied from {str(source)!r}, which is not a file."
+            )
     if model is None:
         return _complete(Path(folder), tokenizer, record, overwrite, extras, card_options)
     refuse_existing_output(folder, overwrite=overwrite, inputs=extras.values(), also=extras)
@@ -87,23 +109,30 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     commit_message: str | None = None,
+    include: Sequence[str] = (),
 ) -> str:
-    """Publish a folder of `save_result`; returns the address of the (last) commit.
+    """Publish a folder of `save_result` in one commit that makes the repository what the folder is.
 
-    A folder of up to some 250 files is one commit; the client splits larger ones.
-
-    The repository is made if it is not there, and so is the branch `revision`. Pickles, checkpoints, logs and hidden
-    files stay here. Local paths that libraries wrote into the configs (an adapter's base) are replaced in what is
-    sent: by the base's Hub id if the record knows it, else by the last component; the folder itself is not changed.
+    Sent are the files of the result, as its record lists them, card and record, and what `include` names; nothing
+    else that lies in the folder, and no link. Files of an earlier result that the new one lacks are removed in the
+    same commit, so that nobody loads old weights under a new card. Other people's files in the repository stay, and
+    are named in a warning. Local paths that libraries wrote into the configs (an adapter's base) are replaced in what
+    is sent: by the base's Hub id if the record knows it, else by the last component; the folder is not changed.
 
     Args:
         private: For a new repository; None takes the account's default.
+        revision: Branch, created if it does not exist; None is the main branch.
         token: Access token; None takes the one of `hf auth login` or of HF_TOKEN.
+        include: Further files to send, by name or pattern below `folder` ("notes.md", "figures/*.png").
+
+    Returns:
+        The address of the commit.
 
     Raises:
-        FileNotFoundError: `folder` has no card, no record or no weights.
+        FileNotFoundError: `folder` has no card, no record or no weights, or lacks a file of its result.
         PermissionError: No login, a token that is refused, or no right to write there.
-        ValueError: A text file in `folder` holds an access token.
+        ValueError: A file to be sent holds a secret, is a link, or has changed since the result was saved.
+        ConnectionError: The Hub fails, or others keep committing to the repository.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -121,31 +150,111 @@ def push(
     try:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        with _publishable(folder, record, repo_id) as staged:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision not in (None, "main"):
-                api.create_branch(repo_id, branch=str(revision), exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=staged,
-                revision=revision,
-                commit_message=commit_message or f"Add the result of a {record.job} run",
-            )
+        content = _content(folder, record, repo_id, include)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision not in (None, "main"):
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        message = commit_message or f"Add the result of a {record.job} run"
+        return _commit(api, repo_id, revision or "main", content, message)
     except LocalTokenNotFoundError as error:
         raise PermissionError(_log_in(repo_id)) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
             raise PermissionError(f"{_log_in(repo_id)} The Hub answered {status}.") from error
-        raise
-    return str(commit.commit_url)
+        raise ConnectionError(f"{repo_id!r} was not changed: the Hub answered {status}. {one_line(error)}") from error
+    except connection_error() as error:
+        raise ConnectionError(f"{repo_id!r} was not changed: {type(error).__name__}: {one_line(error)}") from error
 
 
 def pull(repo_id: str, revision: str | None = None) -> Path:
-    """The folder of a published result: a snapshot in the Hub cache, safetensors and text files only."""
-    from hf_transfer_ext.weights.repository import local_folder
+    """The folder of a published result: a snapshot in the Hub cache, safetensors and text files only.
 
-    return local_folder(repo_id, revision=revision)
+    Raises:
+        FileNotFoundError: There is no such repository.
+        ValueError: A file is not the one whose digest the record states, is missing, or would be loaded without
+            being part of the result.
+    """
+    folder = local_folder(repo_id, revision=revision)
+    if not (folder / RECORD_FILE).is_file():
+        logger.warning("%r has no %s, so its files cannot be verified.", repo_id, RECORD_FILE)
+        return folder
+    stated = read_record(folder).result
+    if not stated:
+        logger.warning("The record of %r states no digests of its files, so they cannot be verified.", repo_id)
+        return folder
+    fetched = [name for name in stated if _fits(name, MODEL_FILES)]
+    present = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    wrong = [n for n in fetched if n not in present or sha256_of(path_inside_cache(folder, n)) != stated[n]]
+    wrong += [name for name in present if _fits(name, DECIDE_WHAT_IS_LOADED) and name not in stated]
+    if wrong:
+        raise ValueError(
+            f"The files of {repo_id!r} are not those of its record: {', '.join(sorted(wrong))}. They were changed or "
+            "added after the result was published, or arrived damaged. Delete them from the cache and pull again, or "
+            "choose a `revision` of which the record is true."
+        )
+    return folder
+
+
+def path_inside_cache(folder: Path, name: str) -> Path:
+    """A file of a snapshot by a name out of its record; files of the Hub cache are links out of their folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"The record names the file {name!r}, which leads out of its folder; refused.")
+    return folder / name
+
+
+def _commit(api: HfApi, repo_id: str, branch: str, content: Mapping[str, Path | bytes], message: str) -> str:
+    """One commit on top of what was looked at; where somebody committed in between, it starts again."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(_ATTEMPTS):
+        info = api.model_info(repo_id, revision=branch)
+        present = {sibling.rfilename for sibling in info.siblings or []} - set(content)
+        earlier = _earlier_result(api, repo_id, str(info.sha))
+        removed = {name for name in present if name in earlier or _fits(name, DECIDE_WHAT_IS_LOADED)}
+        kept = sorted(present - removed - {".gitattributes"})
+        if attempt == 0 and removed:
+            logger.warning("Removed from %s in this commit: %s.", repo_id, ", ".join(sorted(removed)))
+        if attempt == 0 and kept:
+            logger.warning("Files in %s that no result of ours wrote stay there: %s.", repo_id, ", ".join(kept))
+        operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in sorted(removed)]
+        operations += [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=data if isinstance(data, bytes) else str(data))
+            for name, data in content.items()
+        ]
+        try:
+            commit = api.create_commit(
+                repo_id, operations, commit_message=message, revision=branch, parent_commit=info.sha
+            )
+            return str(commit.commit_url)
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code not in (409, 412):
+                raise
+            time.sleep(random.uniform(0.05, 0.2) * min(attempt + 1, 10))
+    raise ConnectionError(f"{repo_id!r} was not changed: others committed {_ATTEMPTS} times in between. Push again.")
+
+
+def _earlier_result(api: HfApi, repo_id: str, commit: str) -> set[str]:
+    """Files in a repository that an earlier push of a result wrote, by its record there."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = api.hf_hub_download(repo_id, RECORD_FILE, revision=commit)
+    except EntryNotFoundError:
+        return set()
+    try:
+        record = read_record(Path(path).parent)
+    except ValueError as error:
+        logger.warning("%s Its files are not known.", error)
+        return {RECORD_FILE, CARD_FILE}
+    listed = set(record.result) or {s.rfilename for s in api.model_info(repo_id, revision=commit).siblings or []
+                                    if _fits(s.rfilename, RESULT_PATTERNS)}  # fmt: skip
+    return {RECORD_FILE, CARD_FILE, *listed}
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) and name.count("/") <= pattern.count("/") for pattern in patterns)
 
 
 def _complete(
@@ -168,6 +277,7 @@ def _complete(
         shutil.copyfile(source, target)
     adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     chat = (folder / "chat_template.jinja").exists()
+    record.result = {name: sha256_of(folder / name) for name in sorted({*_result_files(folder), *extras})}
     write_text(folder / CARD_FILE, str(model_card(record, adapter=adapter, chat=chat, **card_options)))
     record.write(folder)
     return folder
@@ -180,37 +290,64 @@ def _require_weights(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _publishable(folder: Path, record: RunRecord, repo_id: str) -> Iterator[Path]:
-    """A folder of links to what may be published, with own copies of the files that name local paths."""
-    with tempfile.TemporaryDirectory(prefix="publish-") as made:
-        staged = Path(made)
-        ignore = shutil.ignore_patterns(*NOT_PUBLISHED)
-        shutil.copytree(folder, staged, ignore=ignore, copy_function=_link, dirs_exist_ok=True)
-        card = (folder / CARD_FILE).read_text(encoding="utf-8").replace(THIS_MODEL, repo_id)
-        _replace(staged / CARD_FILE, card)
-        bases = base_models(record, direct=True)
-        for name in _CONFIGS:
-            if (staged / name).is_file():
-                text = (staged / name).read_text(encoding="utf-8")
-                mended = _without_local_paths(text, bases[0] if len(bases) == 1 else None)
-                if mended != text:
-                    _replace(staged / name, mended)
-        if (staged / "adapter_config.json").is_file() and not bases:
-            logger.warning("The adapter's base is only a local folder; users will have to name it when they load.")
-        for path in sorted(staged.rglob("*")):
-            readable = path.suffix in _TEXTS and path.is_file() and path.stat().st_size < 5_000_000
-            if readable and holds_token(path.read_text(encoding="utf-8", errors="replace")):
-                raise ValueError(
-                    f"{path.relative_to(staged).as_posix()!r} in {str(folder)!r} holds an access token. Delete it "
-                    "there, and revoke the token if anybody else could read it."
-                )
-        yield staged
+def _result_files(folder: Path) -> list[str]:
+    """Files of a model, tokenizer or adapter in a folder, by their names; links are not followed."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [name for path in files if _fits(name := path.relative_to(folder).as_posix(), RESULT_PATTERNS)]
+
+
+def _content(folder: Path, record: RunRecord, repo_id: str, include: Sequence[str]) -> dict[str, Path | bytes]:
+    """Name in the repository -> file or bytes, for all that is published; secrets, links and changes are refused."""
+    result = record.result or {name: "" for name in _result_files(folder)}
+    named = {p.relative_to(folder).as_posix() for pattern in include for p in folder.glob(pattern) if not p.is_dir()}
+    for pattern in include:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in named):
+            raise FileNotFoundError(f"`include` names {pattern!r}, and there is no such file in {str(folder)!r}.")
+    content: dict[str, Path | bytes] = {}
+    for name in sorted({CARD_FILE, RECORD_FILE, *result, *named}):
+        path = path_inside(folder, name)
+        if any((folder / part).is_symlink() for part in (name, *map(str, Path(name).parents)) if part != "."):
+            raise ValueError(f"{name!r} in {str(folder)!r} is a link, and links are not published. Put a copy there.")
+        if not path.is_file():
+            raise FileNotFoundError(f"{name!r}, a file of the result, is missing in {str(folder)!r}. Save it again.")
+        if result.get(name) and sha256_of(path) != result[name]:
+            raise ValueError(
+                f"{name!r} in {str(folder)!r} has changed since the result was saved. If that was meant, record it "
+                "with `save_result(folder, record=read_record(folder), overwrite=True)`."
+            )
+        content[name] = path
+    left = sorted({p.relative_to(folder).parts[0] for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
+                  - {Path(name).parts[0] for name in content})  # fmt: skip
+    if left:
+        logger.warning("Not part of the result, so not published: %s. Name them in `include` to send them.", left)
+    card = read_text(folder / CARD_FILE).replace(THIS_MODEL, repo_id)
+    content[CARD_FILE] = card.encode()
+    bases = base_models(record, direct=True)
+    changed = {}
+    for name in _CONFIGS:
+        if name in content:
+            text = read_text(folder / name)
+            public = _without_local_paths(text, bases[0] if len(bases) == 1 else None)
+            if public != text:
+                content[name] = changed[name] = public.encode()
+    if changed and record.result:
+        record.result |= {name: hashlib.sha256(data).hexdigest() for name, data in changed.items()}
+        content[RECORD_FILE] = record.text().encode()
+    if "adapter_config.json" in content and not bases:
+        logger.warning("The adapter's base is only a local folder; users will have to name it when they load.")
+    for name, data in content.items():
+        found = find_secret(data.decode()) if isinstance(data, bytes) else find_secret_in_file(data)
+        if found is not None:
+            raise ValueError(
+                f"{name!r} in {str(folder)!r} holds an access token or another secret ({found}). Delete it there, and "
+                "revoke it if anybody else could read it."
+            )
+    return content
 
 
 def _without_local_paths(config_json: str, base: str | None) -> str:
     """A config file's text with local paths under the known keys replaced; all else stays as it is."""
-    config = json.loads(config_json)
+    config = parse_json(config_json, "a config file", kind=None)
     changed = False
     for key in _PATH_KEYS:
         value = config.get(key) if isinstance(config, dict) else None
@@ -226,20 +363,8 @@ def _is_folder(value: str) -> bool:
     return bool(value) and os.path.isdir(value)
 
 
-def _replace(link: Path, text: str) -> None:
-    link.unlink()
-    link.write_text(text, encoding="utf-8")
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.symlink(os.path.abspath(source), target)
-    except OSError:  # Windows without the right to make links
-        shutil.copyfile(source, target)
-
-
 def _log_in(repo_id: str) -> str:
     return (
         f"Writing to the Hub repository {repo_id!r} needs a token that may write there. Run `hf auth login`, set "
-        "HF_TOKEN, or pass `token=`; for a repository of an organisation, check your role in it."
+        "HF_TOKEN, or pass `token=`; for a repository of an organization, check your role in it."
     )

@@ -106,6 +106,7 @@ class RunRecord:
         device: Device, precision and processes (`device_summary`).
         stages: Where the time went (`with record.stage("train"): ...`).
         files: Name -> sha256 of the local files named in `config`.
+        result: File -> sha256 of the files that the result consists of, without card and record (`save_result`).
         versions: Versions of python and PACKAGES; read from the installed packages unless given.
         created: Start of the run, UTC, ISO 8601.
     """
@@ -123,6 +124,7 @@ class RunRecord:
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    result: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.files = {**files_named_in(self.config), **self.files}
@@ -167,8 +169,12 @@ class RunRecord:
     def write(self, folder: str | Path) -> Path:
         """Write `hf_transfer_ext.json` into `folder`, whole or not at all; returns its path."""
         path = Path(folder) / RECORD_FILE
-        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(path, self.text())
         return path
+
+    def text(self) -> str:
+        """The content of `hf_transfer_ext.json`."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "the record") -> RunRecord:
@@ -202,6 +208,8 @@ class RunRecord:
                 "created": self.created,
                 "config": self.config,
                 "files": self.files,
+                # Left out where empty: records of earlier versions lack it, and their digests stay the same.
+                **({"result": self.result} if self.result else {}),
                 "inputs": [
                     {
                         "name": item.name,
@@ -420,6 +428,7 @@ def _linked(
         device=dict(reading.field_of(data, "device", dict, where="the record", default={})),
         stages=[Stage(str(s["name"]), float(s["seconds"])) for s in data.get("stages") or []],
         files=_strings(data.get("files")),
+        result=_strings(data.get("result")),
         versions=_strings(data.get("versions")),
         created=str(data["created"]),
     )

@@ -119,7 +119,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
         tokenizer = AutoTokenizer.from_pretrained(
             str(name), revision=revision or "main", **{**NO_REMOTE_CODE, **kwargs}
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare exceptions for a damaged tokenizer.json
         if "trust_remote_code" in str(error):
             raise ValueError(_needs_code("Tokenizer", name)) from error
         raise FileNotFoundError(

@@ -14,6 +14,7 @@ from hf_transfer_ext.hub.publish import pull, push, save_result
 from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input, read_record
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.weights.checkpoints import write_checkpoint
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -158,7 +159,7 @@ def test_a_token_in_any_text_stops_the_push(hub, tmp_path):
     (out / "notes").mkdir()
     (out / "notes" / "how.md").write_text(f"Log in with {hub.token}")
     with pytest.raises(ValueError, match=r"notes/how\.md.*access token") as error:
-        push(out, "tester/a", token=hub.token)
+        push(out, "tester/a", token=hub.token, include=["notes/*.md"])
     assert hub.token not in str(error.value) and not hub.repos
 
 
@@ -279,3 +280,115 @@ def test_a_result_with_extra_files_is_replaced_by_one_with_the_same(tmp_path):
             extra_files={"plots/loss.png": tmp_path / "plot.png"},
         )
     assert (tmp_path / "out" / "plots" / "loss.png").exists()
+
+
+def sharded(folder, model, **fields):
+    """A result in several files."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    write_checkpoint(folder, model.state_dict(), max_shard_bytes=20_000)
+    return save_result(folder, tokenizer=byte_tokenizer(), record=record(**fields))
+
+
+def test_a_push_makes_the_repository_what_the_folder_is(hub, tmp_path, caplog):
+    tiny_llama(7).save_pretrained(tmp_path / "base")
+    hub.seed("tester/base", tmp_path / "base")
+    base = load_model("tester/base")
+    adapter = lora(base)
+    full, other = tiny_llama(1), tiny_llama(2)
+    folders = {
+        "one": (save_result(tmp_path / "one", model=full, tokenizer=byte_tokenizer(), record=record()), full),
+        "shards": (sharded(tmp_path / "shards", other), other),
+        "adapter": (
+            save_result(tmp_path / "adapter", model=adapter, record=record(describe_input("tester/base"))),
+            adapter,
+        ),
+    }
+    hub.seed("tester/a", {"notes.md": "mine", "figures/a.png": b"mine"})
+    for name in ("one", "shards", "one", "adapter", "shards", "adapter", "one"):
+        folder, model = folders[name]
+        caplog.clear()
+        before = len(hub.commits("tester/a"))
+        push(folder, "tester/a", token=hub.token)
+        assert len(hub.commits("tester/a")) == before + 1
+        sent = {p.name for p in folder.iterdir()} - {"figures"}
+        assert set(hub.files("tester/a")) == sent | {"notes.md", "figures/a.png"}
+        assert "stay there: figures/a.png, notes.md" in caplog.text
+        assert torch.equal(logits(load_model("tester/a")), logits(model)), name
+        assert torch.equal(logits(load_model(pull("tester/a"))), logits(model)), name
+
+
+def test_weights_of_others_are_not_loaded_in_the_place_of_what_was_pushed(hub, tmp_path, caplog):
+    tiny_llama(1).save_pretrained(tmp_path / "theirs")
+    torch.save({}, tmp_path / "theirs" / "pytorch_model.bin")
+    hub.seed("tester/a", tmp_path / "theirs")
+    push(sharded(tmp_path / "shards", tiny_llama(2)), "tester/a", token=hub.token)
+    assert {"model.safetensors", "pytorch_model.bin"}.isdisjoint(hub.files("tester/a"))
+    assert "Removed from tester/a in this commit: model.safetensors, pytorch_model.bin" in caplog.text
+    assert torch.equal(logits(load_model("tester/a")), logits(tiny_llama(2)))
+
+
+@pytest.mark.parametrize("change", ["weights", "missing", "added"])
+def test_pull_refuses_what_the_record_does_not_state(hub, tmp_path, change):
+    out = save_result(tmp_path / "out", model=tiny_llama(), tokenizer=byte_tokenizer(), record=record())
+    push(out, "tester/a", token=hub.token)
+    assert pull("tester/a").is_dir()
+    files = dict(hub.files("tester/a"))
+    if change == "weights":
+        tiny_llama(1).save_pretrained(tmp_path / "other")
+        files["model.safetensors"] = (tmp_path / "other" / "model.safetensors").read_bytes()
+    elif change == "missing":
+        del files["tokenizer.json"]
+    else:
+        files["adapter_config.json"] = b"{}"
+    hub.seed("tester/a", files)
+    name = {"weights": "model.safetensors", "missing": "tokenizer.json", "added": "adapter_config.json"}[change]
+    with pytest.raises(ValueError, match=f"not those of its record: {name}"):
+        pull("tester/a")
+
+
+def test_only_what_a_result_consists_of_is_sent(hub, tmp_path, caplog):
+    out = save_result(tmp_path / "out", model=tiny_llama(), tokenizer=byte_tokenizer(), record=record())
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "id_rsa").write_text("PRIVATE")
+    (out / "data").symlink_to(private)
+    (out / "loop").symlink_to(out)
+    (out / "notes.md").write_text("notes")
+    (out / "table.csv").write_text("a,b")
+    push(out, "tester/a", token=hub.token, include=["notes.md"])
+    sent = hub.files("tester/a")
+    assert "notes.md" in sent and "table.csv" not in sent and not any(b"PRIVATE" in data for data in sent.values())
+    assert "'data', 'loop', 'table.csv'" in caplog.text
+    with pytest.raises(FileNotFoundError, match="include"):
+        push(out, "tester/a", token=hub.token, include=["nothing.md"])
+    for name in ("data/id_rsa", "data/*"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"link|leads out|include"):
+            push(out, "tester/a", token=hub.token, include=[name])
+    (out / "tokenizer_config.json").rename(private / "t.json")
+    (out / "tokenizer_config.json").symlink_to(private / "t.json")
+    with pytest.raises(ValueError, match=r"link|leads out"):
+        push(out, "tester/a", token=hub.token)
+
+
+def test_a_file_that_changed_since_it_was_saved_is_not_published(hub, tmp_path):
+    out = save_result(tmp_path / "out", model=tiny_llama(), tokenizer=byte_tokenizer(), record=record(seed=3))
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    (out / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"generation_config\.json.*has changed"):
+        push(out, "tester/a", token=hub.token)
+    save_result(out, record=read_record(out), overwrite=True)
+    push(out, "tester/a", token=hub.token)
+    assert hub.files("tester/a")["chat_template.jinja"] == b"{{ messages }}" and read_record("tester/a").seed == 3
+
+
+@pytest.mark.parametrize("name", ["page.html", "NOTES", "run.ipynb", "x.csv", "big.json", "config.json"])
+def test_secrets_are_found_in_every_file_that_is_sent(hub, tmp_path, name):
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=record())
+    config = json.loads((out / "config.json").read_text())
+    content = json.dumps({**config, "note": f"x_{hub.token}", "long": "x" * 5_000_000 if name == "big.json" else ""})
+    (out / name).write_text(content, encoding="utf-16" if name == "NOTES" else "utf-8")
+    save_result(out, record=record(), overwrite=True)
+    with pytest.raises(ValueError, match="access token"):
+        push(out, "tester/a", token=hub.token, include=[name])
+    assert not hub.repos

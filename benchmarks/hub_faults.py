@@ -1,0 +1,199 @@
+"""Faults of the Hub while a result is pushed over an older one and pulled: `python benchmarks/hub_faults.py`.
+
+The real client talks to the loopback Hub of the tests, which fails at every place in turn: the connection drops after
+some bytes, or a request is answered with 429, 500 or 401, once or from then on; other people commit in between; 16
+pushes arrive at once. After each fault the repository has to hold the old result or the new one, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
+
+from hub_server import HubServer, _Handler  # noqa: E402
+
+#: The requests of a push and a pull, by what stands in their address.
+PLACES = ("whoami", "repos/create", "api/models", "preupload", "objects/batch", "lfs/", "commit/", "resolve")
+
+
+class Faults:
+    """Answers of the server replaced by faults, from the n-th request on whose address holds `place`."""
+
+    def __init__(self, kind: str, place: str, times: int) -> None:
+        self.kind, self.place, self.left, self.seen = kind, place, times, 0
+
+    def __call__(self, handler: Any) -> bool:
+        """True where the request was answered with the fault."""
+        if self.place not in handler.path or self.left <= 0:
+            return False
+        self.left -= 1
+        self.seen += 1
+        handler._read_body()
+        if self.kind.startswith("drop"):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * int(self.kind[5:]))
+            handler.wfile.flush()
+            handler.close_connection = True
+            handler.connection.close()
+            return True
+        status = int(self.kind)
+        headers = {"Retry-After": "1"} if status == 429 else {}
+        handler._json({"error": "a fault"}, status, headers)
+        return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hub_faults.md")
+    out = parser.parse_args(argv).out
+    server = HubServer()
+    os.environ.update(
+        HF_ENDPOINT=server.endpoint, HF_HOME=tempfile.mkdtemp(prefix="hub-faults-"), HF_HUB_DISABLE_XET="1",
+        HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
+    )  # fmt: skip
+    rows = measured(server)
+    out.write_text(report(rows), encoding="utf-8")
+    print(out.read_text())
+    if any(row["half"] for row in rows):
+        sys.exit("A repository was half published.")
+
+
+def measured(server: HubServer) -> list[dict[str, Any]]:
+    """One row for each kind of fault: runs, how they ended, and how many repositories were neither old nor new."""
+    from huggingface_hub.utils import _http
+    from tiny import byte_tokenizer, tiny_llama
+
+    from hf_transfer_ext.hub.publish import push, save_result
+    from hf_transfer_ext.hub.record import RunRecord
+
+    # The client waits up to a minute between its attempts; here it makes as many, without the waiting.
+    _http.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)), time=time.time)  # type: ignore
+    with tempfile.TemporaryDirectory() as made:
+        folders = [
+            save_result(
+                Path(made) / str(n), model=tiny_llama(n), tokenizer=byte_tokenizer(),
+                record=RunRecord("distillation", "r", {}, seed=n),
+            )
+            for n in range(17)
+        ]  # fmt: skip
+        states = []
+        for folder in folders:
+            server.clear()
+            push(folder, "tester/a", token=server.token)
+            states.append(dict(server.files("tester/a")))
+        rows = []
+        for kind in ("drop:0", "drop:50", "429", "500", "401"):
+            row = {"fault": kind, "runs": 0, "struck": 0, "old": 0, "new": 0, "half": 0, "raw": 0, "seconds": 0.0}
+            for place in PLACES:
+                for count in (1, 1000):  # once, and from then on
+                    _one(row, server, states, Faults(kind, place, count),
+                         lambda: push(folders[1], "tester/a", token=server.token))  # fmt: skip
+            rows.append(row)
+        rows.append(_others_commit(server, folders, states))
+        rows.append(_at_once(server, folders, states))
+    return rows
+
+
+def _one(row: dict[str, Any], server: HubServer, states: list[Any], fault: Faults, work: Callable[[], Any]) -> None:
+    server.clear()
+    server.seed("tester/a", states[0])
+    original = _Handler._answer
+    _Handler._answer = lambda handler: None if fault(handler) else original(handler)  # type: ignore[method-assign]
+    started = time.perf_counter()
+    try:
+        work()
+    except (OSError, ValueError):
+        pass
+    except Exception:
+        row["raw"] += 1
+    finally:
+        _Handler._answer = original  # type: ignore[method-assign]
+    row["seconds"] = max(row["seconds"], time.perf_counter() - started)
+    row["runs"] += 1
+    row["struck"] += fault.seen > 0
+    _judge(row, server, states, "tester/a")
+
+
+def _judge(row: dict[str, Any], server: HubServer, states: list[Any], repo: str) -> None:
+    files = dict(server.files(repo))
+    files.pop(".gitattributes", None)
+    found = [n for n, state in enumerate(states) if files == {k: v for k, v in state.items() if k != ".gitattributes"}]
+    row["old" if found == [0] else "new" if found else "half"] += 1
+
+
+def _others_commit(server: HubServer, folders: list[Path], states: list[Any]) -> dict[str, Any]:
+    """Somebody commits between the look at the repository and our commit: what was looked at is stale."""
+    from hf_transfer_ext.hub.publish import push
+
+    row = {"fault": "stale parent", "runs": 0, "struck": 0, "old": 0, "new": 0, "half": 0, "raw": 0, "seconds": 0.0}
+    for count in (1, 3):
+        fault = Faults("stale", "preupload", count)
+
+        def commits(handler: Any, fault: Faults = fault) -> bool:
+            if fault.place in handler.path and fault.left > 0:
+                fault.left -= 1
+                fault.seen += 1
+                server.seed("tester/a", states[2 + fault.left])
+            return False
+
+        fault.__class__ = type("Stale", (Faults,), {"__call__": lambda self, handler: commits(handler)})
+        _one(row, server, states, fault, lambda: push(folders[1], "tester/a", token=server.token))
+    return row
+
+
+def _at_once(server: HubServer, folders: list[Path], states: list[Any]) -> dict[str, Any]:
+    """16 pushes into one repository: each a commit of its own, and each commit one whole result."""
+    from hf_transfer_ext.hub.publish import push
+
+    row = {"fault": "16 at once", "runs": 16, "struck": 16, "old": 0, "new": 0, "half": 0, "raw": 0, "seconds": 0.0}
+    server.clear()
+    server.seed("tester/a", states[0])
+    started = time.perf_counter()
+
+    def one(folder: Path) -> None:
+        try:
+            push(folder, "tester/a", token=server.token)
+        except (OSError, ValueError):
+            pass
+        except Exception:
+            row["raw"] += 1
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, folders[1:]))
+    row["seconds"] = time.perf_counter() - started
+    for commit in server.commits("tester/a")[:-2]:
+        files = {path: blob.data for path, blob in commit.files.items() if path != ".gitattributes"}
+        whole = any(files == {k: v for k, v in state.items() if k != ".gitattributes"} for state in states)
+        row["new" if whole else "half"] += 1
+    return row
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    lines = [
+        "# Faults of the Hub\n",
+        "`python benchmarks/hub_faults.py`: a result is pushed over an older one with the real client, and the "
+        "loopback Hub of the tests fails at each kind of request in turn, once or from then on "
+        "(the client's waits between attempts are cut to 20 ms). *struck*: runs that met the fault; "
+        "*old*, *new*: what the repository held afterwards; *half published*: neither; *raw errors*: other than "
+        "OSError and ValueError.\n",
+        "| fault | runs | struck | old | new | half published | raw errors | longest run, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [r["fault"], r["runs"], r["struck"], r["old"], r["new"], r["half"], r["raw"], f"{r['seconds']:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
