@@ -440,9 +440,9 @@ def _refuse_quantized(model: InputModel, name: str, folder: Path) -> None:
     dtype = model.tensors[name].dtype
     if dtype not in FLOAT_DTYPES or any(name + ending in model.tensors for ending in SCALES):
         raise ValueError(
-            f"Adapter {str(folder)!r} changes {name!r}, which model {str(model.reference)!r} stores quantized ({dtype}, "
-            "with scales of its own): the change cannot be added to the stored numbers. Use the model with its weights "
-            "in bfloat16, float16 or float32."
+            f"Adapter {str(folder)!r} changes {name!r}, which model {str(model.reference)!r} stores quantized "
+            f"({dtype}, with scales of its own): the change cannot be added to the stored numbers. Use the model with "
+            "its weights in bfloat16, float16 or float32."
         )
 
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_heads import Odd, families
+from models.test_heads import Odd, families
 from tiny import tiny_llama
 
 from hf_transfer_ext.models.plumbing import (
