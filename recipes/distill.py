@@ -23,7 +23,7 @@ from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_inp
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, settings_of
-from hf_transfer_ext.students import STUDENT_INITS
+from hf_transfer_ext.students import STUDENT_INITS, StudentShape
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
         teacher_tokenizer = tokenizer
         if told.student is None:
             depth = told.student_layers or teacher.config.get_text_config().num_hidden_layers // 2
-            student = STUDENT_INITS[told.student_init](teacher, num_layers=depth).float()
+            student = STUDENT_INITS[told.student_init](teacher, StudentShape(depth=depth)).float()
         else:
             student = load_model(told.student, revision=told.student_revision, dtype="float32")
             tokenizer = load_tokenizer(told.student, revision=told.student_revision)

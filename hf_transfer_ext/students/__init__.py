@@ -5,10 +5,12 @@ from __future__ import annotations
 from hf_transfer_ext.registry import Registry
 from hf_transfer_ext.students.last_depth import last_depth
 from hf_transfer_ext.students.linear_expansion import linear_expansion
+from hf_transfer_ext.students.shape import StudentShape
 from hf_transfer_ext.students.stage_sharing import stage_sharing
 from hf_transfer_ext.students.uniform_depth import uniform_depth
 
-#: How a student of another depth starts from its teacher: `(teacher, *, num_layers, **options) -> new model`.
-STUDENT_INITS = Registry("student initialisation", [uniform_depth, last_depth, linear_expansion, stage_sharing])
+#: How a student starts from its teacher: `(teacher, shape: StudentShape, **options) -> new model`. An initialization
+#: refuses a shape that it cannot make.
+STUDENT_INITS = Registry("student initialization", [uniform_depth, last_depth, linear_expansion, stage_sharing])
 
-__all__ = ["STUDENT_INITS", *STUDENT_INITS]
+__all__ = ["STUDENT_INITS", "StudentShape", *STUDENT_INITS]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_transfer_ext.students.shape import StudentShape, require_only
+
 #: The tensors of one layer by their names inside the layer ("self_attn.q_proj.weight").
 LayerTensors = Mapping[str, Tensor]
 
@@ -106,23 +108,29 @@ def rebuilt(teacher: PreTrainedModel, config: PretrainedConfig, tensors: Mapping
     return student.to(teacher.device).train(teacher.training)
 
 
-def check_depth(teacher: PreTrainedModel, num_layers: int, *, at_most_teacher: bool = False) -> int:
-    """The teacher's depth, after refusing a depth or a teacher that no student can be made from."""
+def depths(
+    teacher: PreTrainedModel, shape: StudentShape, init: str, *, at_most_teacher: bool = False
+) -> tuple[int, int]:
+    """(the student's depth, the teacher's), after refusing a teacher or a shape that `init` makes no student from."""
     refuse_wrapped(teacher)
-    depth = len(layer_stack(teacher)[1])
-    if num_layers < 1 or (at_most_teacher and num_layers > depth):
-        limit = f"between 1 and {depth}, the depth of the teacher" if at_most_teacher else "at least 1"
-        raise ValueError(f"`num_layers` has to be {limit}, got {num_layers}.")
-    return depth
+    theirs = len(layer_stack(teacher)[1])
+    advice = "Leave it out; a smaller vocabulary is made by `students.vocabulary.trim_vocabulary`."
+    depth = require_only(shape, teacher, "depth", init, advice).depth or theirs
+    if at_most_teacher and depth > theirs:
+        raise ValueError(
+            f"`depth` has to lie between 1 and {theirs}, the depth of the teacher, got {depth}: {init} takes layers "
+            "away. linear_expansion and stage_sharing make deeper students."
+        )
+    return depth, theirs
 
 
 def refuse_wrapped(teacher: PreTrainedModel) -> None:
-    """A student is made from plain weights: adapters have to be merged, quantised weights dequantised before."""
+    """A student is made from plain weights: adapters have to be merged, quantized weights dequantized before."""
     if hasattr(teacher, "peft_config"):
         raise ValueError(
             "The teacher carries an adapter, which a student cannot inherit. Merge it first: model.merge_and_unload()."
         )
     if getattr(teacher, "is_quantized", False):
         raise ValueError(
-            "The teacher is quantised. Load it in float32 or bfloat16 to make a student from its weights."
+            "The teacher is quantized. Load it in float32 or bfloat16 to make a student from its weights."
         )

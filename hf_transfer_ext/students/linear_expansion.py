@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from hf_transfer_ext.students.layers import LayerTensors, check_depth, layer_stack, layer_tensors, with_layers
+from hf_transfer_ext.students.layers import LayerTensors, depths, layer_stack, layer_tensors, with_layers
+from hf_transfer_ext.students.shape import StudentShape
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Learngene:
 
 
 def linear_expansion(
-    teacher: PreTrainedModel, *, num_layers: int, learngene: Learngene | None = None
+    teacher: PreTrainedModel, shape: StudentShape, *, learngene: Learngene | None = None
 ) -> PreTrainedModel:
     r"""A student of any depth L, deeper ones too, whose layers are linear in their place.
 
@@ -39,7 +40,7 @@ def linear_expansion(
 
     Args:
         teacher: A model, or a trained `auxiliary_model`, whose learngene is then taken as it is.
-        num_layers: The student's depth.
+        shape: The student's; of any depth, all else the teacher's own.
         learngene: theta_B and theta_A; by default those of `learngene_of(teacher)`.
 
     Returns:
@@ -49,10 +50,10 @@ def linear_expansion(
     The paper trains theta_A and theta_B by soft distillation (`auxiliary_model` here). Fitting them to a teacher's
     layers by least squares, the default, is our own start: for a trained transformer a rough one.
     """
-    depth = check_depth(teacher, num_layers)
+    depth, theirs = depths(teacher, shape, "linear_expansion")
     learngene = learngene or learngene_of(teacher)
-    layers = [learngene.layer(i / num_layers) for i in range(num_layers)]
-    return with_layers(teacher, layers, [i * depth // num_layers for i in range(num_layers)])
+    layers = [learngene.layer(i / depth) for i in range(depth)]
+    return with_layers(teacher, layers, [i * theirs // depth for i in range(depth)])
 
 
 def learngene_of(model: PreTrainedModel) -> Learngene:
@@ -94,21 +95,21 @@ def fit_learngene(layers: list[dict[str, Tensor]]) -> Learngene:
 
 
 def auxiliary_model(
-    teacher: PreTrainedModel, *, num_layers: int | None = None, learngene: Learngene | None = None
+    teacher: PreTrainedModel, shape: StudentShape | None = None, *, learngene: Learngene | None = None
 ) -> PreTrainedModel:
     """The model that TLEG trains: all layers read one shared theta_B and one shared theta_A, which are its parameters.
 
-    Train it by distillation like any model, then expand it: `linear_expansion(auxiliary, num_layers=...)`. It holds
-    torch parametrizations and cannot be saved with `save_pretrained`; save what is expanded from it.
+    Train it by distillation like any model, then expand it: `linear_expansion(auxiliary, StudentShape(depth=...))`. It
+    holds torch parametrizations and cannot be saved with `save_pretrained`; save what is expanded from it.
 
     Args:
-        num_layers: Its depth; by default the teacher's.
+        shape: Its shape; by default the teacher's.
         learngene: Where training starts; by default `learngene_of(teacher)`.
     """
-    depth = check_depth(teacher, 1)
-    count = num_layers or depth
+    shape = shape or StudentShape()
+    count, _ = depths(teacher, shape, "auxiliary_model")
     learngene = learngene or learngene_of(teacher)
-    model = linear_expansion(teacher, num_layers=count, learngene=learngene)
+    model = linear_expansion(teacher, shape, learngene=learngene)
     base = {name: nn.Parameter(learngene.base[name].clone()) for name in learngene.slope}
     slope = {name: nn.Parameter(tensor.clone()) for name, tensor in learngene.slope.items()}
     for i, layer in enumerate(layer_stack(model)[1]):

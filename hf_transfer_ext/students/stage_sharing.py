@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_transfer_ext.students.layers import check_depth, layer_stack, layer_tensors, with_layers
+from hf_transfer_ext.students.layers import depths, layer_stack, layer_tensors, with_layers
+from hf_transfer_ext.students.shape import StudentShape
 
 #: How a teacher's stage becomes one layer.
 REPRESENTATIVES = ("first", "middle", "last", "mean")
@@ -16,8 +17,8 @@ REPRESENTATIVES = ("first", "middle", "last", "mean")
 
 def stage_sharing(
     teacher: PreTrainedModel,
+    shape: StudentShape,
     *,
-    num_layers: int,
     stages: Sequence[int] | None = None,
     repeats: Sequence[int] | None = None,
     representative: str = "middle",
@@ -26,7 +27,7 @@ def stage_sharing(
 
     Args:
         teacher: A model, or a trained `stage_shared_model` (whose stages are one layer each already).
-        num_layers: The student's depth, at least one layer per stage.
+        shape: The student's; at least one layer per stage deep, all else the teacher's own.
         stages: How many of the teacher's layers belong to each stage, bottom first, as in 3-3-4-3-3 for 16 layers;
             by default `default_stages`.
         repeats: How often each stage's layer comes in the student. By default as even as possible with the longer
@@ -40,13 +41,13 @@ def stage_sharing(
     Source: SWS, Xia et al. 2024, https://arxiv.org/abs/2404.16897. The paper trains the stages' layers by distillation
     (`stage_shared_model` here); taking them from a teacher's stages is our own start.
     """
-    depth = check_depth(teacher, num_layers)
-    stages = _checked_stages(stages, depth)
-    repeats = even_split(num_layers, len(stages)) if repeats is None else list(repeats)
-    if len(repeats) != len(stages) or sum(repeats) != num_layers or min(repeats) < 1:
+    depth, theirs = depths(teacher, shape, "stage_sharing")
+    stages = _checked_stages(stages, theirs)
+    repeats = even_split(depth, len(stages)) if repeats is None else list(repeats)
+    if len(repeats) != len(stages) or sum(repeats) != depth or min(repeats) < 1:
         raise ValueError(
-            f"{len(stages)} stages need {len(stages)} repeats of at least 1 that sum to `num_layers` = {num_layers}, "
-            f"got {list(repeats)}."
+            f"{len(stages)} stages need {len(stages)} repeats of at least 1 that sum to the student's depth "
+            f"of {depth}, got {list(repeats)}."
         )
     genes = stage_layers(teacher, stages, representative)
     layers, sources, start = [], [], 0
@@ -62,12 +63,15 @@ def stage_shared_model(
 ) -> PreTrainedModel:
     """The model that SWS trains: as deep as the teacher, with one set of parameters for all layers of a stage.
 
-    Train it by distillation like any model, then expand it: `stage_sharing(auxiliary, num_layers=..., stages=...)`.
-    Its parameters are shared in memory in a way that its config does not tell: save what is expanded from it.
+    Train it by distillation like any model, then expand it with `stage_sharing(auxiliary, StudentShape(depth=...),
+    stages=...)`. Its parameters are shared in memory in a way that its config does not tell: save what is expanded
+    from it.
     """
-    depth = check_depth(teacher, 1)
+    depth, _ = depths(teacher, StudentShape(), "stage_shared_model")
     stages = _checked_stages(stages, depth)
-    model = stage_sharing(teacher, num_layers=depth, stages=stages, repeats=stages, representative=representative)
+    model = stage_sharing(
+        teacher, StudentShape(depth=depth), stages=stages, repeats=stages, representative=representative
+    )
     layers = layer_stack(model)[1]
     start = 0
     for size in stages:

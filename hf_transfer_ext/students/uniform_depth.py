@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from hf_transfer_ext.students.layers import check_depth, keep_layers
+from hf_transfer_ext.students.layers import depths, keep_layers
+from hf_transfer_ext.students.shape import StudentShape
 
 
-def uniform_depth(teacher: PreTrainedModel, *, num_layers: int) -> PreTrainedModel:
-    r"""Keep `num_layers` evenly spaced layers, the first and the last among them; everything else is copied.
+def uniform_depth(teacher: PreTrainedModel, shape: StudentShape) -> PreTrainedModel:
+    r"""Keep `shape.depth` evenly spaced layers, the first and the last among them; everything else is copied.
 
     .. math:: l_i = \left\lfloor \frac{i (L - 1)}{n - 1} + \frac12 \right\rfloor, \quad i = 0 \dots n - 1
 
     of the teacher's layers 0 to L-1; a single layer is the first one. With all layers the student equals the teacher.
 
     Args:
-        num_layers: The student's depth n, 1 to the teacher's depth L.
+        shape: The student's; its depth n is 1 to the teacher's depth L, all else the teacher's own.
 
     Returns:
         A new model of the teacher's class that shares no memory with it.
@@ -23,8 +24,8 @@ def uniform_depth(teacher: PreTrainedModel, *, num_layers: int) -> PreTrainedMod
     Source: DistilBERT, Sanh et al. 2019, https://arxiv.org/abs/1910.01108, which takes one layer of two; the rounding
     for other depths, with both ends kept, is our own.
     """
-    depth = check_depth(teacher, num_layers, at_most_teacher=True)
-    return keep_layers(teacher, evenly_spaced(depth, num_layers))
+    depth, theirs = depths(teacher, shape, "uniform_depth", at_most_teacher=True)
+    return keep_layers(teacher, evenly_spaced(theirs, depth))
 
 
 def evenly_spaced(depth: int, count: int) -> list[int]:

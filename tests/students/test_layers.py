@@ -1,4 +1,4 @@
-"""What every student initialisation owes: the same class, no shared memory, a checkpoint of the same model."""
+"""What every student initialization owes: the same class, no shared memory, a checkpoint of the same model."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 
 from hf_transfer_ext.students import STUDENT_INITS
 from hf_transfer_ext.students.layers import keep_layers, layer_stack, rebuilt
+from hf_transfer_ext.students.shape import StudentShape
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -35,7 +36,7 @@ def test_a_kept_layer_is_the_teachers(family):
 def test_a_student_is_a_whole_model_of_its_own(family, init, tmp_path):
     teacher = tiny_model(family, depth=6)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    student = STUDENT_INITS[init](teacher, num_layers=5)
+    student = STUDENT_INITS[init](teacher, StudentShape(depth=5))
     assert type(student) is type(teacher)
     assert student.config.num_hidden_layers == len(layer_stack(student)[1]) == 5
     assert student.config.hidden_size == teacher.config.hidden_size
@@ -64,7 +65,7 @@ def test_a_student_is_a_whole_model_of_its_own(family, init, tmp_path):
 def test_dtype_mode_and_generation_config_are_the_teachers(init):
     teacher = tiny_model("llama", depth=5).to(torch.bfloat16).train()
     teacher.generation_config.max_new_tokens = 7
-    student = STUDENT_INITS[init](teacher, num_layers=5)
+    student = STUDENT_INITS[init](teacher, StudentShape(depth=5))
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
     assert student.training
     assert student.generation_config.max_new_tokens == 7
@@ -80,14 +81,14 @@ def test_a_teacher_moved_to_another_dtype_is_copied_exactly(family, dtype):
 
 @pytest.mark.parametrize("init", STUDENT_INITS)
 def test_bad_teachers_and_depths(init):
-    with pytest.raises(ValueError, match="`num_layers`"):
-        STUDENT_INITS[init](tiny_model("llama", depth=2), num_layers=0)
+    with pytest.raises(ValueError, match="`depth` of a student has to be at least 1, got 0"):
+        STUDENT_INITS[init](tiny_model("llama", depth=2), StudentShape(depth=0))
     adapted = tiny_model("llama", depth=2)
     from peft import LoraConfig
 
     adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge_and_unload"):
-        STUDENT_INITS[init](adapted, num_layers=1)
+        STUDENT_INITS[init](adapted, StudentShape(depth=1))
 
 
 def test_an_unknown_layer_is_refused():
@@ -110,3 +111,14 @@ def test_tensors_that_do_not_fit_are_named():
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
     with pytest.raises(ValueError, match=r"mlp\.up_proj\.weight"):
         rebuilt(teacher, teacher.config, tensors)
+
+
+@pytest.mark.parametrize("init", STUDENT_INITS)
+def test_a_shape_that_an_initialization_cannot_make_is_refused(init):
+    teacher = tiny_model("llama", depth=6)
+    own = StudentShape.of(teacher)
+    for field in ("width", "heads", "vocabulary"):
+        with pytest.raises(ValueError, match=rf"{init} makes students of another .* only, but `{field}`"):
+            STUDENT_INITS[init](teacher, StudentShape(**{"depth": 5, field: 1}))
+    student = STUDENT_INITS[init](teacher, StudentShape(5, own.width, own.heads, own.vocabulary))
+    assert StudentShape.of(student) == StudentShape(5, own.width, own.heads, own.vocabulary)

@@ -5,6 +5,7 @@ from tiny_families import FAMILIES, logits_of, tiny_model
 from hf_transfer_ext.students import linear_expansion
 from hf_transfer_ext.students.layers import layer_stack, layer_tensors
 from hf_transfer_ext.students.linear_expansion import Learngene, auxiliary_model, fit_learngene, learngene_of
+from hf_transfer_ext.students.shape import StudentShape
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -37,7 +38,7 @@ def test_a_model_of_linear_layers_is_reproduced(family):
     for name, tensor in line.base.items():
         torch.testing.assert_close(found.base[name], tensor, rtol=0, atol=1e-13)
         torch.testing.assert_close(found.slope[name], line.slope[name], rtol=0, atol=1e-13)
-    student = linear_expansion(teacher, num_layers=5)
+    student = linear_expansion(teacher, StudentShape(depth=5))
     torch.testing.assert_close(logits_of(student, IDS), logits_of(teacher, IDS), rtol=0, atol=1e-10)
 
 
@@ -62,7 +63,7 @@ def test_one_layer_has_no_slope():
 def test_a_given_learngene_is_expanded_to_any_depth(num_layers):
     teacher = tiny_model("gemma3", depth=3)
     gene = make_linear(tiny_model("gemma3", depth=3))
-    student = linear_expansion(teacher, num_layers=num_layers, learngene=gene)
+    student = linear_expansion(teacher, StudentShape(depth=num_layers), learngene=gene)
     name = "mlp.up_proj.weight"
     for i, layer in enumerate(layer_tensors(student)):
         torch.testing.assert_close(layer[name], gene.base[name] + i / num_layers * gene.slope[name])
@@ -75,7 +76,7 @@ def test_a_given_learngene_is_expanded_to_any_depth(num_layers):
 def test_the_auxiliary_model_computes_what_its_expansion_does(family):
     teacher = tiny_model(family, depth=4)
     auxiliary = auxiliary_model(teacher)
-    expanded = linear_expansion(teacher, num_layers=4)
+    expanded = linear_expansion(teacher, StudentShape(depth=4))
     torch.testing.assert_close(logits_of(auxiliary, IDS), logits_of(expanded, IDS), rtol=1e-5, atol=1e-5)
 
 
@@ -101,9 +102,9 @@ def test_the_auxiliary_model_trains_base_and_slope_and_nothing_else(checkpointin
     gene, start = learngene_of(auxiliary), learngene_of(teacher)
     assert all(not torch.equal(gene.base[name], start.base[name]) for name in gene.base)
     assert all(not torch.equal(gene.slope[name], start.slope[name]) for name in gene.slope)
-    student = linear_expansion(auxiliary.eval(), num_layers=4)
+    student = linear_expansion(auxiliary.eval(), StudentShape(depth=4))
     torch.testing.assert_close(logits_of(student, IDS), logits_of(auxiliary, IDS), rtol=1e-5, atol=1e-5)
-    assert linear_expansion(auxiliary, num_layers=7).config.num_hidden_layers == 7
+    assert linear_expansion(auxiliary, StudentShape(depth=7)).config.num_hidden_layers == 7
 
 
 def test_layers_of_unequal_shapes_are_refused():

@@ -5,6 +5,7 @@ import torch
 from tiny_families import FAMILIES, logits_of, tiny_model
 
 from hf_transfer_ext.students import uniform_depth
+from hf_transfer_ext.students.shape import StudentShape
 from hf_transfer_ext.students.uniform_depth import evenly_spaced
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -13,7 +14,7 @@ IDS = torch.arange(24).reshape(2, 12)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_layers_are_the_teacher(family):
     teacher = tiny_model(family)
-    assert torch.equal(logits_of(uniform_depth(teacher, num_layers=4), IDS), logits_of(teacher, IDS))
+    assert torch.equal(logits_of(uniform_depth(teacher, StudentShape(depth=4)), IDS), logits_of(teacher, IDS))
 
 
 def test_worked_by_hand():
@@ -34,4 +35,4 @@ def test_spacing_is_even_without_repeats(depth):
 
 def test_more_layers_than_the_teacher_are_refused():
     with pytest.raises(ValueError, match="between 1 and 4, the depth of the teacher, got 5"):
-        uniform_depth(tiny_model("llama"), num_layers=5)
+        uniform_depth(tiny_model("llama"), StudentShape(depth=5))

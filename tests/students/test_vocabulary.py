@@ -9,6 +9,7 @@ from tiny_tokenizers import CHAT_TEMPLATE, NATURAL, SPECIALS, TEXTS, TOKENIZERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_transfer_ext.students import uniform_depth
+from hf_transfer_ext.students.shape import StudentShape
 from hf_transfer_ext.students.vocabulary import VocabularyMap, restore_vocabulary, trim_vocabulary
 
 CORPUS = [*TEXTS[:3], "banana bandana\n\n  aaaa", "Gold and Paris"]
@@ -165,7 +166,7 @@ def test_a_trained_and_cut_student_gets_the_original_rows_back():
     tokenizer = tokenizer_of("byte_fallback")
     model = model_for(tokenizer, "gemma3")
     trimmed_model, _, vocabulary = trim_vocabulary(model, tokenizer, CORPUS)
-    student = uniform_depth(trimmed_model, num_layers=1)
+    student = uniform_depth(trimmed_model, StudentShape(depth=1))
     with torch.no_grad():
         student.get_input_embeddings().weight += 1
     restored = restore_vocabulary(student, vocabulary, model.get_input_embeddings().weight)
@@ -317,5 +318,5 @@ def test_trimmed_gemma_saved_and_loaded_still_writes(gemma, tmp_path):
     assert tokenizer(corpus)["input_ids"] == trimmed(corpus)["input_ids"]
     prompt = tokenizer("Paris is the capital of", return_tensors="pt")
     assert tokenizer.decode(model.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1]).strip() == "France"
-    student = uniform_depth(model, num_layers=8)
+    student = uniform_depth(model, StudentShape(depth=8))
     assert student.config.layer_types == [model.config.layer_types[i] for i in (0, 2, 5, 7, 10, 12, 15, 17)]

@@ -162,7 +162,7 @@ def test_adapters_of_one_base_are_measured_without_a_copy_and_left_as_they_were(
     np.testing.assert_allclose(values["base"], base, rtol=1e-6)
     assert np.abs(values["default"] - values["base"]).min() > 1e-4
     assert np.abs(values["other"] - values["default"]).min() > 1e-4
-    with pytest.raises(ValueError, match="no adapter 'third'"):
+    with pytest.raises(ValueError, match="Unknown adapter 'third'"):
         evaluate(model, tokenizer, EXAMPLES, ["perplexity"], adapter="third")
 
 
