@@ -10,6 +10,7 @@ To add a need, add one line to `NEEDS`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -243,6 +244,12 @@ def require_at_least(name: str, value: float, lowest: float, *, strictly: bool =
     """Refuse an option out of its range; the losses and methods check their own. NaN is out of every range."""
     if not (value > lowest if strictly else value >= lowest):
         raise ValueError(f"`{name}` must be {'>' if strictly else '>='} {lowest:g}, got {value}.")
+
+
+def require_finite(name: str, value: float) -> None:
+    """Refuse NaN and infinity for an option that may have any sign."""
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value}.")
 
 
 def check_options(loss: Callable, options: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.losses.needs import HiddenRows, Tokens, averaged_over
+from hf_transfer_ext.losses.needs import HiddenRows, Tokens, averaged_over, require_finite
 
 
 @averaged_over("tokens")
@@ -24,4 +24,5 @@ def rmu(hidden: HiddenRows, control: Float[Tensor, " hidden"], *, scale: float =
     Source: Li et al., "The WMDP benchmark: measuring and reducing malicious use with unlearning", 2024, section 4,
     https://arxiv.org/abs/2403.03218
     """
+    require_finite("scale", scale)
     return ((hidden - scale * control) ** 2).mean(-1)

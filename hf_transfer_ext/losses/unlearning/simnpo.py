@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch.nn.functional import logsigmoid
 
-from hf_transfer_ext.losses.needs import Sequences, averaged_over, require_at_least
+from hf_transfer_ext.losses.needs import Sequences, averaged_over, require_at_least, require_finite
 
 
 @averaged_over("sequences")
@@ -22,4 +22,5 @@ def simnpo(nll: Sequences, lengths: Sequences, *, beta: float = 4.5, delta: floa
     https://arxiv.org/abs/2410.07163
     """
     require_at_least("beta", beta, 0, strictly=True)
+    require_finite("delta", delta)
     return -(2.0 / beta) * logsigmoid(beta * (nll / lengths - delta))
