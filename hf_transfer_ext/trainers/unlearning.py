@@ -283,8 +283,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         own = self.method.alternatives == "data"
         if own and alternatives is not None:
             raise ValueError(
-                f"{args.method!r} prefers an answer of each question's own, so `alternatives` for all questions are "
-                "not used. Give each forget row a column 'alternative', or choose method='idk_dpo'."
+                f"{args.method!r} needs an alternative answer for each question; `alternatives` are shared by all "
+                "questions. Give each forget row a column 'alternative' instead, or choose method='idk_dpo'."
             )
         if alternatives is None:
             alternatives = () if own else REFUSALS

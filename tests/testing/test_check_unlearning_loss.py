@@ -162,7 +162,7 @@ def unchecked(log_probs, *, beta=1.0):
         (detached, "is everything detached"),
         (without_effect, "trains nothing"),
         (gradient_of_a_root, "gradient of logits is not finite on extreme input"),
-        (needs_one, "an empty batch is an error"),
+        (needs_one, "an empty batch gives an error"),
         (unchecked, "accepts beta=nan"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
