@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat, encode_text
 from hf_transfer_ext.data.text import FORMS, ROLES, load_rows
+from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -57,15 +58,23 @@ def forget_retain_rows(
     """Rows of "forget", "retain" and "holdout", in the TOFU schema: from data sets, or made up where none is named.
 
     Args:
-        forget_data: File, folder or Hub id; None makes up `people` people, and `holdout_people` beyond them. The first
-            ones are the same whatever is asked for, so a holdout can be added to a run that was made without one.
+        forget_data: File, folder or Hub id; None generates `people` fictitious people, and `holdout_people` more. The
+            first ones do not depend on the counts, so a holdout can be added to a run that was made without one.
         columns: Schema name -> the data's own column; the rows come back with the schema's names.
         where: `split`, `revision` and `config_name` of the data sets.
 
     Raises:
-        FileNotFoundError, ValueError: As `data.text.load_rows`; or a column that is not there.
+        FileNotFoundError, ValueError: As `data.text.load_rows`; or a missing column, a row that looks like two
+            forms (`row_form`), or other data without `forget_data`.
     """
     if forget_data is None:
+        given = {"retain_data": retain_data, "holdout_data": holdout_data}
+        unused = [name for name, source in given.items() if source is not None]
+        if unused:
+            raise ValueError(
+                f"`{unused[0]}` is {given[unused[0]]!r}, but `forget_data` is not set: without it all sets are "
+                "fictitious people. Set `forget_data`, or leave both out."
+            )
         return fictitious_people(
             people + holdout_people, forget=forget_people, holdout=holdout_people, facts=facts, seed=seed
         )
@@ -226,6 +235,9 @@ class ForgetRetainPairs(Dataset):
     ) -> None:
         self.template = template or QuestionAnswerFormat()
         self.columns = dict(columns or {})
+        for role in self.columns:
+            if role not in (*ROLES, *OTHER_COLUMNS):
+                raise ValueError(f"In `columns`: {unknown_name('name', role, (*ROLES, *OTHER_COLUMNS))}")
         self.seed = seed
         # In shared memory, so that the workers of a data loader see it change, also those that outlive an epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

@@ -110,6 +110,8 @@ def test_rows_come_from_files_under_the_schemas_names_or_are_made_up(tmp_path):
     assert rows == {"forget": [{"question": "Q?", "answer": "A"}], "retain": [], "holdout": []}
     with pytest.raises(ValueError, match=r"Row 0 of .* has no column 'reply'; it has frage, antwort"):
         forget_retain_rows(str(tmp_path / "own.jsonl"), columns={"answer": "reply"})
+    with pytest.raises(ValueError, match=r"`retain_data` is 'own.jsonl', but `forget_data` is not set"):
+        forget_retain_rows(None, "own.jsonl")
     alone, more = forget_retain_rows(None, people=4), forget_retain_rows(None, people=4, holdout_people=2)
     assert (alone["forget"], alone["retain"]) == (more["forget"], more["retain"]) and len(more["holdout"]) == 24
 
@@ -190,6 +192,11 @@ def test_columns_say_which_of_two_forms_is_meant():
     assert row_form(row, {"text": "text"}) == {"text": "text"}
     assert row_form(row, {"question": "text", "answer": "labels"}) == {"question": "text", "answer": "labels"}
     assert row_form({"text": "T", "label": 1}, {}) == {"text": "text"}  # a class, not an answer
+
+
+def test_a_typo_in_columns_is_named():
+    with pytest.raises(ValueError, match=r"In `columns`: Unknown name 'qestion'\. Did you mean 'question'"):
+        ForgetRetainPairs(FORGET, None, byte_tokenizer(), template=PLAIN, columns={"qestion": "frage"})
 
 
 def test_messages_need_a_chat_template():

@@ -1,4 +1,4 @@
-"""Losses of unlearning: what the forget set is pushed to, and what holds the retain set. Each is one file.
+"""Losses of unlearning: where the forget set is pushed, and what keeps the retain set in place. One file each.
 
 The names of a loss's arguments say what it needs (`losses.needs.NEEDS`); keyword-only arguments are its options.
 Published combinations of them are in `methods/`.

@@ -12,8 +12,8 @@ def rmu(hidden: HiddenRows, control: Float[Tensor, " hidden"], *, scale: float =
 
     .. math:: \frac{1}{d} \lVert h - c\, u \rVert^2
 
-    `u` is drawn once from [0, 1)^d and divided by its norm. Goes with `retain_hidden`, which holds the hidden states
-    of the retain set where they were.
+    `u` is drawn once from [0, 1)^d and divided by its norm. Use it with `retain_hidden`, which keeps the
+    hidden states of the retain set where they were.
 
     Args:
         scale: The constant c; 2 in the TOFU recipes, 6.5 to 300 for other models and layers.

@@ -7,7 +7,7 @@ from hf_transfer_ext.losses.needs import Sequences, averaged_over, require_at_le
 
 @averaged_over("sequences")
 def simnpo(nll: Sequences, lengths: Sequences, *, beta: float = 4.5, delta: float = 0.0) -> Sequences:
-    r"""NPO without a reference: the answer's mean loss stands alone, so long and short answers count alike.
+    r"""NPO without a reference: only the answer's mean loss counts, so long and short answers weigh the same.
 
     .. math:: -\frac{2}{\beta} \ln \sigma\Big(\beta \big(\tfrac{\ell_\theta}{n} - \delta\big)\Big)
 
