@@ -1,16 +1,33 @@
-"""What is to be forgotten beside what is to be kept: nested batches `{"forget": ..., "retain": ...}`."""
+"""Data to forget beside data to keep: rows in any common form, and nested batches `{"forget": ..., "retain": ...}`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import Dataset
 
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat, encode_text
+from hf_transfer_ext.data.text import FORMS, ROLES, load_rows
+from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+#: Columns beside `text` that make it look like a question or a prompt instead of the whole text to learn.
+ANSWER_COLUMNS = (
+    "question", "prompt", "answer", "answers", "completion", "response", "output", "target", "reply",
+    "label", "labels",
+)  # fmt: skip
+
+#: Columns that alternatives and evaluations read, and what `fictitious_people` says about its rows.
+OTHER_COLUMNS = (
+    "alternative", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "person", "name", "fact", "value",
+)  # fmt: skip
 
 #: What a model that does not know would say; preference and refusal losses pull towards one of these.
 REFUSALS = (
@@ -48,70 +65,167 @@ def forget_retain_rows(
     """Rows of "forget", "retain" and "holdout", in the TOFU schema: from data sets, or made up where none is named.
 
     Args:
-        forget_data: File, folder or Hub id; None makes up `people` people, and `holdout_people` beyond them. The first
-            ones are the same whatever is asked for, so a holdout can be added to a run that was made without one.
+        forget_data: File, folder or Hub id; None generates `people` fictitious people, and `holdout_people` more. The
+            first ones do not depend on the counts, so a holdout can be added to a run that was made without one.
         columns: Schema name -> the data's own column; the rows come back with the schema's names.
         where: `split`, `revision` and `config_name` of the data sets.
 
     Raises:
-        FileNotFoundError, ValueError: As `data.text.load_rows`; or a column that is not there.
+        FileNotFoundError, ValueError: As `data.text.load_rows`; or a missing column, a row that looks like two
+            forms (`row_form`), or other data without `forget_data`.
     """
     if forget_data is None:
+        given = {"retain_data": retain_data, "holdout_data": holdout_data}
+        unused = [name for name, source in given.items() if source is not None]
+        if unused:
+            raise ValueError(
+                f"`{unused[0]}` is {given[unused[0]]!r}, but `forget_data` is not set: without it all sets are "
+                "fictitious people. Set `forget_data`, or leave both out."
+            )
         return fictitious_people(
             people + holdout_people, forget=forget_people, holdout=holdout_people, facts=facts, seed=seed
         )
-    from hf_transfer_ext.data.text import load_rows, warn_of_unused
-
     splits = {}
     for name, source in (("forget", forget_data), ("retain", retain_data), ("holdout", holdout_data)):
         rows = [] if source is None else load_rows(source, **where)
-        for index, row in enumerate(rows):
-            missing = [own for own in (columns or {}).values() if own not in row]
-            if missing:
-                raise ValueError(
-                    f"Row {index} of {source!r} has no column {missing[0]!r}; it has {', '.join(map(str, row))}."
-                )
-        renamed = {own: name for name, own in (columns or {}).items()}
-        warn_of_unused(str(source), rows[0] if rows else (), _used_columns(rows, renamed))
-        splits[name] = [{renamed.get(key, key): value for key, value in row.items()} for row in rows]
+        splits[name] = _named_by_schema(rows, columns or {}, str(source))
     return splits
 
 
-def _used_columns(rows: Sequence[Mapping[str, Any]], renamed: Mapping[str, str]) -> set[str]:
-    """The rows' own columns that a question with its answer, or a text, is read from."""
-    own = {renamed.get(column, column): column for row in rows[:1] for column in row}
-    asked = {"question", "answer"} <= set(own)
-    return {column for name, column in own.items() if (name in QUESTION_COLUMNS if asked else name == "text")}
+def _named_by_schema(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], source: str
+) -> list[dict[str, Any]]:
+    """Rows with the schema's names. Columns that could be mistaken for the chosen ones are dropped, with a warning."""
+    renamed = {own: name for name, own in columns.items()}
+    dropped: set[str] = set()
+    named = []
+    for index, row in enumerate(rows):
+        missing = [own for own in columns.values() if own not in row]
+        if missing:
+            raise ValueError(f"Row {index} of {source!r} has no column {missing[0]!r}; it has {', '.join(row)}.")
+        try:
+            form = row_form(row, columns)
+        except ValueError as error:
+            raise ValueError(f"Row {index} of {source!r} cannot be used: {error}") from error
+        chosen = {*columns.values(), *form.values()}
+        # A column that was not chosen, and has the name of one that was, or of another form.
+        beside = {
+            key for key in row if key not in chosen and (key in columns or (form and key in {*ROLES, *ANSWER_COLUMNS}))
+        }
+        dropped |= beside
+        named.append({renamed.get(key, key): value for key, value in row.items() if key not in beside})
+    if dropped:
+        logger.warning(f"Columns of {source!r} that are not used: {', '.join(sorted(dropped))}.")
+    return named
 
 
-def encode_example(
-    tokenizer: Any, example: Mapping[str, Any], template: QuestionAnswerFormat, columns: Mapping[str, str]
-) -> EncodedAnswer:
-    """A question with its answer, or a text, by the data's own column names."""
-    question, answer, text = (columns.get(name, name) for name in ("question", "answer", "text"))
-    if example.get(question) is not None and example.get(answer) is not None:
-        return template.encode(tokenizer, str(example[question]), str(example[answer]))
-    if example.get(text) is not None:
-        return encode_text(tokenizer, str(example[text]), max_length=template.max_length)
-    raise ValueError(f"it needs the columns {question!r} and {answer!r}, or {text!r}; it has {', '.join(example)}.")
+def row_form(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Role -> column for the form in which a row holds what is learned; empty where it has none of the forms.
+
+    The forms are a conversation (`messages`), `prompt` and `completion`, `question` and `answer`, or `text`. A form of
+    which `columns` names a role goes first.
+
+    Raises:
+        ValueError: The row looks like two forms at once, and `columns` does not say which one is meant.
+    """
+    complete = []
+    for form in FORMS:
+        own = {role: columns.get(role, role) for role in form}
+        # Another role's own choice of a column is not a role of its own: {"question": "text"} makes no text of it.
+        taken = {column for role, column in columns.items() if role not in form}
+        if all(row.get(column) is not None and column not in taken for column in own.values()):
+            complete.append(own)
+    complete = [own for own in complete if set(own) & set(columns)] or complete
+    if len(complete) > 1:
+        raise ValueError(
+            f"it looks like {' and like '.join(' + '.join(own.values()) for own in complete)}. Say which is meant by "
+            f"`columns`, for example {complete[0]}."
+        )
+    chosen = complete[0] if complete else {}
+    if set(chosen) == {"text"} and "text" not in columns:
+        answers = [name for name in ANSWER_COLUMNS if isinstance(row.get(name), (str, list))]
+        if answers:
+            asked, answer = ("text", answers[-1]) if "question" not in answers else ("question", "text")
+            raise ValueError(
+                f"beside 'text' it has the column{'s' * (len(answers) > 1)} {', '.join(map(repr, answers))}: is "
+                f"'text' the whole text to learn, or one half of a pair? Say it by `columns`: {{'text': 'text'}} for "
+                f"the whole text, or {{'question': {asked!r}, 'answer': {answer!r}}} for a question with its answer."
+            )
+    return chosen
+
+
+#: An answer that is learned, and a function that encodes another answer to the same prompt (None: there is no prompt).
+Turn: TypeAlias = tuple[EncodedAnswer, Callable[[str], EncodedAnswer] | None]
+
+
+def encode_row(
+    tokenizer: Any, row: Mapping[str, Any], template: QuestionAnswerFormat, columns: Mapping[str, str]
+) -> list[Turn]:
+    """What is learned of a row: a question's answer, a completion, a text, or each answer in a conversation.
+
+    In a conversation every assistant message is an answer of its own, with all messages before it as its prompt.
+    """
+    form = row_form(row, columns)
+    roles = {role: row[column] for role, column in form.items()}
+    if not roles:
+        forms = "; or ".join(" and ".join(repr(columns.get(role, role)) for role in form) for form in FORMS)
+        raise ValueError(f"it needs the columns {forms}; it has {', '.join(map(str, row))}.")
+    if "text" in roles:
+        return [(encode_text(tokenizer, str(roles["text"]), max_length=template.max_length), None)]
+    if "question" in roles:
+        encode = partial(template.encode, tokenizer, str(roles["question"]))
+        return [(encode(str(roles["answer"])), encode)]
+    if "prompt" in roles:
+        prompt, completion = roles["prompt"], roles["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            encode = partial(template.encode_completion, tokenizer, prompt)
+            return [(encode(completion), encode)]
+        before, messages = _messages(prompt, "prompt"), _messages(completion, "completion")
+    else:
+        before, messages = [], _messages(roles["messages"], "messages")
+    turns: list[Turn] = []
+    for place, message in enumerate(messages):
+        history = before + messages[:place]
+        if message["role"] == "assistant" and history:
+            encode = partial(template.encode_chat, tokenizer, history)
+            turns.append((encode(message["content"]), encode))
+    if not turns:
+        found = ", ".join(message["role"] for message in before + messages)
+        raise ValueError(f"its conversation has no assistant message that answers another one; its roles are {found}.")
+    return turns
+
+
+def _messages(value: Any, column: str) -> list[dict[str, str]]:
+    """A conversation, checked."""
+    if isinstance(value, (list, tuple)) and value:
+        texts = [isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                 for m in value]  # fmt: skip
+        if all(texts):
+            return [dict(message) for message in value]
+    raise ValueError(
+        f'the column {column!r} has to be a list of {{"role": ..., "content": text}}, got {str(value)[:120]!r}. '
+        "(Prompt and completion are both text, or both such lists.)"
+    )
 
 
 class ForgetRetainPairs(Dataset):
     """Each sample to forget with one to retain; an epoch is one pass over the forget set.
 
     The retain samples are taken in a shuffled order that goes on from epoch to epoch, so that every one of them comes
-    before any comes twice. The order follows from `seed` alone: not from the number of processes or workers.
+    before any comes twice. The order follows from `seed` only: not from the number of processes or workers.
 
     Args:
-        forget: Examples with a question and an answer, or a text.
+        forget: Rows in one of the forms of `row_form`. A conversation gives a sample for each of its answers.
         retain: The same; None trains without a retain set.
         template: How a question becomes a prompt.
-        columns: Schema name -> the data's own name, for "question", "answer", "text" and "alternative".
+        columns: Schema name -> the data's own name, for the roles of `row_form` and "alternative".
         alternatives: Texts that may be answered instead, drawn by example and epoch; a column "alternative" in the
             forget set (a text, or a list of them) goes first. None leaves the alternative out.
+        allow_overlap: Accept samples that are in both sets; they are counted in a warning.
 
     Raises:
-        ValueError: An empty set, or an example without a token to learn (with its set and index).
+        ValueError: An empty set, a row without a token to learn or in no form or in two (with its set and index), or
+            samples in both sets.
     """
 
     def __init__(
@@ -123,46 +237,96 @@ class ForgetRetainPairs(Dataset):
         template: QuestionAnswerFormat | None = None,
         columns: Mapping[str, str] | None = None,
         alternatives: Sequence[str] | None = None,
+        allow_overlap: bool = False,
         seed: int = 0,
     ) -> None:
         self.template = template or QuestionAnswerFormat()
         self.columns = dict(columns or {})
+        for role in self.columns:
+            if role not in (*ROLES, *OTHER_COLUMNS):
+                raise ValueError(f"In `columns`: {unknown_name('name', role, (*ROLES, *OTHER_COLUMNS))}")
         self.seed = seed
-        self.epoch = 0
+        # In shared memory, so that the workers of a data loader see it change, also those that outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._orders: dict[int, list[int]] = {}
-        self.forget = self._encode("forget", forget, tokenizer)
-        self.retain = self._encode("retain", retain, tokenizer) if retain is not None else None
-        self.alternatives = self._alternatives(forget, tokenizer, alternatives) if alternatives is not None else None
+        turns = self._encode("forget", forget, tokenizer)
+        self.forget = [answer for _, (answer, _) in turns]
+        self.retain: list[EncodedAnswer] | None = None
+        if retain is not None:
+            self.retain = [answer for _, (answer, _) in self._encode("retain", retain, tokenizer)]
+            self._check_overlap(self.retain, allow_overlap)
+        self.alternatives: list[list[EncodedAnswer]] | None = None
+        if alternatives is not None:
+            self.alternatives = self._alternatives(forget, turns, alternatives)
 
-    def _encode(self, name: str, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[EncodedAnswer]:
-        encoded = []
+    def _encode(self, name: str, examples: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[tuple[int, Turn]]:
+        """(index of the row, what is learned of it), one or more for each row."""
+        encoded: list[tuple[int, Turn]] = []
+        unused: set[str] = set()
         for index, example in enumerate(examples):
             try:
-                encoded.append(encode_example(tokenizer, example, self.template, self.columns))
+                encoded += [(index, t) for t in encode_row(tokenizer, example, self.template, self.columns)]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"Example {index} of the {name} set cannot be used: {error}") from error
+            used = {*row_form(example, self.columns).values(), *self.columns.values(), *OTHER_COLUMNS}
+            unused |= {str(column) for column in example if column not in used}
         if not encoded:
             raise ValueError(f"The {name} set is empty.")
+        if unused:
+            logger.warning(f"Columns of the {name} set that are not used: {', '.join(sorted(unused))}.")
         return encoded
 
+    def _check_overlap(self, retain: Sequence[EncodedAnswer], allowed: bool) -> None:
+        kept = {(answer.answer_start, *answer.input_ids) for answer in retain}
+        both = [i for i, a in enumerate(self.forget) if (a.answer_start, *a.input_ids) in kept]
+        if not both:
+            return
+        found = f"{len(both)} of the {len(self.forget)} samples to forget are also in the retain set"
+        if not allowed:
+            raise ValueError(
+                f"{found} (the first is sample {both[0]}): the run would forget and keep the same answers. Remove "
+                "them from one of the sets, or set `allow_overlap`."
+            )
+        logger.warning(f"{found}; `allow_overlap` keeps them in both.")
+
     def _alternatives(
-        self, forget: Sequence[Mapping[str, Any]], tokenizer: Any, alternatives: Sequence[str]
+        self, forget: Sequence[Mapping[str, Any]], turns: Sequence[tuple[int, Turn]], alternatives: Sequence[str]
     ) -> list[list[EncodedAnswer]]:
-        question, own = self.columns.get("question", "question"), self.columns.get("alternative", "alternative")
+        own = self.columns.get("alternative", "alternative")
+        answers_of_row = [index for index, _ in turns]
         encoded = []
-        for index, example in enumerate(forget):
-            texts = example.get(own) or list(alternatives)
+        for index, (_, encode) in turns:
+            texts = forget[index].get(own) or list(alternatives)
             texts = [texts] if isinstance(texts, str) else texts
-            if example.get(question) is None or not texts:
+            if encode is None or not texts:
                 raise ValueError(
-                    f"Example {index} of the forget set needs a question and an alternative answer to it."
+                    f"Example {index} of the forget set needs a question and an alternative answer to it: a column "
+                    f"{own!r} with a text, or with a list of texts."
                 )
-            encoded.append([self.template.encode(tokenizer, str(example[question]), str(text)) for text in texts])
+            if forget[index].get(own) and answers_of_row.count(index) > 1:
+                raise ValueError(
+                    f"Example {index} of the forget set is a conversation with {answers_of_row.count(index)} answers, "
+                    f"so it is not clear which one {own!r} belongs to. Give a row for each of them."
+                )
+            encoded.append([encode(str(text)) for text in texts])
         return encoded
+
+    def all_answers(self) -> Iterator[tuple[str, int, EncodedAnswer]]:
+        """Everything that may come in a batch: (part, index of the sample, answer)."""
+        for part, answers in (("forget", self.forget), ("retain", self.retain or [])):
+            for index, answer in enumerate(answers):
+                yield part, index, answer
+        for index, choices in enumerate(self.alternatives or []):
+            for answer in choices:
+                yield "alternative", index, answer
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose retain samples and alternatives are given; the trainer calls it."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -201,7 +365,7 @@ def forget_retain_collator(pad_token_id: int) -> Callable[[Sequence[Mapping[str,
     """Pads each part of nested samples on the right.
 
     The attention mask comes from the lengths, not from `input_ids != pad_token_id`: where the padding token is the
-    end-of-sequence token, the end that belongs to an answer stays attended to and is learnt.
+    end-of-sequence token, the end that belongs to an answer stays attended to and is learned.
     """
 
     def pad(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

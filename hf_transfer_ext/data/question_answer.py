@@ -86,19 +86,45 @@ class QuestionAnswerFormat:
         Raises:
             ValueError: The answer is empty, or `max_length` leaves none of its tokens.
         """
-        if not answer.strip():
-            raise ValueError(f"The answer to {question!r} is empty, so there is no token to learn or to score.")
+        if self.uses_chat(tokenizer):
+            return self.encode_chat(tokenizer, self._messages(question), answer)
         prompt = self.prompt_text(tokenizer, question)
-        chat = self.uses_chat(tokenizer)
-        text = prompt + answer if chat else prompt + self.separator + answer
-        ids, start = _ids_and_boundary(tokenizer, prompt, text, add_special_tokens=not chat)
+        return self._encoded(tokenizer, prompt, answer, self.separator, _end_of_sequence(tokenizer), special=True)
+
+    def encode_completion(self, tokenizer: Any, prompt: str, completion: str) -> EncodedAnswer:
+        """As `encode`, of a prompt and its completion as they are: nothing is written around or between them."""
+        return self._encoded(tokenizer, prompt, completion, "", _end_of_sequence(tokenizer), special=True)
+
+    def encode_chat(self, tokenizer: Any, messages: list[dict[str, str]], answer: str) -> EncodedAnswer:
+        """As `encode`, of an assistant's answer to a conversation, by the tokenizer's chat template.
+
+        `system` is put in front, unless the conversation brings a system message of its own.
+        """
+        if getattr(tokenizer, "chat_template", None) is None or self.template == "plain":
+            raise ValueError(
+                f"Chat messages need a chat template: the tokenizer {tokenizer.name_or_path!r} has "
+                f"{'none' if getattr(tokenizer, 'chat_template', None) is None else 'one'}, and `template` is "
+                f"{self.template!r}. Set `tokenizer.chat_template` and template='auto', or give question and answer."
+            )
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        prompt = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+        )
+        return self._encoded(tokenizer, prompt, answer, "", self._chat_end(tokenizer, messages), special=False)
+
+    def _encoded(
+        self, tokenizer: Any, prompt: str, answer: str, separator: str, end: list[int], *, special: bool
+    ) -> EncodedAnswer:
+        if not answer.strip():
+            raise ValueError(f"The answer to {prompt!r} is empty, so there is no token to learn or to score.")
+        ids, start = _ids_and_boundary(tokenizer, prompt, prompt + separator + answer, add_special_tokens=special)
         if start >= len(ids):
             raise ValueError(
                 f"The answer {answer!r} has no token of its own in this tokenizer, so it cannot be scored."
             )
         if self.end_of_sequence:
-            # Templates rewrite a thought inside an answer; what follows the answer does not depend on it.
-            ids = ids + self._end_ids(tokenizer, question, without_thought(answer), chat)
+            ids = ids + end
         if self.max_length is not None:
             ids = ids[: self.max_length]
         if start >= len(ids):
@@ -112,21 +138,26 @@ class QuestionAnswerFormat:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": question}]
 
-    def _end_ids(self, tokenizer: Any, question: str, answer: str, chat: bool) -> list[int]:
-        """What follows an answer: the chat template's own end of turn, or the end-of-sequence token."""
-        if chat:
-            messages = [*self._messages(question), {"role": "assistant", "content": answer}]
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, **self.chat_template_kwargs)
-            # Some templates strip what they are given.
-            _, found, suffix = rendered.rpartition(answer if answer in rendered else answer.strip())
-            if found and suffix.strip():
-                return list(tokenizer(suffix.rstrip("\n"), add_special_tokens=False)["input_ids"])
-        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    def _chat_end(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+        """What the chat template writes after an answer, or the end-of-sequence token where it writes nothing.
+
+        The template is rendered with a stand-in for the answer: a short answer may occur in the end marker itself.
+        """
+        rendered = tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": _STAND_IN}], tokenize=False, **self.chat_template_kwargs
+        )
+        _, found, suffix = rendered.rpartition(_STAND_IN)
+        if found and suffix.strip():
+            return list(tokenizer(suffix.rstrip("\n"), add_special_tokens=False)["input_ids"])
+        return _end_of_sequence(tokenizer)
 
 
-def without_thought(answer: str) -> str:
-    """The part of an answer after its thought (`<think>...</think>`); all of it where there is none."""
-    return answer.rpartition("</think>")[2].strip() or answer
+#: Stands for an answer while a chat template is rendered; no template contains it.
+_STAND_IN = "(the answer 7f3a91)"
+
+
+def _end_of_sequence(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def encode_text(tokenizer: Any, text: str, *, max_length: int | None = None) -> EncodedAnswer:

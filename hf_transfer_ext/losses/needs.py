@@ -1,9 +1,19 @@
-"""What an unlearning loss may ask for. The names of its arguments say what it needs; the trainer fetches no more."""
+"""What an unlearning loss may ask for, in one place.
+
+A loss is a pure function; the names of its arguments say what it needs, and each name is one of `NEEDS`. A need knows
+what it means, its shape, and how to read it from a forward pass. Everything else follows from these objects: what the
+trainer computes, what a config refuses, and the example values that tests call losses with.
+
+To add a need, add one line to `NEEDS`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,75 +28,281 @@ TokenRows = Float[Tensor, "tokens vocab"]
 HiddenRows = Float[Tensor, "tokens hidden"]
 Sequences = Float[Tensor, " sequences"]
 
-#: Argument -> what it holds. Tokens are the answers' tokens alone, of all sequences of a batch one after the other.
-QUANTITIES = {
-    "log_probs": "log-probability of each token, in nats",
-    "reference_log_probs": "the same under the reference",
-    "logits": "logits at each token, over the vocabulary",
-    "reference_logits": "the same of the reference",
-    "targets": "id of each token",
-    "refusal_targets": "id of the refusal's token for each token, the refusal repeated as often as needed",
-    "hidden": "hidden state of one layer at each token",
-    "reference_hidden": "the same of the reference",
-    "control": "a fixed random direction as long as a hidden state",
-    "nll": "negative log-likelihood of each answer, the sum over its tokens, in nats",
-    "reference_nll": "the same under the reference",
-    "lengths": "number of tokens of each answer",
-    "alternative_nll": "`nll` of an alternative answer to the same question",
-    "alternative_lengths": "number of tokens of each alternative answer",
-    "reference_alternative_nll": "the same under the reference",
-}
+#: What a forward pass has to keep: log-probabilities are always there, the other two are large.
+Kept = Literal["log_probs", "logits", "hidden"]
 
-Over = Literal["tokens", "later tokens", "sequences"]
+
+@dataclass
+class ForwardPass:
+    """What one forward pass of one model over a batch of answers leaves for the losses.
+
+    Tokens are the answers' tokens only, of all sequences of the batch one after the other.
+
+    Args:
+        log_probs: Log-probability of each token, in nats.
+        targets: Id of each token.
+        lengths: Number of tokens of each answer, >= 1.
+        logits: Logits at each token, where a loss asks for them.
+        hidden: Hidden state of one layer at each token, where a loss asks for it.
+        refusal_ids: Token ids of the refusal that some losses pull towards.
+        seed: Of whatever a need draws at random.
+    """
+
+    log_probs: Tokens
+    targets: TokenIds
+    lengths: Int[Tensor, " sequences"]
+    logits: TokenRows | None = None
+    hidden: HiddenRows | None = None
+    refusal_ids: Sequence[int] = ()
+    seed: int = 0
+
+    def kept(self, name: Literal["logits", "hidden"]) -> Tensor:
+        """The logits or hidden states, which a need has to declare with `keeps`."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"The forward pass did not keep its {name}. A need that reads them sets keeps={name!r}.")
+        return value
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that a loss may ask for by the name of an argument.
+
+    Args:
+        name: The argument.
+        meaning: What it holds, with its unit.
+        axes: Names of its dimensions, out of tokens, sequences, vocab and hidden.
+        values: Which values it can have; example values are drawn accordingly.
+        read: Reads it from a forward pass.
+        keeps: What this forward pass has to keep.
+        differentiable: Whether a gradient flows through it to the trained model.
+        of_reference: Whether it is about the reference model instead of the trained one.
+        of_alternative: Whether it is about an alternative answer to the same question instead of the answer itself.
+    """
+
+    name: str
+    meaning: str
+    axes: tuple[str, ...]
+    values: Literal["any", "<= 0", ">= 0", "count", "token id"]
+    read: Callable[[ForwardPass], Tensor]
+    keeps: Kept = "log_probs"
+    differentiable: bool = False
+    of_reference: bool = False
+    of_alternative: bool = False
+
+    @property
+    def source(self) -> tuple[bool, bool]:
+        """Which forward pass it is read from: (of the alternative answers, of the reference)."""
+        return self.of_alternative, self.of_reference
+
+    def example(self, sizes: Mapping[str, int], generator: torch.Generator | None = None) -> Tensor:
+        """A random value of the right shape and range, in float64 (ids: int64), for checks and tests."""
+        shape = [sizes[axis] for axis in self.axes]
+        if self.values == "token id":
+            return torch.randint(sizes["vocab"], shape, generator=generator)
+        if self.values == "count":
+            return torch.randint(1, 9, shape, generator=generator).double()
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return {"any": drawn, "<= 0": -drawn.abs(), ">= 0": 9 * drawn.abs()}[self.values]
+
+
+def of_reference(need: Need) -> Need:
+    """The same under the reference model, which gets no gradient."""
+    return replace(
+        need,
+        name=f"reference_{need.name}",
+        meaning=f"{need.meaning}; under the reference",
+        differentiable=False,
+        of_reference=True,
+    )
+
+
+def of_alternative(need: Need) -> Need:
+    """The same of an alternative answer to the same question."""
+    return replace(
+        need,
+        name=f"alternative_{need.name}",
+        meaning=f"{need.meaning}; of an alternative answer",
+        of_alternative=True,
+    )
+
+
+def _nll(found: ForwardPass) -> Sequences:
+    lengths = found.lengths
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    return found.log_probs.new_zeros(len(lengths)).index_add(0, sequence, -found.log_probs)
+
+
+def _refusal_targets(found: ForwardPass) -> TokenIds:
+    """The refusal repeated along each answer, from its start."""
+    if not found.refusal_ids:
+        raise ValueError("The loss pulls towards a refusal, but the refusal has no tokens. Set `refusal` to a text.")
+    places = torch.cat([torch.arange(int(n)) for n in found.lengths] or [torch.arange(0)])
+    return torch.tensor(found.refusal_ids)[places % len(found.refusal_ids)].to(found.targets.device)
+
+
+def _control(found: ForwardPass) -> Float[Tensor, " hidden"]:
+    hidden = found.kept("hidden")
+    return random_direction(hidden.shape[-1], found.seed).to(hidden)
+
+
+@lru_cache
+def random_direction(size: int, seed: int) -> Float[Tensor, " size"]:
+    """Uniform in [0, 1)^size, divided by its length; the same for a seed on every process."""
+    drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
+
+
+_log_probs = Need(
+    "log_probs", "log-probability of each token, in nats", ("tokens",), "<= 0",
+    lambda found: found.log_probs, differentiable=True,
+)  # fmt: skip
+_logits = Need(
+    "logits", "logits at each token, over the vocabulary", ("tokens", "vocab"), "any",
+    lambda found: found.kept("logits"), keeps="logits", differentiable=True,
+)  # fmt: skip
+_hidden = Need(
+    "hidden", "hidden state of one layer at each token", ("tokens", "hidden"), "any",
+    lambda found: found.kept("hidden"), keeps="hidden", differentiable=True,
+)  # fmt: skip
+_targets = Need("targets", "id of each token", ("tokens",), "token id", lambda found: found.targets)
+_answer_nll = Need(
+    "nll", "negative log-likelihood of each answer, summed over its tokens, in nats", ("sequences",), ">= 0",
+    _nll, differentiable=True,
+)  # fmt: skip
+_lengths = Need(
+    "lengths", "number of tokens of each answer", ("sequences",), "count",
+    lambda found: found.lengths.to(found.log_probs.dtype),
+)  # fmt: skip
+
+#: Everything that a loss may ask for, by the name of its argument.
+NEEDS: dict[str, Need] = {
+    need.name: need
+    for need in (
+        _log_probs,
+        of_reference(_log_probs),
+        _logits,
+        of_reference(_logits),
+        _hidden,
+        of_reference(_hidden),
+        _targets,
+        Need(
+            "refusal_targets", "id of the refusal's token for each token, the refusal repeated as often as needed",
+            ("tokens",), "token id", _refusal_targets,
+        ),
+        Need(
+            "control", "a fixed random direction of length 1 in the space of hidden states", ("hidden",), "any",
+            _control, keeps="hidden",
+        ),
+        _answer_nll,
+        of_reference(_answer_nll),
+        _lengths,
+        of_alternative(_answer_nll),
+        of_alternative(_lengths),
+        of_reference(of_alternative(_answer_nll)),
+    )
+}  # fmt: skip
+
+#: What a loss can be averaged over -> axis of its value. "later tokens" are all but each answer's first.
+UNITS = {"sequences": "sequences", "tokens": "tokens", "later tokens": "tokens"}
+
 Loss = TypeVar("Loss", bound=Callable)
 
 
-def averaged_over(what: str) -> Callable[[Loss], Loss]:
+def averaged_over(unit: str) -> Callable[[Loss], Loss]:
     """Decorator: the loss is one value for each of these, and the trainer takes their mean over a whole step.
 
     Args:
-        what: "tokens"; "later tokens" (without each answer's first, whose value must be 0); or "sequences".
+        unit: One of `UNITS`: "tokens"; "later tokens" (without each answer's first, which the mean leaves out); or
+            "sequences".
     """
 
     def mark(loss: Loss) -> Loss:
-        loss.over = what  # type: ignore[attr-defined]
+        loss.unit = unit  # type: ignore[attr-defined]
         return loss
 
     return mark
 
 
-def over(loss: Callable) -> str:
-    return loss.over  # type: ignore[attr-defined]
+def unit_of(loss: Callable) -> str:
+    """What a loss is averaged over: one of `UNITS`."""
+    return loss.unit  # type: ignore[attr-defined]
 
 
-def asked_quantities(loss: Callable) -> set[str]:
-    """The quantities among a loss's arguments."""
-    return {name for name in inspect.signature(loss).parameters if name in QUANTITIES}
+def needs_of(loss: Callable) -> list[Need]:
+    """What a loss asks for, in the order of its arguments."""
+    return [NEEDS[name] for name in inspect.signature(loss).parameters if name in NEEDS]
 
 
 def options_of(loss: Callable) -> dict[str, Any]:
     """A loss's own options with their defaults."""
     parameters = inspect.signature(loss).parameters
-    return {name: p.default for name, p in parameters.items() if name not in QUANTITIES}
+    return {name: p.default for name, p in parameters.items() if name not in NEEDS}
 
 
 def require_at_least(name: str, value: float, lowest: float, *, strictly: bool = False) -> None:
-    """Refuse an option out of its range; the losses check their own."""
-    if value < lowest or (strictly and value == lowest):
+    """Refuse an option out of its range; the losses and methods check their own. NaN is out of every range."""
+    if not (value > lowest if strictly else value >= lowest):
         raise ValueError(f"`{name}` must be {'>' if strictly else '>='} {lowest:g}, got {value}.")
 
 
-def check_options(loss: Callable, options: dict[str, Any]) -> None:
+def require_finite(name: str, value: float) -> None:
+    """Refuse NaN and infinity for an option that may have any sign."""
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value}.")
+
+
+def check_options(loss: Callable, options: Mapping[str, Any]) -> None:
     """Refuse an option that the loss does not have, and a value that is out of its range."""
     known = options_of(loss)
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of {loss.__name__}", option, known or ["(it has none)"]))
-    shapes = {"logits": (1, 2), "reference_logits": (1, 2), "hidden": (1, 2), "reference_hidden": (1, 2)}
-    asked: dict[str, Tensor] = {name: torch.ones(shapes.get(name, (1,))) for name in asked_quantities(loss)}
-    for name in asked:
-        if name.endswith("targets"):
-            asked[name] = torch.ones(1, dtype=torch.long)
-        elif name == "control":
-            asked[name] = torch.ones(2)
-    loss(**asked, **options)
+    loss(**example_arguments(loss), **options)
+
+
+def example_arguments(
+    loss: Callable, sizes: Mapping[str, int] | None = None, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """A value for each thing that a loss asks for; without `sizes`, the smallest ones, the same each time."""
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    sizes = sizes or {"tokens": 1, "sequences": 1, "vocab": 2, "hidden": 2}
+    return {need.name: need.example(sizes, generator) for need in needs_of(loss)}
+
+
+def check_loss(loss: Callable, allowed: Iterable[Need] = tuple(NEEDS.values())) -> None:
+    """Refuse a loss that the trainer could not call; registries of losses check this when a loss is registered.
+
+    Raises:
+        ValueError: An argument that is neither one of the allowed needs nor an option with a default; a loss that
+            asks for nothing through which a gradient reaches the model; or one that is not marked `averaged_over`.
+    """
+    name = getattr(loss, "__name__", repr(loss))
+    available = {need.name: need for need in allowed}
+    for parameter in inspect.signature(loss).parameters.values():
+        if parameter.name in available:
+            continue
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+            meanings = "; ".join(f"{need.name} ({need.meaning})" for need in available.values())
+            raise ValueError(
+                f"The loss {name!r} asks for {parameter.name!r}, which the trainer cannot provide here. "
+                f"{unknown_name('argument', parameter.name, available)} They are: {meanings}. An option of the loss "
+                "itself has to be keyword-only and have a default."
+            )
+    if not any(need.differentiable for need in needs_of(loss)):
+        through = ", ".join(need.name for need in available.values() if need.differentiable)
+        raise ValueError(
+            f"The loss {name!r} asks for nothing that depends on the trained model, so it would train nothing. It "
+            f"has to ask for at least one of {through}."
+        )
+    if getattr(loss, "unit", None) not in UNITS:
+        raise ValueError(
+            f"The loss {name!r} has to be marked with what it is averaged over: `@averaged_over(...)` with one of "
+            f"{', '.join(map(repr, UNITS))}; got {getattr(loss, 'unit', None)!r}."
+        )
+
+
+def check_retain_loss(loss: Callable) -> None:
+    """As `check_loss`; retain samples have no alternative answers."""
+    check_loss(loss, [need for need in NEEDS.values() if not need.of_alternative])

@@ -6,57 +6,66 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
-from hf_transfer_ext.losses.needs import asked_quantities, check_options, over
-from hf_transfer_ext.losses.unlearning import METHODS, RETAIN_LOSSES, UNLEARNING_LOSSES
-from hf_transfer_ext.models.heads import run_to_head, vocabulary_size
+from hf_transfer_ext.losses.needs import UNITS, ForwardPass, Kept, Need, check_options, needs_of, unit_of
+from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
+from hf_transfer_ext.losses.unlearning.method import Method, Part, method_from_options
+from hf_transfer_ext.losses.unlearning.methods import METHODS
+from hf_transfer_ext.models.heads import causal_lm_of, head_module, run_to_head, vocabulary_size
+from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import active_adapter, is_sharded, output_head, pad_token_id
 from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
+from hf_transfer_ext.trainers.method_steps import MethodSteps
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 
 logger = logging.getLogger(__name__)
 
-#: Under this rate a LoRA forgets little in a few epochs; published comparisons find it behind full fine-tuning in
-#: every row at equal settings.
+#: Below this learning rate a LoRA forgets little in a few epochs; in published comparisons it forgets less than full
+#: fine-tuning in every row at equal settings.
 LORA_LEARNING_RATE = 1e-4
 
-#: What a loss may be averaged over, in the order in which a step's counts are kept.
-FORGET_COUNTS = ("sequences", "tokens", "later tokens")
+#: A step's counts are one vector: this is where the number of units (see `UNITS`) of a part is.
+COUNTS = {pair: place for place, pair in enumerate((part, unit) for part in get_args(Part) for unit in UNITS)}
 
 
 @dataclass
 class UnlearningConfig(TrainingArguments):
-    """`TrainingArguments` with what is forgotten, what holds the rest, and their weights.
+    """`TrainingArguments` with an unlearning method: its losses, their weights and options.
 
     Args:
-        method: A published combination of `METHODS`: npo, simnpo, grad_diff, idk_dpo, rmu, ... It fills in what is
-            left at None below.
+        method: A published method of `METHODS`: npo, simnpo, grad_diff, idk_dpo, rmu, pdu, npo_sam, ... It fills in
+            what is left at None below.
+        method_options: The method's own options, such as `{"rho": 0.05}` of npo_sam.
         forget_loss: A name of `UNLEARNING_LOSSES`.
         retain_loss: A name of `RETAIN_LOSSES`, or "none" to train on the forget set alone.
-        gamma: Factor of the forget loss, >= 0.
-        alpha: Factor of the retain loss, >= 0.
+        gamma: Weight of the forget loss, >= 0.
+        alpha: Weight of the retain loss, >= 0.
         forget_options: The forget loss's own options, such as `{"beta": 0.05}` of npo.
         retain_options: The retain loss's own options.
-        reference_adapter: Under PEFT, the adapter that is the reference; "base" is the model without any, which is
-            right where the knowledge to be forgotten sits in the base's own weights.
+        reference_adapter: Under PEFT, the adapter that is the reference; "base" is the model without any adapter,
+            which is right where the base's own weights hold the knowledge to forget.
         hidden_layer: Layer whose output the losses on hidden states read, from 1 to the number of layers.
         refusal: The text that jensun pulls towards, repeated along each answer.
+        allow_overlap: Train although rows are in both the forget and the retain set.
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
     """
 
     method: str = "npo"
+    method_options: dict[str, Any] | str | None = field(default_factory=dict)
     forget_loss: str | None = None
     retain_loss: str | None = None
     gamma: float | None = None
@@ -66,34 +75,37 @@ class UnlearningConfig(TrainingArguments):
     reference_adapter: str = "base"
     hidden_layer: int | None = None
     refusal: str = " No idea"
+    allow_overlap: bool = False
     stop_on_nan: bool = True
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Has to stay False: samples are nested, and the model takes none of them."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "forget_options", "retain_options"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *TrainingArguments._VALID_DICT_FIELDS, "method_options", "forget_options", "retain_options",
+    ]  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHODS:
-            raise ValueError(unknown_name("unlearning method", self.method, METHODS))
-        preset = METHODS[self.method]
-        same_forget = self.forget_loss in (None, preset.forget)
-        self.forget_loss = self.forget_loss or preset.forget
-        self.retain_loss = self.retain_loss or preset.retain or "none"
-        self.gamma = preset.gamma if self.gamma is None else self.gamma
-        self.alpha = preset.alpha if self.alpha is None else self.alpha
+        method = METHODS[self.method]
+        self.method_options: dict[str, Any] = dict(self.method_options or {})  # type: ignore[arg-type]
+        self.published_method()
+        same_forget = self.forget_loss in (None, method.forget)
+        self.forget_loss = self.forget_loss or method.forget
+        self.retain_loss = self.retain_loss or method.retain or "none"
+        self._fill_in_weights(method)
         self.forget_options: dict[str, Any] = {
-            **(preset.options if same_forget else {}),
+            **(method.forget_options if same_forget else {}),
             **dict(self.forget_options or {}),  # type: ignore[arg-type]
         }
         self.retain_options: dict[str, Any] = dict(self.retain_options or {})  # type: ignore[arg-type]
         check_options(UNLEARNING_LOSSES[self.forget_loss], self.forget_options)
         if self.retain_loss != "none":
             check_options(RETAIN_LOSSES[self.retain_loss], self.retain_options)
-        if self.gamma < 0 or self.alpha < 0 or self.gamma + self.alpha == 0:
-            raise ValueError(f"`gamma` and `alpha` must be >= 0 and not both 0, got {self.gamma} and {self.alpha}.")
-        if "hidden" in self.asked() and (self.hidden_layer is None or self.hidden_layer < 1):
+        elif method.requires_retain:
+            raise ValueError(f"{self.method!r} needs a retain loss; `retain_loss` is 'none'.")
+        reads_hidden = any(need.keeps == "hidden" for need in self.needs())
+        if reads_hidden and (self.hidden_layer is None or self.hidden_layer < 1):
             raise ValueError(
                 f"{self.forget_loss} with {self.retain_loss} reads hidden states: set `hidden_layer` to a layer, "
                 f"counted from 1; got {self.hidden_layer}. Common is a quarter to a half of the model's depth."
@@ -102,40 +114,74 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError("`remove_unused_columns` has to be False: forget/retain samples are nested.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` is not used by unlearning losses; leave it at 0.")
+        sampling = getattr(self, "train_sampling_strategy", "random")
+        if getattr(self, "group_by_length", False) or sampling in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                "Unlearning does not group samples by length: each is a pair of a forget and a retain answer whose "
+                "lengths have nothing in common, and the pairing changes with the epoch. Leave "
+                "`train_sampling_strategy` at 'random' (`group_by_length` at False)."
+            )
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # The reentrant form cannot take two forward passes for one backward under DDP.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
             if hasattr(self, "activation_checkpointing_kwargs"):  # the name that newer versions read
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
-    def asked(self) -> set[str]:
-        """Quantities that the forget and the retain loss ask for."""
-        forget = asked_quantities(UNLEARNING_LOSSES[self.forget_loss or ""])
-        retain = set() if self.retain_loss == "none" else asked_quantities(RETAIN_LOSSES[self.retain_loss or ""])
-        return forget | retain
+    def _fill_in_weights(self, method: type[Method]) -> None:
+        for name in ("gamma", "alpha"):
+            default = getattr(method, name)
+            value = getattr(self, name)
+            if name in method.sets and value not in (None, default):
+                raise ValueError(
+                    f"{self.method!r} sets `{name}` itself during training, so {name}={value} would have no effect. "
+                    "Leave it out; the method's own options are in `method_options`."
+                )
+            setattr(self, name, default if value is None else value)
+        gamma, alpha = self.gamma or 0.0, self.alpha or 0.0
+        if not (gamma >= 0 and alpha >= 0 and gamma + alpha > 0):
+            raise ValueError(f"`gamma` and `alpha` must be >= 0 and not both 0, got {gamma} and {alpha}.")
+
+    def published_method(self) -> Method:
+        """The method with its options."""
+        return method_from_options(METHODS[self.method], dict(self.method_options or {}))  # type: ignore[arg-type]
+
+    def needs(self, part: Part | None = None) -> list[Need]:
+        """What the forget loss, the retain loss or (None) both ask for."""
+        forget = needs_of(UNLEARNING_LOSSES[self.forget_loss or ""])
+        retain = [] if self.retain_loss == "none" else needs_of(RETAIN_LOSSES[self.retain_loss or ""])
+        return {"forget": forget, "retain": retain, None: forget + retain}[part]
 
 
-class UnlearningTrainer(TokenLossNormalization, Trainer):
-    """Minimise `gamma * forget + alpha * retain`, on pairs of a sample to forget and one to retain.
+class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[misc]
+    """Minimize `gamma * forget + alpha * retain`, on pairs of a sample to forget and one to retain.
 
     One optimizer step gives the same update however its batch is split into micro-batches and processes: the forget
-    loss is divided by the sequences (or tokens) to forget of the whole step, the retain loss by its own tokens.
+    loss is divided by the sequences (or tokens) to forget of the whole step, the retain loss by its own.
 
     Args:
-        model: Causal language model, or a `PeftModel`.
+        model: Causal language model, a `PeftModel`, or the path or Hub id of one (loaded in float32).
         args: `UnlearningConfig`.
-        forget_dataset: Examples with a question and an answer, or a text.
+        forget_dataset: Rows with a question and an answer, prompt and completion, chat messages, or a text; see
+            `ForgetRetainPairs`.
         retain_dataset: The same; may be None where the method has no retain loss.
         train_dataset: `ForgetRetainPairs`, instead of the two above.
-        processing_class: The tokenizer.
-        reference_model: Reference for the losses that ask for one, where `model` is no `PeftModel`. Without it, losses
-            that need the reference's log-probabilities alone get them computed once, before training.
+        processing_class: The tokenizer; loaded from the model's path or Hub id where it is left out.
+        reference_model: Reference for the losses that ask for one, where `model` is not a `PeftModel`. Without it,
+            losses that need only the reference's log-probabilities get them computed once, before training, for the
+            rows of the training and evaluation sets.
+        peft_config: A PEFT configuration, such as `LoraConfig`: an adapter is added to `model` and trained.
         template: How a question becomes a prompt.
         columns: Schema name -> the data's own column name.
-        alternatives: What may be answered instead, for losses with an alternative; a column "alternative" goes first.
+        alternatives: Texts that may be answered instead, for losses with an alternative; a column "alternative" of a
+            row goes first. By default refusals, or nothing where the method asks for answers of each row's own.
         kwargs: Everything else that `Trainer` takes.
 
-    Logs `forget_loss`, `retain_loss` and `forget_nll` (nats per token of the forget answers) beside `loss`.
+    Logs `forget_loss`, `retain_loss` and `forget_nll` (nats per token of the forget answers) beside `loss`, and what
+    the method learns.
+
+    Raises:
+        ValueError: Nothing would be trained, rows are too long for the model or in both sets, or model, data and
+            method do not fit together in another way; before the first step.
     """
 
     _tag_names = ("unlearning", "hf_transfer_ext")
@@ -149,49 +195,35 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         forget_dataset: Sequence[Mapping[str, Any]] | Any = None,
         retain_dataset: Sequence[Mapping[str, Any]] | Any = None,
         train_dataset: ForgetRetainPairs | None = None,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | None = None,
         reference_model: Any = None,
+        peft_config: Any = None,
         template: QuestionAnswerFormat | None = None,
         columns: Mapping[str, str] | None = None,
-        alternatives: Sequence[str] = REFUSALS,
+        alternatives: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.forget_loss = UNLEARNING_LOSSES[args.forget_loss or ""]
-        self.retain_loss = None if args.retain_loss == "none" else RETAIN_LOSSES[args.retain_loss or ""]
-        self.asked_of_forget = asked_quantities(self.forget_loss)
-        self.asked_of_retain = asked_quantities(self.retain_loss) if self.retain_loss else set()
-        with_alternatives = any("alternative" in name for name in self.asked_of_forget)
-        if train_dataset is None:
-            if forget_dataset is None:
-                raise ValueError("There is nothing to forget: give `forget_dataset`, or pairs as `train_dataset`.")
-            train_dataset = ForgetRetainPairs(
-                forget_dataset,
-                retain_dataset if self.retain_loss else None,
-                processing_class,
-                template=template,
-                columns=columns,
-                alternatives=alternatives if with_alternatives else None,
-                seed=args.data_seed if args.data_seed is not None else args.seed,
-            )
-        if self.retain_loss and train_dataset.retain is None:
-            raise ValueError(
-                f"{args.retain_loss} needs a retain set: give `retain_dataset`, or set `retain_loss` to 'none'."
-            )
-        if with_alternatives and train_dataset.alternatives is None:
-            raise ValueError(f"{args.forget_loss} needs pairs with alternatives: give `alternatives` to them.")
+        self.method = args.published_method()
+        self.losses: dict[Part, Any] = {"forget": UNLEARNING_LOSSES[args.forget_loss or ""]}
+        if args.retain_loss != "none":
+            self.losses["retain"] = RETAIN_LOSSES[args.retain_loss or ""]
+        self.loss_options: dict[Part, Any] = {"forget": args.forget_options, "retain": args.retain_options}
+        if processing_class is None:
+            processing_class = load_tokenizer(model if isinstance(model, (str, Path)) else model.config.name_or_path)
+        if isinstance(model, (str, Path)):
+            model = load_model(model, dtype="float32")
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config, args)
         self.is_peft = hasattr(model, "peft_config")
+        _check_trainable(model, reference_model)
         self.check_layer(model, args)
         if self.is_peft:
-            if args.reference_adapter != "base" and args.reference_adapter not in model.peft_config:
-                raise ValueError(unknown_name("adapter", args.reference_adapter, [*model.peft_config, "base"]))
-            if args.gradient_checkpointing:
-                # A frozen embedding gives activations without gradient; checkpointed layers would then train nothing.
-                model.enable_input_require_grads()
-            if args.learning_rate < LORA_LEARNING_RATE:
-                logger.warning(
-                    f"learning_rate={args.learning_rate:g} is low for an adapter, which forgets less than full "
-                    f"fine-tuning at equal settings; try {LORA_LEARNING_RATE:g} to 1e-3 and measure."
-                )
+            self._prepare_peft(model, args)
+        if train_dataset is None:
+            train_dataset = self._pairs(
+                args, forget_dataset, retain_dataset, processing_class, template, columns, alternatives
+            )
+        self._check_pairs(args, model, train_dataset, kwargs.get("eval_dataset"))
         self._pad_id = pad_token_id(processing_class)
         super().__init__(
             model=model,
@@ -204,14 +236,16 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         self.can_return_loss = True
         self.add_callback(_EpochOfPairs(train_dataset))
         self._sums: dict[str, Tensor] = {}
+        self._step_sums: dict[Part, Tensor] = {}
+        self._gets_gradient = False
         self._sharded = is_sharded(accelerator=self.accelerator)
         self._refusal_ids = processing_class(args.refusal, add_special_tokens=False)["input_ids"]
-        self._control: Tensor | None = None
         self.reference_model: Any = None
         self._reference_log_probs: dict[tuple[int, ...], list[float]] | None = None
-        wanted = self.asked_of_forget | self.asked_of_retain
-        if any(name.startswith("reference") for name in wanted):
-            self._prepare_reference(wanted, reference_model, train_dataset)
+        if any(need.of_reference for need in args.needs()):
+            self._prepare_reference(reference_model, [train_dataset, *_evaluation_pairs(kwargs.get("eval_dataset"))])
+
+    # ---- What fits together ----
 
     @staticmethod
     def check_layer(model: Any, args: UnlearningConfig) -> None:
@@ -220,29 +254,105 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         if args.hidden_layer is not None and layers is not None and args.hidden_layer > layers:
             raise ValueError(f"`hidden_layer` is {args.hidden_layer}, but the model has {layers} layers.")
 
-    def _prepare_reference(self, wanted: set[str], reference_model: Any, pairs: ForgetRetainPairs) -> None:
+    @staticmethod
+    def _prepare_peft(model: Any, args: UnlearningConfig) -> None:
+        if args.reference_adapter != "base" and args.reference_adapter not in model.peft_config:
+            raise ValueError(unknown_name("adapter", args.reference_adapter, [*model.peft_config, "base"]))
+        if args.gradient_checkpointing:
+            # A frozen embedding gives activations without gradient; checkpointed layers would then train nothing.
+            model.enable_input_require_grads()
+        if args.learning_rate < LORA_LEARNING_RATE:
+            logger.warning(
+                f"learning_rate={args.learning_rate:g} is low for an adapter, which forgets less than full "
+                f"fine-tuning at equal settings; try {LORA_LEARNING_RATE:g} to 1e-3 and measure."
+            )
+
+    def _pairs(
+        self,
+        args: UnlearningConfig,
+        forget: Any,
+        retain: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: QuestionAnswerFormat | None,
+        columns: Mapping[str, str] | None,
+        alternatives: Sequence[str] | None,
+    ) -> ForgetRetainPairs:
+        if forget is None:
+            raise ValueError("There is nothing to forget: give `forget_dataset`, or pairs as `train_dataset`.")
+        own = self.method.alternatives == "data"
+        if own and alternatives is not None:
+            raise ValueError(
+                f"{args.method!r} needs an alternative answer for each question; `alternatives` are shared by all "
+                "questions. Give each forget row a column 'alternative' instead, or choose method='idk_dpo'."
+            )
+        if alternatives is None:
+            alternatives = () if own else REFUSALS
+        return ForgetRetainPairs(
+            forget,
+            retain if "retain" in self.losses else None,
+            tokenizer,
+            template=template,
+            columns=columns,
+            alternatives=alternatives if self._wants_alternatives(args) else None,
+            allow_overlap=args.allow_overlap,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+
+    @staticmethod
+    def _wants_alternatives(args: UnlearningConfig) -> bool:
+        return any(need.of_alternative for need in args.needs())
+
+    def _check_pairs(self, args: UnlearningConfig, model: Any, train: ForgetRetainPairs, evaluation: Any) -> None:
+        if "retain" in self.losses and train.retain is None:
+            raise ValueError(
+                f"{args.retain_loss} needs a retain set: give `retain_dataset`, or set `retain_loss` to 'none'."
+            )
+        if self._wants_alternatives(args) and train.alternatives is None:
+            raise ValueError(f"{args.forget_loss} needs pairs with alternatives: give `alternatives` to them.")
+        context = context_length(causal_lm_of(model).config)
+        for pairs in (train, *_evaluation_pairs(evaluation)):
+            for name, index, answer in pairs.all_answers():
+                if context is not None and len(answer.input_ids) > context:
+                    raise ValueError(
+                        f"Sample {index} of the {name} set has {len(answer.input_ids)} tokens, but the model was "
+                        f"built for {context}. Split or shorten it, or set `max_length={context}` of the template "
+                        "(`QuestionAnswerFormat`), which cuts off its end."
+                    )
+
+    # ---- The reference ----
+
+    def _prepare_reference(self, reference_model: Any, pairs: Sequence[ForgetRetainPairs]) -> None:
         """Under PEFT the adapter is switched off; else a given model, else log-probabilities computed now."""
         if reference_model is not None:
             reference_model.requires_grad_(False)
             self.reference_model = prepare_frozen(reference_model, self.accelerator)
         elif not self.is_peft:
-            whole = sorted(name for name in wanted if name in ("reference_logits", "reference_hidden"))
-            if whole:
+            large = sorted({n.name for n in self.args.needs() if n.of_reference and n.keeps != "log_probs"})
+            if large:
                 raise ValueError(
-                    f"{self.args.forget_loss} with {self.args.retain_loss} asks for {', '.join(whole)}, which are too "
+                    f"{self.args.forget_loss} with {self.args.retain_loss} asks for {', '.join(large)}, which are too "
                     "large to keep. Train an adapter (its base is the reference), or give `reference_model`."
                 )
             if self._sharded:
                 raise ValueError("Sharded full fine-tuning needs `reference_model` for this method.")
-            texts = [*pairs.forget, *(text for texts in pairs.alternatives or [] for text in texts)]
-            if "reference_log_probs" in self.asked_of_retain:
-                texts += pairs.retain or []
-            self._reference_log_probs = self._log_probs_of(texts)
+            self._reference_log_probs = self._log_probs_of([a for p in pairs for a in self._referred_to(p)])
+
+    def _referred_to(self, pairs: ForgetRetainPairs) -> Iterator[EncodedAnswer]:
+        """The answers about which some loss asks the reference."""
+        parts = {
+            "forget": any(n.of_reference and not n.of_alternative for n in self.args.needs("forget")),
+            "alternative": any(n.of_reference and n.of_alternative for n in self.args.needs("forget")),
+            "retain": any(n.of_reference for n in self.args.needs("retain")),
+        }
+        for part, _, answer in pairs.all_answers():
+            if parts[part]:
+                yield answer
 
     def _log_probs_of(self, texts: Sequence[EncodedAnswer]) -> dict[tuple[int, ...], list[float]]:
         """Per-token log-probabilities of the model as it was given; processes share the work."""
         model: Any = self.model
         scorer = Scorer(model.eval(), pad_id=self._pad_id)
+        texts = list({(text.answer_start, *text.input_ids): text for text in texts}.values())
         mine = texts[self.args.process_index :: self.args.world_size]
         size = max(1, self.args.per_device_eval_batch_size)
         found = []
@@ -274,6 +384,8 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         finally:
             own.train(training)
 
+    # ---- The loss ----
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -281,85 +393,120 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else None
-        asked = self._quantities(model, inputs, self.asked_of_forget, "forget")
-        labels = inputs["forget"]["labels"]
-        kept = {name: asked[name] for name in self.asked_of_forget}
-        values = self.forget_loss(**kept, **self.args.forget_options)
-        kind = over(self.forget_loss)
-        mask = torch.ones_like(values, dtype=torch.bool)
-        if kind == "later tokens":
-            mask = _later(labels)
-        count = counts[FORGET_COUNTS.index(kind)] if counts is not None else None
-        forget = self.normalize(values, mask, count)
-        loss = self.args.gamma * forget + asked["anchor"]
-        self._note("forget_loss", values.detach()[mask].sum(), mask.sum())
-        self._note("forget_nll", -asked["log_probs"].detach().sum(), asked["lengths"].sum())
-        if self.retain_loss is not None:
-            asked = self._quantities(model, inputs, self.asked_of_retain, "retain")
-            values = self.retain_loss(
-                **{name: asked[name] for name in self.asked_of_retain}, **self.args.retain_options
-            )
-            mask = torch.ones_like(values, dtype=torch.bool)
-            retain = self.normalize(values, mask, counts[len(FORGET_COUNTS)] if counts is not None else None)
-            loss = loss + self.args.alpha * retain + asked["anchor"]
-            self._note("retain_loss", values.detach().sum(), mask.sum())
+        weights: dict[Part, float] = dict(zip(get_args(Part), self.weights(), strict=True))
+        parts = [weights[part] * self.loss_of(model, inputs, part, num_items_in_batch) for part in self.losses]
+        if model.training:
+            self.require_gradient()
+        loss = torch.stack(parts).sum()
         return (loss, {}) if return_outputs else loss
 
-    def _quantities(self, model: nn.Module, inputs: dict[str, Any], asked: set[str], part: str) -> dict[str, Tensor]:
-        """Everything that a loss asks for about one part of a batch, from as few forward passes as can be."""
-        batch = inputs[part]
-        found = self._forward(model, batch, asked)
-        if "control" in asked:
-            found["control"] = self._direction(found["hidden"])
-        if "refusal_targets" in asked:
-            places = torch.cat([torch.arange(int(n), device=self.args.device) for n in found["lengths"]])
-            refusal = torch.tensor(self._refusal_ids, device=self.args.device)
-            found["refusal_targets"] = refusal[places % len(refusal)]
-        reference = {name.removeprefix("reference_") for name in asked if name.startswith("reference_")}
-        about_alternative = {name for name in reference if name.startswith("alternative")}
-        if reference - about_alternative:
-            for name, value in self._from_reference(model, batch, reference - about_alternative).items():
-                found[f"reference_{name}"] = value
-        if any("alternative" in name for name in asked):
-            other = self._forward(model, inputs["alternative"], {"nll"})
-            found["alternative_nll"], found["alternative_lengths"] = other["nll"], other["lengths"]
-            found["anchor"] = found["anchor"] + other["anchor"]
-        if about_alternative:
-            nll = self._from_reference(model, inputs["alternative"], {"nll"})["nll"]
-            found["reference_alternative_nll"] = nll
-        return found
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], part: Part, num_items_in_batch: Any) -> Tensor:
+        if part not in self.losses:  # a method's own step asks for both
+            return torch.zeros((), device=self.args.device)
+        loss, needs = self.losses[part], self.args.needs(part)
+        passes, anchor = self._forward_passes(model, inputs, part, needs)
+        values = loss(**{need.name: need.read(passes[need.source]) for need in needs}, **self.loss_options[part])
+        unit = unit_of(loss)
+        mask = torch.ones_like(values, dtype=torch.bool)
+        if unit == "later tokens":
+            mask = _later(inputs[part]["labels"])
+        count = num_items_in_batch[COUNTS[part, unit]] if isinstance(num_items_in_batch, Tensor) else None
+        self._note(f"{part}_loss", values.detach()[mask].sum(), mask.sum())
+        if part == "forget":
+            answers = passes[False, False]
+            self._note("forget_nll", -answers.log_probs.detach().sum(), answers.lengths.sum())
+        if self.noting and model.training and self.learned:
+            pair = torch.stack([values.detach()[mask].double().sum(), mask.sum().double()])
+            self._step_sums[part] = self._step_sums.get(part, torch.zeros_like(pair)) + pair
+        mean = self.normalize(values, mask, count)
+        if model.training and not self._gets_gradient:
+            self._gets_gradient = self._sharded or _reaches(mean, model)
+        return mean + anchor
 
-    def _from_reference(self, model: nn.Module, batch: dict[str, Tensor], asked: set[str]) -> dict[str, Tensor]:
-        if self._reference_log_probs is not None:
-            return self._from_memory(batch, self._reference_log_probs)
-        with self._reference(model) as reference:
-            return self._forward(reference, batch, asked)
+    def require_gradient(self) -> None:
+        if not self._gets_gradient:
+            options = f"{self.args.forget_loss} with {self.args.retain_loss}"
+            raise ValueError(
+                f"No trained parameter gets a gradient from {options}, so the run would change nothing. "
+                + (
+                    f"The losses read layer {self.args.hidden_layer}, and what is trained lies above it: raise "
+                    "`hidden_layer`, or let the adapter reach the layers below (`layers_to_transform`)."
+                    if self.args.hidden_layer is not None
+                    else "Check which modules the adapter reaches, and which parameters require a gradient."
+                )
+            )
 
-    def _from_memory(self, batch: dict[str, Tensor], known: dict[tuple[int, ...], list[float]]) -> dict[str, Tensor]:
+    def mean_losses(self) -> dict[Part, float]:
+        sums, self._step_sums = self._step_sums, {}
+        gathered = {part: self.accelerator.gather(pair[None].float()).sum(0).tolist() for part, pair in sums.items()}
+        return {part: total / max(count, 1.0) for part, (total, count) in gathered.items()}
+
+    def _forward_passes(
+        self, model: nn.Module, inputs: dict[str, Any], part: Part, needs: Sequence[Need]
+    ) -> tuple[dict[tuple[bool, bool], ForwardPass], Tensor]:
+        """The forward passes that the needs are read from, by their source, and a zero that every wrapper can see.
+
+        The model's own pass over the answers is always among them.
+        """
+        passes = {}
+        anchor = torch.zeros((), device=self.args.device)
+        for of_alternative, of_reference in sorted({(False, False), *(need.source for need in needs)}):
+            wanted = [need for need in needs if need.source == (of_alternative, of_reference)]
+            batch = inputs["alternative" if of_alternative else part]
+            if not of_reference:
+                found, own = self._forward(model, batch, wanted)
+                anchor = anchor + own
+            elif self._reference_log_probs is not None:
+                found = self._from_memory(batch, self._reference_log_probs)
+            else:
+                with self._reference(model) as reference:
+                    found, _ = self._forward(reference, batch, wanted)
+            passes[of_alternative, of_reference] = found
+        return passes, anchor
+
+    def _from_memory(self, batch: dict[str, Tensor], known: dict[tuple[int, ...], list[float]]) -> ForwardPass:
+        targets, mask = next_token_targets(batch["labels"])
         rows = []
-        for ids, attended, labels in zip(
-            batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist(), strict=True
+        for ids, attended, answer in zip(
+            batch["input_ids"].tolist(), batch["attention_mask"].tolist(), mask.sum(-1).tolist(), strict=True
         ):
             length = sum(attended)
-            answer = sum(label != -100 for label in labels)
-            rows.append(known[(length - answer, *ids[:length])])
+            row = known.get((length - answer, *ids[:length]))
+            if row is None:
+                text = self.processing_class.decode(ids[:length])  # type: ignore[union-attr]
+                raise ValueError(
+                    "The reference's log-probabilities were computed before training, for the rows of the training "
+                    f"and evaluation sets; this row is in none of them: {text[:200]!r}. Give its set as "
+                    "`eval_dataset` when you make the trainer, or give `reference_model`."
+                )
+            rows.append(row)
         log_probs = torch.tensor([value for row in rows for value in row], device=self.args.device)
-        return {"log_probs": log_probs, "nll": torch.tensor([-sum(r) for r in rows], device=self.args.device)}
+        return ForwardPass(log_probs, targets[mask], mask.sum(-1))
 
-    def _forward(self, model: nn.Module, batch: dict[str, Tensor], asked: set[str]) -> dict[str, Tensor]:
-        """One forward pass through all wrappers, in which the head reads the answers' rows alone."""
+    def _forward(
+        self, model: nn.Module, batch: dict[str, Tensor], needs: Sequence[Need]
+    ) -> tuple[ForwardPass, Tensor]:
+        """One forward pass through all wrappers, in which the head reads only the answers' rows."""
         targets, mask = next_token_targets(batch["labels"])
         length = batch["labels"].shape[1]
-        found: dict[str, Tensor] = {}
+        keeps: set[Kept] = {need.keeps for need in needs}
+        through_head = any(need.differentiable and need.keeps != "hidden" for need in needs)
+        logits: list[Tensor] = []
+        log_probs: list[Tensor] = []
 
-        def read(hidden: Tensor) -> None:
+        def read(hidden: Tensor) -> Tensor | None:
             rows = predicting_rows(hidden, mask)
-            if "logits" in asked:
-                found["logits"] = output_head(model)(rows)
-                found["log_probs"] = _picked(found["logits"], targets[mask])
-            else:
-                found["log_probs"] = self._chunked_log_probs(model, rows, targets[mask])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and through_head):
+                if "logits" in keeps:
+                    logits.append(output_head(model)(rows))
+                    log_probs.append(_picked(logits[0], targets[mask]))
+                else:
+                    log_probs.append(self._chunked_log_probs(model, rows, targets[mask]))
+            if isinstance(model, DistributedDataParallel):
+                # DDP looks for unused parameters from the output, and must see that the head is used.
+                trained = [p for p in head_module(model).parameters() if p.requires_grad]
+                return hidden[..., :1] + sum(0.0 * p.flatten()[:1].sum() for p in trained)
+            return None
 
         outputs = run_to_head(
             model,
@@ -367,24 +514,27 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
-            output_hidden_states="hidden" in asked,
+            output_hidden_states="hidden" in keeps,
         )
-        if "hidden" in asked:
+        hidden = None
+        if "hidden" in keeps:
             layer = outputs.hidden_states[self.args.hidden_layer]
-            found["hidden"] = layer[:, -length:][:, 1:][mask].float()
-        lengths = mask.sum(-1)
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        zeros = found["log_probs"].new_zeros(len(lengths))
-        found["nll"] = zeros.index_add(0, sequence, -found["log_probs"])
-        found["lengths"] = lengths.to(found["nll"].dtype)
-        found["targets"] = targets[mask]
-        found["anchor"] = 0.0 * outputs.logits.sum()
-        return found
+            hidden = layer[:, -length:][:, 1:][mask].float()
+        found = ForwardPass(
+            log_probs[0],
+            targets[mask],
+            mask.sum(-1),
+            logits[0] if logits else None,
+            hidden,
+            self._refusal_ids,
+            self.args.seed,
+        )
+        return found, 0.0 * outputs.logits.sum()
 
     def _chunked_log_probs(
         self, model: nn.Module, rows: Float[Tensor, "tokens hidden"], targets: Int[Tensor, " tokens"]
     ) -> Float[Tensor, " tokens"]:
-        """Log-probabilities with the logits of a chunk of tokens at a time, made anew in the backward pass."""
+        """Log-probabilities with the logits of a chunk of tokens at a time, recomputed in the backward pass."""
         project = output_head(model)
 
         def of(chunk: Tensor, wanted: Tensor) -> Tensor:
@@ -392,7 +542,7 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
 
         step = max(1, LOGITS_AT_ONCE // vocabulary_size(model))
         if self._sharded or not torch.is_grad_enabled():
-            # Sharded weights are whole only now, so nothing can be made anew later.
+            # Sharded weights are whole only during this forward pass, so nothing can be recomputed later.
             parts = [of(rows[i : i + step], targets[i : i + step]) for i in range(0, len(rows), step)]
         else:
             parts = [
@@ -401,31 +551,35 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
             ]
         return torch.cat(parts)
 
-    def _direction(self, hidden: Tensor) -> Tensor:
-        """rmu's direction: uniform in [0, 1)^d, of length 1, the same for a seed on every process."""
-        if self._control is None:
-            generator = torch.Generator().manual_seed(self.args.seed)
-            drawn = torch.rand(hidden.shape[-1], generator=generator)
-            self._control = drawn / drawn.norm()
-        return self._control.to(hidden)
+    # ---- Counts and logs ----
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:  # type: ignore
-        """Sequences, tokens and later tokens to forget, and tokens to retain, of a step on all processes."""
+        """What each part may be averaged over (`COUNTS`), summed over a step on all processes."""
         if not batch_samples:
             return None
-        counts = sum((self._counts(batch) for batch in batch_samples), torch.zeros(len(FORGET_COUNTS) + 1))
+        counts = sum((self._counts(batch) for batch in batch_samples), torch.zeros(len(COUNTS)))
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0)
         return counts.clamp(min=1).to(device)
 
     @staticmethod
     def _counts(batch: dict[str, Any]) -> Float[Tensor, " counts"]:
-        _, mask = next_token_targets(batch["forget"]["labels"])
-        tokens = int(mask.sum())
-        kept = int(next_token_targets(batch["retain"]["labels"])[1].sum()) if "retain" in batch else 0
-        return torch.tensor([len(mask), tokens, tokens - len(mask), kept], dtype=torch.float32)
+        counts = torch.zeros(len(COUNTS))
+        for part in get_args(Part):
+            if part in batch:
+                _, mask = next_token_targets(batch[part]["labels"])
+                found = {
+                    "sequences": len(mask),
+                    "tokens": int(mask.sum()),
+                    "later tokens": int(mask.sum()) - len(mask),
+                }
+                for unit, count in found.items():
+                    counts[COUNTS[part, unit]] = count
+        return counts
 
     def _note(self, name: str, total: Tensor, count: Tensor) -> None:
+        if not self.noting:
+            return
         model: Any = self.model
         mode = "" if model.training else "eval_"
         pair = torch.stack([total.double(), count.double()])
@@ -438,6 +592,8 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
             for name in sorted(n for n in self._sums if n.startswith("eval_") == evaluating):
                 total, count = self.accelerator.gather(self._sums.pop(name)[None].float()).sum(0).tolist()
                 logs[name] = total / max(count, 1.0)
+        if "loss" in logs:
+            logs.update(self.learned)
         super().log(logs, start_time)
 
     def prediction_step(
@@ -449,7 +605,7 @@ class UnlearningTrainer(TokenLossNormalization, Trainer):
 
 
 class _EpochOfPairs(TrainerCallback):
-    """Tells the pairs which epoch it is, so that retain samples go on where the last epoch ended."""
+    """Tells the pairs which epoch it is, so that retain samples continue where the last epoch ended."""
 
     def __init__(self, pairs: Any) -> None:
         self.pairs = pairs
@@ -457,6 +613,63 @@ class _EpochOfPairs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if hasattr(self.pairs, "set_epoch"):
             self.pairs.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+def _with_adapter(model: Any, peft_config: Any, args: UnlearningConfig) -> Any:
+    """Add the adapter of `peft_config` to a model without one."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "`peft_config` adds an adapter to a plain model, and this model has one already. Leave it out."
+        )
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+    return get_peft_model(model, peft_config)
+
+
+def _check_trainable(model: Any, reference_model: Any) -> None:
+    """Refuse a model without a parameter to train, and one that is its own reference."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trained:
+        advice = (
+            "The adapter was loaded for inference: load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
+            if hasattr(model, "peft_config")
+            else "Call `model.requires_grad_(True)`, or give `peft_config` to train an adapter."
+        )
+        raise ValueError(f"No parameter of the model requires a gradient, so nothing would be trained. {advice}")
+    if reference_model is not None and any(id(p) in trained for p in reference_model.parameters()):
+        raise ValueError(
+            "`reference_model` shares trained parameters with `model`, so it would not stay as it is. Give a copy of "
+            "the model, or leave `reference_model` out."
+        )
+
+
+def _evaluation_pairs(dataset: Any) -> list[ForgetRetainPairs]:
+    sets = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
+    return [pairs for pairs in sets if isinstance(pairs, ForgetRetainPairs)]
+
+
+def _reaches(loss: Tensor, model: nn.Module) -> bool:
+    """Whether a gradient of `loss` arrives at some trained parameter: read off its graph, without a backward pass."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    seen: set[Any] = set()
+    open_nodes = [loss.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in trained:
+            return True
+        if type(node).__name__.startswith("CheckpointFunction"):  # the reentrant form hides its parameters
+            return True
+        open_nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def _picked(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

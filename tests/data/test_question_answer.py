@@ -107,3 +107,21 @@ def test_an_answer_with_a_thought_ends_as_the_template_ends_it():
     tokenizer = byte_tokenizer(THINKING)
     encoded = QuestionAnswerFormat().encode(tokenizer, "How?", "<think>Hm.</think>So.")  # the template rewrites it
     assert split(tokenizer, encoded)[1] == "<think>Hm.</think>So.<|end|>"
+
+
+@pytest.mark.parametrize("start, end", [("<|im_start|>", "<|im_end|>"), ("<start_of_turn>", "<end_of_turn>")])
+@pytest.mark.parametrize("answer", ["Paris", "end", "o", "turn", "|", "of_turn>"])
+def test_an_answer_that_is_a_part_of_the_end_marker_still_ends_with_it(start, end, answer):
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}" + start + "{{ m.role }}\n{{ m.content | trim }}" + end + "\n{% endfor %}"
+        "{% if add_generation_prompt %}" + start + "assistant\n{% endif %}"
+    )
+    encoded = QuestionAnswerFormat().encode(tokenizer, "Which?", answer)
+    assert split(tokenizer, encoded) == (f"{start}user\nWhich?{end}\n{start}assistant\n", answer + end)
+
+
+def test_a_completion_stands_as_it_is():
+    tokenizer = byte_tokenizer()
+    assert split(tokenizer, QuestionAnswerFormat().encode_completion(tokenizer, "Who: ", "Me")) == ("Who: ", "Me</s>")
+    with pytest.raises(ValueError, match="The answer to 'Who: ' is empty"):
+        QuestionAnswerFormat().encode_completion(tokenizer, "Who: ", "")

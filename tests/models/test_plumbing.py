@@ -5,8 +5,8 @@ import types
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from models.test_heads import Odd, families
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_llama
 
 from hf_transfer_ext.models.plumbing import (

@@ -5,17 +5,20 @@ import os
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny import byte_tokenizer, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.data.forget_retain import ForgetRetainPairs, forget_retain_collator
+from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.losses.unlearning import METHODS
+from hf_transfer_ext.losses.needs import averaged_over
+from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES
+from hf_transfer_ext.losses.unlearning.methods import METHODS
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 PLAIN = QuestionAnswerFormat(template="plain", prompt="{question}")
 FORGET = [{"question": f"Q{i}?", "answer": "ab" * (i + 1)} for i in range(4)]
 RETAIN = [{"question": f"Keep {i}?", "answer": "k" * (7 - i)} for i in range(4)]
+OTHERWISE = [{**row, "alternative": ["xy", "other"]} for row in FORGET]
 
 
 def config(tmp_path, **options):
@@ -35,16 +38,16 @@ def config(tmp_path, **options):
     return UnlearningConfig(output_dir=str(tmp_path), **{**settings, **options})
 
 
-def trainer(tmp_path, model=None, *, forget=FORGET, retain=RETAIN, reference_model=None, **options):
+def trainer(tmp_path, model=None, *, forget=OTHERWISE, retain=RETAIN, given=None, **options):
+    """`given` are further arguments of the trainer, `options` those of its config."""
     return UnlearningTrainer(
         model if model is not None else tiny_llama(),
         config(tmp_path, **options),
         forget_dataset=forget,
         retain_dataset=retain,
         processing_class=byte_tokenizer(),
-        reference_model=reference_model,
         template=PLAIN,
-        alternatives=["no idea", "I cannot say"],
+        **(given or {}),
     )
 
 
@@ -109,20 +112,23 @@ def test_every_method_gives_one_update_however_the_batch_is_split(tmp_path, meth
 
     start = {name: p for name, p in lora().named_parameters() if p.requires_grad}
     whole, split = updated(4, 1), updated(1, 4)
-    assert distance(whole, split) < 2e-6
-    assert distance(whole, start) > 1e-4  # it moves at all
+    moved = distance(whole, start)
+    assert moved > 1e-4
+    assert distance(whole, split) < 2e-6 * max(1.0, moved)
 
 
 @pytest.mark.parametrize("method", ["tnpo", "idk_dpo"])
 def test_log_probabilities_kept_before_training_equal_a_live_reference(tmp_path, method):
     kept = weights_after(trainer(tmp_path, method=method, max_steps=3))
-    live = weights_after(trainer(tmp_path, method=method, max_steps=3, reference_model=tiny_llama()))
+    live = weights_after(trainer(tmp_path, method=method, max_steps=3, given={"reference_model": tiny_llama()}))
     assert distance(kept, live) < 1e-6
 
 
 def test_the_base_of_an_adapter_equals_a_copy_as_reference(tmp_path):
     own = weights_after(trainer(tmp_path, lora(), method="npo_kl", max_steps=3))
-    copied = weights_after(trainer(tmp_path, lora(), method="npo_kl", max_steps=3, reference_model=tiny_llama()))
+    copied = weights_after(
+        trainer(tmp_path, lora(), method="npo_kl", max_steps=3, given={"reference_model": tiny_llama()})
+    )
     assert distance(own, copied) < 1e-6
 
 
@@ -227,6 +233,12 @@ def test_one_dataset_of_pairs_will_do(tmp_path):
         ({"gamma": -1.0}, "must be >= 0 and not both 0"),
         ({"gamma": 0.0, "alpha": 0.0}, "not both 0"),
         ({"method": "rmu"}, "set `hidden_layer`"),
+        ({"method": "npo_sam", "method_options": {"roh": 1.0}}, "Unknown option of npo_sam 'roh'. Did you mean 'rho'"),
+        ({"method": "npo_sam", "method_options": {"rho": -1.0}}, "`rho` must be >= 0"),
+        ({"method_options": {"rho": 1.0}}, r"Unknown option of npo 'rho'.*\(it has none\)"),
+        ({"method": "pdu", "alpha": 2.0}, "'pdu' sets `alpha` itself"),
+        ({"method": "pdu", "retain_loss": "none"}, "'pdu' needs a retain loss"),
+        ({"train_sampling_strategy": "group_by_length"}, "does not group samples by length"),
         ({"remove_unused_columns": True}, "has to be False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
@@ -256,6 +268,183 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, options, message
         trainer(tmp_path, **options)
 
 
+def frozen():
+    model = tiny_llama()
+    model.requires_grad_(False)
+    return model
+
+
+def for_inference(tmp_path):
+    lora().save_pretrained(tmp_path / "adapter")
+    return PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+
+
+def its_own_reference():
+    model = tiny_llama()
+    return model, {"reference_model": model}
+
+
+def adapter_on_its_reference():
+    base = tiny_llama()
+    return lora(base), {"reference_model": base}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: (frozen(), {}), r"No parameter .* `model.requires_grad_\(True\)`"),
+        (lambda folder: (for_inference(folder), {}), "loaded for inference: .*is_trainable=True"),
+        (lambda folder: its_own_reference(), "shares trained parameters"),
+        (lambda folder: adapter_on_its_reference(), "shares trained parameters"),
+    ],
+    ids=["frozen", "for inference", "own reference", "adapter on its reference"],
+)
+def test_a_model_without_a_parameter_to_train_is_refused(tmp_path, make, message):
+    model, given = make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model, given=given)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_above_the_layer_that_the_losses_read_is_refused_before_a_step(tmp_path, checkpointing):
+    options = {"method": "rmu", "hidden_layer": 1, "gradient_checkpointing": checkpointing}
+    made = trainer(tmp_path, lora(layers_to_transform=[1]), **options)
+    with pytest.raises(ValueError, match=r"No trained parameter gets a gradient .* read layer 1"):
+        made.train()
+    assert made.state.global_step == 0
+    trainer(tmp_path, lora(layers_to_transform=[0]), **options).train()
+
+
+def test_a_path_and_a_configuration_of_an_adapter_will_do(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    settings = LoraConfig(r=4, target_modules=["q_proj"])
+    made = UnlearningTrainer(
+        str(tmp_path / "model"),
+        config(tmp_path, method="npo_kl", gradient_checkpointing=True),
+        forget_dataset=FORGET,
+        retain_dataset=RETAIN,
+        peft_config=settings,
+        template=PLAIN,
+    )
+    assert made.processing_class.get_vocab() == byte_tokenizer().get_vocab()
+    after = weights_after(made)
+    assert all("lora_" in name for name in after) and max(float(v.abs().max()) for v in after.values()) > 0
+    with pytest.raises(ValueError, match="this model has one already"):
+        trainer(tmp_path, lora(), given={"peft_config": settings})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        UnlearningTrainer(str(tmp_path / "nowhere"), config(tmp_path), forget_dataset=FORGET, retain_dataset=RETAIN)
+
+
+def test_rows_longer_than_the_model_are_named(tmp_path):
+    short = tiny_llama(max_position_embeddings=16)
+    rows = [FORGET[0], {"question": "Long?", "answer": "a" * 30}]
+    with pytest.raises(ValueError, match="Sample 1 of the forget set has 37 tokens, but the model was built for 16"):
+        trainer(tmp_path, short, forget=rows)
+    with pytest.raises(ValueError, match="Sample 1 of the retain set has 37 tokens"):
+        trainer(tmp_path, short, forget=FORGET, retain=[RETAIN[0], rows[1]])
+    with pytest.raises(ValueError, match="Sample 0 of the alternative set has"):
+        long = [{**FORGET[0], "alternative": ["b", "c" * 30]}]
+        trainer(tmp_path, short, forget=long, retain=RETAIN[:1], method="altpo")
+    unseen = ForgetRetainPairs(rows[1:], RETAIN, byte_tokenizer(), template=PLAIN)
+    with pytest.raises(ValueError, match="Sample 0 of the forget set has 37 tokens"):
+        trainer(tmp_path, short, given={"eval_dataset": {"unseen": unseen}})
+
+
+def test_rows_in_both_sets_are_refused_unless_allowed(tmp_path):
+    both = [*RETAIN, OTHERWISE[1]]
+    with pytest.raises(ValueError, match="1 of the 4 samples to forget are also in the retain set"):
+        trainer(tmp_path, retain=both)
+    trainer(tmp_path, retain=both, allow_overlap=True).train()
+
+
+def test_altpo_asks_for_alternatives_of_each_row(tmp_path):
+    with pytest.raises(ValueError, match="Example 0 of the forget set needs a question and an alternative answer"):
+        trainer(tmp_path, forget=FORGET, method="altpo")
+    with pytest.raises(ValueError, match=r"'altpo' needs an alternative answer for each question.*'idk_dpo'"):
+        trainer(tmp_path, method="altpo", given={"alternatives": ["no idea"]})
+    refusing = trainer(tmp_path, forget=FORGET, method="idk_dpo")
+    assert len(refusing.train_dataset.alternatives[0]) == len(REFUSALS)
+
+
+@pytest.mark.parametrize("sets", ["one", "several"])
+def test_an_evaluation_set_gets_its_reference_before_training(tmp_path, sets):
+    unseen = ForgetRetainPairs([{"question": "New?", "answer": "n"}], RETAIN, byte_tokenizer(), template=PLAIN)
+    given = {"eval_dataset": unseen if sets == "one" else {"unseen": unseen}}
+    options = {"method": "npo", "max_steps": 2, "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 1}
+    kept = trainer(tmp_path, given=given, **options)
+    kept.train()
+    live = trainer(tmp_path, given={**given, "reference_model": tiny_llama()}, **options)
+    live.train()
+    name = "eval_loss" if sets == "one" else "eval_unseen_loss"
+    first, second = ([log[name] for log in made.state.log_history if name in log] for made in (kept, live))
+    assert len(first) == 2 and first == pytest.approx(second, rel=1e-5) and first[0] != first[1]
+
+
+def test_a_set_whose_reference_was_not_computed_is_named(tmp_path):
+    unseen = ForgetRetainPairs([{"question": "New?", "answer": "n"}], RETAIN, byte_tokenizer(), template=PLAIN)
+    with pytest.raises(ValueError, match=r"this row is in none of them: 'New\? n</s>'.*`eval_dataset`"):
+        trainer(tmp_path, method="npo").evaluate(unseen)
+
+
+def test_conversations_train_like_questions_and_answers(tmp_path):
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE)
+
+    def talks(rows):
+        roles = (("user", "question"), ("assistant", "answer"))
+        return [{"messages": [{"role": role, "content": row[key]} for role, key in roles]} for row in rows]
+
+    def updated(forget, retain):
+        made = UnlearningTrainer(
+            tiny_llama(),
+            config(tmp_path, learning_rate=1e-2),
+            forget_dataset=forget,
+            retain_dataset=retain,
+            processing_class=tokenizer,
+        )
+        return weights_after(made)
+
+    assert distance(updated(FORGET, RETAIN), updated(talks(FORGET), talks(RETAIN))) == 0.0
+
+
+def test_persistent_workers_see_every_epoch(tmp_path):
+    seen = []
+
+    class Watching(UnlearningTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.extend(inputs["retain"]["index"].tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def retained(**options):
+        seen.clear()
+        Watching(
+            tiny_llama(),
+            config(tmp_path, max_steps=-1, num_train_epochs=4, learning_rate=1e-3, **options),
+            forget_dataset=FORGET[:1],
+            retain_dataset=RETAIN,
+            processing_class=byte_tokenizer(),
+        ).train()
+        return list(seen)
+
+    plain = retained()
+    assert sorted(plain) == [0, 1, 2, 3]
+    assert retained(dataloader_num_workers=1, dataloader_persistent_workers=True) == plain
+
+
+def test_a_retain_loss_over_sequences_is_averaged_over_sequences(tmp_path, monkeypatch):
+    @averaged_over("sequences")
+    def retain_answers(nll):
+        return nll
+
+    monkeypatch.setitem(RETAIN_LOSSES._functions, "retain_answers", retain_answers)
+    options = {"retain_loss": "retain_answers", "method": "npo", "learning_rate": 1e-2}
+    whole = weights_after(made := trainer(tmp_path, lora(), **options))
+    split = trainer(tmp_path, lora(), per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
+    assert distance(whole, weights_after(split)) < 2e-6
+    expected = sum(sequence_nll(lora().eval(), row["question"], row["answer"]) for row in RETAIN) / 4
+    assert made.state.log_history[0]["retain_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model = tiny_llama()
     model.lm_head.weight.data[0, 0] = float("nan")
@@ -268,7 +457,7 @@ def test_a_low_rate_for_an_adapter_is_warned_of(tmp_path, caplog):
     assert "low for an adapter" in caplog.text
 
 
-def _rank(rank, tmp_path, method, checkpointing):
+def weights_of_process(rank, tmp_path, model, **options):
     """One of two processes, each with half of the batch; ends the process."""
     status = 1
     try:
@@ -278,19 +467,17 @@ def _rank(rank, tmp_path, method, checkpointing):
         )  # fmt: skip
         made = trainer(
             tmp_path / "two",
-            lora(),
-            method=method,
+            model,
             hidden_layer=1,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=2,
-            gradient_checkpointing=checkpointing,
-            ddp_find_unused_parameters=False,
+            **options,
         )
         assert made.accelerator.num_processes == 2
         after = weights_after(made)
         if rank == 0:
             torch.save({n.removeprefix("module."): v for n, v in after.items()}, tmp_path / "two.pt")
-            (tmp_path / "log.json").write_text(json.dumps(made.state.log_history[0]))
+            (tmp_path / "log.json").write_text(json.dumps(made.state.log_history[:-1]))
         torch.distributed.barrier()
         status = 0
     except BaseException:
@@ -301,20 +488,34 @@ def _rank(rank, tmp_path, method, checkpointing):
         os._exit(status)
 
 
-@pytest.mark.parametrize("method, checkpointing", [("npo", False), ("npo_kl", True), ("ce_u", False)])
-def test_two_processes_equal_one(tmp_path, method, checkpointing):
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (lora, {"method": "npo", "ddp_find_unused_parameters": False}),
+        (lora, {"method": "npo_kl", "ddp_find_unused_parameters": False, "gradient_checkpointing": True}),
+        (lora, {"method": "ce_u", "ddp_find_unused_parameters": False}),
+        (lora, {"method": "npo_sam"}),
+        (lora, {"method": "pdu", "max_steps": 2, "learning_rate": 1e-3, "method_options": {"warmup_epochs": 0}}),
+        # All weights of a model with a head of its own.
+        (tiny_llama, {"method": "npo", "max_steps": 2, "learning_rate": 1e-3}),
+        (tiny_llama, {"method": "grad_diff", "gradient_checkpointing": True, "learning_rate": 1e-3}),
+        (tiny_llama, {"method": "npo_sam", "learning_rate": 1e-3}),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else value["method"],
+)
+def test_two_processes_equal_one(tmp_path, kind, options):
     torch.set_num_threads(1)
     children = []
     for rank in range(2):
         child = os.fork()
         if child == 0:
-            _rank(rank, tmp_path, method, checkpointing)
+            weights_of_process(rank, tmp_path, kind(), **options)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    made = trainer(tmp_path / "one", lora(), method=method, hidden_layer=1)
+    made = trainer(tmp_path / "one", kind(), hidden_layer=1, **options)
     one = weights_after(made)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert distance(one, two) < 1e-6
-    logged = json.loads((tmp_path / "log.json").read_text())
-    for name in ("loss", "forget_loss", "forget_nll"):
-        assert logged[name] == pytest.approx(made.state.log_history[0][name], rel=1e-4)
+    assert distance(one, two) < 2e-6
+    for logged, expected in zip(json.loads((tmp_path / "log.json").read_text()), made.state.log_history, strict=False):
+        for name in {"loss", "forget_loss", "forget_nll", "dual"} & set(expected):
+            assert logged[name] == pytest.approx(expected[name], rel=1e-4)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_transfer_ext.data.forget_retain import encode_example
+from hf_transfer_ext.data.forget_retain import encode_row
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
@@ -88,8 +88,8 @@ class Subject:
         return result.values
 
     def encode(self, row: Row) -> EncodedAnswer:
-        """A question with its answer, or a text, as tokens."""
-        return encode_example(self.tokenizer, row, self.template, {})
+        """A question with its answer, the last answer of a conversation, or a text, as tokens."""
+        return encode_row(self.tokenizer, row, self.template, {})[-1][0]
 
     def recall_after(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> Values:
         """Share of each answer's words in what the model writes after the given prompts, which begin with the row's

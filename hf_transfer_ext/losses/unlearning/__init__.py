@@ -1,16 +1,17 @@
-"""Losses of unlearning: what the forget set is pushed to, and what holds the retain set. Each is one file.
+"""Losses of unlearning: where the forget set is pushed, and what keeps the retain set in place. One file each.
 
-The names of a loss's arguments say what it needs (`asks.QUANTITIES`); keyword-only arguments are its options.
+The names of a loss's arguments say what it needs (`losses.needs.NEEDS`); keyword-only arguments are its options.
+Published combinations of them are in `methods/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
+from hf_transfer_ext.losses.needs import check_loss, check_retain_loss
 from hf_transfer_ext.losses.unlearning.ce_u import ce_u
 from hf_transfer_ext.losses.unlearning.dpo import dpo
+from hf_transfer_ext.losses.unlearning.flat_logits import flat_logits
 from hf_transfer_ext.losses.unlearning.grad_ascent import grad_ascent
 from hf_transfer_ext.losses.unlearning.idk import idk
 from hf_transfer_ext.losses.unlearning.jensun import jensun
@@ -30,40 +31,10 @@ from hf_transfer_ext.registry import Registry
 
 UNLEARNING_LOSSES: Registry[Callable] = Registry(
     "unlearning loss",
-    [grad_ascent, npo, simnpo, dpo, idk, undial, ce_u, wga, satimp, tnpo, me, jensun, rmu],
+    [grad_ascent, npo, simnpo, dpo, idk, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, rmu],
+    check=check_loss,
 )
 
-RETAIN_LOSSES: Registry[Callable] = Registry("retain loss", [retain_nll, retain_kl, retain_jsd, retain_hidden])
-
-
-@dataclass(frozen=True)
-class Method:
-    """A published combination of losses: `gamma * forget + alpha * retain`, with the weights of its authors."""
-
-    forget: str
-    retain: str | None = None
-    gamma: float = 1.0
-    alpha: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-#: Methods by the names they are published under. Any part can be set apart from them in the config.
-METHODS: dict[str, Method] = {
-    "grad_ascent": Method("grad_ascent"),
-    "grad_diff": Method("grad_ascent", "retain_nll"),
-    "kl_min": Method("grad_ascent", "retain_kl"),
-    "npo": Method("npo", "retain_nll"),
-    "npo_kl": Method("npo", "retain_kl"),
-    "simnpo": Method("simnpo", "retain_nll", gamma=0.125),
-    "idk": Method("idk", "retain_nll"),
-    "idk_dpo": Method("dpo", "retain_nll"),
-    "altpo": Method("dpo", "retain_nll"),
-    "undial": Method("undial"),
-    "ce_u": Method("ce_u"),
-    "wga": Method("wga", "retain_nll"),
-    "satimp": Method("satimp", "retain_nll", gamma=0.1),
-    "tnpo": Method("tnpo", "retain_nll"),
-    "me_gd": Method("me", "retain_nll"),
-    "jensun": Method("jensun", "retain_jsd"),
-    "rmu": Method("rmu", "retain_hidden"),
-}
+RETAIN_LOSSES: Registry[Callable] = Registry(
+    "retain loss", [retain_nll, retain_kl, retain_jsd, retain_hidden], check=check_retain_loss
+)

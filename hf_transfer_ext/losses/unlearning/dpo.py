@@ -14,12 +14,12 @@ def dpo(
     *,
     beta: float = 0.1,
 ) -> Sequences:
-    r"""Preference of another answer (a refusal, or one that the model made up) over the one to be forgotten.
+    r"""Preference of another answer (a refusal, or one that the model made up) over the one to forget.
 
     .. math:: -\frac{2}{\beta} \ln \sigma\big(\beta
         [(\ell_{ref}^{w} - \ell_\theta^{w}) - (\ell_{ref}^{l} - \ell_\theta^{l})]\big)
 
-    `w` is the alternative, `l` the answer to be forgotten. With refusals it is IdkDPO, with alternatives sampled from
+    `w` is the alternative, `l` the answer to forget. With refusals it is IdkDPO, with alternatives sampled from
     the model AltPO. The factor 2 / beta, instead of DPO's 1, puts it on the scale of `npo`.
 
     Args:

@@ -5,7 +5,7 @@ from hf_transfer_ext.losses.needs import Tokens, averaged_over
 
 @averaged_over("tokens")
 def grad_ascent(log_probs: Tokens) -> Tokens:
-    r"""Minus the cross-entropy: minimising it makes the answer less likely, without bound.
+    r"""Minus the cross-entropy: minimizing it makes the answer less likely, without bound.
 
     .. math:: \ln p(y_t)
 

@@ -9,7 +9,7 @@ from hf_transfer_ext.losses.needs import TokenRows, Tokens, averaged_over
 
 @averaged_over("tokens")
 def me(logits: TokenRows) -> Tokens:
-    r"""Maximise entropy: KL from the uniform distribution to the model's, whatever the answer is.
+    r"""Maximize entropy: KL from the uniform distribution to the model's, whatever the answer is.
 
     .. math:: \mathrm{KL}(U \,\|\, p) = -\ln V - \frac{1}{V} \sum_v \ln p_v
 

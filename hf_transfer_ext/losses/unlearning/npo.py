@@ -7,7 +7,7 @@ from hf_transfer_ext.losses.needs import Sequences, averaged_over, require_at_le
 
 @averaged_over("sequences")
 def npo(nll: Sequences, reference_nll: Sequences, *, beta: float = 0.1) -> Sequences:
-    r"""Negative preference optimisation: gradient ascent that fades as the answer gets less likely than it was.
+    r"""Negative preference optimization: gradient ascent that fades as the answer gets less likely than it was.
 
     .. math:: -\frac{2}{\beta} \ln \sigma\big(\beta (\ell_\theta - \ell_{ref})\big)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.losses.needs import HiddenRows, Tokens, averaged_over
+from hf_transfer_ext.losses.needs import HiddenRows, Tokens, averaged_over, require_finite
 
 
 @averaged_over("tokens")
@@ -12,8 +12,8 @@ def rmu(hidden: HiddenRows, control: Float[Tensor, " hidden"], *, scale: float =
 
     .. math:: \frac{1}{d} \lVert h - c\, u \rVert^2
 
-    `u` is drawn once from [0, 1)^d and divided by its norm. Goes with `retain_hidden`, which holds the hidden states
-    of the retain set where they were.
+    `u` is drawn once from [0, 1)^d and divided by its norm. Use it with `retain_hidden`, which keeps the
+    hidden states of the retain set where they were.
 
     Args:
         scale: The constant c; 2 in the TOFU recipes, 6.5 to 300 for other models and layers.
@@ -24,4 +24,5 @@ def rmu(hidden: HiddenRows, control: Float[Tensor, " hidden"], *, scale: float =
     Source: Li et al., "The WMDP benchmark: measuring and reducing malicious use with unlearning", 2024, section 4,
     https://arxiv.org/abs/2403.03218
     """
+    require_finite("scale", scale)
     return ((hidden - scale * control) ** 2).mean(-1)

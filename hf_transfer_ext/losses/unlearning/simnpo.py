@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from torch.nn.functional import logsigmoid
 
-from hf_transfer_ext.losses.needs import Sequences, averaged_over, require_at_least
+from hf_transfer_ext.losses.needs import Sequences, averaged_over, require_at_least, require_finite
 
 
 @averaged_over("sequences")
 def simnpo(nll: Sequences, lengths: Sequences, *, beta: float = 4.5, delta: float = 0.0) -> Sequences:
-    r"""NPO without a reference: the answer's mean loss stands alone, so long and short answers count alike.
+    r"""NPO without a reference: only the answer's mean loss counts, so long and short answers weigh the same.
 
     .. math:: -\frac{2}{\beta} \ln \sigma\Big(\beta \big(\tfrac{\ell_\theta}{n} - \delta\big)\Big)
 
@@ -22,4 +22,5 @@ def simnpo(nll: Sequences, lengths: Sequences, *, beta: float = 4.5, delta: floa
     https://arxiv.org/abs/2410.07163
     """
     require_at_least("beta", beta, 0, strictly=True)
+    require_finite("delta", delta)
     return -(2.0 / beta) * logsigmoid(beta * (nll / lengths - delta))

@@ -12,7 +12,7 @@ def undial(logits: TokenRows, reference_logits: TokenRows, targets: TokenIds, *,
 
     .. math:: -\sum_v \operatorname{softmax}(z^{ref} - \beta\, e_y)_v \ln p_v
 
-    Bounded, and at rest where the model is the adjusted reference. Over answer tokens only.
+    Bounded; zero gradient when the model matches the adjusted reference. Over answer tokens only.
 
     Args:
         beta: How far the answer's logit is lowered, >= 0.

@@ -5,7 +5,7 @@ from hf_transfer_ext.losses.needs import Tokens, averaged_over, require_at_least
 
 @averaged_over("tokens")
 def wga(log_probs: Tokens, *, beta: float = 1.0) -> Tokens:
-    r"""Weighted gradient ascent: tokens that are forgotten already push no further.
+    r"""Weighted gradient ascent: tokens that are already forgotten stop pushing.
 
     .. math:: \operatorname{sg}(p^{\beta}) \ln p
 

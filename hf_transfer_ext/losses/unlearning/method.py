@@ -1,0 +1,158 @@
+"""What a published unlearning method is: two losses, their weights, and what it does beside minimizing their sum.
+
+A method is a subclass of `Method` in a file of its own under `methods/`, named like the file. Most only set class
+attributes. One that does more overrides a function below; the trainer calls them and knows no method by name.
+
+- Options of its own are fields of the class (`@dataclass(frozen=True)`), set by `method_options` in the config.
+- A schedule, or weights that are learned: `weights`, `start` and `learn`.
+- A step of its own (two gradients combined, moved weights, a mask on gradients): `gradient`.
+- Alternative answers that the data has to bring: `alternatives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hf_transfer_ext.losses.needs import check_options
+from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
+from hf_transfer_ext.registry import unknown_name
+
+Part = Literal["forget", "retain"]
+
+#: One tensor for each trained parameter, in the order of the model's parameters.
+Gradient: TypeAlias = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the training is.
+
+    Args:
+        share: Steps done of all steps, from 0 to 1.
+        epoch: Passes over the forget set, with a fraction.
+    """
+
+    share: float
+    epoch: float
+
+
+@runtime_checkable
+class Step(Protocol):
+    """One optimizer step, as a method with a step of its own sees it: all its micro-batches, on all processes."""
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the forget loss."""
+        ...
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the retain loss."""
+        ...
+
+    def gradient(self, part: Part) -> Gradient:
+        """Gradient of the mean forget or retain loss of the step, not weighted; one more pass over its batches."""
+        ...
+
+    def moved(self, by: Gradient) -> AbstractContextManager[None]:
+        """Within the block, the trained parameters are larger by `by`; afterwards they are exactly as before."""
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way to unlearn: minimize `gamma * forget + alpha * retain`, with the weights of its authors.
+
+    Class attributes:
+        forget: Name of an unlearning loss.
+        retain: Name of a retain loss; None for no retain loss.
+        gamma: Weight of the forget loss, >= 0.
+        alpha: Weight of the retain loss, >= 0.
+        forget_options: Options of the forget loss that differ from its defaults.
+        alternatives: Where the alternative answers of losses that ask for them come from: "refusals" (built-in texts,
+            unless others are given) or "data" (each forget row has to bring its own, in a column "alternative").
+        sets: Weights ("gamma", "alpha") that the method computes itself, so that a config cannot set them.
+        requires_retain: Whether the method makes no sense without a retain loss.
+    """
+
+    forget: ClassVar[str]
+    retain: ClassVar[str | None] = None
+    gamma: ClassVar[float] = 1.0
+    alpha: ClassVar[float] = 1.0
+    forget_options: ClassVar[Mapping[str, Any]] = {}
+    alternatives: ClassVar[Literal["refusals", "data"]] = "refusals"
+    sets: ClassVar[tuple[str, ...]] = ()
+    requires_retain: ClassVar[bool] = False
+
+    def start(self) -> dict[str, float]:
+        """Values that the method learns, before the first step; saved in checkpoints, and logged by these names."""
+        return {}
+
+    def weights(
+        self, gamma: float, alpha: float, progress: Progress, learned: Mapping[str, float]
+    ) -> tuple[float, float]:
+        """Weights (gamma, alpha) of the coming step, from those of the config."""
+        return gamma, alpha
+
+    def learn(
+        self, learned: Mapping[str, float], losses: Mapping[Part, float], progress: Progress
+    ) -> dict[str, float]:
+        """Learned values after a step whose mean losses, over all micro-batches and processes, were `losses`."""
+        return dict(learned)
+
+    def gradient(self, step: Step) -> Gradient:
+        """What the optimizer gets: the gradient of `gamma * forget + alpha * retain`, unless overridden.
+
+        The trainer calls this only where a method overrides it; otherwise both losses share one backward pass.
+        """
+        forget, retain = step.gradient("forget"), step.gradient("retain")
+        return [step.gamma * f + step.alpha * r for f, r in zip(forget, retain, strict=True)]
+
+    @classmethod
+    def has_own_step(cls) -> bool:
+        return cls.gradient is not Method.gradient
+
+
+def norm(gradient: Gradient) -> Tensor:
+    """Euclidean length of all tensors of a gradient together, in float32."""
+    return torch.stack([g.float().square().sum() for g in gradient]).sum().sqrt()
+
+
+def method_from_options(method: type[Method], options: Mapping[str, Any]) -> Method:
+    """A method with its own options; an option that it does not have, or a value out of range, is refused."""
+    known = [f.name for f in fields(method)]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of {method.__name__}", option, known or ["(it has none)"]))
+    return method(**options)
+
+
+def check_method(method: Any) -> None:
+    """Refuse what the trainer could not use as a method; the registry checks this when a method is registered."""
+    name = getattr(method, "__name__", repr(method))
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise ValueError(f"The unlearning method {name!r} has to be a subclass of `Method`, got {type(method)}.")
+    if not hasattr(method, "forget"):
+        raise ValueError(f"The unlearning method {name!r} has to name its forget loss: `forget = ...`.")
+    for attribute, registry in (("forget", UNLEARNING_LOSSES), ("retain", RETAIN_LOSSES)):
+        loss = getattr(method, attribute)
+        if (loss is not None or attribute == "forget") and loss not in registry:
+            raise ValueError(f"In the unlearning method {name!r}: {unknown_name(registry.kind, loss, registry)}")
+    check_options(UNLEARNING_LOSSES[method.forget], method.forget_options)
+    if method.alternatives not in ("refusals", "data"):
+        raise ValueError(
+            f"`alternatives` of the unlearning method {name!r} has to be 'refusals' or 'data', got "
+            f"{method.alternatives!r}."
+        )
+    if "__annotations__" in vars(method) and "__dataclass_fields__" not in vars(method):
+        raise ValueError(f"Mark the unlearning method {name!r} with `@dataclass(frozen=True)`: it has options.")
+    try:
+        method()
+    except TypeError as error:
+        raise ValueError(f"Each option of the unlearning method {name!r} needs a default: {error}.") from error
