@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,13 @@ import torch
 import yaml
 
 from hf_transfer_ext.files import refuse_existing_output, write_text
+from hf_transfer_ext.hub.inputs import InputsInBackground
 from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.planning.config import MergeConfig, load_config
 from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
+from hf_transfer_ext.merging.record import finish_merge, inputs_of
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
@@ -129,7 +131,7 @@ def merge(
         OSError: A file cannot be read or written, or the disk is full.
     """
     began = time.perf_counter()
-    with ranks_of_launch(alone=alone) as ranks:
+    with ranks_of_launch(alone=alone) as ranks, ExitStack() as stack:
         with ranks.together():
             parsed = load_config(config)
             target = refuse_existing_output(out_dir, overwrite=overwrite)
@@ -160,6 +162,8 @@ def merge(
                 text = public_yaml(config)
             if dry_run:
                 return report
+            inputs = InputsInBackground(inputs_of(models, parsed.base_model) if ranks.is_first else [])
+            stack.enter_context(inputs)
             workers = threads or _threads_on(where)
             jobs = with_model_thresholds(
                 jobs, threads=workers, device=where, allow_nonfinite=allow_nonfinite, ranks=ranks
@@ -184,6 +188,17 @@ def merge(
                             allow_nonfinite=allow_nonfinite,
                             overwrite=overwrite,
                             progress=progress,
+                        )
+                        seconds = time.perf_counter() - began
+                        finish_merge(
+                            target,
+                            "merge",
+                            text,
+                            inputs,
+                            seed=parsed.seed,
+                            seconds=seconds,
+                            script=__file__,
+                            adapter=adapter,
                         )
                 adapter = ranks.gather(adapter)[0]
                 size = (target / "adapter_model.safetensors").stat().st_size
@@ -211,6 +226,8 @@ def merge(
                         _write_companions(folder, donor, described, text)
                         if vocabulary is not None or template is not None:
                             write_tokenizer(vocabulary, template, donor, folder)
+                        seconds = time.perf_counter() - began
+                        finish_merge(folder, "merge", text, inputs, seed=parsed.seed, seconds=seconds, script=__file__)
         finally:
             for model in models.values():
                 model.close()

@@ -1,158 +1,120 @@
 """Measure models: `accelerate launch recipes/evaluate.py --config recipes/configs/evaluate/demo.yaml`.
 
-One pass over each data set for all metrics, or a whole suite by its name (`--suite tofu`); several adapters of one
-base side by side; a second run is free where `cache` names a folder. Writes the measurements, every example, a table
-and a plot.
+One pass over each data set for all metrics, or a suite by its name (`--suite tofu`), adapters of a base side by side.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.data.text import load_rows
-from hf_transfer_ext.evals.engine.evaluate import GenerationSettings, evaluate, resolve_metric
+from hf_transfer_ext.evals.engine.evaluate import GenerationSettings
 from hf_transfer_ext.evals.harness import measure_with_lm_eval
+from hf_transfer_ext.evals.metric_run import PEOPLE, MetricRun, load_sets, resolve_all
+from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.evals.models import with_adapters
 from hf_transfer_ext.evals.suite_run import SuiteRun
 from hf_transfer_ext.evals.suites import SUITES
-from hf_transfer_ext.evals.table import comparison_plot, comparison_table
-from hf_transfer_ext.files import write_text
-from hf_transfer_ext.models.loading import load_model, load_tokenizer
-from hf_transfer_ext.recipe import parse_recipe
-from hf_transfer_ext.teachers.demo import demo_model
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import describe_dataset, describe_input
+from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
+from hf_transfer_ext.settings import REQUIRED
+
+USUAL = ["perplexity", "answer_probability", "truth_ratio", "exact_memorization", "extraction_strength"]
 
 
 @dataclass
 class EvaluateArguments:
-    """What is measured on what."""
+    """Which models to measure, and on which data."""
 
-    output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder of the results."})
-    models: list[str] = field(
-        default_factory=lambda: ["demo"],
-        metadata={"help": "Folders or Hub ids, or demo (Gemma 3 270M). Adapters are loaded onto their base."},
+    models: list[str] = setting(REQUIRED, "models", "Folders or Hub ids, or demo (Gemma 3 270M).")
+    adapters: list[str] | None = setting(
+        None, "models", "Adapter folders, all on the one model; base is measured too."
     )
-    adapters: list[str] | None = field(
-        default=None, metadata={"help": "Adapter folders, all put on the one model; it is measured as base too."}
-    )
-    reference: str | None = field(default=None, metadata={"help": "Model for metrics that compare, or base."})
-    dtype: str = "float32"
-    suite: str | None = field(default=None, metadata={"help": f"One of {', '.join(SUITES)}, in place of metrics."})
-    suite_options: str = field(default="{}", metadata={"help": 'JSON for it or its loader: {"split": "forget05"}.'})
-    compared_with: str | None = field(
-        default=None, metadata={"help": "A suite's other model: retrained (tofu, muse) or before unlearning."}
-    )
-    lm_eval_tasks: str | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness besides."})
-    lm_eval_folder: str | None = field(default=None, metadata={"help": "Folder of own tasks in YAML."})
-    data: list[str] | None = field(
-        default=None, metadata={"help": "Files, folders or Hub ids (default: made-up people, or the suite's own)."}
-    )
-    split: str = "train"
-    data_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    columns: str = field(default="{}", metadata={"help": "JSON: schema name -> your column."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first rows of each data set."})
-    metrics: str = field(
-        default="perplexity, answer_probability, truth_ratio, exact_memorization, extraction_strength",
-        metadata={"help": 'Names, comma-separated, or JSON: ["perplexity", {"truth_ratio": {...}}].'},
-    )
-    template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
-    prompt: str = field(default=QuestionAnswerFormat.prompt, metadata={"help": "The plain prompt."})
-    max_new_tokens: int = 200
-    batch_size: int = 16
-    per_example: str = field(default="jsonl", metadata={"help": "Every example as jsonl or parquet."})
-    cache: str | None = field(default=None, metadata={"help": "Folder that keeps scores by content."})
-    seed: int = 0
+    reference: str | None = setting(None, "models", "Model for metrics that compare, or base.")
+    compared_with: str | None = setting(None, "models", "A suite's other model: retrained, or before unlearning.")
+    dtype: str = setting("float32", "models", "auto, float32 or bfloat16.")
+    data: list[str] | None = setting(None, "data", "Files, folders, Hub ids; none: made-up people or the suite's own.")
+    split: str = setting("train", "data", "Split of each.")
+    data_config: str | None = setting(None, "data", "Configuration of a Hub data set.")
+    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
+    limit: int | None = setting(None, "data", "Only the first rows of each data set.")
+    template: str = setting("auto", "data", "auto, chat or plain.")
+    prompt: str = setting(QuestionAnswerFormat.prompt, "data", "The plain prompt.")
+    metrics: list[Any] = setting(USUAL, "metrics", f"Of {', '.join(METRICS)}; or {{name: {{option: value}}}}.")
+    suite: str | None = setting(None, "metrics", f"One of {', '.join(SUITES)}, instead of metrics.")
+    suite_options: dict[str, Any] = setting({}, "metrics", "Options of it or its loader: {split: forget05}.")
+    lm_eval_tasks: list[str] | None = setting(None, "metrics", "Tasks of lm-evaluation-harness as well.")
+    lm_eval_folder: str | None = setting(None, "metrics", "Folder of your own tasks in YAML.")
+    max_new_tokens: int = setting(200, "metrics", "Longest generation.")
+    batch_size: int = setting(16, "", "Examples in a forward pass.")
+    cache: str | None = setting(None, "", "Folder that keeps scores by content.")
+    per_example: Literal["jsonl", "parquet"] = setting("jsonl", "", "Every example as jsonl or parquet.")
+    output_dir: str = setting("runs/evaluate", "", "Folder of the results.")
+    seed: int = setting(0, "", "Seed of all random choices.")
+
+
+def metric_run(told: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
+    """The data sets and the reference, loaded once for all models."""
+    resolve_all(told.metrics)
+    where: Any = {"split": told.split, "config_name": told.data_config, "limit": told.limit, "seed": told.seed}
+    sets = load_sets(told.data or [PEOPLE], **where)
+    reference: Any = told.reference
+    if reference not in (None, "base"):
+        reference, _ = load_named(reference, dtype=told.dtype, device=shared["accelerator"].device)
+    return MetricRun(told.metrics, sets, reference=reference, **shared)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (arguments,) = parse_recipe(EvaluateArguments, argv=argv)
-    if arguments.per_example not in ("jsonl", "parquet"):
-        raise ValueError(f"`per_example` has to be jsonl or parquet, got {arguments.per_example!r}.")
-    if arguments.adapters and len(arguments.models) > 1:
+    (told,) = parse_recipe(EvaluateArguments, argv=argv)
+    accelerator, out, first = Accelerator(), Path(told.output_dir), told.compared_with
+    record = start_record("evaluation", __file__, argv, told, seed=told.seed)
+    shared: dict[str, Any] = {name: getattr(told, name) for name in ("columns", "batch_size", "cache", "seed")}
+    shared["template"] = QuestionAnswerFormat(template=told.template, prompt=told.prompt)
+    shared |= {"generation": GenerationSettings(told.max_new_tokens), "accelerator": accelerator, "progress": True}
+    suite = None
+    if told.adapters and len(told.models) > 1:
         raise ValueError("`adapters` go on one model: give one in `models`.")
-    accelerator = Accelerator()
-    template = QuestionAnswerFormat(template=arguments.template, prompt=arguments.prompt)
-    shared: dict[str, Any] = {
-        "template": template, "columns": json.loads(arguments.columns), "batch_size": arguments.batch_size,
-        "generation": GenerationSettings(arguments.max_new_tokens), "accelerator": accelerator,
-        "cache": arguments.cache, "seed": arguments.seed, "progress": True,
-    }  # fmt: skip
-    run, first = None, arguments.compared_with
-    if arguments.suite:
-        run = SuiteRun(
-            arguments.suite, (arguments.data or [None])[0], comparing=first is not None, limit=arguments.limit,
-            suite_options=json.loads(arguments.suite_options), **shared,
-        )  # fmt: skip
-        measure: Any = run.measured
+    if told.suite:
+        options: dict[str, Any] = {"comparing": first is not None, "limit": told.limit, **shared}
+        suite = SuiteRun(told.suite, (told.data or [None])[0], suite_options=told.suite_options, **options)
     elif first:
         raise ValueError("`compared_with` is for suites: give one in `suite`, or a `reference` for metrics.")
-    else:
-        measure = metrics_measured(arguments, shared)
+    measure = suite.measured if suite else metric_run(told, shared).measured
+    record.inputs += [describe_dataset(name) for name in told.data or [] if name != PEOPLE]
+    record.inputs += [describe_input(folder, role="adapter") for folder in told.adapters or []]
     compared: dict[str, list[Any]] = {}
-    for name in [first, *arguments.models] if first else arguments.models:
-        path = demo_model() if name == "demo" else name
-        model, tokenizer = load_model(path, dtype=arguments.dtype).to(accelerator.device), load_tokenizer(path)
-        title = run.role if run and run.role and not compared else Path(name).name
-        title = str(name).strip("/").replace("/", "_") if title in compared else title  # two runs may end in one name
-        variants: Any = {title: None}
-        if arguments.adapters and name != first:
-            model, variants = with_adapters(model, arguments.adapters)
+    for name in [first, *told.models] if first else told.models:
+        model, tokenizer = load_named(name, record, dtype=told.dtype, device=accelerator.device)
+        title = suite.role if suite and suite.role and not compared else Path(name).name
+        title = name.strip("/").replace("/", "_") if title in compared else title  # two runs may end in one name
+        plain = not told.adapters or name == first
+        model, variants = (model, {title: None}) if plain else with_adapters(model, told.adapters)
         for variant, adapter in variants.items():
             compared[variant] = []
-            for place, result in measure(model, tokenizer, variant, adapter):
-                compared[variant] += result.measurements
-                if accelerator.is_main_process:
-                    result.save(Path(arguments.output_dir) / place, per_example=arguments.per_example)
-                    print("\n".join(result.problems))
-            if arguments.lm_eval_tasks:
-                compared[variant] += measure_with_lm_eval(
-                    model, tokenizer, arguments.lm_eval_tasks.replace(",", " ").split(), adapter=adapter,
-                    task_folder=arguments.lm_eval_folder, limit=arguments.limit, batch_size=arguments.batch_size,
-                )  # fmt: skip
-    if run:
-        told, problems = run.together()
-        compared |= {"in order": told} if told else {}
-        print("\n".join(problems))
+            with record.stage(f"measure {variant}"):
+                for place, result in measure(model, tokenizer, variant, adapter):
+                    compared[variant] += result.measurements
+                    if accelerator.is_main_process:
+                        result.save(out / place, per_example=told.per_example)
+                        print(*result.problems, sep="\n")
+                if told.lm_eval_tasks:
+                    tasks: Any = {"tasks": told.lm_eval_tasks, "task_folder": told.lm_eval_folder, "limit": told.limit}
+                    tasks["batch_size"] = told.batch_size
+                    compared[variant] += measure_with_lm_eval(model, tokenizer, adapter=adapter, **tasks)
+    if suite:
+        together, problems = suite.together()
+        compared |= {"in order": together} if together else {}
+        print(*problems, sep="\n")
     if accelerator.is_main_process:
-        table = comparison_table(compared)
-        print(table)
-        write_text(Path(arguments.output_dir) / "table.txt", table + "\n")
-        comparison_plot(compared, Path(arguments.output_dir) / "measurements.png", title="Evaluation")
+        finish_run(out, record, compared, plot="measurements.png")
     return compared
 
 
-def metrics_measured(arguments: EvaluateArguments, shared: dict[str, Any]) -> Any:
-    """How a model is measured by metrics: `(model, tokenizer, title, adapter)` -> place and result of each set."""
-    text = arguments.metrics.strip()
-    metrics = json.loads(text) if text.startswith("[") else [name.strip() for name in text.split(",")]
-    for spec in metrics:
-        resolve_metric(spec)  # a typo is told before a model is loaded
-    sets: dict[str, Any] = {}
-    for name in arguments.data or ["fictitious_people"]:
-        if name == "fictitious_people":
-            sets |= fictitious_people(20, seed=arguments.seed)
-        else:
-            sets[Path(name).stem] = load_rows(name, split=arguments.split, config_name=arguments.data_config)
-    reference: Any = arguments.reference
-    if reference not in (None, "base"):
-        reference = load_model(reference, dtype=arguments.dtype).to(shared["accelerator"].device)
-
-    def measure(model: Any, tokenizer: Any, title: str, adapter: str | None) -> Iterator[tuple[str, Any]]:
-        for dataset, rows in sets.items():
-            options = {**shared, "reference": reference, "adapter": adapter, "dataset": dataset}
-            result = evaluate(model, tokenizer, rows[: arguments.limit], metrics, **options)
-            result.measurements = [replace(m, name=f"{dataset} {m.name}") for m in result.measurements]
-            yield f"{title}/{dataset}", result
-
-    return measure
-
-
 if __name__ == "__main__":
-    main()
+    run_recipe("evaluate", main)

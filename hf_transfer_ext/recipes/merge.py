@@ -1,125 +1,99 @@
 """Merge models and measure what became of each: `python recipes/merge.py --config recipes/configs/merge/demo.yaml`.
 
 Merges as a YAML in the grammar of mergekit says, measures all parents and the result on the same data, and puts a card
-with the parents and the YAML into the result. Under `accelerate launch` the processes share the merge, and the first
-one measures. `hf-transfer-ext merge` does the merge alone.
+with the parents and the YAML into the result. Under `accelerate launch` tensors are split across processes, and the
+first one measures. `hf-transfer-ext merge CONFIG.yml OUT_DIR` does the merge alone.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.data.text import load_rows
-from hf_transfer_ext.evals.engine.evaluate import evaluate, resolve_metric
-from hf_transfer_ext.evals.table import comparison_table
-from hf_transfer_ext.hub.publish import push, save_result
-from hf_transfer_ext.hub.record import RunRecord, describe_input
-from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.evals.metric_run import MetricRun, load_sets, resolve_all
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import describe_dataset, read_record
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
-from hf_transfer_ext.recipe import parse_recipe
-from hf_transfer_ext.teachers.demo import demo_model
+from hf_transfer_ext.recipe import parse_recipe, read_yaml, setting
+from hf_transfer_ext.recipes.run import DEMO, model_path, run_recipe, start_record
+from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.weights.ranks import is_first_rank
 
 
 @dataclass
 class MergeArguments:
-    """What is merged, and what it is measured on."""
+    """Which models to merge, and which data to measure them on."""
 
-    merge_config: str = field(metadata={"help": "YAML of the merge; the model `demo` in it is Gemma 3 270M."})
-    output_dir: str = field(default="runs/merge", metadata={"help": "Folder of the merged model."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a model that is there."})
-    threads: int | None = field(default=None, metadata={"help": "Tensors worked on at once; None: all cores."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:N or auto: where the merge calculates."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Write a LoRA of this rank on the base model."})
-    data: list[str] = field(default_factory=list, metadata={"help": "Files, folders or Hub ids to measure on."})
-    split: str = "test"
-    limit: int | None = field(default=None, metadata={"help": "Only the first rows of each data set."})
-    columns: str = field(default="{}", metadata={"help": "JSON: schema name -> your column."})
-    metrics: str = field(default="perplexity", metadata={"help": "Names, comma-separated."})
-    template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
-    batch_size: int = 8
-    dtype: str = field(default="float32", metadata={"help": "In which the models are measured."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Repository to publish the result in."})
+    merge_config: str = setting(REQUIRED, "merge", "YAML of the merge; the model `demo` in it is Gemma 3 270M.")
+    threads: int | None = setting(None, "merge", "Tensors processed at once; none: all cores.")
+    device: str = setting("cpu", "merge", "cpu, cuda, cuda:N or auto: where the merge is computed.")
+    lora_rank: int | None = setting(None, "merge", "Write a LoRA of this rank on the base model.")
+    data: list[str] = setting([], "evaluation", "Files, folders or Hub ids to measure on.")
+    split: str = setting("test", "evaluation", "Split of each.")
+    limit: int | None = setting(None, "evaluation", "Only the first rows of each data set.")
+    columns: dict[str, str] = setting({}, "evaluation", "Name in the schema -> your column: {question: q, answer: a}.")
+    metrics: list[Any] = setting(["perplexity"], "evaluation", "Names, or {name: {option: value}}.")
+    template: str = setting("auto", "evaluation", "auto, chat or plain.")
+    batch_size: int = setting(8, "evaluation", "Examples in a forward pass.")
+    dtype: str = setting("float32", "evaluation", "Dtype in which the models are measured.")
+    output_dir: str = setting("runs/merge", "", "Folder of the merged model.")
+    overwrite: bool = setting(False, "", "Replace a model that is there.")
+    push_to_hub: str | None = setting(None, "", "Repository to publish the result in.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (arguments,) = parse_recipe(MergeArguments, argv=argv)
-    metrics = [name.strip() for name in arguments.metrics.split(",")]
-    for name in metrics:
-        resolve_metric(name)
-    content = named(yaml.safe_load(Path(arguments.merge_config).read_text(encoding="utf-8")))
+    (told,) = parse_recipe(MergeArguments, argv=argv)
+    resolve_all(told.metrics)
+    content = with_demo(read_yaml(told.merge_config))
     plan = load_config(content)
-    record = RunRecord(
-        job="merging",
-        recipe="recipes/merge.py",
-        config={"merge": content, "measured_on": arguments.data, "metrics": metrics},
-        inputs=[
-            describe_input(one.path, one.revision, "base" if one == plan.base_model else "model")
-            for one in plan.references
-        ],
-        seed=plan.seed,
-    )
+    record = start_record("merging", __file__, argv, told, seed=plan.seed)
     with record.stage("merge"):
-        report = merge(
-            content, arguments.output_dir, overwrite=arguments.overwrite, threads=arguments.threads,
-            device=arguments.device, lora_rank=arguments.lora_rank, progress=True,
-        )  # fmt: skip
+        where: Any = {"threads": told.threads, "device": told.device, "lora_rank": told.lora_rank}
+        report = merge(content, told.output_dir, overwrite=told.overwrite, progress=True, **where)
     if not is_first_rank():
         return {"report": report, "record": record}
-    if arguments.data:
-        with record.stage("evaluate"):
-            whole = report.adapter is None  # an adapter has the tokenizer of its base
-            tokenizer = load_tokenizer(arguments.output_dir if whole else plan.references[0].path)
-            record.compared = {
-                str(one): measure(str(one.lora or one.path), tokenizer, metrics, arguments) for one in plan.references
-            }
-            record.metrics = measure(arguments.output_dir, tokenizer, metrics, arguments)
-        print(comparison_table({**{Path(k).name: v for k, v in record.compared.items()}, "merged": record.metrics}))
+    merged = read_record(told.output_dir)
+    record.config["merge"], record.inputs, record.metrics = merged.config, merged.inputs, merged.metrics
+    measured: dict[str, list[Any]] = {}
+    if told.data:
+        record.inputs += [describe_dataset(name) for name in told.data]
+        run = MetricRun(
+            told.metrics,
+            load_sets(told.data, split=told.split, limit=told.limit),
+            columns=told.columns,
+            batch_size=told.batch_size,
+            template=QuestionAnswerFormat(template=told.template),
+        )
+        # An adapter has the tokenizer of its base.
+        tokenizer = load_tokenizer(told.output_dir if report.adapter is None else plan.references[0].path)
+        parents = {str(one): str(one.lora or one.path) for one in plan.references}
+        for name, path in {**parents, "merged": told.output_dir}.items():
+            with record.stage(f"measure {Path(name).name}"):
+                model = load_model(path, dtype=told.dtype)
+                measured[name] = [m for _, found in run.measured(model, tokenizer, name) for m in found.measurements]
     else:
         record.not_measured.append("Nothing was measured: the run had no data.")
+    measured["merged"] = [*measured.get("merged", []), *merged.metrics]
+    finish_run(told.output_dir, record, measured, result="merged", push_to=told.push_to_hub, plot=None)
     if report.adapter is not None:
-        lost, modules = report.adapter.residual_energy, len(report.adapter.modules)
-        name = f"change left out at rank {report.adapter.rank}"
-        record.metrics.append(Measurement(name, lost, "share of its energy", False, modules))
-    save_result(arguments.output_dir, record=record, overwrite=True)
-    if report.adapter is not None:
-        print(f"LoRA of rank {report.adapter.rank}: {report.adapter.residual_energy:.2%} of the change is left out")
+        print(f"LoRA of rank {report.adapter.rank}: {report.adapter.residual_energy:.2%} of the update is left out")
     print(f"{report.tensors} tensors in {report.seconds:.1f} s -> {report.folder}")
-    if arguments.push_to_hub:
-        print(push(arguments.output_dir, arguments.push_to_hub))
     return {"report": report, "record": record}
 
 
-def named(value: Any) -> Any:
+def with_demo(value: Any) -> Any:
     """Put the folder of the demo's model in the place of the model `demo`."""
     if isinstance(value, dict):
         return {
-            key: str(demo_model()) if key in ("model", "base_model") and one == "demo" else named(one)
+            key: str(model_path(one)) if key in ("model", "base_model") and one == DEMO else with_demo(one)
             for key, one in value.items()
         }
-    return [named(one) for one in value] if isinstance(value, list) else value
-
-
-def measure(name: str, tokenizer: Any, metrics: list[str], arguments: MergeArguments) -> list[Any]:
-    model = load_model(name, dtype=arguments.dtype)
-    found = []
-    for dataset in arguments.data:
-        rows = load_rows(dataset, split=arguments.split)[: arguments.limit]
-        result = evaluate(
-            model, tokenizer, rows, metrics, columns=json.loads(arguments.columns), batch_size=arguments.batch_size,
-            dataset=dataset, template=QuestionAnswerFormat(template=arguments.template),
-        )  # fmt: skip
-        found += [replace(one, name=f"{Path(dataset).stem} {one.name}") for one in result.measurements]
-    return found
+    return [with_demo(one) for one in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe("merge", main)

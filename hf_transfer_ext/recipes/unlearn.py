@@ -7,127 +7,106 @@ saves the result with its card and record. Without data of your own it teaches t
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments, set_seed
 
 from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.suites.forget_retain import forget_retain
-from hf_transfer_ext.files import refuse_existing_output, written_aside
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.record import RunRecord, describe_input
-from hf_transfer_ext.models.loading import load_model, load_tokenizer
-from hf_transfer_ext.recipe import parse_recipe, settings_of
+from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, run_recipe
+from hf_transfer_ext.recipes.training import TrainingRun, start_training
+from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
-from hf_transfer_ext.teachers.demo import demo_model
-from hf_transfer_ext.trainers.answers import train_on_answers
-from hf_transfer_ext.trainers.saving import last_checkpoint, training_folder
+from hf_transfer_ext.trainers.taught import lora_on, taught, teaching_arguments
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 
 @dataclass
 class UnlearnArguments:
-    """What is forgotten by whom. The training itself is set by `UnlearningConfig`."""
+    """Which data to forget, and the model to unlearn it from. The training itself is set by `UnlearningConfig`."""
 
-    model_name_or_path: str = field(default="demo", metadata={"help": "Folder, Hub id, or demo (Gemma 3 270M)."})
-    dtype: str = field(default="float32", metadata={"help": "auto, float32 or bfloat16."})
-    forget_data: str | None = field(default=None, metadata={"help": "File, folder or Hub id; None: made-up people."})
-    retain_data: str | None = field(default=None, metadata={"help": "File, folder or Hub id."})
-    split: str = "train"
-    columns: str = field(default="{}", metadata={"help": "JSON: schema name -> your column."})
-    template: str = field(default="auto", metadata={"help": "auto, chat or plain."})
-    people: int = field(default=20, metadata={"help": "Made-up people, in all."})
-    forget_people: int = 2
-    facts: int | None = field(default=None, metadata={"help": "Questions about each of them; None: all."})
-    teach_epochs: float = field(default=0.0, metadata={"help": "> 0: fine-tune on both sets before forgetting."})
-    teach_learning_rate: float = 1e-3
-    trim_vocabulary: bool = field(default=False, metadata={"help": "Keep only the tokens of the data (CPU runs)."})
-    original_dir: str | None = field(default=None, metadata={"help": "Keep the taught model here, for an audit."})
-    retrained_dir: str | None = field(
-        default=None,
-        metadata={"help": "Teach the retain set alone, too, and keep that here: what an audit compares with."},
-    )
-    lora_rank: int = 16
-    overwrite: bool = False
-
-
-def lora(model: Any, rank: int) -> Any:
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-
-
-def keep(model: Any, tokenizer: Any, folder: str) -> None:
-    if PartialState().is_main_process:
-        with written_aside(folder, overwrite=True) as aside:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
+    model_name_or_path: str = setting(REQUIRED, "model", "Folder, Hub id, or demo (Gemma 3 270M).")
+    revision: str | None = setting(None, "model", "Hub revision.")
+    dtype: str = setting("float32", "model", "auto, float32 or bfloat16.")
+    lora_rank: int = setting(16, "model", "Rank of the LoRA that forgets, and of the one that teaches.")
+    trim_vocabulary: bool = setting(False, "model", "Keep only the tokens of the data (CPU runs).")
+    forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
+    retain_data: str | None = setting(None, "data", "File, folder or Hub id.")
+    split: str = setting("train", "data", "Split of both.")
+    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
+    template: str = setting("auto", "data", "auto, chat or plain.")
+    people: int = setting(20, "data", "Made-up people, in all.")
+    forget_people: int = setting(2, "data", "Of these, the ones to forget.")
+    facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
+    teach_epochs: float = setting(0.0, "teach", "> 0: fine-tune on both sets before forgetting.")
+    teach_learning_rate: float = setting(1e-3, "teach", "Peak learning rate of that.")
+    original_dir: str | None = setting(None, "teach", "Save the taught model here, for an audit.")
+    retrained_dir: str | None = setting(None, "teach", "Also teach the retain set alone and save that model here.")
+    overwrite: bool = setting(False, "training", "Replace a result that is there.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv)
-    publish, args.push_to_hub = args.push_to_hub, False  # the whole result at the end, not the trainer's checkpoints
-    out = refuse_existing_output(args.output_dir, overwrite=arguments.overwrite)
-    record = RunRecord("unlearning", "recipes/unlearn.py", settings_of(arguments, args), seed=args.seed)
-    work = training_folder(out, resume=bool(args.resume_from_checkpoint), overwrite=arguments.overwrite)
-    args.output_dir = str(work / "checkpoints")
-    set_seed(args.seed)
-    splits = forget_retain_rows(
-        arguments.forget_data, arguments.retain_data, columns=json.loads(arguments.columns), split=arguments.split,
-        people=arguments.people, forget_people=arguments.forget_people, facts=arguments.facts, seed=args.seed,
-    )  # fmt: skip
+    told, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv, groups=TRAINER_GROUPS)
+    run = start_training("unlearning", __file__, argv, told, args, overwrite=told.overwrite)
+    record = run.record
+    people = {"people": told.people, "forget_people": told.forget_people, "facts": told.facts, "seed": args.seed}
+    where = {"columns": told.columns, "split": told.split}
+    splits = forget_retain_rows(told.forget_data, told.retain_data, **people, **where)
     with record.stage("load"):
-        path = demo_model() if arguments.model_name_or_path == "demo" else arguments.model_name_or_path
-        model, tokenizer = load_model(path, dtype=arguments.dtype), load_tokenizer(path)
-        record.inputs.append(describe_input(path, model=model))
-        texts = [str(value) for rows in splits.values() for row in rows for value in row.values()]
-        if arguments.trim_vocabulary:
+        model, tokenizer = load_named(told.model_name_or_path, record, revision=told.revision, dtype=told.dtype)
+        if told.trim_vocabulary:
+            texts = [str(value) for rows in splits.values() for row in rows for value in row.values()]
             model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts)
-    shared: dict[str, Any] = {"template": QuestionAnswerFormat(template=arguments.template)}
-    if arguments.teach_epochs > 0:
+    template = QuestionAnswerFormat(template=told.template)
+    if told.teach_epochs > 0:
         with record.stage("teach"):
-            teaching = TrainingArguments(
-                str(work / "teaching"), num_train_epochs=arguments.teach_epochs,
-                learning_rate=arguments.teach_learning_rate, per_device_train_batch_size=8, seed=args.seed,
-                lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no", report_to="none", logging_steps=20,
-            )  # fmt: skip
-
-            def taught(model: Any, rows: Any) -> Any:
-                learning = lora(model, arguments.lora_rank)
-                train_on_answers(learning, tokenizer, rows, teaching, **shared)
-                return learning.merge_and_unload()
-
-            if arguments.retrained_dir is not None:
-                keep(taught(copy.deepcopy(model), splits["retain"]), tokenizer, arguments.retrained_dir)
-            model = taught(model, splits["forget"] + splits["retain"])
-    if arguments.original_dir is not None:
-        keep(model, tokenizer, arguments.original_dir)
-    model = lora(model, arguments.lora_rank)
+            model = teach(run, told, model, tokenizer, splits, template)
+    elif told.retrained_dir or told.original_dir:
+        raise ValueError("`original_dir` and `retrained_dir` save models taught here: set `teach_epochs` too.")
     trainer = UnlearningTrainer(
-        model, args, forget_dataset=splits["forget"], retain_dataset=splits["retain"] or None,
-        processing_class=tokenizer, **shared,
-    )  # fmt: skip
-
-    looks = {**shared, "accelerator": trainer.accelerator, "batch_size": 32}
+        lora_on(model, told.lora_rank),
+        args,
+        forget_dataset=splits["forget"],
+        retain_dataset=splits["retain"] or None,
+        processing_class=tokenizer,
+        template=template,
+    )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
     with record.stage("measure before"):
         before = forget_retain(model, tokenizer, splits, adapter="base", **looks)
     with record.stage("unlearn"):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint and last_checkpoint(args.output_dir))
+        trainer.train(resume_from_checkpoint=run.checkpoint)
     with record.stage("measure after"):
         after = forget_retain(model, tokenizer, splits, adapter="default", **looks)
     measured = {"before": before, "after": after}
     if trainer.is_world_process_zero():
-        changed = arguments.teach_epochs > 0 or arguments.trim_vocabulary
-        finish_run(
-            out, record, measured, result="after", tokenizer=tokenizer, overwrite=arguments.overwrite,
-            model=model.merge_and_unload() if changed else model,  # an adapter alone needs a base that others have
-            push_to=args.hub_model_id or out.name if publish else None, private=args.hub_private_repo,
-        )  # fmt: skip
+        changed = told.teach_epochs > 0 or told.trim_vocabulary  # an adapter alone needs a base that others have
+        run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer)
     return measured
 
 
+def teach(run: TrainingRun, told: UnlearnArguments, model: Any, tokenizer: Any, splits: Any, template: Any) -> Any:
+    """Fine-tune on both sets, and a second model on the retain set alone if it is asked for; save them as results."""
+    how: Any = {"epochs": told.teach_epochs, "learning_rate": told.teach_learning_rate, "seed": run.args.seed}
+    schedule: Any = {"lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 20}
+    settings = teaching_arguments(run.work / "teaching", **how, **schedule)
+    options: Any = {"lora_rank": told.lora_rank, "template": template}
+    models: dict[str | None, Any] = {}
+    if told.retrained_dir is not None:
+        models[told.retrained_dir] = taught(copy.deepcopy(model), tokenizer, splits["retain"], settings, **options)
+    model = taught(model, tokenizer, splits["forget"] + splits["retain"], settings, **options)
+    models[told.original_dir] = model
+    for folder, saved in models.items():
+        if folder is not None and PartialState().is_main_process:
+            record = replace(run.record, job="fine-tuning", inputs=list(run.record.inputs), stages=[])
+            finish_run(folder, record, model=saved, tokenizer=tokenizer, overwrite=True, quiet=True)
+    return model
+
+
 if __name__ == "__main__":
-    main()
+    run_recipe("unlearn", main)

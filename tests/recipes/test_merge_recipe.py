@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.models.loading import load_model
-from recipes import merge
+from hf_transfer_ext.recipes import merge
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.hub.record import read_record
-from recipes import quickstart
+from hf_transfer_ext.recipes import quickstart
 
 
 def test_the_chain_leaves_a_card_at_every_stage_and_one_record_of_it_all(tmp_path, capsys):
