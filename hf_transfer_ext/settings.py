@@ -466,7 +466,7 @@ def run_program(program: str, run: Callable[[list[str]], Any], argv: Sequence[st
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    COMMAND.set([program, *words])
+    before = COMMAND.set([program, *words])
     try:
         status = run(words)
     except MISTAKES as error:
@@ -476,4 +476,6 @@ def run_program(program: str, run: Callable[[list[str]], Any], argv: Sequence[st
         unsure = "" if isinstance(error, (ValueError, OSError)) else " (--debug shows where)"
         print(f"{program}: {told}{unsure}", file=sys.stderr)
         return 2
+    finally:
+        COMMAND.reset(before)
     return status if isinstance(status, int) else 0

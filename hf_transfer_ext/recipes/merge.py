@@ -8,13 +8,12 @@ first one measures. `hf-transfer-ext merge CONFIG.yml OUT_DIR` does the merge al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.metric_run import MetricRun, load_sets, resolve_all
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.record import describe_dataset, read_record
+from hf_transfer_ext.hub.record import describe_dataset, last_name, read_record
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
@@ -22,6 +21,7 @@ from hf_transfer_ext.recipe import parse_recipe, read_yaml, setting
 from hf_transfer_ext.recipes.run import DEMO, model_path, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.weights.ranks import is_first_rank
+from hf_transfer_ext.weights.reference import ModelReference
 
 
 @dataclass
@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         # An adapter has the tokenizer of its base.
         tokenizer = load_tokenizer(told.output_dir if report.adapter is None else plan.references[0].path)
-        parents = {str(one): str(one.lora or one.path) for one in plan.references}
+        parents = {short_name(one): str(one.lora or one.path) for one in plan.references}
         for name, path in {**parents, "merged": told.output_dir}.items():
-            with record.stage(f"measure {Path(name).name}"):
+            with record.stage(f"measure {name}"):
                 model = load_model(path, dtype=told.dtype)
                 measured[name] = [m for _, found in run.measured(model, tokenizer, name) for m in found.measurements]
     else:
@@ -83,6 +83,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"LoRA of rank {report.adapter.rank}: {report.adapter.residual_energy:.2%} of the update is left out")
     print(f"{report.tensors} tensors in {report.seconds:.1f} s -> {report.folder}")
     return {"report": report, "record": record}
+
+
+def short_name(reference: ModelReference) -> str:
+    """A parent in the table: the last components of its folders, Hub ids as they are."""
+    return "+".join(last_name(path) for path in (reference.path, reference.lora) if path is not None)
 
 
 def with_demo(value: Any) -> Any:
