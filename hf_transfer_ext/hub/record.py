@@ -43,6 +43,9 @@ PACKAGES = ("hf_transfer_ext", "torch", "transformers", "peft", "accelerate", "d
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "rng_state.pth")
 _DATA = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.arrow", "*.gz", "*.zst")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+#: Digests of smaller files are calculated each time.
+_REMEMBERED_BYTES = 16_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"(?P<kind>models|datasets)--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 
@@ -272,7 +275,7 @@ def describe_input(
 
     A Hub id gets its commit and the digests that the Hub states for its large files (or, without a connection, the
     digests of the snapshot in the cache). A local file or folder gets the digests of its weight files, or of its data
-    files for the role "dataset". Reading the digests of local weights costs about a second for each gigabyte.
+    files for the role "dataset". Digests of local weights cost about a second for each gigabyte, once.
 
     Args:
         model: The loaded model, if there is one: its config names the commit that was really loaded, and the type of
@@ -305,12 +308,36 @@ def digests_of(path: str | Path, *, dataset: bool = False) -> dict[str, str]:
     """File name -> hex sha256 of a file, or of the weight files (data files) of a folder, in sorted order."""
     path = Path(path)
     if path.is_file():
-        return {path.name: sha256_of(path)}
+        return {path.name: _digest(path)}
     if dataset:
         found = {p for pattern in _DATA for p in path.rglob(pattern) if not _hidden(p.relative_to(path))}
     else:
         found = {p for pattern in _WEIGHTS for p in path.glob(pattern) if p.name not in _NOT_WEIGHTS}
-    return {p.relative_to(path).as_posix(): sha256_of(p) for p in sorted(found) if p.is_file()}
+    return {p.relative_to(path).as_posix(): _digest(p) for p in sorted(found) if p.is_file()}
+
+
+def _digest(path: Path) -> str:
+    """`sha256_of`, remembered for large files as long as nobody has written to them (inode, size and times agree)."""
+    stat = path.stat()
+    if stat.st_size < _REMEMBERED_BYTES:
+        return sha256_of(path)
+    from huggingface_hub import constants
+
+    state = (str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    name = hashlib.sha256(repr(state).encode()).hexdigest()
+    memory = Path(constants.HF_HOME) / "hf_transfer_ext" / "digests" / name
+    try:
+        found = memory.read_text(encoding="utf-8")
+        if _DIGEST.fullmatch(found):
+            return found
+    except (OSError, UnicodeDecodeError):
+        pass
+    found = sha256_of(path)
+    try:
+        write_text(memory, found)
+    except OSError:
+        pass  # a cache that cannot be written costs time only
+    return found
 
 
 def public_command(words: Sequence[str]) -> list[str]:

@@ -18,9 +18,14 @@ from hf_transfer_ext.trainers.answers import train_on_answers
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
 
 
+def lora_config(rank: int) -> LoraConfig:
+    """A LoRA on all linear layers; alpha is twice the rank."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
 def lora_on(model: Any, rank: int) -> Any:
-    """`model` with a new LoRA on all linear layers; alpha is twice the rank."""
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    """`model` with a new LoRA of `lora_config`."""
+    return get_peft_model(model, lora_config(rank))
 
 
 def teaching_arguments(
@@ -72,9 +77,9 @@ def taught(
     if folder is not None:
         args.output_dir = f"{folder}.checkpoints"
     is_new = not Path(str(args.output_dir)).exists()
-    learning = model if lora_rank is None else lora_on(model, lora_rank)
     if isinstance(args, DistillationConfig):
-        trainer: Any = DistillationTrainer(learning, None, args, data, tokenizer)
+        lora = None if lora_rank is None else lora_config(lora_rank)
+        trainer: Any = DistillationTrainer(model, None, args, data, tokenizer, peft_config=lora)
         if lora_rank is not None and shards_parameters(trainer.accelerator):
             raise ValueError(
                 "A model cannot be taught under FSDP or ZeRO-3, which shard the weights that the LoRA is merged into. "
@@ -82,6 +87,7 @@ def taught(
             )
         trainer.train()
     else:
+        learning = model if lora_rank is None else lora_on(model, lora_rank)
         trainer = train_on_answers(learning, tokenizer, data, args, template=template)
     result = trainer.accelerator.unwrap_model(trainer.model)
     if lora_rank is not None:

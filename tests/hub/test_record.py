@@ -226,3 +226,17 @@ def test_a_record_without_the_later_keys_is_read_and_keeps_its_digest():
     data = record(config={"a": 1}).to_dict()
     assert not {"defaults", "command", "recipe_sha256"} & set(data)
     assert RunRecord.from_dict(data).digest() == RunRecord.from_dict({**data, "defaults": {}, "command": []}).digest()
+
+
+def test_digests_of_large_files_are_remembered_until_they_change(tmp_path, monkeypatch):
+    from hf_transfer_ext.hub import record as module
+
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 0)
+    folder = model_folder(tmp_path / "model")
+    found = module.digests_of(folder)
+    assert found == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    calculated = []
+    monkeypatch.setattr(module, "sha256_of", lambda path: calculated.append(path) or "0" * 64)
+    assert module.digests_of(folder) == found and not calculated
+    (folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert module.digests_of(folder) != found and calculated
