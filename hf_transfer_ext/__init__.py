@@ -1,6 +1,6 @@
-"""Distil, transfer, merge and unlearn language models on the Hugging Face stack.
+"""Distill, transfer, merge and unlearn language models on the Hugging Face stack.
 
-Names are imported when they are first used, so that `import hf_transfer_ext` costs no torch.
+Names are imported when they are first used, so that `import hf_transfer_ext` does not import torch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,27 @@ _EXPORTS: dict[str, str] = {
     "DistillationTrainer": "hf_transfer_ext.trainers.distillation",
     "UnlearningConfig": "hf_transfer_ext.trainers.unlearning",
     "UnlearningTrainer": "hf_transfer_ext.trainers.unlearning",
+    "audit": "hf_transfer_ext.evals.audit.run",
     "evaluate": "hf_transfer_ext.evals.engine.evaluate",
+    "extract_lora": "hf_transfer_ext.adapters.extract",
+    "merge": "hf_transfer_ext.merging.run",
+    "model_card": "hf_transfer_ext.hub.card",
+    "pull": "hf_transfer_ext.hub.publish",
+    "push": "hf_transfer_ext.hub.publish",
 }
 
-__all__ = ["DistillationConfig", "DistillationTrainer", "UnlearningConfig", "UnlearningTrainer", "evaluate"]
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, _EXPORTS, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted([*_EXPORTS, "__version__"])

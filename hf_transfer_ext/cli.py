@@ -10,24 +10,36 @@ from types import ModuleType
 from typing import NoReturn
 
 from hf_transfer_ext import __version__
+from hf_transfer_ext.recipes import RECIPES
 from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.settings import run_program
 
 #: command -> (module whose `main(argv)` runs it, what it does). Modules are imported only when their command runs.
 COMMANDS = {
+    **{name: (f"hf_transfer_ext.recipes.{name}", about) for name, about in RECIPES.items() if name != "merge"},
     "merge": ("hf_transfer_ext.merging.command", "merge checkpoints: merge CONFIG.yml OUT_DIR"),
     "moe": ("hf_transfer_ext.merging.moe.command", "make a mixture of experts: moe CONFIG.yml OUT_DIR"),
     "extract": ("hf_transfer_ext.adapters.extract", "extract a LoRA: extract BASE FINETUNED OUT --rank R"),
+    "push": ("hf_transfer_ext.hub.command", "publish a result: push FOLDER REPO"),
+    "pull": ("hf_transfer_ext.hub.pull_command", "download a result: pull REPO FOLDER"),
+    "methods": ("hf_transfer_ext.catalogue", "list the methods, or explain one: methods [NAME]"),
+    "doctor": ("hf_transfer_ext.doctor", "show versions, devices, and what is missing for which job"),
 }
 
 
 def usage() -> str:
     lines = [f"hf-transfer-ext {__version__}", "", "usage: hf-transfer-ext COMMAND ...", "", "commands:"]
-    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join([*lines, "", "`hf-transfer-ext COMMAND --help` tells the options of a command."])
+    lines += [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    lines += [
+        "",
+        "`hf-transfer-ext COMMAND --help` shows the options of a command; --debug the traceback of an error.",
+    ]
+    several = "accelerate launch -m hf_transfer_ext.recipes.distill --config FILE.yaml"
+    return "\n".join([*lines, f"On several devices: {several}"])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, or 2 after bad input, which is told in one line on stderr."""
+    """Run one command; the exit status is 0, or 2 after bad input, which is answered in one line on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -39,15 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"hf-transfer-ext: {unknown_name('command', command, COMMANDS)}", file=sys.stderr)
         return 2
-    try:
-        return _imported(COMMANDS[command][0]).main(rest) or 0
-    except (ValueError, TypeError, OSError) as error:
-        print(f"hf-transfer-ext {command}: {error}", file=sys.stderr)
-        return 2
+    module = COMMANDS[command][0]
+    if command == "merge" and any(word.startswith(("--config", "--merge_config")) for word in rest):
+        module = "hf_transfer_ext.recipes.merge"  # with measurements of all models
+    return run_program(f"hf-transfer-ext {command}", lambda words: _imported(module).main(words), rest)
 
 
 def run() -> NoReturn:
-    """`main` as a program, which leaves at once: to take torch down piece by piece costs half a second."""
+    """`main` as a program, which leaves at once: taking torch down piece by piece costs half a second."""
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

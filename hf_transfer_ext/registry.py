@@ -58,12 +58,12 @@ class Registry(Generic[Function]):
         return function
 
     def __getitem__(self, name: str) -> Function:
-        if name not in self._functions:
+        if not isinstance(name, str) or name not in self._functions:
             raise ValueError(unknown_name(self.kind, name, self._functions))
         return self._functions[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._functions
+        return isinstance(name, str) and name in self._functions
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._functions)

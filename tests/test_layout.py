@@ -18,6 +18,7 @@ from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.methods import METHODS as UNLEARNING_METHODS
 from hf_transfer_ext.merging.methods import MERGE_METHODS
+from hf_transfer_ext.recipes import RECIPES
 from hf_transfer_ext.students import STUDENT_INITS
 
 ROOT = Path(hf_transfer_ext.__file__).parent
@@ -42,9 +43,10 @@ METHODS = [
 
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
 FLOORS = [
-    "registry", "tensors", "files", "reading", "measurement", "recipe",
+    "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
     "weights", "data", "models", "losses", "teachers", "students", "trainers",
-    "evals", "hub", "adapters", "merging", "testing", "cli",
+    "evals", "hub", "adapters", "merging", "testing", "recipes",
+    "catalogue", "doctor", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -132,9 +134,18 @@ def test_every_module_says_what_it_is_for(path):
 
 
 def test_recipes_are_short():
-    recipes = sorted((ROOT.parent / "recipes").glob("*.py"))
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in recipes}
-    assert len(lengths) >= 6 and all(length <= 160 for length in lengths.values()), lengths
+    recipes = sorted((ROOT / "recipes").glob("*.py"))
+    texts = {path.name: path.read_text(encoding="utf-8") for path in recipes}
+    lengths = {name: len(text.splitlines()) for name, text in texts.items()}
+    assert len(lengths) >= 6 and all(length <= 120 for length in lengths.values()), lengths
+    assert not [name for name, text in texts.items() if "fmt: " in text]
+
+
+def test_every_recipe_has_its_script_in_the_clone():
+    scripts = {path.name for path in (ROOT.parent / "recipes").glob("*.py")}
+    assert scripts == {f"{name}.py" for name in RECIPES}
+    for name in RECIPES:
+        assert (ROOT / "recipes" / f"{name}.py").is_file()
 
 
 def test_ruff_and_mypy_have_nothing_to_say():

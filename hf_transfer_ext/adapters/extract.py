@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.files import refuse_existing_output, write_text
+from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted
+from hf_transfer_ext.hub.record import RunRecord, Stage
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.settings import QUIET, ForeignFlag, arguments_for
 from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.architecture import Loading
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
@@ -78,6 +83,11 @@ class ExtractionReport:
     left_out: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def measurement(self) -> Measurement:
+        """The lost share, for a card."""
+        name = f"change left out at rank {self.rank}"
+        return Measurement(name, self.residual_energy, "share of its energy", False, len(self.modules))
+
     def residuals(self) -> dict[str, Any]:
         """Plain JSON values for the adapter's folder: the whole share that is lost, and that of each module."""
         return {
@@ -135,38 +145,52 @@ def extract_lora(
     if factor_dtype not in FLOAT_DTYPES:
         raise ValueError(f"`dtype` has to be float32, bfloat16 or float16, got {dtype!r}.")
     refuse_existing_output(out, overwrite=overwrite)
-    base_reference = parse_reference(base, "base")
-    start = open_model(base_reference, allow_pickle=allow_pickle)
-    try:
-        end = open_model(parse_reference(finetuned, "finetuned"), allow_pickle=allow_pickle)
-        try:
-            return write_change(
-                start,
-                end,
-                out,
-                rank=rank,
-                dtype=factor_dtype,
-                work=work_of(
-                    {
-                        "rank": rank,
-                        "dtype": str(dtype),
-                        "base": base_name,
-                        "include": list(include),
-                        "exclude": list(exclude),
-                    },
-                    [*start.opened, *end.opened],
-                ),
-                include=include,
-                exclude=exclude,
-                base_model=base_name or base_reference.path,
-                revision=base_reference.revision,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        finally:
-            end.close()
-    finally:
-        start.close()
+    base_reference, tuned_reference = parse_reference(base, "base"), parse_reference(finetuned, "finetuned")
+    settings: dict[str, Any] = {"base": base, "finetuned": finetuned, "rank": rank, "dtype": dtype}
+    settings |= {"base_name": base_name, "include": list(include), "exclude": list(exclude)}
+    wanted: list[Wanted] = [(base_reference.path, base_reference.revision, "base")]
+    if tuned_reference.lora is None:
+        wanted.append((tuned_reference.path, tuned_reference.revision, "model"))
+    else:
+        wanted.append((tuned_reference.lora, tuned_reference.lora_revision, "model"))
+    record = RunRecord("extraction", "hf-transfer-ext extract", settings, recipe_sha256=sha256_of(__file__))
+    with ExitStack() as opened:
+        start = open_model(base_reference, allow_pickle=allow_pickle)
+        opened.callback(start.close)
+        end = open_model(tuned_reference, allow_pickle=allow_pickle)
+        opened.callback(end.close)
+        inputs = opened.enter_context(InputsInBackground(wanted))
+
+        def complete(folder: Path, report: ExtractionReport) -> None:
+            record.stages.append(Stage("extract", round(report.seconds, 3)))
+            record.metrics.append(report.measurement())
+            inputs.put_into(record)
+            finish_run(folder, record, quiet=True)
+
+        return write_change(
+            start,
+            end,
+            out,
+            rank=rank,
+            dtype=factor_dtype,
+            work=work_of(
+                {
+                    "rank": rank,
+                    "dtype": str(dtype),
+                    "base": base_name,
+                    "include": list(include),
+                    "exclude": list(exclude),
+                },
+                [*start.opened, *end.opened],
+            ),
+            include=include,
+            exclude=exclude,
+            base_model=base_name or base_reference.path,
+            revision=base_reference.revision,
+            overwrite=overwrite,
+            progress=progress,
+            complete=complete,
+        )
 
 
 def write_change(
@@ -184,6 +208,7 @@ def write_change(
     files: Mapping[str, str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    complete: Callable[[Path, ExtractionReport], None] | None = None,
 ) -> ExtractionReport:
     """`extract_lora` for models that are open; `end` may be one that is calculated while it is read.
 
@@ -192,6 +217,7 @@ def write_change(
     Args:
         work: What the result depends on (`resume.work_of`).
         files: Name -> text of further files of the folder.
+        complete: Called with the folder and the report before the folder is published.
     """
     began = time.perf_counter()
     with resumable_folder(Path(out), work, overwrite=overwrite) as folder:
@@ -229,6 +255,8 @@ def write_change(
         write_text(folder / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
         for name, text in (files or {}).items():
             write_text(folder / name, text)
+        if complete is not None:
+            complete(folder, report)
     return report
 
 
@@ -561,50 +589,35 @@ def task_type_of(model: Any) -> str | None:
     return None
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-transfer-ext extract",
-        description="Extract a LoRA adapter from a full fine-tune, for PeftModel.from_pretrained(base, OUT).",
-    )
-    parser.add_argument("base", help="base model: folder or Hub id[@revision]")
-    parser.add_argument("finetuned", help="fine-tuned model of the same shapes")
-    parser.add_argument("out", help="folder of the adapter")
-    parser.add_argument("--rank", type=int, required=True, help="rank of the factors")
-    parser.add_argument("--dtype", default="float32", help="dtype of the factors (default: float32)")
-    parser.add_argument(
-        "--include", action="append", default=[], metavar="PART", help="only tensors with PART in their name"
-    )
-    parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PART", help="no tensor with PART in its name"
-    )
-    parser.add_argument("--base-name", help="name of the base in the adapter's config, if not BASE")
-    parser.add_argument("--overwrite", action="store_true", help="replace an adapter in OUT")
-    parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin (weights_only)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
+#: Flags of mergekit-extract-lora.
+FOREIGN = {
+    "max-rank": ForeignFlag(lambda text: {"rank": text}, takes_value=True),
+    "cuda": ForeignFlag(refused="an extraction runs on the CPU, one matrix at a time. Leave it out."),
+    "distribute-scale": ForeignFlag(note="the factors share the scale already (alpha equals the rank)."),
+    "lazy-unpickle": ForeignFlag(note="tensors are always read lazily; pickles need --allow-pickle."),
+    "trust-remote-code": ForeignFlag(refused="no code of a repository is run, and none is needed. Leave it out."),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    report = extract_lora(
-        arguments.base,
-        arguments.finetuned,
-        arguments.out,
-        rank=arguments.rank,
-        dtype=arguments.dtype,
-        base_name=arguments.base_name,
-        include=arguments.include,
-        exclude=arguments.exclude,
-        overwrite=arguments.overwrite,
-        allow_pickle=arguments.allow_pickle,
-        progress=not arguments.quiet,
+    """`hf-transfer-ext extract BASE FINETUNED OUT --rank R`."""
+    arguments = arguments_for(
+        extract_lora,
+        argv,
+        program="hf-transfer-ext extract",
+        about="Extract a LoRA adapter from a full fine-tune, for PeftModel.from_pretrained(base, OUT).",
+        hidden=["progress"],
+        extra=[QUIET],
+        foreign=FOREIGN,
     )
+    quiet = arguments.pop("quiet", False)
+    report = extract_lora(**arguments, progress=not quiet)
     print(f"{report.folder}: rank {report.rank}, {len(report.modules)} modules in {report.seconds:.1f} s")
-    print(f"share of the change's energy that is lost: {report.residual_energy:.2%}; most in")
+    print(f"share of the update's energy that is lost: {report.residual_energy:.2%}; most in")
     for one in sorted(report.modules, key=lambda one: -one.residual_energy)[:5]:
         print(f"  {one.module}  {one.residual_energy:.2%} at rank {one.rank}")
     if report.saved_modules or report.saved_biases:
-        print(f"stored whole: {', '.join(report.saved_modules) or 'no module'}, {report.saved_biases} biases")
+        print(f"stored in full: {', '.join(report.saved_modules) or 'no module'}, {report.saved_biases} biases")
     if report.saved_parameters:
         print(f"stored by themselves: {', '.join(report.saved_parameters)}")
     for name, norm in report.left_out.items():

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat, encode_text
-from hf_transfer_ext.data.text import FORMS, ROLES, load_rows
+from hf_transfer_ext.data import text
+from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import IGNORE_INDEX
 
@@ -28,6 +29,10 @@ ANSWER_COLUMNS = (
 OTHER_COLUMNS = (
     "alternative", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "person", "name", "fact", "value",
 )  # fmt: skip
+
+#: The forms of a row, as in `data.text`; tokenized rows are left out, since templates and answers need the text.
+FORMS = tuple(form for form in text.FORMS if form != ("input_ids",))
+ROLES = tuple(role for form in FORMS for role in form)
 
 #: What a model that does not know would say; preference and refusal losses pull towards one of these.
 REFUSALS = (

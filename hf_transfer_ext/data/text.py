@@ -20,8 +20,11 @@ logger = logging.getLogger(__name__)
 TextDataset: TypeAlias = Dataset | IterableDataset
 
 #: The forms of a row: each is the set of roles that its columns play. The first one that a data set has is taken.
-FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",), ("input_ids",))
 ROLES = tuple(role for form in FORMS for role in form)
+
+#: Who speaks in `{"from", "value"}` conversations -> the role of a chat template; other names are roles already.
+SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 #: File ending -> loader of `datasets`.
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -38,25 +41,28 @@ def load_text_dataset(
     revision: str | None = None,
     config_name: str | None = None,
 ) -> TextDataset:
-    """Load text in one of three forms, whatever its columns are called.
+    """Load text in one of the forms of TRL's `SFTTrainer`, whatever its columns are called.
 
-    The result has the columns `text`, or `messages` (a list of `{"role", "content"}`), or `prompt` and `completion`;
-    a question with its answer becomes a prompt with its completion. These are the forms of TRL's `SFTTrainer`.
+    The result has the columns `text`; or `messages` (a list of `{"role", "content"}`, where tool calls may stand in
+    place of the content); or `prompt` and `completion`, both texts or both lists of messages; or `input_ids`, if it is
+    tokenized already, with `labels` if there are any. A question with its answer becomes a prompt with its completion,
+    and `conversations` of `{"from", "value"}` become messages.
 
     Args:
         name_or_path: "facts" (see `data.facts`), a file (.json, .jsonl, .csv, .parquet, .txt), a folder of such files
             or of `Dataset.save_to_disk`, or a Hub id.
         split: Name of the split, or a slice of it as in "train[:1000]". A single file is all "train".
         columns: Role -> name of the column that plays it, for example `{"text": "content"}` or
-            `{"question": "q", "answer": "a"}`. Roles: text; messages; prompt and completion; question and answer. By
-            default the columns that are called like their roles.
+            `{"question": "q", "answer": "a"}`. Roles: text; messages; prompt and completion; question and answer;
+            input_ids. By default the columns that are called like their roles.
         streaming: Read rows as they are needed (`IterableDataset`), for data larger than the disk.
         revision: Branch, tag or commit of a Hub data set.
         config_name: Which of a Hub data set's configurations.
 
     Raises:
         FileNotFoundError: Neither a file or folder nor a data set that can be reached on the Hub.
-        ValueError: The data set is empty, lacks the split or a column, or holds something else than text there.
+        ValueError: The data set is empty, lacks the split or a column, or holds something other than text there, or
+            nothing in one of its rows.
     """
     dataset = _loaded(name_or_path, split, streaming, revision, config_name)
     first = next(iter(dataset), None)
@@ -65,7 +71,10 @@ def load_text_dataset(
     form = _form(columns, list(first), str(name_or_path))
     warn_of_unused(str(name_or_path), list(first), set(form.values()))
     _check_types(first, form, str(name_or_path))
+    dataset = _without_nulls(dataset, form, str(name_or_path))
     dataset = _renamed(dataset, form, list(first))
+    if set(form) == {"messages"} and any("from" in message for message in first[form["messages"]]):
+        dataset = dataset.map(lambda row: {"messages": [_as_message(message) for message in row["messages"]]})
     if set(form) == {"question", "answer"}:
         asked = QuestionAnswerFormat(template="plain")
         dataset = dataset.map(
@@ -80,6 +89,42 @@ def load_text_dataset(
 
 class MissingSet(FileNotFoundError, ValueError):
     """A data set that can be reached does not have the file, configuration or split that was named."""
+
+
+def load_train_and_test(
+    name_or_path: str | Path, train_split: str = "train", test_split: str | None = "test", **options: Any
+) -> tuple[TextDataset, TextDataset | None]:
+    """The data to train on and the held-out data.
+
+    A single file has no test split, so a tenth of its rows (1 to 1000) is held out from training; a warning says so.
+
+    Args:
+        test_split: None for no held-out data.
+        options: As in `load_text_dataset`.
+
+    Raises:
+        ValueError: As in `load_text_dataset`; or a single file with fewer than two rows.
+    """
+    train = load_text_dataset(name_or_path, split=train_split, **options)
+    if test_split is None:
+        return train, None
+    if not Path(name_or_path).is_file() or test_split.startswith("train"):
+        return train, load_text_dataset(name_or_path, split=test_split, **options)
+    rows = len(train) if isinstance(train, Dataset) else sum(1 for _ in train)
+    count = max(1, min(rows // 10, 1000))
+    if rows < 2:
+        raise ValueError(
+            f"{str(name_or_path)!r} has {rows} row, so none can be held out to measure on. Add rows, or set "
+            "`test_split: none`."
+        )
+    logger.warning(
+        f"{str(name_or_path)!r} has no split {test_split!r}: {count} of its {rows} rows are held out from training "
+        "and measured on. Name a slice such as `test_split: train[90%:]`, or `none`, to choose yourself."
+    )
+    if isinstance(train, IterableDataset):
+        return train.skip(count), train.take(count)
+    parts = train.train_test_split(test_size=count, seed=0)
+    return parts["train"], parts["test"]
 
 
 def load_rows(
@@ -240,6 +285,8 @@ def _form(columns: Mapping[str, str] | None, available: list[str], name: str) ->
         for form in FORMS:
             if all(role in available for role in form):
                 return {role: role for role in form}
+        if "conversations" in available:
+            return {"messages": "conversations"}
         raise ValueError(
             f"The data set {name!r} has the columns {', '.join(available)}, and none of the forms "
             f"{'; '.join(' + '.join(form) for form in FORMS)}. Say which column plays which role, for example "
@@ -259,13 +306,13 @@ def _form(columns: Mapping[str, str] | None, available: list[str], name: str) ->
 
 
 def _check_types(row: Mapping[str, Any], form: Mapping[str, str], name: str) -> None:
+    is_chat = "prompt" in form and isinstance(row[form["prompt"]], list)
     for role, column in form.items():
         value = row[column]
-        if role == "messages":
-            good = isinstance(value, list) and all(
-                isinstance(m, dict) and {"role", "content"} <= set(m) for m in value
-            )
-            needed = 'a list of {"role", "content"}'
+        if role == "messages" or (is_chat and role in ("prompt", "completion")):
+            good, needed = _are_messages(value), 'a list of {"role", "content"} or of {"from", "value"}'
+        elif role == "input_ids":
+            good, needed = isinstance(value, list) and all(isinstance(v, int) for v in value), "a list of token ids"
         else:
             good, needed = isinstance(value, str), "text"
         if not good:
@@ -273,6 +320,38 @@ def _check_types(row: Mapping[str, Any], form: Mapping[str, str], name: str) -> 
                 f"Column {column!r} of the data set {name!r} has to hold {needed}, but its first row holds "
                 f"{type(value).__name__} {str(value)[:80]!r}."
             )
+
+
+def _are_messages(value: Any) -> bool:
+    def is_message(m: Any) -> bool:
+        spoken = isinstance(m, dict) and m.get("role") is not None and {"content", "tool_calls"} & set(m)
+        return bool(spoken) or (isinstance(m, dict) and {"from", "value"} <= set(m))
+
+    return isinstance(value, list) and bool(value) and all(is_message(m) for m in value)
+
+
+def _as_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"]}
+
+
+def _without_nulls(dataset: TextDataset, form: Mapping[str, str], name: str) -> TextDataset:
+    """Refuse rows with nothing in a column that is learned from; a streamed one raises when the row is reached."""
+
+    def checked(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        for column in form.values():
+            if row[column] is None:
+                raise ValueError(
+                    f"Row {index} of the data set {name!r} has nothing (null) in the column {column!r}. Fix or delete "
+                    "the row."
+                )
+        return row
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(checked, with_indices=True)
+    nulls = [column for column in form.values() if dataset.data.column(column).null_count]
+    for index, row in enumerate(dataset.select_columns(list(form.values())) if nulls else ()):
+        checked(row, index)
+    return dataset
 
 
 def _renamed(dataset: TextDataset, form: Mapping[str, str], available: list[str]) -> TextDataset:

@@ -61,6 +61,12 @@ def as_example(row: Mapping[str, Any], tokenizer: Any) -> dict[str, str]:
     """A training row as the evaluation engine takes it."""
     if "messages" in row:
         return {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)}
+    if "input_ids" in row:
+        return {"text": tokenizer.decode(row["input_ids"])}
+    if "prompt" in row and isinstance(row["prompt"], list):
+        asked = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+        return {"question": asked, "answer": whole[len(asked) :]} if whole.startswith(asked) else {"text": whole}
     if "prompt" in row:
         return {"question": row["prompt"], "answer": row["completion"]}
     return {"text": row["text"]}

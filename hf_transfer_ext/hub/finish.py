@@ -1,59 +1,106 @@
-"""The end of every recipe, in one place: tell what was measured and where the time went, save, publish."""
+"""The end of every job, of commands, recipes and calls from Python alike: card, record, publication."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from hf_transfer_ext.evals.table import comparison_plot, comparison_table
+from hf_transfer_ext.files import path_inside, write_text
+from hf_transfer_ext.hub.card import CARD_FILE
 from hf_transfer_ext.hub.publish import push, save_result
-from hf_transfer_ext.hub.record import RunRecord, Stage, device_summary
+from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, device_summary, read_record
+from hf_transfer_ext.hub.report import report_card
 from hf_transfer_ext.measurement import Measurement
 
 
 def finish_run(
     folder: str | Path,
     record: RunRecord,
-    measured: Mapping[str, Sequence[Measurement]],
+    measured: Mapping[str, Sequence[Measurement]] | None = None,
     *,
-    result: str,
-    model: Any,
-    tokenizer: Any,
+    result: str | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
     precision: str | None = None,
     overwrite: bool = False,
     files: Mapping[str, str | Path] | None = None,
     push_to: str | None = None,
     private: bool | None = None,
+    plot: str | None = "comparison.png",
+    quiet: bool = False,
 ) -> Path:
-    """Print the comparison and the stages, save the model with its card, record and plot, and push it if asked to.
+    """Leave `folder` with a card and a record, whatever the job: a model, an adapter, or a report without weights.
 
     Call it on the main process only.
 
     Args:
-        measured: Model name -> what was measured of it; may be empty.
-        result: The name in `measured` that is the saved model; the others are what it is compared with.
+        measured: Model name -> its measurements. None leaves what the record holds already.
+        result: The name in `measured` that is the saved model; the others are what it is compared with. None where no
+            model was made: all of them are compared with each other.
+        model: The model to save. None where the weights, or the files of a report, are in `folder` already.
         precision: Compute dtype, where it is not the model's own (bfloat16 under autocast).
         files: Name in the folder -> file to copy there.
         push_to: Hub repository; None keeps the result here.
+        plot: File of the plot of what was measured; None for none.
+        quiet: Print nothing.
     """
-    record.metrics = list(measured.get(result, []))
-    record.compared = {name: list(found) for name, found in measured.items() if name != result}
-    record.device = device_summary(model, precision=precision)
+    folder, tell = Path(folder), (lambda text: None) if quiet else print
+    if measured is not None:
+        record.metrics = list(measured.get(result or "", []))
+        record.compared = {name: list(found) for name, found in measured.items() if name != result}
+    if not record.device or model is not None:
+        record.device = device_summary(model, precision=precision)
     with TemporaryDirectory() as scratch:
         extra_files = dict(files or {})
         if measured:
-            print(comparison_table(measured), end="\n\n")
-            extra_files["comparison.png"] = comparison_plot(measured, Path(scratch) / "comparison.png")
-        print(stage_table(record.stages), end="\n\n")
-        saved = save_result(
-            folder, model=model, tokenizer=tokenizer, record=record, overwrite=overwrite, extra_files=extra_files
-        )
-    print(f"Saved to {saved}")
+            tell(comparison_table(measured) + "\n")
+        if measured and plot is not None:
+            try:
+                extra_files[plot] = comparison_plot(measured, Path(scratch) / plot)
+            except ImportError as error:  # a plot is not worth the loss of the run
+                tell(f"No plot was drawn: {error}")
+        if record.stages:
+            tell(stage_table(record.stages) + "\n")
+        if model is not None or any(folder.glob("*.safetensors")):
+            replace = overwrite if model is not None else True
+            save_result(
+                folder, model=model, tokenizer=tokenizer, record=record, overwrite=replace, extra_files=extra_files
+            )
+        else:
+            _complete_report(folder, record, extra_files)
+    tell(f"Saved to {folder}")
     if push_to:
-        print(f"Pushed to {push(saved, push_to, private=private)}")
-    return saved
+        tell(f"Pushed to {push(folder, push_to, private=private)}")
+    return folder
+
+
+def _complete_report(folder: Path, record: RunRecord, files: Mapping[str, str | Path]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in files.items():
+        shutil.copyfile(source, path_inside(folder, name))
+    if record.compared:
+        write_text(folder / "table.txt", comparison_table(record.compared) + "\n")
+    write_text(folder / CARD_FILE, report_card(record))
+    record.write(folder)
+
+
+def add_measurements(folder: str | Path, found: Sequence[Measurement]) -> bool:
+    """Put measurements that were made later, an audit's verdicts say, into the card and record of a model folder.
+
+    Those of the same name are replaced. False where `folder` is not a local folder with a record.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD_FILE).is_file() or not any(folder.glob("*.safetensors")):
+        return False
+    record = read_record(folder)
+    names = {m.name for m in found}
+    record.metrics = [*(m for m in record.metrics if m.name not in names), *found]
+    save_result(folder, record=record, overwrite=True)
+    return True
 
 
 def stage_table(stages: Sequence[Stage]) -> str:

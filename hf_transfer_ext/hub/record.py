@@ -21,9 +21,17 @@ from typing import Any
 from hf_transfer_ext import reading
 from hf_transfer_ext.data.facts import FACTS_DATASET
 from hf_transfer_ext.files import sha256_of, write_text
-from hf_transfer_ext.hub.privacy import is_absolute_path, last_component, public_text, public_value
+from hf_transfer_ext.hub.privacy import (
+    REMOVED,
+    is_absolute_path,
+    is_secret_name,
+    last_component,
+    public_text,
+    public_value,
+)
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.reading import card_metadata, one_line, parse_json, read_json, read_text
+from hf_transfer_ext.settings import COMMAND
 from hf_transfer_ext.weights.repository import connection_error, file_of
 
 logger = logging.getLogger(__name__)
@@ -34,14 +42,18 @@ RECORD_FILE = "hf_transfer_ext.json"
 MAX_RECORD_BYTES, MAX_ANCESTORS, MAX_GENERATIONS = 20_000_000, 1000, 100
 #: Raised by one whenever a reader of the old form would misread the new one.
 SCHEMA_VERSION = 1
-#: What an input can be to a run.
+#: What an input usually is to a run, in the words that cards know. Any other lower-case word is a role too.
 ROLES = ("base", "dataset", "model", "student", "teacher")
+_ROLE = re.compile(r"[a-z][a-z0-9_-]*")
 #: The packages whose versions a record names.
 PACKAGES = ("hf_transfer_ext", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "safetensors")
 
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "rng_state.pth")
 _DATA = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.arrow", "*.gz", "*.zst")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+#: Digests of smaller files are calculated each time.
+_REMEMBERED_BYTES = 16_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"(?P<kind>models|datasets)--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 
@@ -52,11 +64,11 @@ class RunInput:
 
     Args:
         name: Hub id, or the last component of a local path.
-        role: One of "base", "dataset", "model", "student", "teacher".
+        role: What it is to the run: one of `ROLES`, or another lower-case word ("expert", "reference").
         on_hub: True where `name` is a Hub id; a local folder's name means nothing to others.
         revision: Commit hash on the Hub; None for local files, which `sha256` tells apart.
         sha256: File name -> hex digest of its content, for weight files (data files of a data set).
-        license: Licence as the input's own card states it (`license`, `license_name`, `license_link`); {} if unknown.
+        license: License as the input's own card states it (`license`, `license_name`, `license_link`); {} if unknown.
         model_type: `model_type` of the input's config.json.
         base_model: Hub ids that the input's own card names as its bases.
         record: The input's own record, if this package made it.
@@ -73,9 +85,10 @@ class RunInput:
     record: RunRecord | None = None
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
+        if not isinstance(self.role, str) or not _ROLE.fullmatch(self.role):
             raise ValueError(
-                f"Input {self.name!r} has the role {self.role!r}; it has to be one of {', '.join(ROLES)}."
+                f"Input {self.name!r} has the role {self.role!r}; it has to be one lower-case word, such as "
+                f"{', '.join(ROLES)}."
             )
 
 
@@ -97,7 +110,12 @@ class RunRecord:
     Args:
         job: "distillation", "merging", "unlearning", "extraction", "transfer", ...
         recipe: Which recipe or command ran ("recipes/distill.py", "hf-transfer-ext merge").
-        config: All settings: a dictionary or a dataclass.
+        config: The settings of the run: a dictionary or a dataclass.
+        defaults: The settings that were left at the defaults of transformers and TRL, which may change between
+            their versions.
+        command: The words of the command line, without secrets and local folders; by default those of
+            this process's command, [] for a call from Python.
+        recipe_sha256: Hex digest of the file of the recipe or command.
         inputs: Models and data sets that were read (`describe_input`), in the user's order.
         metrics: Measurements of the *result*; these alone become the card's model-index.
         compared: Measurements of other models in the same run, by name: {"before": [...], "teacher": [...]}.
@@ -125,12 +143,17 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     result: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    command: list[str] = field(default_factory=lambda: list(COMMAND.get([])))
+    recipe_sha256: str | None = None
 
     def __post_init__(self) -> None:
         self.files = {**files_named_in(self.config), **self.files}
         self.config = public_value(self.config)
         if not isinstance(self.config, dict):
             raise TypeError(f"`config` has to be a dictionary or a dataclass, got {type(self.config).__name__}.")
+        self.defaults = public_value(dict(self.defaults))
+        self.command = public_command(self.command)
         self.versions = self.versions or installed_versions()
         self.created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -167,7 +190,7 @@ class RunRecord:
         return digests[id(self)]
 
     def write(self, folder: str | Path) -> Path:
-        """Write `hf_transfer_ext.json` into `folder`, whole or not at all; returns its path."""
+        """Write `hf_transfer_ext.json` into `folder`, atomically; returns its path."""
         path = Path(folder) / RECORD_FILE
         write_text(path, self.text())
         return path
@@ -201,6 +224,7 @@ class RunRecord:
 
     def _own_dict(self, digests: Mapping[int, str]) -> dict[str, Any]:
         """This record alone; its inputs refer to their records by digest (`id(record)` -> digest)."""
+        later = {"defaults": self.defaults, "command": self.command, "recipe_sha256": self.recipe_sha256}
         return public_value(
             {
                 "job": self.job,
@@ -231,6 +255,8 @@ class RunRecord:
                 "not_measured": self.not_measured,
                 "stages": [{"name": s.name, "seconds": s.seconds} for s in self.stages],
                 "versions": self.versions,
+                # Keys that older records lack: left out where empty, so that the digests of older records stay.
+                **{key: value for key, value in later.items() if value},
             }
         )
 
@@ -268,7 +294,7 @@ def describe_input(
 
     A Hub id gets its commit and the digests that the Hub states for its large files (or, without a connection, the
     digests of the snapshot in the cache). A local file or folder gets the digests of its weight files, or of its data
-    files for the role "dataset". Reading the digests of local weights costs about a second for each gigabyte.
+    files for the role "dataset". Digests of local weights cost about a second for each gigabyte, once.
 
     Args:
         model: The loaded model, if there is one: its config names the commit that was really loaded, and the type of
@@ -286,7 +312,7 @@ def describe_input(
             name, on_hub, commit = last_name(path), False, None
         described = RunInput(name, role, on_hub, commit, digests_of(path, dataset=role == "dataset"))
     elif is_absolute_path(str(name_or_path)) or str(name_or_path).count("/") > 1 or str(path).startswith("."):
-        raise FileNotFoundError(f"There is no {role} at {str(name_or_path)!r}. Mend the path, or give a Hub id.")
+        raise FileNotFoundError(f"There is no {role} at {str(name_or_path)!r}. Fix the path, or give a Hub id.")
     else:
         commit, digests, cached = _on_hub(str(name_or_path), revision, role, getattr(model, "config", None))
         described = RunInput(str(name_or_path), role, True, commit, digests)
@@ -301,12 +327,55 @@ def digests_of(path: str | Path, *, dataset: bool = False) -> dict[str, str]:
     """File name -> hex sha256 of a file, or of the weight files (data files) of a folder, in sorted order."""
     path = Path(path)
     if path.is_file():
-        return {path.name: sha256_of(path)}
+        return {path.name: _digest(path)}
     if dataset:
         found = {p for pattern in _DATA for p in path.rglob(pattern) if not _hidden(p.relative_to(path))}
     else:
         found = {p for pattern in _WEIGHTS for p in path.glob(pattern) if p.name not in _NOT_WEIGHTS}
-    return {p.relative_to(path).as_posix(): sha256_of(p) for p in sorted(found) if p.is_file()}
+    return {p.relative_to(path).as_posix(): _digest(p) for p in sorted(found) if p.is_file()}
+
+
+def _digest(path: Path) -> str:
+    """`sha256_of`, remembered for large files as long as nobody has written to them (inode, size and times agree)."""
+    stat = path.stat()
+    if stat.st_size < _REMEMBERED_BYTES:
+        return sha256_of(path)
+    from huggingface_hub import constants
+
+    state = (str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    name = hashlib.sha256(repr(state).encode()).hexdigest()
+    memory = Path(constants.HF_HOME) / "hf_transfer_ext" / "digests" / name
+    try:
+        found = memory.read_text(encoding="utf-8")
+        if _DIGEST.fullmatch(found):
+            return found
+    except (OSError, UnicodeDecodeError):
+        pass
+    found = sha256_of(path)
+    try:
+        write_text(memory, found)
+    except OSError:
+        pass  # a cache that cannot be written costs time only
+    return found
+
+
+def public_command(words: Sequence[str]) -> list[str]:
+    """A command line that may be published: values of secret options removed, local paths by their last component."""
+    found: list[str] = []
+    is_secret = False
+    for word in words:
+        name, has_value, value = str(word).partition("=")
+        if is_secret and not name.startswith("--"):
+            found.append(REMOVED)
+            is_secret = False
+            continue
+        is_secret = name.startswith("--") and is_secret_name(name[2:])
+        if has_value and name.startswith("--"):
+            found.append(f"{name}={REMOVED if is_secret else public_text(value)}")
+            is_secret = False
+        else:
+            found.append(public_text(str(word)))
+    return found
 
 
 def installed_versions() -> dict[str, str]:
@@ -431,6 +500,9 @@ def _linked(
         result=_strings(data.get("result")),
         versions=_strings(data.get("versions")),
         created=str(data["created"]),
+        defaults=dict(data.get("defaults") or {}),
+        command=[str(word) for word in data.get("command") or []],
+        recipe_sha256=data.get("recipe_sha256"),
     )
 
 
@@ -483,14 +555,14 @@ def _on_hub(name: str, revision: str | None, role: str, config: Any) -> tuple[st
         if not commit or not (cache / "snapshots" / commit).is_dir():
             raise FileNotFoundError(
                 f"The {role} {name!r}{f' at revision {revision!r}' if revision else ''} is neither a local path nor a "
-                f"repository that the Hub or the local cache knows ({type(error).__name__}). Mend the name, or log in."
+                f"repository that the Hub or the local cache knows ({type(error).__name__}). Fix the name, or log in."
             ) from error
     folder = cache / "snapshots" / commit
     return commit, digests_of(folder, dataset=repo_type == "dataset"), folder
 
 
 def _read_card_and_config(described: RunInput, source: str | Path, revision: str | None) -> None:
-    """Fill in licence, bases, model type and record from the input's own files, as far as it states them."""
+    """Fill in license, bases, model type and record from the input's own files, as far as it states them."""
     config = file_of(source, "config.json", revision=revision)
     if config is not None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ import torch
 
 from hf_transfer_ext.adapters.extract import ExtractionReport
 from hf_transfer_ext.files import refuse_existing_output
+from hf_transfer_ext.hub.inputs import InputsInBackground
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.planning.config import MergeConfig, load_config
 from hf_transfer_ext.merging.planning.extra import ExtraFiles, open_extra
 from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
+from hf_transfer_ext.merging.record import finish_merge, inputs_of
 from hf_transfer_ext.merging.streaming.as_lora import write_adapter
 from hf_transfer_ext.merging.streaming.companions import CONFIG_FILE, public_yaml, write_companions
 from hf_transfer_ext.merging.streaming.stream import write_tensors
@@ -29,6 +31,9 @@ from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import resumable_folder, work_of
+
+#: Puts card and record into the folder of a result before it is published.
+Complete = Callable[..., None]
 
 #: Threads that keep a GPU busy while others read and write; each takes memory on it.
 GPU_THREADS = 4
@@ -134,7 +139,24 @@ def merge(
             plan.jobs, threads=settings.workers, device=settings.device, allow_nonfinite=allow_nonfinite, ranks=ranks
         )
         plan = replace(plan, jobs=jobs)
-        done = _write_adapter(plan, settings, ranks) if plan.lora_rank else _write_model(plan, settings, ranks)
+        wanted = inputs_of(plan.models, plan.config.base_model) if ranks.is_first else []
+        described = inputs.enter_context(InputsInBackground(wanted))
+        write = _write_adapter if plan.lora_rank else _write_model
+
+        def complete(folder: Path, adapter: ExtractionReport | None = None) -> None:
+            seconds = time.perf_counter() - began
+            finish_merge(
+                folder,
+                "merge",
+                plan.text,
+                described,
+                seed=plan.config.seed,
+                seconds=seconds,
+                script=__file__,
+                adapter=adapter,
+            )
+
+        done = write(plan, settings, ranks, complete)
     return replace(report, **done, seconds=time.perf_counter() - began)
 
 
@@ -248,7 +270,7 @@ def _plan(
     )
 
 
-def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, Any]:
+def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Complete) -> dict[str, Any]:
     """Write the result as a model folder; returns what the report says about it."""
     work = work_of(plan.content(settings), plan.checkpoints)
     with resumable_folder(settings.target, work, ranks, overwrite=settings.overwrite) as folder:
@@ -268,6 +290,7 @@ def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, An
         with ranks.together():
             if ranks.is_first:
                 _write_files(plan, folder)
+                complete(folder)
     return {"resumed_tensors": resumed}
 
 
@@ -281,7 +304,7 @@ def _write_files(plan: _Plan, folder: Path) -> None:
         write_tokenizer(plan.vocabulary, plan.chat_template, plan.donor, folder)
 
 
-def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, Any]:
+def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Complete) -> dict[str, Any]:
     """Write the result as a LoRA on the base model, by the first rank; returns what the report says about it."""
     adapter: ExtractionReport | None = None
     with ranks.together():
@@ -295,6 +318,7 @@ def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks) -> dict[str, 
                 content=plan.content(settings),
                 files={CONFIG_FILE: plan.text},
                 checkpoints=plan.checkpoints,
+                complete=complete,
                 allow_nonfinite=settings.allow_nonfinite,
                 overwrite=settings.overwrite,
                 progress=settings.progress,

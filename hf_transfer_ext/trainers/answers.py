@@ -1,4 +1,4 @@
-"""Plain fine-tuning on answers: teaching a model what it does not know, and relearning what it was made to forget."""
+"""Plain fine-tuning on answers: teaching a model something new, and relearning what it was trained to forget."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def train_on_answers(
     template: QuestionAnswerFormat | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Trainer:
-    """Minimise the cross-entropy of the answers' tokens (of whole texts, where an example has no question).
+    """Minimize the cross entropy of the answers' tokens (of the whole text, where an example has no question).
 
-    The model is trained in place; the trainer is returned for its logs. Whatever tells examples apart is the same as
-    in unlearning and evaluation: one tokenisation of prompt and answer for all three.
+    The model is trained in place; the trainer is returned for its logs. Prompts and answers are tokenized as in
+    unlearning and evaluation.
     """
     pairs = ForgetRetainPairs(examples, None, tokenizer, template=template, columns=columns)
     collate = forget_retain_collator(pad_token_id(tokenizer))

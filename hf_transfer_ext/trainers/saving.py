@@ -128,3 +128,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
             continue
         found.append((int(match[1]), str(path)))
     return max(found)[1] if found else None
+
+
+def refuse_zero3(advice: str) -> None:
+    """Raise a `ValueError` under ZeRO-3 for a job that cuts, trims or copies models.
+
+    Args:
+        advice: Which settings to change, in a sentence.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "ZeRO-3 shards models while they are loaded, so they cannot be cut, trimmed or copied. Make the model in "
+            f"a run of its own. {advice}"
+        )

@@ -4,7 +4,14 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from hf_transfer_ext.data import text as module
-from hf_transfer_ext.data.text import fit_context, labelled_tokens, load_rows, load_text_dataset, require_labels
+from hf_transfer_ext.data.text import (
+    fit_context,
+    labelled_tokens,
+    load_rows,
+    load_text_dataset,
+    load_train_and_test,
+    require_labels,
+)
 
 TEXTS = [{"text": f"Sentence number {i}."} for i in range(5)]
 CHAT = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
@@ -204,3 +211,54 @@ def test_rows_of_a_file_come_as_they_are(tmp_path):
         load_rows(tmp_path / "own.json")
     Dataset.from_list([{"a": 1}]).save_to_disk(str(tmp_path / "saved"))
     assert load_rows(tmp_path / "saved") == [{"a": 1}]
+
+
+USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"prompt": [USER], "completion": [BOT]}, {"prompt": [USER], "completion": [BOT]}),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+            {"messages": [USER, BOT]},
+        ),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2], "labels": [-100, 2]}),
+    ],
+)
+def test_the_forms_of_the_trainer_are_taken(tmp_path, row, expected, streaming):
+    rows = load_text_dataset(write_jsonl(tmp_path / "d.jsonl", [row] * 2), streaming=streaming)
+    first = next(iter(rows))
+    for name, value in expected.items():
+        assert first[name] == value
+
+
+def test_tool_calls_stand_in_place_of_a_content(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3"}]
+    rows = load_text_dataset(write_jsonl(tmp_path / "d.jsonl", [{"messages": messages}]))
+    assert rows[0]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_null_is_named_by_its_row(tmp_path, streaming):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}, {"text": None}])
+    with pytest.raises(ValueError, match=r"Row 1 of the data set .* has nothing"):
+        list(load_text_dataset(path, streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_single_file_is_held_out_from_and_says_so(tmp_path, streaming, caplog):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": f"{i}"} for i in range(20)])
+    train, test = load_train_and_test(path, streaming=streaming)
+    texts = [row["text"] for row in train], [row["text"] for row in test]
+    assert len(texts[1]) == 2 and sorted(texts[0] + texts[1]) == sorted(str(i) for i in range(20))
+    assert "2 of its 20 rows are held out" in caplog.text
+    caplog.clear()
+    train, test = load_train_and_test(path, "train[:10]", "train[10:]", streaming=False)
+    assert len(train) == len(test) == 10 and not caplog.text
+    assert load_train_and_test(path, test_split=None)[1] is None
+    with pytest.raises(ValueError, match="none can be held out"):
+        load_train_and_test(write_jsonl(tmp_path / "one.jsonl", [{"text": "a"}]))

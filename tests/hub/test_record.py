@@ -134,9 +134,11 @@ def test_a_newer_schema_and_broken_records_are_refused(tmp_path):
         read_record(tmp_path)
 
 
-def test_a_wrong_role_and_a_config_that_is_none_are_refused():
-    with pytest.raises(ValueError, match="role"):
-        RunInput("a", "cousin")
+def test_a_role_is_any_lower_case_word_and_a_config_that_is_none_is_refused():
+    assert RunInput("a", "expert").role == "expert"
+    for role in ("", "Expert", "two words"):
+        with pytest.raises(ValueError, match="has to be one lower-case word"):
+            RunInput("a", role)
     with pytest.raises(TypeError, match="dictionary"):
         record(config=["a"])
 
@@ -206,3 +208,35 @@ def test_without_a_connection_the_cache_answers(hub, tmp_path, monkeypatch):
 def test_the_device_is_described_without_names():
     summary = device_summary(precision="bfloat16")
     assert summary["device"] in ("cpu", "cuda") and summary["processes"] == 1 and summary["precision"] == "bfloat16"
+
+
+def test_defaults_command_and_recipe_are_pinned_and_may_be_published(tmp_path):
+    words = ["--data", str(tmp_path / "data"), "--hub_token", "abc", f"--api_key={TOKEN}", "--note", f"n {TOKEN}", "x"]
+    made = record(defaults={"weight_decay": 0.0, "logging_dir": str(tmp_path)}, command=words, recipe_sha256="a" * 64)
+    made.write(tmp_path)
+    read = read_record(tmp_path)
+    assert read.command == [
+        "--data", "data", "--hub_token", "[removed]", "--api_key=[removed]", "--note", "n [removed]", "x",
+    ]  # fmt: skip
+    assert read.defaults == {"weight_decay": 0.0, "logging_dir": tmp_path.name} and read.recipe_sha256 == "a" * 64
+    assert read.digest() == made.digest()
+
+
+def test_a_record_without_the_later_keys_is_read_and_keeps_its_digest():
+    data = record(config={"a": 1}).to_dict()
+    assert not {"defaults", "command", "recipe_sha256"} & set(data)
+    assert RunRecord.from_dict(data).digest() == RunRecord.from_dict({**data, "defaults": {}, "command": []}).digest()
+
+
+def test_digests_of_large_files_are_remembered_until_they_change(tmp_path, monkeypatch):
+    from hf_transfer_ext.hub import record as module
+
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 0)
+    folder = model_folder(tmp_path / "model")
+    found = module.digests_of(folder)
+    assert found == {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    calculated = []
+    monkeypatch.setattr(module, "sha256_of", lambda path: calculated.append(path) or "0" * 64)
+    assert module.digests_of(folder) == found and not calculated
+    (folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert module.digests_of(folder) != found and calculated

@@ -13,6 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from hf_transfer_ext.weights.checkpoints import Checkpoint
 
+#: These two state the time of the run; all else in a result depends on the inputs alone.
+CARD_AND_RECORD = {"README.md", "hf_transfer_ext.json"}
+
+
+def result_bytes(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the files of a result that has its card and record, without these two."""
+    found = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    assert found.keys() >= CARD_AND_RECORD
+    return {name: content for name, content in found.items() if name not in CARD_AND_RECORD}
+
+
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",

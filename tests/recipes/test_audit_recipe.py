@@ -3,7 +3,7 @@ import json
 import pytest
 from tiny import byte_tokenizer, tiny_llama
 
-from recipes import audit
+from hf_transfer_ext.recipes import audit
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_made_up_people_are_attacked_and_reported(folders, capsys):
     words += f" --retrain_from {folders}/original --retrain_epochs 1"
     found = audit.main([*words.split(), "--attacks", '["plain_question", {"quantization": {"bits": 8}}]'])
     assert {v.attack for v in found.verdicts} == {"plain_question", "quantization(bits=8)", "loss_attack"}
-    assert "came back" in capsys.readouterr().out
+    assert "recovered" in capsys.readouterr().out
     summary = json.loads((folders / "out" / "audit.json").read_text())
     assert set(summary["membership"]) == set(summary["measured"]) == {"unlearned", "original", "retrained"}
     assert {p.name for p in (folders / "out").iterdir()} >= {"model_index.yaml", "trade_off.png", "truth_ratios.png"}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from tiny import byte_tokenizer, tiny_llama
 from hf_transfer_ext import DistillationConfig
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
-from hf_transfer_ext.recipe import parse_recipe
-from recipes import distill
+from hf_transfer_ext.recipe import CONFIGS, parse_recipe
+from hf_transfer_ext.recipes import distill
+from hf_transfer_ext.recipes.run import TRAINER_GROUPS
 
 TEXTS = ["gold is a metal", "paris is a city", "iron is a metal", "rome is a city", "tin is a metal"] * 4
 
@@ -135,7 +135,7 @@ def test_a_student_of_its_own_and_streaming_data(setup):
 
 
 def test_what_zero_3_cannot_do_is_refused(setup, monkeypatch):
-    monkeypatch.setattr(distill, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO-3 shards models while they are loaded"):
         run(setup)
     assert not (setup / "out").exists()
@@ -159,8 +159,9 @@ def test_mistakes_are_told_and_leave_nothing(setup, extra, error, message):
     assert not (setup / "out").exists()
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes/configs/distill").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS / "distill").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_is_accepted(path, monkeypatch):
     monkeypatch.setattr("transformers.TrainingArguments._validate_args", lambda self: None)  # bf16 needs its GPU
-    told, args = parse_recipe(distill.DistillArguments, DistillationConfig, argv=["--config", str(path)])
+    argv = ["--config", str(path)]
+    told, args = parse_recipe(distill.DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
     assert told.dataset and args.output_dir.startswith("runs/")

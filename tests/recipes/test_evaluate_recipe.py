@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.measurement import Measurement
-from recipes import evaluate
+from hf_transfer_ext.recipes import evaluate
 
 
 def adapter(folder, seed, **config):
@@ -92,7 +92,7 @@ def test_what_a_suite_cannot_do_is_told_before_a_model_is_loaded(tmp_path):
         ("--suite restor", "The suite restor has no data set of its own on the Hub"),
         ("--suite rwku --compared_with x", "The suite rwku compares with no other model"),
         ("--compared_with x", "`compared_with` is for suites"),
-        ("--per_example csv", "`per_example` has to be jsonl or parquet, got 'csv'"),
+        ("--per_example csv", "`per_example` has to be jsonl/parquet, got 'csv'"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate.main(["--models", "nowhere/at-all", *words.split()])

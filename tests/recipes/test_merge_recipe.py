@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.models.loading import load_model
-from recipes import merge
+from hf_transfer_ext.recipes import merge
 
 
 @pytest.fixture
@@ -48,7 +48,13 @@ def test_the_result_is_measured_beside_its_parents(parents, capsys):
         oracle = base[name] + 0.5 * (other[name] - base[name]) + 0.5 * (lora[name] - base[name])
         assert torch.allclose(tensor, oracle, atol=1e-5), name
     record = read_record(parents / "out")
-    assert record.job == "merging" and len(record.inputs) == 3
+    roles = {item.name: item.role for item in record.inputs}
+    assert record.job == "merging" and roles == {
+        "base": "base", "other": "model", "lora": "model", "own.jsonl": "dataset",
+    }  # fmt: skip
+    assert record.config["merge"]["merge_method"] == "task_arithmetic" and set(record.compared) == {
+        "base", "other", "base+lora",
+    }  # fmt: skip
     assert [m.name for m in record.metrics] == ["own perplexity"] and len(record.compared) == 3
     assert record.metrics[0].value != next(iter(record.compared.values()))[0].value
     assert "merged" in capsys.readouterr().out

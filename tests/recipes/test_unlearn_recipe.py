@@ -5,7 +5,7 @@ import torch
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.models.loading import load_model
-from recipes import unlearn
+from hf_transfer_ext.recipes import unlearn
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from merging.method_cases import config_of
-from merging.tiny_models import family, load, random_tensors, write_model
+from merging.tiny_models import family, load, random_tensors, result_bytes, write_model
 from processes import on_two_ranks
 
 from hf_transfer_ext.merging import merge
@@ -26,10 +26,6 @@ from hf_transfer_ext.weights.ranks import Ranks
 ROOT = Path(__file__).parents[2]
 
 
-def bytes_in(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("name", ["linear", "ties", "dare_ties"])
 def test_the_bytes_of_one_process(tmp_path, name):
     config = config_of(name, *family(tmp_path))
@@ -40,7 +36,7 @@ def test_the_bytes_of_one_process(tmp_path, name):
         return report.tensors, (tmp_path / "two/config.json").exists()
 
     assert on_two_ranks(shared, tmp_path) == [(39, True)] * 2
-    assert bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
+    assert result_bytes(tmp_path / "two") == result_bytes(tmp_path / "one")
     assert not list(tmp_path.glob(".two*"))
 
 
@@ -69,7 +65,7 @@ def test_both_work_and_an_interrupted_merge_goes_on_in_one_process(tmp_path, mon
     with open(partial / f"{JOURNAL}-1", "a") as journal:
         journal.write('"model.no')  # as a kill leaves it
     assert merge(config, tmp_path / "two").resumed_tensors == len(names[0]) + len(names[1])
-    assert bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
+    assert result_bytes(tmp_path / "two") == result_bytes(tmp_path / "one")
 
 
 def test_bad_input_is_told_by_both(tmp_path):
@@ -115,7 +111,7 @@ def test_one_of_two_alone(tmp_path):
             merge(config, tmp_path / "two", alone=True)
 
     on_two_ranks(first_only, tmp_path)
-    assert bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
+    assert result_bytes(tmp_path / "two") == result_bytes(tmp_path / "one")
 
 
 def test_shares_are_even_and_whole():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.files import refuse_existing_output, require_free_space, write_text
+from hf_transfer_ext.hub.inputs import InputsInBackground
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.methods.passthrough import passthrough
@@ -30,6 +31,7 @@ from hf_transfer_ext.merging.moe.gates import Gates, alike_layers, make_gates
 from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, load_moe_config
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.merging.planning.names import layer_count
+from hf_transfer_ext.merging.record import finish_merge, inputs_of
 from hf_transfer_ext.merging.streaming.companions import COMPANIONS, public_yaml
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, MAX_SHARD_BYTES
@@ -181,7 +183,8 @@ def assemble(
             "shards": max_shard_bytes,
             "arithmetic": kernels.LIBRARY is not None,
         }
-        with resumable_folder(target, work_of(content, opened), overwrite=overwrite) as folder:
+        inputs = InputsInBackground(inputs_of(models, parsed.base_model))
+        with inputs, resumable_folder(target, work_of(content, opened), overwrite=overwrite) as folder:
             resumed = write_tensors(
                 folder, jobs, threads=threads or os.cpu_count() or 1, max_shard_bytes=max_shard_bytes
             )
@@ -190,6 +193,9 @@ def assemble(
             for name in COMPANIONS:
                 if (base.folder / name).exists():
                     shutil.copyfile(base.folder / name, folder / name)
+            seconds = time.perf_counter() - began
+            text = (folder / "mergekit_moe_config.yml").read_text(encoding="utf-8")
+            finish_merge(folder, "moe", text, inputs, seed=parsed.seed, seconds=seconds, script=__file__)
     finally:
         for model in models.values():
             model.close()

@@ -8,7 +8,7 @@ all models are adapters on the base, the change is known by its factors, and no 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def write_adapter(
     content: Mapping[str, Any],
     files: Mapping[str, str],
     checkpoints: Sequence[Checkpoint],
+    complete: Callable[[Path, ExtractionReport], None] | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -84,6 +85,7 @@ def write_adapter(
         content: What the result depends on beside the files of the models (`resume.work_of`).
         files: Name -> text of further files of the folder.
         checkpoints: Everything that the jobs read.
+        complete: Called with the folder and the report before the folder is published.
 
     Raises:
         ValueError: There is no base, or the result has tensors or shapes that the base lacks.
@@ -115,6 +117,7 @@ def write_adapter(
             overwrite=overwrite,
             progress=progress,
             files=files,
+            complete=complete,
         )
     finally:
         if opened is not None:

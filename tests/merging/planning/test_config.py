@@ -11,7 +11,7 @@ from hf_transfer_ext.merging.planning.config import TokenSource, evaluate, load_
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.reference import parse_reference as reference
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes" / "configs" / "merge").glob("*.yml"))
+RECIPES = sorted((Path(__file__).parents[3] / "hf_transfer_ext" / "recipes" / "configs" / "merge").glob("*.yml"))
 
 #: The forms of public configurations, with the methods that they name.
 PUBLIC = {

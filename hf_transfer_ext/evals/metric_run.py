@@ -1,0 +1,71 @@
+"""Metrics on several data sets, for one model after the other: the counterpart of `suite_run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_transfer_ext.data.fictitious_people import fictitious_people
+from hf_transfer_ext.data.text import load_rows
+from hf_transfer_ext.evals.engine.evaluate import MetricSpec, evaluate, resolve_metric
+from hf_transfer_ext.evals.engine.result import EvaluationResult
+
+#: The name that stands for made-up people.
+PEOPLE = "fictitious_people"
+
+
+def load_sets(
+    names: Sequence[str], *, limit: int | None = None, seed: int = 0, **where: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Name -> the first `limit` rows of each data set; `fictitious_people` gives the sets of twenty of them.
+
+    Args:
+        where: `split`, `revision` and `config_name` of the others.
+    """
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        sets |= fictitious_people(20, seed=seed) if name == PEOPLE else {Path(name).stem: load_rows(name, **where)}
+    return {name: rows[:limit] for name, rows in sets.items()}
+
+
+def resolve_all(metrics: Sequence[MetricSpec]) -> None:
+    """Raise a `ValueError` for an unknown metric or option, before anything is loaded."""
+    for spec in metrics:
+        resolve_metric(spec)
+
+
+class MetricRun:
+    """Holds the data sets while models come and go.
+
+    Args:
+        metrics: Names, or names with options.
+        sets: Name -> examples.
+        reference: Model for metrics that compare, or "base".
+        options: What `evaluate` takes beside these.
+
+    Raises:
+        ValueError: An unknown metric or option, before a model is loaded.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[MetricSpec],
+        sets: Mapping[str, Sequence[Mapping[str, Any]]],
+        *,
+        reference: Any = None,
+        **options: Any,
+    ) -> None:
+        resolve_all(metrics)
+        self.metrics, self.sets = metrics, sets
+        self.options = {**options, "reference": reference}
+
+    def results_by_folder(
+        self, model: Any, tokenizer: Any, title: str, adapter: str | None = None
+    ) -> Iterator[tuple[str, EvaluationResult]]:
+        """The name of its folder and the result of each data set, whose name leads those of the measurements."""
+        for dataset, rows in self.sets.items():
+            result = evaluate(model, tokenizer, rows, self.metrics, adapter=adapter, dataset=dataset, **self.options)
+            result.measurements = [replace(m, name=f"{dataset} {m.name}") for m in result.measurements]
+            yield f"{title}/{dataset}", result

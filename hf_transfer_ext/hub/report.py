@@ -1,0 +1,31 @@
+"""The card of a result that is not a model: the report of an evaluation or an audit."""
+
+from __future__ import annotations
+
+from hf_transfer_ext.hub import card
+from hf_transfer_ext.hub.record import RunRecord
+
+_ABOUT = {
+    "evaluation": "Models were measured on the same data.",
+    "audit": "An unlearned model was attacked to see how much of the removed knowledge comes back.",
+    "quickstart": "The jobs of this package were run one after the other; each result is a folder of its own.",
+}
+
+
+def report_card(record: RunRecord) -> str:
+    """The README of a report, from its record alone: what was measured, of what, how, and with which versions."""
+    names = ", ".join(card._code(item.name) for item in record.inputs if item.role != "dataset")
+    title = f"{record.job.capitalize()} of {names}" if names else record.job.capitalize()
+    about = _ABOUT.get(record.job, "A report of hf_transfer_ext.")
+    made = f"Written by {card._code(record.recipe)} of hf_transfer_ext on {record.created}."
+    parts = [
+        f"# {title}",
+        f"{about} {made}",
+        "## Measurements\n\n" + card._measurements(record),
+        "## Not measured\n\n" + card._not_measured(record),
+        "## Inputs\n\n" + card._inputs(record),
+        card._history(record),
+        "## Run\n\n" + card._run(record),
+    ]
+    front = "---\ntags:\n- hf_transfer_ext\n- " + record.job + "\n---\n\n"
+    return front + "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,70 @@
+"""The flags of mergekit's commands, which people paste: each is translated, has nothing to do, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_transfer_ext.settings import ForeignFlag
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_NO_CODE = "no code of a repository is run, and none is needed. Leave it out."
+_STREAMED = "tensors are streamed, so memory does not grow with the model anyway."
+
+
+def _shard_bytes(text: str) -> Mapping[str, Any]:
+    """mergekit counts parameters ("5B"); at two bytes each, as in bfloat16."""
+    unit = text[-1:].upper() if text[-1:].isalpha() else ""
+    try:
+        count = float(text.removesuffix(text[-1:]) if unit else text) * _UNITS[unit]
+    except (KeyError, ValueError):
+        raise ValueError(f"--out-shard-size has to be a number of parameters such as 5B, got {text!r}.") from None
+    return {"max_shard_bytes": int(2 * count)}
+
+
+#: Flags of mergekit-yaml and mergekit-moe without their dashes.
+MERGEKIT_FLAGS = {
+    "max-shard-gb": ForeignFlag(lambda text: {"max_shard_bytes": f"{text}GB"}, takes_value=True),
+    "out-shard-size": ForeignFlag(_shard_bytes, takes_value=True),
+    "num-threads": ForeignFlag(lambda text: {"threads": text}, takes_value=True),
+    "copy-tokenizer": ForeignFlag(note="the tokenizer is always copied."),
+    "write-model-card": ForeignFlag(note="the card is always written."),
+    "safe-serialization": ForeignFlag(note="the result is always safetensors."),
+    "low-cpu-memory": ForeignFlag(note=_STREAMED),
+    "clone-tensors": ForeignFlag(note="every tensor is written by itself anyway."),
+    "async-write": ForeignFlag(note="files are written while others are read anyway."),
+    "lazy-unpickle": ForeignFlag(note="tensors are always read lazily; pickles need --allow-pickle."),
+    "lora-merge-cache": ForeignFlag(takes_value=True, note="adapters are applied while streaming; nothing is cached."),
+    "verbose": ForeignFlag(note="the progress bar is on unless --quiet is given."),
+    "allow-crimes": ForeignFlag(
+        refused="models of different architectures are never merged, and those of one architecture need no flag. "
+        "Leave it out."
+    ),
+    "trust-remote-code": ForeignFlag(refused=_NO_CODE),
+    "lora-merge-dtype": ForeignFlag(takes_value=True, refused="adapters are applied in float32. Leave it out."),
+    "random-seed": ForeignFlag(takes_value=True, refused="write `seed: N` into the configuration, which is recorded."),
+    "transformers-cache": ForeignFlag(takes_value=True, refused="set HF_HUB_CACHE to that folder instead."),
+}
+
+#: Flags of mergekit-yaml alone.
+MERGE_FLAGS = {
+    **MERGEKIT_FLAGS,
+    "cuda": ForeignFlag({"device": "cuda"}),
+    "gpu-rich": ForeignFlag({"device": "cuda"}),
+    "read-to-gpu": ForeignFlag({"device": "cuda"}),
+    "multi-gpu": ForeignFlag(
+        refused="start `accelerate launch -m hf_transfer_ext merge ...`: one process for each GPU."
+    ),
+}
+
+_GATES = "gates are computed from the base model in its own dtype on the CPU. Leave it out."
+
+#: Flags of mergekit-moe alone.
+MOE_FLAGS = {
+    **MERGEKIT_FLAGS,
+    "i-understand-this-is-not-useful-without-training": ForeignFlag({"allow_same_experts": True}),
+    "cuda": ForeignFlag(refused=_GATES),
+    "device": ForeignFlag(takes_value=True, refused=_GATES),
+    "load-in-4bit": ForeignFlag(refused=_GATES),
+    "load-in-8bit": ForeignFlag(refused=_GATES),
+}

@@ -1,0 +1,57 @@
+"""The record of a merge or a mixture: the models by content, the configuration, what an adapter leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_transfer_ext.files import sha256_of
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted
+from hf_transfer_ext.hub.record import RunRecord, Stage
+from hf_transfer_ext.reading import parse_yaml
+from hf_transfer_ext.weights.reference import ModelReference
+
+if TYPE_CHECKING:
+    from hf_transfer_ext.adapters.extract import ExtractionReport
+
+
+def inputs_of(references: Iterable[ModelReference], base: ModelReference | None) -> list[Wanted]:
+    """The folders and repositories behind references, each once; `base+lora` is its adapter, and the base too."""
+    wanted: dict[tuple[str, str | None], str] = {}
+    for one in references:
+        role = "base" if one == base else "model"
+        wanted.setdefault((one.path, one.revision), role)
+        if one.lora is not None:
+            wanted.setdefault((str(one.lora), one.lora_revision), "model")
+    return [(path, revision, role) for (path, revision), role in wanted.items()]
+
+
+def finish_merge(
+    folder: Path,
+    command: str,
+    text: str,
+    inputs: InputsInBackground,
+    *,
+    seed: int,
+    seconds: float,
+    script: str,
+    adapter: ExtractionReport | None = None,
+) -> None:
+    """Put card and record into the folder of a result.
+
+    Args:
+        command: "merge" or "moe".
+        text: The configuration in YAML, without local folders.
+        script: File of the code that made it.
+        adapter: What the adapter leaves out, where the result is one.
+    """
+    config: dict[str, Any] = parse_yaml(text, "the configuration of the merge")
+    record = RunRecord("merging", f"hf-transfer-ext {command}", config, seed=seed, recipe_sha256=sha256_of(script))
+    record.stages.append(Stage(command, round(seconds, 3)))
+    inputs.put_into(record)
+    if adapter is not None:
+        record.metrics.append(adapter.measurement())
+    record.not_measured.insert(0, "The result: a merge alone measures nothing.")
+    finish_run(folder, record, quiet=True)

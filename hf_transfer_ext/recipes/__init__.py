@@ -1,0 +1,11 @@
+"""The jobs, one module each: `accelerate launch -m hf_transfer_ext.recipes.distill --config FILE.yaml`."""
+
+#: Each job's module, in the order of the help, and what it does.
+RECIPES = {
+    "distill": "distill a language model: distill --config FILE.yaml",
+    "unlearn": "make a language model forget: unlearn --config FILE.yaml",
+    "evaluate": "measure models: evaluate --config FILE.yaml",
+    "audit": "try to get forgotten knowledge back: audit --config FILE.yaml",
+    "merge": "merge models and measure them: merge --config FILE.yaml",
+    "quickstart": "all jobs in a chain, on a small model: quickstart",
+}

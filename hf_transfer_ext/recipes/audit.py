@@ -1,0 +1,123 @@
+"""Try to get forgotten knowledge back: `accelerate launch recipes/audit.py --config recipes/configs/audit/demo.yaml`.
+
+Compares the attacked model with the original and with one trained without the forget set; writes a report with plots
+and a card. Attacks leave the models as they were. The verdicts go into the unlearned model's own card, if it has one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+
+from hf_transfer_ext.data.forget_retain import forget_retain_rows
+from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.evals.audit.answers import answers_of
+from hf_transfer_ext.evals.audit.attacks import ATTACKS
+from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
+from hf_transfer_ext.evals.audit.report.html import save_audit
+from hf_transfer_ext.evals.audit.run import audit
+from hf_transfer_ext.evals.audit.subject import AuditData, Subject
+from hf_transfer_ext.hub.finish import add_measurements, finish_run
+from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
+from hf_transfer_ext.settings import REQUIRED
+from hf_transfer_ext.trainers.taught import taught, teaching_arguments
+
+
+@dataclass
+class AuditArguments:
+    """Which model is attacked, how, and which models it is compared with."""
+
+    unlearned: str = setting(REQUIRED, "models", "Folder or Hub id of the unlearned model, or of its adapter.")
+    original: str = setting(REQUIRED, "models", "The model before unlearning.")
+    retrained: str | None = setting(None, "models", "A model trained without the forget set.")
+    retrain_from: str | None = setting(None, "models", "Make it here: this model, fine-tuned on the retain set.")
+    retrain_epochs: float = setting(8.0, "models", "Epochs of that.")
+    retrain_learning_rate: float = setting(3e-4, "models", "Peak learning rate of that.")
+    dtype: str = setting("float32", "models", "auto, float32 or bfloat16.")
+    forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
+    retain_data: str | None = setting(None, "data", "File, folder or Hub id.")
+    holdout_data: str | None = setting(None, "data", "The same kind of data, never trained on.")
+    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
+    people: int = setting(20, "data", "Made-up people, as in the unlearning run.")
+    forget_people: int = setting(2, "data", "Of these, the ones to forget.")
+    holdout_people: int = setting(4, "data", "Further made-up people, unseen in training.")
+    facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
+    limit: int | None = setting(None, "data", "Only the first rows of each set.")
+    template: str = setting("auto", "data", "auto, chat or plain.")
+    chat_template_kwargs: dict[str, Any] = setting({}, "data", "Of the chat template: {enable_thinking: false}.")
+    attacks: list[Any] = setting(list(ATTACKS), "attacks", "Names, or {name: {option: value}}.")
+    membership: list[Any] = setting([*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS], "attacks", "The same; []: none.")
+    max_new_tokens: int = setting(48, "attacks", "Longest answer.")
+    batch_size: int = setting(16, "attacks", "Examples in a forward pass.")
+    output_dir: str = setting("runs/audit", "", "Folder of the report.")
+    seed: int = setting(0, "", "Seed of all random choices.")
+
+
+def main(argv: list[str] | None = None) -> Any:
+    (told,) = parse_recipe(AuditArguments, argv=argv)
+    accelerator, out = Accelerator(), Path(told.output_dir)
+    record = start_record("audit", __file__, argv, told, seed=told.seed)
+    names = ("people", "forget_people", "holdout_people", "facts", "seed", "columns")
+    sources = told.forget_data, told.retain_data, told.holdout_data
+    splits = forget_retain_rows(*sources, **{name: getattr(told, name) for name in names})
+    data = AuditData(**{name: rows[: told.limit] for name, rows in splits.items()})
+    template = QuestionAnswerFormat(template=told.template, chat_template_kwargs=told.chat_template_kwargs)
+    began = time.monotonic()
+
+    def tell(what: str) -> None:
+        if accelerator.is_main_process:
+            print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
+
+    subjects: dict[str, Subject] = {}
+    roles = {"unlearned": told.unlearned, "original": told.original, "retrained": told.retrained or told.retrain_from}
+    for role, name in roles.items():
+        if name is not None:
+            model, tokenizer = load_named(name, record, role, dtype=told.dtype, device=accelerator.device)
+            if role == "retrained" and told.retrained is None:
+                tell("retraining without the forget set")
+                model = retrained(told, record, model, tokenizer, data.retain, template)
+            how = template, told.max_new_tokens, told.batch_size, accelerator, told.seed
+            subjects[role] = Subject(model.eval(), tokenizer, *how)
+    with record.stage("attack"):
+        chosen: Any = {"attacks": told.attacks, "membership": told.membership, "seed": told.seed, "progress": tell}
+        others: Any = {"original": subjects["original"], "retrained": subjects.get("retrained")}
+        found = audit(subjects["unlearned"], data, **others, **chosen)
+    tell("measuring the forget and retain sets")
+    with record.stage("measure"):
+        answers = answers_of(subjects, data)
+    if accelerator.is_main_process:
+        about = {f"{role} model": name for role, name in roles.items() if name is not None}
+        about["forget set"] = f"{told.forget_data or 'made-up people'}, {len(data.forget)} rows"
+        report = save_audit(out, found, data, about=about, **vars(answers))
+        measured, verdicts = answers.measurements, found.measurements()
+        measured["unlearned"] = [*verdicts, *measured["unlearned"]]
+        finish_run(out, record, measured, plot=None, quiet=True)
+        print(f"{'attack':<42} {'needs':<12} {'recovered':>9}")
+        for v in found.verdicts:
+            print(f"{v.attack:<42} {v.access:<12} {'–' if v.recovered is None else f'{v.recovered:.0%}':>9}  {v.note}")
+        if add_measurements(told.unlearned, verdicts):
+            tell(f"The verdicts stand in the card of {told.unlearned}, too.")
+        tell(f"Report: {report}")
+    return found
+
+
+def retrained(told: AuditArguments, record: RunRecord, model: Any, tokenizer: Any, rows: Any, template: Any) -> Any:
+    """`model` fine-tuned on the retain set, saved beside the report: a second audit may name it as `retrained`."""
+    out, how = Path(told.output_dir), {"epochs": told.retrain_epochs, "learning_rate": told.retrain_learning_rate}
+    quiet = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": model.device.type == "cpu"}
+    args = teaching_arguments(out / "retraining", seed=told.seed, **how, **quiet)
+    model = taught(model, tokenizer, rows, args, lora_rank=None, template=template)
+    if PartialState().is_main_process:
+        own = replace(record, job="fine-tuning", inputs=record.inputs[-1:])
+        finish_run(out / "retrained", own, model=model, tokenizer=tokenizer, overwrite=True, quiet=True)
+    return model
+
+
+if __name__ == "__main__":
+    run_recipe("audit", main)

@@ -1,0 +1,121 @@
+"""Distill a language model: `accelerate launch recipes/distill.py --config recipes/configs/distill/demo.yaml`.
+
+Makes a smaller student of a teacher, distills, compares it with the teacher and a twin trained without, and saves it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from hf_transfer_ext.data.facts import FACTS_DATASET, fact_questions
+from hf_transfer_ext.data.text import load_train_and_test
+from hf_transfer_ext.evals.language import as_example, measure_language_model
+from hf_transfer_ext.files import require_free_space
+from hf_transfer_ext.hub.record import describe_dataset
+from hf_transfer_ext.models.plumbing import is_sharded
+from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, run_recipe
+from hf_transfer_ext.recipes.training import start_training
+from hf_transfer_ext.students import STUDENT_INITS, StudentShape
+from hf_transfer_ext.students.vocabulary import trim_vocabulary
+from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
+from hf_transfer_ext.trainers.taught import taught
+
+
+@dataclass
+class DistillArguments:
+    """Which teacher, which student, and on which data. The training itself is set by `DistillationConfig`."""
+
+    teacher: str | None = setting(None, "teacher", "Folder, Hub id, or demo (Gemma 3 270M).")
+    teach_steps: int = setting(0, "teacher", "> 0: fine-tune the teacher on the training data first (LoRA).")
+    teach_learning_rate: float = setting(1e-3, "teacher", "Peak learning rate of that.")
+    student: str | None = setting(None, "student", "Folder or Hub id; none: made from the teacher.")
+    student_revision: str | None = setting(None, "student", "Hub revision.")
+    student_init: str = setting("uniform_depth", "student", f"How it is made: {', '.join(STUDENT_INITS)}.")
+    student_layers: int | None = setting(None, "student", "Its depth; none: half of the teacher's.")
+    trim_vocabulary: bool = setting(False, "student", "Keep only the tokens of the training data.")
+    dataset: str = setting("facts", "data", "File, folder, Hub id, or facts (made from packages).")
+    dataset_config: str | None = setting(None, "data", "Configuration of a Hub data set.")
+    dataset_revision: str | None = setting(None, "data", "Hub revision.")
+    columns: dict[str, str] | None = setting(None, "data", "Role -> your column: {text: body}.")
+    train_split: str = setting("train", "data", "Split to train on.")
+    test_split: str | None = setting("test", "data", "Held-out split; none: nothing is measured.")
+    streaming: bool = setting(False, "data", "Read rows as they are needed.")
+    test_rows: int = setting(64, "evaluation", "Held-out rows (and questions, of facts) to measure on.")
+    compare_with_ce: bool = setting(False, "evaluation", "Train a twin on cross entropy alone, too.")
+    overwrite: bool = setting(False, "training", "Replace a result that is there.")
+
+
+def teacher_name(told: DistillArguments, args: DistillationConfig) -> str:
+    """The one teacher, under either of its names; no default stands in for it."""
+    names = sorted(filter(None, {told.teacher, args.teacher_model_name_or_path, args.teacher_adapter}))
+    if len(names) != 1 or args.teacher_adapter is not None:
+        got = " and ".join(names) or "none"
+        raise ValueError(f"Name one `teacher`: a folder, a Hub id, or demo (Gemma 3 270M); got {got}.")
+    return str(names[0])
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
+    told, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
+    told.teacher, args.teacher_model_name_or_path = teacher_name(told, args), None
+    if told.student is None or told.trim_vocabulary or told.compare_with_ce:
+        refuse_zero3("Name a finished `student`; leave `trim_vocabulary` and `compare_with_ce` off.")
+    read = (told.teacher, told.student, told.dataset)
+    run = start_training("distillation", __file__, argv, told, args, overwrite=told.overwrite, inputs=read)
+    record = run.record
+    source = {"config_name": told.dataset_config, "revision": told.dataset_revision, "streaming": told.streaming}
+    data, test = load_train_and_test(told.dataset, told.train_split, told.test_split, columns=told.columns, **source)
+    questions = fact_questions(str(told.test_split)) if test and told.dataset == FACTS_DATASET else []
+    with record.stage("load the teacher"):
+        teacher, tokenizer = load_named(told.teacher, record, "teacher", args.teacher_revision, args.teacher_dtype)
+        record.inputs.append(describe_dataset(told.dataset, told.dataset_revision))
+    if told.trim_vocabulary:
+        with record.stage("trim the vocabulary"):
+            texts = (text for row in data for text in as_example(row, tokenizer).values())
+            teacher, tokenizer, vocabulary = trim_vocabulary(teacher, tokenizer, texts)
+            run.files["vocabulary_map.json"] = vocabulary.save(run.work)
+    if told.teach_steps > 0:
+        with record.stage("teach the teacher"):
+            changes = {"max_steps": told.teach_steps, "learning_rate": told.teach_learning_rate}
+            teacher = taught(teacher, tokenizer, data, args, folder=run.work / "teacher", **changes)
+    with record.stage("make the student"):
+        teacher_tokenizer = tokenizer
+        if told.student is None:
+            depth = told.student_layers or teacher.config.get_text_config().num_hidden_layers // 2
+            student = STUDENT_INITS[told.student_init](teacher, StudentShape(depth=depth)).float()
+        else:
+            student, tokenizer = load_named(told.student, record, "student", told.student_revision, "float32")
+        twin = copy.deepcopy(student) if told.compare_with_ce else None
+        require_free_space(run.out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, the result
+    trainer = DistillationTrainer(student, teacher, args, data, tokenizer, teacher_processing_class=teacher_tokenizer)
+    reference = None if is_sharded(accelerator=trainer.accelerator) else teacher  # a sharded one is not measured
+    looks: Any = {"limit": told.test_rows, "dataset": told.dataset, "accelerator": trainer.accelerator}
+    measured: dict[str, list[Any]] = {}
+
+    def measure(name: str, model: Any, against: Any) -> None:
+        if test:
+            with record.stage(f"measure {name}"):
+                looked = model.to(trainer.accelerator.device), tokenizer, test
+                measured[name] = measure_language_model(*looked, questions=questions, reference=against, **looks)
+
+    if reference is not None:
+        measure("teacher", teacher, None)
+        measure("student before", student, reference)
+    with record.stage("distill"):
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+        student = load_whole(save_whole(trainer, run.work / "student"))  # what is saved is what is measured
+    measure("student", student, reference)
+    if twin is not None:
+        with record.stage("train the twin"):
+            twin = taught(twin, tokenizer, data, args, lora_rank=None)
+        measure("twin without teacher", twin, reference)
+    if trainer.is_world_process_zero():
+        run.finish(measured, "student", student, tokenizer)
+    return measured
+
+
+if __name__ == "__main__":
+    run_recipe("distill", main)

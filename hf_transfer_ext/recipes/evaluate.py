@@ -1,0 +1,122 @@
+"""Measure models: `accelerate launch recipes/evaluate.py --config recipes/configs/evaluate/demo.yaml`.
+
+One pass over each data set for all metrics, or a suite by its name (`--suite tofu`), adapters of a base side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.evals.adapters import with_adapters
+from hf_transfer_ext.evals.engine.generation import GenerationSettings
+from hf_transfer_ext.evals.harness import measure_with_lm_eval
+from hf_transfer_ext.evals.metric_run import PEOPLE, MetricRun, load_sets, resolve_all
+from hf_transfer_ext.evals.metrics import METRICS
+from hf_transfer_ext.evals.suite_run import SuiteRun
+from hf_transfer_ext.evals.suites import SUITES
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import describe_dataset, describe_input
+from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
+from hf_transfer_ext.settings import REQUIRED
+
+USUAL = ["perplexity", "answer_probability", "truth_ratio", "exact_memorization", "extraction_strength"]
+
+
+@dataclass
+class EvaluateArguments:
+    """Which models to measure, and on which data."""
+
+    models: list[str] = setting(REQUIRED, "models", "Folders or Hub ids, or demo (Gemma 3 270M).")
+    adapters: list[str] | None = setting(
+        None, "models", "Adapter folders, all on the one model; base is measured too."
+    )
+    reference: str | None = setting(None, "models", "Model for metrics that compare, or base.")
+    compared_with: str | None = setting(None, "models", "A suite's other model: retrained, or before unlearning.")
+    dtype: str = setting("float32", "models", "auto, float32 or bfloat16.")
+    data: list[str] | None = setting(None, "data", "Files, folders, Hub ids; none: made-up people or the suite's own.")
+    split: str = setting("train", "data", "Split of each.")
+    data_config: str | None = setting(None, "data", "Configuration of a Hub data set.")
+    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
+    limit: int | None = setting(None, "data", "Only the first rows of each data set.")
+    template: str = setting("auto", "data", "auto, chat or plain.")
+    chat_template_kwargs: dict[str, Any] = setting({}, "data", "Of the chat template: {enable_thinking: false}.")
+    prompt: str = setting(QuestionAnswerFormat.prompt, "data", "The plain prompt.")
+    metrics: list[Any] = setting(USUAL, "metrics", f"Of {', '.join(METRICS)}; or {{name: {{option: value}}}}.")
+    suite: str | None = setting(None, "metrics", f"One of {', '.join(SUITES)}, instead of metrics.")
+    suite_options: dict[str, Any] = setting({}, "metrics", "Options of it or its loader: {split: forget05}.")
+    lm_eval_tasks: list[str] | None = setting(None, "metrics", "Tasks of lm-evaluation-harness as well.")
+    lm_eval_folder: str | None = setting(None, "metrics", "Folder of your own tasks in YAML.")
+    max_new_tokens: int = setting(200, "metrics", "Longest generation.")
+    batch_size: int = setting(16, "", "Examples in a forward pass.")
+    cache: str | None = setting(None, "", "Folder that keeps scores by content.")
+    per_example: Literal["jsonl", "parquet"] = setting("jsonl", "", "Every example as jsonl or parquet.")
+    output_dir: str = setting("runs/evaluate", "", "Folder of the results.")
+    seed: int = setting(0, "", "Seed of all random choices.")
+
+
+def metric_run(told: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
+    """The data sets and the reference, loaded once for all models."""
+    resolve_all(told.metrics)
+    where: Any = {"split": told.split, "config_name": told.data_config, "limit": told.limit, "seed": told.seed}
+    sets = load_sets(told.data or [PEOPLE], **where)
+    reference: Any = told.reference
+    if reference not in (None, "base"):
+        reference, _ = load_named(reference, dtype=told.dtype, device=shared["accelerator"].device)
+    return MetricRun(told.metrics, sets, reference=reference, **shared)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    (told,) = parse_recipe(EvaluateArguments, argv=argv)
+    accelerator, out, first = Accelerator(), Path(told.output_dir), told.compared_with
+    record = start_record("evaluation", __file__, argv, told, seed=told.seed)
+    shared: dict[str, Any] = {name: getattr(told, name) for name in ("columns", "batch_size", "cache", "seed")}
+    chat = told.chat_template_kwargs
+    shared["template"] = QuestionAnswerFormat(told.template, told.prompt, chat_template_kwargs=chat)
+    shared |= {"generation": GenerationSettings(told.max_new_tokens), "accelerator": accelerator, "progress": True}
+    suite = None
+    if told.adapters and len(told.models) > 1:
+        raise ValueError("`adapters` go on one model: give one in `models`.")
+    if told.suite:
+        options: dict[str, Any] = {"comparing": first is not None, "limit": told.limit, **shared}
+        suite = SuiteRun(told.suite, (told.data or [None])[0], suite_options=told.suite_options, **options)
+    elif first:
+        raise ValueError("`compared_with` is for suites: give one in `suite`, or a `reference` for metrics.")
+    measure = (suite or metric_run(told, shared)).results_by_folder
+    record.inputs += [describe_dataset(name) for name in told.data or [] if name != PEOPLE]
+    record.inputs += [describe_input(folder, role="adapter") for folder in told.adapters or []]
+    compared: dict[str, list[Any]] = {}
+    for name in [first, *told.models] if first else told.models:
+        model, tokenizer = load_named(name, record, dtype=told.dtype, device=accelerator.device)
+        title = suite.role if suite and suite.role and not compared else Path(name).name
+        title = name.strip("/").replace("/", "_") if title in compared else title  # two runs may end in one name
+        plain = not told.adapters or name == first
+        model, variants = (model, {title: None}) if plain else with_adapters(model, told.adapters)
+        for variant, adapter in variants.items():
+            compared[variant] = []
+            with record.stage(f"measure {variant}"):
+                for place, result in measure(model, tokenizer, variant, adapter):
+                    compared[variant] += result.measurements
+                    if accelerator.is_main_process:
+                        result.save(out / place, per_example=told.per_example)
+                        print(*result.problems, sep="\n")
+                if told.lm_eval_tasks:
+                    tasks: Any = {"tasks": told.lm_eval_tasks, "task_folder": told.lm_eval_folder, "limit": told.limit}
+                    tasks["batch_size"] = told.batch_size
+                    compared[variant] += measure_with_lm_eval(model, tokenizer, adapter=adapter, **tasks)
+    if suite:
+        together, problems = suite.together()
+        compared |= {"in order": together} if together else {}
+        print(*problems, sep="\n")
+    if accelerator.is_main_process:
+        finish_run(out, record, compared, plot="measurements.png")
+    return compared
+
+
+if __name__ == "__main__":
+    run_recipe("evaluate", main)

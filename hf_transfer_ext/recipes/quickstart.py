@@ -1,0 +1,120 @@
+"""The whole chain in one command: `accelerate launch recipes/quickstart.py`.
+
+A teacher is distilled into a student, which is fine-tuned on made-up people; the update is extracted as a LoRA; both
+are merged; the merged model unlearns some of the people. Each stage has a card; the last record holds the whole chain.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hf_transfer_ext.adapters.extract import extract_lora
+from hf_transfer_ext.data.fictitious_people import fictitious_people
+from hf_transfer_ext.data.text import load_train_and_test
+from hf_transfer_ext.evals.engine.evaluate import evaluate
+from hf_transfer_ext.evals.language import as_example, measure_language_model
+from hf_transfer_ext.files import refuse_existing_output, write_text
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import describe_input, read_record
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.merging import merge
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.recipe import CONFIGS, parse_recipe, setting
+from hf_transfer_ext.recipes import distill, unlearn
+from hf_transfer_ext.recipes.run import DEMO, as_words, run_recipe, start_record
+from hf_transfer_ext.trainers.taught import taught, teaching_arguments
+
+
+@dataclass
+class QuickstartArguments:
+    """How much of everything; the stages' own settings are in the package's configurations."""
+
+    output_dir: str = setting("runs/quickstart", "", "Folder of all stages.")
+    overwrite: bool = setting(False, "", "Replace stages that are there.")
+    teacher: str = setting(DEMO, "distill", "Folder, Hub id, or demo (Gemma 3 270M).")
+    dataset: str = setting("facts", "distill", "File, folder, Hub id, or facts (made from packages).")
+    student_layers: int = setting(8, "distill", "Depth of the student.")
+    teach_steps: int = setting(25, "distill", "Steps of fine-tuning the teacher first.")
+    distill_steps: int = setting(40, "distill", "Steps of distillation.")
+    people: int = setting(6, "people", "Made-up people, in all.")
+    forget_people: int = setting(2, "people", "Of these, the ones to forget.")
+    facts: int = setting(4, "people", "Questions about each of the people.")
+    learn_epochs: float = setting(8.0, "people", "Epochs of fine-tuning on the people.")
+    rehearsed: int = setting(48, "people", "Training texts repeated beside the people.")
+    rank: int = setting(32, "people", "Rank of the extracted LoRA.")
+    forget_epochs: float = setting(5.0, "people", "Epochs of unlearning.")
+    test_rows: int = setting(32, "", "Held-out rows to measure on.")
+    seed: int = setting(0, "", "Seed of all random choices.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
+    (told,) = parse_recipe(QuickstartArguments, argv=argv)
+    root = Path(told.output_dir)
+    for folder in ("student", "learnt", "adapter", "merged", "unlearned"):
+        refuse_existing_output(root / folder, overwrite=told.overwrite, inputs=(told.teacher, told.dataset))
+    chain = start_record("quickstart", __file__, argv, told, seed=told.seed)
+    counts: Any = {"forget": told.forget_people, "holdout": 0, "facts": told.facts, "seed": told.seed}
+    people = fictitious_people(told.people, **counts)
+    train, test = load_train_and_test(told.dataset)
+    measured: dict[str, list[Measurement]] = {}
+
+    def measure(title: str, name: str) -> None:
+        """Measure a stage's folder, and put the result into its card."""
+        model, tokenizer = load_model(root / name), load_tokenizer(root / "student")
+        found = measure_language_model(model, tokenizer, test or [], limit=told.test_rows, dataset=told.dataset)[:1]
+        for part, group in (("retain", "people to keep"), ("forget", "people to forget")):
+            metrics, keep = ["answer_probability", "extraction_strength"], part == "retain"
+            result = evaluate(model, tokenizer, people[part], metrics, dataset=group)
+            found += [replace(m, name=f"{group}: {m.name}", higher_is_better=keep) for m in result.measurements]
+        measured[title], record = found, read_record(root / name)
+        chain.stages += record.stages
+        if name in ("learnt", "adapter", "merged"):
+            record.metrics += found
+            finish_run(root / name, record, quiet=True)
+
+    shared = ("teacher", "dataset", "student_layers", "teach_steps", "test_rows", "seed")
+    same: Any = {name: getattr(told, name) for name in shared} | {"max_steps": told.distill_steps, "overwrite": True}
+    config, out = CONFIGS / "distill" / "demo.yaml", root / "student"
+    distill.main(as_words(config=config, output_dir=out, compare_with_ce=False, **same))
+    measure("student", "student")
+
+    record = start_record("fine-tuning", __file__, argv, told, seed=told.seed)
+    record.inputs.append(describe_input(root / "student", role="base"))
+    with record.stage("learn people"):
+        learnt, tokenizer = load_model(root / "student"), load_tokenizer(root / "student")
+        how: Any = {"learning_rate": 3e-4, "seed": told.seed, "logging_steps": 10}
+        args = teaching_arguments(root / "learnt.training", epochs=told.learn_epochs, **how)
+        # Fine-tuning on the people alone would overwrite the facts.
+        rehearsal = [as_example(row, tokenizer) for row in islice(train, told.rehearsed)]
+        learnt = taught(learnt, tokenizer, [*people["forget"], *people["retain"], *rehearsal], args, lora_rank=None)
+    finish_run(root / "learnt", record, model=learnt, tokenizer=tokenizer, overwrite=True, quiet=True)
+    measure("+ people", "learnt")
+
+    extract_lora(root / "student", root / "learnt", root / "adapter", rank=told.rank, overwrite=True)
+    measure("student + LoRA", "adapter")
+    models = [str(root / "learnt"), f"{root / 'student'}+{root / 'adapter'}"]
+    parents = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+    plan = {"merge_method": "task_arithmetic", "base_model": str(root / "student"), "models": parents}
+    merge({**plan, "dtype": "float32"}, root / "merged", overwrite=True)
+    measure("merged", "merged")
+
+    for part in ("forget", "retain"):
+        write_text(root / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in people[part]))
+    config, out = CONFIGS / "unlearn" / "quickstart.yaml", root / "unlearned"
+    same = {"model_name_or_path": root / "merged", "seed": told.seed, "overwrite": True}
+    same |= {f"{part}_data": root / f"{part}.jsonl" for part in ("forget", "retain")}
+    unlearn.main(as_words(config=config, output_dir=out, num_train_epochs=told.forget_epochs, **same))
+    measure("unlearned", "unlearned")
+
+    finish_run(root, chain, measured, plot="quickstart.png")
+    jobs = [one.job for one in read_record(root / "unlearned").history()]
+    print(f"The record of {root / 'unlearned'} holds the chain: {' -> '.join(jobs)}.")
+    return measured
+
+
+if __name__ == "__main__":
+    run_recipe("quickstart", main)

@@ -1,0 +1,101 @@
+"""A training job between its settings and its saved result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from hf_transfer_ext.files import refuse_existing_output
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.recipes.run import start_record
+from hf_transfer_ext.trainers.saving import last_checkpoint, training_folder
+
+
+@dataclass
+class TrainingRun:
+    """A training job between its start and its end (`start_training`).
+
+    Args:
+        out: Folder of the result; it appears when the run is over.
+        work: Folder beside it, for checkpoints and finished stages.
+        args: The trainer's configuration; its `output_dir` is inside `work`, and it does not push.
+        push_to: Repository that the result is published in; None for none.
+        files: Name -> file that goes into the result.
+    """
+
+    out: Path
+    work: Path
+    args: Any
+    record: RunRecord
+    overwrite: bool
+    push_to: str | None
+    files: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether results beside this one may be replaced: on `overwrite`, and by a resumed run."""
+        return self.overwrite or _resumes(self.args.resume_from_checkpoint)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint to go on from: the one that was named, or the newest whole one; None to start anew."""
+        told = self.args.resume_from_checkpoint
+        if not _resumes(told):
+            return None
+        return last_checkpoint(self.args.output_dir) if str(told).lower() in ("true", "yes", "1") else str(told)
+
+    def finish(self, measured: Mapping[str, Sequence[Measurement]], result: str, model: Any, tokenizer: Any) -> None:
+        """Save the model with card and record, and publish it where that was asked for. On the main process only."""
+        finish_run(
+            self.out,
+            self.record,
+            measured,
+            result=result,
+            model=model,
+            tokenizer=tokenizer,
+            precision="bfloat16" if self.args.bf16 else None,
+            overwrite=self.overwrite,
+            files=self.files,
+            push_to=self.push_to,
+            private=self.args.hub_private_repo,
+        )
+
+
+def start_training(
+    job: str,
+    script: str,
+    argv: Sequence[str] | None,
+    arguments: Any,
+    args: Any,
+    *,
+    overwrite: bool,
+    inputs: Sequence[str | Path | None] = (),
+) -> TrainingRun:
+    """Refuse an existing result, write down the settings, make the training folder and set the seed.
+
+    Args:
+        arguments: The recipe's own settings.
+        inputs: Files and folders that the run reads, which its output must not replace.
+        args: A `TrainingArguments`. Only the whole result is published, at the end, not the trainer's checkpoints.
+
+    Raises:
+        FileExistsError: A result, or an earlier run's checkpoints, is there and is neither replaced nor gone on from.
+    """
+    out = refuse_existing_output(args.output_dir, overwrite=overwrite, inputs=inputs)
+    record = start_record(job, script, argv, arguments, args, seed=args.seed)
+    resume = _resumes(args.resume_from_checkpoint)
+    work = training_folder(out, resume=resume, overwrite=overwrite, inputs=inputs)
+    push_to = (args.hub_model_id or out.name) if args.push_to_hub else None
+    args.push_to_hub, args.output_dir = False, str(work / "checkpoints")
+    set_seed(args.seed)
+    return TrainingRun(out, work, args, record, overwrite, push_to)
+
+
+def _resumes(told: Any) -> bool:
+    return bool(told) and str(told).lower() not in ("false", "no", "none", "0")

@@ -1,0 +1,117 @@
+"""Make a language model forget: `accelerate launch recipes/unlearn.py --config recipes/configs/unlearn/demo.yaml`.
+
+Trains a LoRA that forgets one set of questions and answers and keeps another, measures both before and after, and
+saves the result with its card and record. Without data of your own it teaches the model fictitious people first.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_transfer_ext.data.forget_retain import forget_retain_rows
+from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.evals.suites.forget_retain import forget_retain
+from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, run_recipe
+from hf_transfer_ext.recipes.training import TrainingRun, start_training
+from hf_transfer_ext.settings import REQUIRED
+from hf_transfer_ext.students.vocabulary import trim_vocabulary
+from hf_transfer_ext.trainers.taught import lora_on, taught, teaching_arguments
+from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
+
+
+@dataclass
+class UnlearnArguments:
+    """Which data to forget, and the model to unlearn it from. The training itself is set by `UnlearningConfig`."""
+
+    model_name_or_path: str = setting(REQUIRED, "model", "Folder, Hub id, or demo (Gemma 3 270M).")
+    revision: str | None = setting(None, "model", "Hub revision.")
+    dtype: str = setting("float32", "model", "auto, float32 or bfloat16.")
+    lora_rank: int = setting(16, "model", "Rank of the LoRA that forgets, and of the one that teaches.")
+    trim_vocabulary: bool = setting(False, "model", "Keep only the tokens of the data (CPU runs).")
+    forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
+    retain_data: str | None = setting(None, "data", "File, folder or Hub id.")
+    split: str = setting("train", "data", "Split of both.")
+    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
+    template: str = setting("auto", "data", "auto, chat or plain.")
+    people: int = setting(20, "data", "Made-up people, in all.")
+    forget_people: int = setting(2, "data", "Of these, the ones to forget.")
+    facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
+    teach_epochs: float = setting(0.0, "teach", "> 0: fine-tune on both sets before forgetting.")
+    teach_learning_rate: float = setting(1e-3, "teach", "Peak learning rate of that.")
+    original_dir: str | None = setting(None, "teach", "Save the taught model here, for an audit.")
+    retrained_dir: str | None = setting(None, "teach", "Also teach the retain set alone and save that model here.")
+    overwrite: bool = setting(False, "training", "Replace a result that is there.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    told, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv, groups=TRAINER_GROUPS)
+    read = (told.model_name_or_path, told.forget_data, told.retain_data)
+    run = start_training("unlearning", __file__, argv, told, args, overwrite=told.overwrite, inputs=read)
+    refuse_shared_outputs(run.out, told.original_dir, told.retrained_dir)
+    for folder in filter(None, (told.original_dir, told.retrained_dir)):
+        refuse_existing_output(folder, overwrite=run.replaces, inputs=read)
+    record = run.record
+    people = {"people": told.people, "forget_people": told.forget_people, "facts": told.facts, "seed": args.seed}
+    where = {"columns": told.columns, "split": told.split}
+    splits = forget_retain_rows(told.forget_data, told.retain_data, **people, **where)
+    with record.stage("load"):
+        model, tokenizer = load_named(told.model_name_or_path, record, revision=told.revision, dtype=told.dtype)
+        if told.trim_vocabulary:
+            texts = [str(value) for rows in splits.values() for row in rows for value in row.values()]
+            model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts)
+    template = QuestionAnswerFormat(template=told.template)
+    if told.teach_epochs > 0:
+        with record.stage("teach"):
+            model = teach(run, told, model, tokenizer, splits, template)
+    elif told.retrained_dir or told.original_dir:
+        raise ValueError("`original_dir` and `retrained_dir` save models taught here: set `teach_epochs` too.")
+    trainer = UnlearningTrainer(
+        lora_on(model, told.lora_rank),
+        args,
+        forget_dataset=splits["forget"],
+        retain_dataset=splits["retain"] or None,
+        processing_class=tokenizer,
+        template=template,
+    )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
+    with record.stage("measure before"):
+        before = forget_retain(model, tokenizer, splits, adapter="base", **looks)
+    with record.stage("unlearn"):
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    with record.stage("measure after"):
+        after = forget_retain(model, tokenizer, splits, adapter="default", **looks)
+    measured = {"before": before, "after": after}
+    if trainer.is_world_process_zero():
+        changed = told.teach_epochs > 0 or told.trim_vocabulary  # an adapter alone needs a base that others have
+        run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer)
+    return measured
+
+
+def teach(run: TrainingRun, told: UnlearnArguments, model: Any, tokenizer: Any, splits: Any, template: Any) -> Any:
+    """Fine-tune on both sets, and a second model on the retain set alone if it is asked for; save them as results."""
+    how: Any = {"epochs": told.teach_epochs, "learning_rate": told.teach_learning_rate, "seed": run.args.seed}
+    schedule: Any = {"lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 20}
+    settings = teaching_arguments(run.work / "teaching", **how, **schedule)
+    options: Any = {"lora_rank": told.lora_rank, "template": template}
+    models: dict[str | None, Any] = {}
+    if told.retrained_dir is not None:
+        models[told.retrained_dir] = taught(copy.deepcopy(model), tokenizer, splits["retain"], settings, **options)
+    model = taught(model, tokenizer, splits["forget"] + splits["retain"], settings, **options)
+    models[told.original_dir] = model
+    for folder, saved in models.items():
+        if folder is not None and PartialState().is_main_process:
+            record = replace(run.record, job="fine-tuning", inputs=list(run.record.inputs), stages=[])
+            finish_run(folder, record, model=saved, tokenizer=tokenizer, overwrite=run.replaces, quiet=True)
+    return model
+
+
+if __name__ == "__main__":
+    run_recipe("unlearn", main)
