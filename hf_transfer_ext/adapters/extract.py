@@ -351,11 +351,11 @@ class _Changes:
             norms = torch.tensor([norm, lost], dtype=torch.float64)
             self.finished.put(parameter, {"left": factors.left, "right": factors.right, "norm_and_lost": norms})
             self._keep(owner, factors, norm, lost)
-        elif change.dim() == 3 and not list(part.children()) and leaf != "weight":
+        elif change.dim() == 3 and not _has_parts(part) and leaf != "weight":
             self._keep_stack(parameter, change, rank, bool(getattr(part, "is_transposed", False)))
         elif leaf == "bias" and self._is_linear(owner, part):
             self.replaced[parameter] = tuned
-        elif list(part.children()) or self._holds_others(part) or not owner:
+        elif _has_parts(part) or self._holds_others(part) or not owner:
             self.replaced[parameter] = tuned
         else:
             self._save_whole(owner, part)
@@ -419,7 +419,7 @@ class _Changes:
             )
         else:
             self.notes.append(f"{parameter} is not in the base model and is stored whole.")
-        if list(part.children()):
+        if _has_parts(part):
             self.replaced[parameter] = tuned
         else:
             self._save_whole(owner, part)
@@ -428,7 +428,7 @@ class _Changes:
         """Every module that shares the tensor of a stored one is a module of its own in PEFT and needs it."""
         for name in list(self.replaced):
             for other in sorted(self.architecture.ties_of(name) - {name}):
-                owner, _, leaf = other.rpartition(".")
+                owner = other.rpartition(".")[0]
                 if other in self.replaced or owner not in self.parts:
                     continue
                 own = self._after.get(other)
@@ -517,6 +517,11 @@ class _Changes:
 
     def _is_linear(self, name: str, part: Any) -> bool:
         return part is not self.head and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D")
+
+
+def _has_parts(part: Any) -> bool:
+    """Whether a module has modules with parameters; an activation does not count."""
+    return any(child.state_dict() for child in part.children())
 
 
 def _decomposed(change: Tensor, rank: int) -> tuple[LoraFactors, float, float]:
