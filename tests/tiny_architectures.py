@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures: decoders, encoders, encoder-decoders, vision, audio, state spaces, experts."""
+"""Tiny random models of many architectures: text, vision, audio, state spaces, experts."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "MBartForConditionalGeneration": PAIR,
     "PegasusForConditionalGeneration": PAIR,
     "MarianMTModel": {**PAIR, "decoder_vocab_size": 96},
-    "WhisperForConditionalGeneration": {**PAIR, "num_mel_bins": 8, "max_source_positions": 32, "max_target_positions": 32,
+    "WhisperForConditionalGeneration": {**PAIR, "num_mel_bins": 8, "max_source_positions": 32,
+                                        "max_target_positions": 32,
                                         "suppress_tokens": None, "begin_suppress_tokens": None},
     "Wav2Vec2ForCTC": AUDIO,
     "HubertForCTC": AUDIO,

@@ -111,7 +111,8 @@ def extract_lora(
     The change of each linear layer becomes the best product of rank `rank`, with alpha = r; that of fused experts one
     product for each expert (`target_parameters`). Changed embeddings, norms and heads are stored whole
     (`modules_to_save`), as are changed biases (`bias: all`) and parameters of larger modules. One parameter is in
-    memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside `out`; the same one started again goes on from there.
+    memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside
+    `out`; the same one started again goes on from there.
 
     Args:
         base: Folder or Hub id, `@revision` allowed, as in a merge configuration.
@@ -355,7 +356,7 @@ class _Changes:
             self._keep_stack(parameter, change, rank, bool(getattr(part, "is_transposed", False)))
         elif leaf == "bias" and self._is_linear(owner, part):
             self.replaced[parameter] = tuned
-        elif _has_parts(part) or self._holds_others(part) or not owner:
+        elif _has_parts(part) or self._holds_others(part) or not owner or self._is_read_past(owner):
             self.replaced[parameter] = tuned
         else:
             self._save_whole(owner, part)
@@ -515,8 +516,17 @@ class _Changes:
         made = self.architecture.convert(loading, self._read(model, loading.sources))
         return made[parameter] if parameter in made else made[loading.parameters[0]]
 
+    def _is_read_past(self, name: str) -> bool:
+        return self.model.config.model_type in _WITHOUT_LORA_ON_OUTPUT and name.endswith(".out_proj")
+
     def _is_linear(self, name: str, part: Any) -> bool:
+        if self._is_read_past(name):
+            return False
         return part is not self.head and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D")
+
+
+#: Models that read the weight of `out_proj` past the module, so that PEFT refuses a LoRA on it.
+_WITHOUT_LORA_ON_OUTPUT = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def _has_parts(part: Any) -> bool:

@@ -18,6 +18,7 @@ import yaml
 from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.merging.arithmetic import kernels
+from hf_transfer_ext.merging.planning.companions import companion_files
 from hf_transfer_ext.merging.planning.config import MergeConfig, load_config
 from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
@@ -32,26 +33,6 @@ from hf_transfer_ext.weights.resume import key_of, resumable_folder
 
 if TYPE_CHECKING:
     from hf_transfer_ext.adapters.extract import ExtractionReport
-
-#: Files that go with the weights and are taken from the base model, or from the first one.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -294,6 +275,6 @@ def _write_companions(folder: Path, donor: InputModel, config: dict[str, Any], t
     """Config, tokenizer and the configuration of the merge."""
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / _CONFIG_FILE, text)
-    for name in COMPANIONS:
-        if (donor.folder / name).exists():
-            shutil.copyfile(donor.folder / name, folder / name)
+    for name in companion_files(donor.folder, config):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(donor.folder / name, folder / name)

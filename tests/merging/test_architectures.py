@@ -1,4 +1,4 @@
-"""Each parameter of the inputs is in the result, or is reported as left out, or is an error: for many architectures."""
+"""Each parameter of the inputs is in the result, or is reported as left out, or is an error."""
 
 from __future__ import annotations
 

@@ -27,9 +27,10 @@ from hf_transfer_ext.merging.moe.architectures import (
 )
 from hf_transfer_ext.merging.moe.gates import Gates, alike_layers, make_gates
 from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, load_moe_config
+from hf_transfer_ext.merging.planning.companions import companion_files
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.merging.planning.names import layer_count
-from hf_transfer_ext.merging.run import COMPANIONS, public_yaml
+from hf_transfer_ext.merging.run import public_yaml
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, is_buffer, open_model
@@ -182,9 +183,9 @@ def assemble(
             )
             _write_config(folder, mixture, architecture, jobs[0].dtype)
             write_text(folder / "mergekit_moe_config.yml", public_yaml(config))
-            for name in COMPANIONS:
-                if (base.folder / name).exists():
-                    shutil.copyfile(base.folder / name, folder / name)
+            for name in companion_files(base.folder, mixture.to_dict()):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(base.folder / name, folder / name)
     finally:
         for model in models.values():
             model.close()
