@@ -21,7 +21,13 @@ from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.planning.companions import companion_files
 from hf_transfer_ext.merging.planning.config import MergeConfig, load_config
 from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
-from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
+from hf_transfer_ext.merging.planning.vocabulary import (
+    Vocabulary,
+    build_vocabulary,
+    chat_template_of,
+    set_special_tokens,
+    write_tokenizer,
+)
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
@@ -194,6 +200,10 @@ def merge(
                         if vocabulary is not None:
                             set_vocabulary_size(described, vocabulary.size)
                         _write_companions(folder, donor, described, text)
+                        source = parsed.tokenizer.source if parsed.tokenizer is not None else None
+                        if vocabulary is not None and source not in ("union", "base", donor.reference):
+                            set_special_tokens(vocabulary, donor, described, folder)
+                            write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
                         if vocabulary is not None or template is not None:
                             write_tokenizer(vocabulary, template, donor, folder)
         finally:
