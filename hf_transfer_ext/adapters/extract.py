@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -412,6 +413,11 @@ class _Changes:
     def _save_new(self, parameter: str, owner: str, part: Any, tuned: Tensor) -> None:
         """A tensor that the base lacks (a new head), or whose rows are those of a larger vocabulary."""
         before = self._before.get(parameter)
+        if before is None and any(piece.isdigit() for piece in parameter.split(".")):
+            raise ValueError(
+                f"Tensor {parameter!r} of {str(self.end.reference)!r} is in a layer that "
+                f"{str(self.start.reference)!r} lacks. An adapter needs one architecture."
+            )
         if before is not None:
             rows = tuned.shape[0]
             self.notes.append(
@@ -473,10 +479,24 @@ class _Changes:
         for model, loadings in ((self.start, self._before), (self.end, self._after)):
             used = {source for loading in loadings.values() for source in loading.sources}
             rest = [name for name, tensor in model.tensors.items() if name not in used and not is_buffer(name, tensor)]
+            if model is self.end:
+                self._refuse_further_layers(rest, used)
             if rest:
                 self.notes.append(
                     f"{len(rest)} tensors of {str(model.reference)!r} are not loaded by {type(self.model).__name__} "
                     f"and are left out: {', '.join(rest[:5])}{' ...' if len(rest) > 5 else ''}."
+                )
+
+    def _refuse_further_layers(self, unloaded: Sequence[str], loaded: set[str]) -> None:
+        """Refuse layers that the base has no place for; those that transformers ignores are left out."""
+        ignored = [re.compile(one) for one in self.model._keys_to_ignore_on_load_unexpected or ()]
+        stacks = {_FIRST_NUMBER.split(name)[0] for name in loaded}
+        for name in unloaded:
+            is_layer = name not in self.start.tensors and _FIRST_NUMBER.search(name) is not None
+            if is_layer and _FIRST_NUMBER.split(name)[0] in stacks and not any(one.search(name) for one in ignored):
+                raise ValueError(
+                    f"Tensor {name!r} of {str(self.end.reference)!r} is in a layer that "
+                    f"{str(self.start.reference)!r} lacks. An adapter needs one architecture."
                 )
 
     def _read(self, model: InputModel, names: Sequence[str]) -> list[Tensor]:
@@ -541,6 +561,9 @@ def _decomposed(change: Tensor, rank: int) -> tuple[LoraFactors, float, float]:
     lost = float(torch.linalg.vector_norm(change - factors.rows(0, len(change)), dtype=torch.float64))
     return factors, norm, lost
 
+
+#: The number of the layer in the name of a tensor.
+_FIRST_NUMBER = re.compile(r"\.\d+\.")
 
 #: Endings of the names of architectures -> the task that PEFT has for them.
 _TASKS = {
