@@ -8,6 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from hf_transfer_ext.moved import install as _install_old_names
+
+_install_old_names()
+
 __version__ = "0.1.0"
 
 #: public name -> module that defines it

@@ -84,7 +84,7 @@ FLOORS = [
     "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
     "weights", "data", "models", "losses", "teachers", "students", "trainers",
     "evals", "hub", "adapters", "merging", "testing", "recipes",
-    "catalogue", "doctor", "cli", "__main__",
+    "catalogue", "doctor", "cli", "__main__", "moved",
 ]  # fmt: skip
 
 

@@ -1,1 +1,7 @@
 """One pass over the data for all metrics: scores, generations, their cache, the result."""
+
+from hf_transfer_ext.evals.engine.evaluate import evaluate
+from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
+from hf_transfer_ext.evals.engine.result import EvaluationResult
+
+__all__ = ["EvaluationResult", "GenerationSettings", "evaluate", "generate"]
