@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,8 @@ from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import resumable_folder, work_of
+
+logger = logging.getLogger(__name__)
 
 #: Puts card and record into the folder of a result before it is published.
 Complete = Callable[..., None]
@@ -140,6 +143,9 @@ def merge(
             read = [file for checkpoint in plan.checkpoints for file in checkpoint.stamps]
             refuse_existing_output(target, overwrite=overwrite, inputs=read)
         report = plan.report(target)
+        if ranks.is_first:
+            for note in report.notes:
+                logger.warning(note)
         if dry_run:
             return report
         jobs = with_model_thresholds(

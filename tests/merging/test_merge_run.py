@@ -295,3 +295,12 @@ def test_the_command_merges_and_tells_bad_input_in_one_line(tmp_path, models, ca
     (tmp_path / "bad.yml").write_text(json.dumps({**linear_config(models[1]), "merge_metod": "ties"}))
     assert main(["merge", str(tmp_path / "bad.yml"), str(tmp_path / "other"), "--quiet"]) == 2
     assert "Did you mean 'merge_method'" in capsys.readouterr().err
+
+
+def test_a_filter_that_matches_nothing_is_reported(tmp_path, caplog):
+    models = [
+        {"model": write_model(tmp_path / str(seed), random_tensors(seed)), "parameters": {"weight": weight}}
+        for seed, weight in ((1, [{"filter": "mlpp", "value": 0}, {"value": 1}]), (2, 1))
+    ]
+    report = merge({"merge_method": "linear", "models": models}, tmp_path / "out")
+    assert any("mlpp" in note for note in report.notes) and "mlpp" in caplog.text
