@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_transfer_ext
+from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS
 from hf_transfer_ext.evals.metrics import COMPARISONS, METRICS
@@ -27,6 +28,7 @@ REGISTRIES = {
     "losses/unlearning": [UNLEARNING_LOSSES, RETAIN_LOSSES],
     "losses/unlearning/methods": [UNLEARNING_METHODS],
     "merging/methods": [MERGE_METHODS],
+    "adapters/transfer/methods": [TRANSFER_METHODS],
     "evals/metrics": [METRICS, COMPARISONS],
     "evals/audit/attacks": [ATTACKS],
     "evals/audit/membership": [MEMBERSHIP_ATTACKS],
@@ -44,8 +46,8 @@ METHODS = [
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
 FLOORS = [
     "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
-    "weights", "data", "models", "losses", "teachers", "students", "trainers",
-    "evals", "hub", "adapters", "merging", "testing", "recipes",
+    "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers",
+    "evals", "adapters", "merging", "testing", "recipes",
     "catalogue", "doctor", "cli", "__main__",
 ]  # fmt: skip
 

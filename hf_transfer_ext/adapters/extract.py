@@ -122,7 +122,8 @@ def extract_lora(
     The change of each linear layer becomes the best product of rank `rank`, with alpha = r; that of fused experts one
     product for each expert (`target_parameters`). Changed embeddings, norms and heads are stored whole
     (`modules_to_save`), as are changed biases (`bias: all`) and parameters of larger modules. One parameter is in
-    memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside `out`; the same one started again goes on from there.
+    memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside
+    `out`; the same one started again goes on from there.
 
     Args:
         base: Folder or Hub id, `@revision` allowed, as in a merge configuration.
@@ -457,7 +458,7 @@ class _Changes:
         """Every module that shares the tensor of a stored one is a module of its own in PEFT and needs it."""
         for name in list(self.replaced):
             for other in sorted(self.architecture.ties_of(name) - {name}):
-                owner, _, leaf = other.rpartition(".")
+                owner = other.rpartition(".")[0]
                 if other in self.replaced or owner not in self.parts:
                     continue
                 own = self._after.get(other)
