@@ -82,8 +82,8 @@ def problems_of(path: Path, registries: list[Registry], has_unit: Callable[[Any]
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
 FLOORS = [
     "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
-    "weights", "data", "models", "losses", "teachers", "students", "trainers",
-    "evals", "hub", "adapters", "merging", "testing", "recipes",
+    "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers",
+    "evals", "adapters", "merging", "testing", "recipes",
     "catalogue", "doctor", "cli", "__main__", "moved",
 ]  # fmt: skip
 

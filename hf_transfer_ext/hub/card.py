@@ -1,4 +1,4 @@
-"""The model card: a run record told to readers, with front matter that the Hub understands."""
+"""The model card: a run record in readable form, with front matter that the Hub understands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.hub.record import RunInput, RunRecord
 from hf_transfer_ext.measurement import Measurement
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 #: The card's file in a model folder or repository.
 CARD_FILE = "README.md"
+#: Measurements in the form that the Hub reads beside the model-index, in a model folder or repository.
+EVAL_RESULTS_FILE = ".eval_results/hf_transfer_ext.yaml"
 #: Stands where the card names its own repository, until `push` knows it.
 THIS_MODEL = "PATH_OR_REPOSITORY_OF_THIS_MODEL"
 #: How a result can derive from its bases, in the Hub's words.
@@ -75,7 +79,7 @@ def model_card(
         adapter: The result is a LoRA, not a full model.
         relation: "finetune", "adapter", "merge" or "quantized"; follows from `adapter` and the job if None.
         chat: The tokenizer brings a chat template.
-        tags: Added to "hf_transfer_ext", the job, and "lora" for adapters.
+        tags: Added to "hf_transfer_ext", the job, "merge" for merges and "lora" for adapters.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -86,13 +90,14 @@ def model_card(
     bases = base_models(record, direct=adapter)
     title = public_text(title or _title(record, bases))
     datasets = [item.name for item in record.inputs if item.role == "dataset" and item.on_hub]
+    own_tags = [*(["merge"] if record.job == "merging" else []), *(["lora"] if adapter else [])]
     data = ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation=relation if bases else None,
         datasets=datasets or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["hf_transfer_ext", record.job, *(["lora"] if adapter else []), *tags],
+        tags=list(dict.fromkeys(["hf_transfer_ext", record.job, *own_tags, *tags])),
         eval_results=_eval_results(record) or None,
         model_name=title,
         **_license(record),
@@ -101,7 +106,7 @@ def model_card(
         data.model_name = None
     parts = [
         f"# {_text(title)}",
-        _what_was_done(record, bases),
+        _what_was_done(record, bases, [name for name in base_models(record) if name not in bases]),
         _terms(record),
         "## Load it\n\n" + _how_to_load(adapter, bases, chat),
         "## Measurements\n\n" + _measurements(record),
@@ -117,13 +122,14 @@ def base_models(record: RunRecord, *, direct: bool = False, known: dict[int, lis
     """Hub ids of the models that the result derives from, in the user's order, each once.
 
     Args:
-        direct: Leave out a base that is only a local folder, as an adapter has to: it fits that base alone and not
-            the one behind it. Otherwise the Hub ids that the folder's card or record names stand for it.
+        direct: The bases of an adapter: the model that it is loaded on, not the others of a merge, and not the one
+            behind a base that is only a local folder. Otherwise the Hub ids that a local folder's card or record
+            names stand for it.
         known: `id(record)` -> answer for ancestors; each is looked at once, however many ways lead to it.
     """
     known = {} if known is None else known
     roles = _JOBS.get(record.job, _OTHER_JOB)[1]
-    if record.job == "merging":
+    if record.job == "merging" and not direct:
         chosen = [item for item in record.inputs if item.role in roles]
     else:
         role = next((role for role in roles if any(item.role == role for item in record.inputs)), None)
@@ -192,20 +198,16 @@ def _license_of_parent(item: RunInput, known: dict[int, dict[str, Any]]) -> dict
 
 
 def _eval_results(record: RunRecord) -> list[Any]:
-    """The record's measurements of the result in the Hub's form. A value that is no finite number is left out."""
+    """The record's measurements of the result for the model-index. A value that is not a finite number is left out."""
     from huggingface_hub import EvalResult
 
-    hub_data = [item.name for item in record.inputs if item.role == "dataset" and item.on_hub]
     results = []
-    for m in record.metrics:
-        if not math.isfinite(m.value):
-            continue
-        where = public_text(m.dataset or "data of this run")
+    for m, data in _measured_on(record):
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=next((name for name in hub_data if name in where), "custom"),
-                dataset_name=where,
+                dataset_type="custom" if data is None else data.name,
+                dataset_name=public_text(m.dataset or "data of this run"),
                 metric_type=m.name,
                 metric_name=f"{m.name} ({m.unit}, {_direction(m)}, {m.examples} examples)",
                 metric_value=m.value,
@@ -215,11 +217,43 @@ def _eval_results(record: RunRecord) -> list[Any]:
     return results
 
 
-def _what_was_done(record: RunRecord, bases: Sequence[str]) -> str:
+def eval_results_yaml(record: RunRecord) -> str:
+    """The content of `.eval_results/hf_transfer_ext.yaml`, which the Hub shows on the pages of model and data set.
+
+    It holds the measurements of the result on data sets of the Hub; "" where there are none.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entries = []
+    for m, data in _measured_on(record):
+        if data is not None:
+            interval = f", 95 % interval [{m.interval[0]:.6g}, {m.interval[1]:.6g}]" if m.interval else ""
+            notes = f"{m.unit}, {_direction(m)}, {m.examples} examples{interval}"
+            entries.append(
+                EvalResultEntry(
+                    data.name, m.name, m.value, dataset_revision=data.revision, date=record.created, notes=notes
+                )
+            )
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
+
+
+def _measured_on(record: RunRecord) -> list[tuple[Measurement, RunInput | None]]:
+    """The finite measurements of the result, each with its data set on the Hub, if it is one."""
+    on_hub = [item for item in record.inputs if item.role == "dataset" and item.on_hub]
+    return [
+        (m, next((item for item in on_hub if m.dataset and item.name in m.dataset), None))
+        for m in record.metrics
+        if math.isfinite(m.value)
+    ]
+
+
+def _what_was_done(record: RunRecord, bases: Sequence[str], parents: Sequence[str]) -> str:
     sentence = _JOBS.get(record.job, _OTHER_JOB)[0]
     lines = [sentence, f"Made by {_code(record.recipe)} of hf_transfer_ext ({_code(record.job)}) on {record.created}."]
     if bases:
         lines.append("It derives from " + ", ".join(_code(name) for name in bases) + ".")
+        if parents:  # of an adapter: models whose knowledge it carries, but which it does not load on
+            lines.append("It also carries what was learned by " + ", ".join(_code(name) for name in parents) + ".")
     elif _models(record):
         lines.append("What it derives from was read from local folders; their digests are below.")
     return " ".join(lines)

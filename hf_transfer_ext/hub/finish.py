@@ -8,12 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hf_transfer_ext.evals.table import comparison_plot, comparison_table
 from hf_transfer_ext.files import path_inside, write_text
 from hf_transfer_ext.hub.card import CARD_FILE
 from hf_transfer_ext.hub.publish import push, save_result
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, device_summary, read_record
 from hf_transfer_ext.hub.report import report_card
+from hf_transfer_ext.hub.table import comparison_plot, comparison_table
 from hf_transfer_ext.measurement import Measurement
 
 
@@ -30,6 +30,8 @@ def finish_run(
     files: Mapping[str, str | Path] | None = None,
     push_to: str | None = None,
     private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     plot: str | None = "comparison.png",
     quiet: bool = False,
 ) -> Path:
@@ -44,7 +46,7 @@ def finish_run(
         model: The model to save. None where the weights, or the files of a report, are in `folder` already.
         precision: Compute dtype, where it is not the model's own (bfloat16 under autocast).
         files: Name in the folder -> file to copy there.
-        push_to: Hub repository; None keeps the result here.
+        push_to: Hub repository; None keeps the result here. With it, `private`, `revision` and `token` as in `push`.
         plot: File of the plot of what was measured; None for none.
         quiet: Print nothing.
     """
@@ -74,7 +76,7 @@ def finish_run(
             _complete_report(folder, record, extra_files)
     tell(f"Saved to {folder}")
     if push_to:
-        tell(f"Pushed to {push(folder, push_to, private=private)}")
+        tell(f"Pushed to {push(folder, push_to, private=private, revision=revision, token=token)}")
     return folder
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input, last_name
+from hf_transfer_ext.hub.record import RECORD_FILE, RunInput, RunRecord, describe_input, last_name
 
 #: Path or Hub id, revision, role.
 Wanted = tuple[str | Path, str | None, str]
@@ -21,7 +21,9 @@ class InputsInBackground:
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._found: list[Future[tuple[RunInput, str]]] = [self._pool.submit(_described, *one) for one in wanted]
+        self._found: list[Future[tuple[RunInput, str]]] = [
+            self._pool.submit(described_or_named, *one) for one in wanted
+        ]
 
     def put_into(self, record: RunRecord) -> None:
         """Wait for the descriptions and add them to the record."""
@@ -40,9 +42,13 @@ class InputsInBackground:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _described(path: str | Path, revision: str | None, role: str) -> tuple[RunInput, str]:
+def described_or_named(path: str | Path, revision: str | None, role: str) -> tuple[RunInput, str]:
+    """An input, and a sentence for the record where its history cannot be read ("" where it can)."""
     try:
-        return describe_input(path, revision, role), ""
+        described = describe_input(path, revision, role)
     except (ValueError, OSError) as error:
         name = last_name(path)
         return RunInput(name, role), f"Where the input {name} comes from: its card or record cannot be read ({error})"
+    if described.record is None and (Path(path) / RECORD_FILE).is_file():
+        return described, f"Where the input {described.name} comes from: its record cannot be read."
+    return described, ""

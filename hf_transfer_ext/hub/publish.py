@@ -23,7 +23,14 @@ from hf_transfer_ext.files import (
     write_text,
     written_aside,
 )
-from hf_transfer_ext.hub.card import CARD_FILE, THIS_MODEL, base_models, model_card
+from hf_transfer_ext.hub.card import (
+    CARD_FILE,
+    EVAL_RESULTS_FILE,
+    THIS_MODEL,
+    base_models,
+    eval_results_yaml,
+    model_card,
+)
 from hf_transfer_ext.hub.privacy import find_secret, find_secret_in_file, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
 from hf_transfer_ext.reading import one_line, parse_json, read_text
@@ -277,7 +284,12 @@ def _complete(
         shutil.copyfile(source, target)
     adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     chat = (folder / "chat_template.jinja").exists()
-    record.result = {name: sha256_of(folder / name) for name in sorted({*_result_files(folder), *extras})}
+    results = eval_results_yaml(record)
+    (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)  # of an earlier result
+    if results:
+        write_text(folder / EVAL_RESULTS_FILE, results)
+    own = {*_result_files(folder), *extras, *([EVAL_RESULTS_FILE] if results else [])}
+    record.result = {name: sha256_of(folder / name) for name in sorted(own)}
     write_text(folder / CARD_FILE, str(model_card(record, adapter=adapter, chat=chat, **card_options)))
     record.write(folder)
     return folder
@@ -322,7 +334,7 @@ def _content(folder: Path, record: RunRecord, repo_id: str, include: Sequence[st
         logger.warning("Not part of the result, so not published: %s. Name them in `include` to send them.", left)
     card = read_text(folder / CARD_FILE).replace(THIS_MODEL, repo_id)
     content[CARD_FILE] = card.encode()
-    bases = base_models(record, direct=True)
+    bases = base_models(record, direct="adapter_config.json" in content)
     changed = {}
     for name in _CONFIGS:
         if name in content:

@@ -61,14 +61,12 @@ class AuditArguments:
 
 def main(argv: list[str] | None = None) -> Any:
     (told,) = parse_recipe(AuditArguments, argv=argv)
-    accelerator, out = Accelerator(), Path(told.output_dir)
+    accelerator, out, began = Accelerator(), Path(told.output_dir), time.monotonic()
     record = start_record("audit", __file__, argv, told, seed=told.seed)
-    names = ("people", "forget_people", "holdout_people", "facts", "seed", "columns")
-    sources = told.forget_data, told.retain_data, told.holdout_data
-    splits = forget_retain_rows(*sources, **{name: getattr(told, name) for name in names})
+    made = {n: getattr(told, n) for n in ("people", "forget_people", "holdout_people", "facts", "seed", "columns")}
+    splits = forget_retain_rows(told.forget_data, told.retain_data, told.holdout_data, **made)
     data = AuditData(**{name: rows[: told.limit] for name, rows in splits.items()})
     template = QuestionAnswerFormat(template=told.template, chat_template_kwargs=told.chat_template_kwargs)
-    began = time.monotonic()
 
     def tell(what: str) -> None:
         if accelerator.is_main_process:
@@ -82,12 +80,11 @@ def main(argv: list[str] | None = None) -> Any:
             if role == "retrained" and told.retrained is None:
                 tell("retraining without the forget set")
                 model = retrained(told, record, model, tokenizer, data.retain, template)
-            how = template, told.max_new_tokens, told.batch_size, accelerator, told.seed
-            subjects[role] = Subject(model.eval(), tokenizer, *how)
+            how = tokenizer, template, told.max_new_tokens, told.batch_size, accelerator, told.seed
+            subjects[role] = Subject(model.eval(), *how)
+    chosen: Any = {"attacks": told.attacks, "membership": told.membership, "seed": told.seed, "progress": tell}
     with record.stage("attack"):
-        chosen: Any = {"attacks": told.attacks, "membership": told.membership, "seed": told.seed, "progress": tell}
-        others: Any = {"original": subjects["original"], "retrained": subjects.get("retrained")}
-        found = audit(subjects["unlearned"], data, **others, **chosen)
+        found = audit(data=data, **subjects, **chosen)
     tell("measuring the forget and retain sets")
     with record.stage("measure"):
         answers = answers_of(subjects, data)
@@ -95,15 +92,15 @@ def main(argv: list[str] | None = None) -> Any:
         about = {f"{role} model": name for role, name in roles.items() if name is not None}
         about["forget set"] = f"{told.forget_data or 'made-up people'}, {len(data.forget)} rows"
         report = save_audit(out, found, data, about=about, **vars(answers))
-        measured, verdicts = answers.measurements, found.measurements()
-        measured["unlearned"] = [*verdicts, *measured["unlearned"]]
-        finish_run(out, record, measured, plot=None, quiet=True)
+        answers.measurements["unlearned"][:0] = verdicts = found.measurements()
+        finish_run(out, record, answers.measurements, plot=None, quiet=True)
         print(f"{'attack':<42} {'needs':<12} {'recovered':>9}")
         for v in found.verdicts:
             print(f"{v.attack:<42} {v.access:<12} {'–' if v.recovered is None else f'{v.recovered:.0%}':>9}  {v.note}")
-        if add_measurements(told.unlearned, verdicts):
-            tell(f"The verdicts stand in the card of {told.unlearned}, too.")
-        tell(f"Report: {report}")
+        also = f"; the verdicts stand in the card of {told.unlearned}, too" * add_measurements(
+            told.unlearned, verdicts
+        )
+        tell(f"Report: {report}{also}")
     return found
 
 

@@ -16,9 +16,9 @@ from hf_transfer_ext.files import require_free_space
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, setting
-from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, run_recipe
+from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
+from hf_transfer_ext.recipes.student import StudentArguments, load_student, load_teacher, make_student, refuse_unused
 from hf_transfer_ext.recipes.training import start_training
-from hf_transfer_ext.students import STUDENT_INITS, StudentShape
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
@@ -26,16 +26,12 @@ from hf_transfer_ext.trainers.taught import taught
 
 
 @dataclass
-class DistillArguments:
+class DistillArguments(StudentArguments):
     """Which teacher, which student, and on which data. The training itself is set by `DistillationConfig`."""
 
     teacher: str | None = setting(None, "teacher", "Folder, Hub id, or demo (Gemma 3 270M).")
     teach_steps: int = setting(0, "teacher", "> 0: fine-tune the teacher on the training data first (LoRA).")
     teach_learning_rate: float = setting(1e-3, "teacher", "Peak learning rate of that.")
-    student: str | None = setting(None, "student", "Folder or Hub id; none: made from the teacher.")
-    student_revision: str | None = setting(None, "student", "Hub revision.")
-    student_init: str = setting("uniform_depth", "student", f"How it is made: {', '.join(STUDENT_INITS)}.")
-    student_layers: int | None = setting(None, "student", "Its depth; none: half of the teacher's.")
     trim_vocabulary: bool = setting(False, "student", "Keep only the tokens of the training data.")
     dataset: str = setting("facts", "data", "File, folder, Hub id, or facts (made from packages).")
     dataset_config: str | None = setting(None, "data", "Configuration of a Hub data set.")
@@ -61,6 +57,7 @@ def teacher_name(told: DistillArguments, args: DistillationConfig) -> str:
 def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     told, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
     told.teacher, args.teacher_model_name_or_path = teacher_name(told, args), None
+    refuse_unused(told, args)
     if told.student is None or told.trim_vocabulary or told.compare_with_ce:
         refuse_zero3("Name a finished `student`; leave `trim_vocabulary` and `compare_with_ce` off.")
     read = (told.teacher, told.student, told.dataset)
@@ -70,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     data, test = load_train_and_test(told.dataset, told.train_split, told.test_split, columns=told.columns, **source)
     questions = fact_questions(str(told.test_split)) if test and told.dataset == FACTS_DATASET else []
     with record.stage("load the teacher"):
-        teacher, tokenizer = load_named(told.teacher, record, "teacher", args.teacher_revision, args.teacher_dtype)
+        teacher, tokenizer = load_teacher(told.teacher, args, record)
         record.inputs.append(describe_dataset(told.dataset, told.dataset_revision))
     if told.trim_vocabulary:
         with record.stage("trim the vocabulary"):
@@ -84,13 +81,13 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     with record.stage("make the student"):
         teacher_tokenizer = tokenizer
         if told.student is None:
-            depth = told.student_layers or teacher.config.get_text_config().num_hidden_layers // 2
-            student = STUDENT_INITS[told.student_init](teacher, StudentShape(depth=depth)).float()
+            student = make_student(told, teacher, tokenizer, data, args, run.work / "learngene")
         else:
-            student, tokenizer = load_named(told.student, record, "student", told.student_revision, "float32")
+            student, tokenizer = load_student(told, args, record)
         twin = copy.deepcopy(student) if told.compare_with_ce else None
         require_free_space(run.out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, the result
-    trainer = DistillationTrainer(student, teacher, args, data, tokenizer, teacher_processing_class=teacher_tokenizer)
+    tokenizers = {"processing_class": tokenizer, "teacher_processing_class": teacher_tokenizer}
+    trainer = DistillationTrainer(student, teacher, args, data, **tokenizers)
     reference = None if is_sharded(accelerator=trainer.accelerator) else teacher  # a sharded one is not measured
     looks: Any = {"limit": told.test_rows, "dataset": told.dataset, "accelerator": trainer.accelerator}
     measured: dict[str, list[Any]] = {}

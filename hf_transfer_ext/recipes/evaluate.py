@@ -33,9 +33,7 @@ class EvaluateArguments:
     """Which models to measure, and on which data."""
 
     models: list[str] = setting(REQUIRED, "models", "Folders or Hub ids, or demo (Gemma 3 270M).")
-    adapters: list[str] | None = setting(
-        None, "models", "Adapter folders, all on the one model; base is measured too."
-    )
+    adapters: list[str] | None = setting(None, "models", "Adapter folders on the one model; base is measured too.")
     reference: str | None = setting(None, "models", "Model for metrics that compare, or base.")
     compared_with: str | None = setting(None, "models", "A suite's other model: retrained, or before unlearning.")
     dtype: str = setting("float32", "models", "auto, float32 or bfloat16.")

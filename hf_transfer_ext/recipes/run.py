@@ -18,7 +18,11 @@ from hf_transfer_ext.teachers.demo import demo_model
 DEMO = "demo"
 #: Groups of the trainers' own settings, whose configurations do not state any.
 TRAINER_GROUPS = {
-    "teacher": ["teacher_model_name_or_path", "teacher_revision", "teacher_dtype", "teacher_adapter"],
+    "teacher": [
+        *("teacher_model_name_or_path", "teacher_revision", "teacher_dtype", "teacher_model_init_kwargs"),
+        "teacher_adapter",
+    ],
+    "student": ["model_init_kwargs", "disable_dropout"],
     "loss": [
         *("loss", "loss_options", "distill_temperature", "kd_weight", "ce_weight", "fused", "stop_on_nan"),
         *("method", "forget_loss", "retain_loss", "gamma", "alpha", "forget_options", "retain_options"),
@@ -40,15 +44,21 @@ def load_named(
     revision: str | None = None,
     dtype: str = "auto",
     device: Any = None,
+    **loading: Any,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a Hub id or `demo`; the record, if any, notes it as an input."""
+    """(model, tokenizer) of a folder, a Hub id or `demo`; the record, if any, notes it as an input.
+
+    Args:
+        loading: Passed to `load_model` (`attn_implementation`, `quantization_config`, ...).
+    """
     path = model_path(name)
-    model = load_model(path, revision=revision, dtype=dtype)
+    model = load_model(path, revision=revision, dtype=dtype, **loading)
     if device is not None:
         model = model.to(device)
     if record is not None:
         record.inputs.append(describe_input(path, revision, role, model=model))
-    return model, load_tokenizer(path, revision=revision)
+    code = {key: value for key, value in loading.items() if key == "trust_remote_code"}
+    return model, load_tokenizer(path, revision=revision, **code)
 
 
 def start_record(

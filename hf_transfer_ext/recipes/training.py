@@ -64,6 +64,8 @@ class TrainingRun:
             files=self.files,
             push_to=self.push_to,
             private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            token=self.args.hub_token,
         )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
 from hf_transfer_ext.registry import Registry
 from hf_transfer_ext.students.inits.last_depth import last_depth
-from hf_transfer_ext.students.inits.linear_expansion import linear_expansion
-from hf_transfer_ext.students.inits.stage_sharing import stage_sharing
+from hf_transfer_ext.students.inits.linear_expansion import auxiliary_model, linear_expansion
+from hf_transfer_ext.students.inits.stage_sharing import stage_shared_model, stage_sharing
 from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
 from hf_transfer_ext.students.shape import StudentShape
 
@@ -13,4 +17,10 @@ from hf_transfer_ext.students.shape import StudentShape
 #: refuses a shape that it cannot make.
 STUDENT_INITS = Registry("student initialization", [uniform_depth, last_depth, linear_expansion, stage_sharing])
 
-__all__ = ["STUDENT_INITS", "StudentShape", *STUDENT_INITS]
+#: Initialization -> the model with shared layers that its paper distills and expands: `(teacher, **options) -> model`.
+AUXILIARIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "linear_expansion": auxiliary_model,
+    "stage_sharing": stage_shared_model,
+}
+
+__all__ = ["AUXILIARIES", "STUDENT_INITS", "StudentShape", *STUDENT_INITS]

@@ -124,6 +124,17 @@ def depths(
     return depth, theirs
 
 
+def mark_auxiliary(model: PreTrainedModel) -> PreTrainedModel:
+    """Mark a model whose layers share parameters, which `save_pretrained` cannot save as they are."""
+    model.__dict__["has_shared_layers"] = True
+    return model
+
+
+def is_auxiliary(model: object) -> bool:
+    """Whether layers of this model share parameters (`mark_auxiliary`)."""
+    return getattr(model, "has_shared_layers", False) is True
+
+
 def refuse_wrapped(teacher: PreTrainedModel) -> None:
     """A student is made from plain weights: adapters have to be merged, quantized weights dequantized before."""
     if hasattr(teacher, "peft_config"):

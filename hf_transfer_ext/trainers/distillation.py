@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
@@ -34,14 +34,20 @@ from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
+from hf_transfer_ext.trainers.inherited import refuse_split_sequences, refuse_without_effect
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
+from hf_transfer_ext.trainers.trl_names import converted, refuse_prompts_alone, takes_trl_names
 
 logger = logging.getLogger(__name__)
 
 
+@takes_trl_names
 @dataclass
 class DistillationConfig(SFTConfig):
     """`SFTConfig` with a teacher and a loss.
+
+    What it inherits is listed in `trainers/inherited.py`: obeyed, refused, or without meaning here. TRL's names of
+    settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
 
     Args:
         loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...
@@ -53,10 +59,13 @@ class DistillationConfig(SFTConfig):
         teacher_model_name_or_path: A local folder or Hub id; not needed where the trainer is given a teacher.
         teacher_revision: Hub revision of the teacher.
         teacher_dtype: "auto", "float32", "bfloat16", ...
+        teacher_model_init_kwargs: Further arguments of `from_pretrained` for the teacher, such as
+            `{"attn_implementation": "sdpa"}`. These three say how to load a teacher; a loaded one refuses them.
         teacher_adapter: Name of an adapter on the student's own PEFT model that is the teacher, or "base" for its base
             with adapters off; no second model then.
         fused: Project to the vocabulary a chunk of tokens at a time, and never build full logits. Heads that are
             adapted or quantized use full logits in any case.
+        disable_dropout: Set the student's own dropout to 0; an adapter of `peft_config` keeps its own.
         drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
             refusing them.
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
@@ -73,12 +82,14 @@ class DistillationConfig(SFTConfig):
     teacher_model_name_or_path: str | None = None
     teacher_revision: str | None = None
     teacher_dtype: str = "auto"
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
     teacher_adapter: str | None = None
     fused: bool = True
+    disable_dropout: bool = False
     drop_unlabelled: bool = False
     stop_on_nan: bool = True
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "loss_options"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "loss_options", "teacher_model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
@@ -98,16 +109,7 @@ class DistillationConfig(SFTConfig):
             )
         if self.teacher_form is not None:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but cross entropy is not smoothed here: "
-                "the teacher's distribution takes that part. Leave it at 0."
-            )
-        if self.loss_type != "nll":
-            raise ValueError(
-                f"`loss_type` is {self.loss_type!r}, a loss of SFTTrainer that is not used here. Choose a divergence "
-                "with `loss`, and the share of plain cross entropy with `ce_weight`."
-            )
+        refuse_without_effect(self)
 
     @property
     def teacher_form(self) -> Form | None:
@@ -131,14 +133,35 @@ def check_loss(name: str, options: dict[str, Any]) -> None:
     divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
 
 
-def without_teacher(args: DistillationConfig) -> DistillationConfig:
-    """The same training on cross entropy alone: a teacher's own fine-tuning, or a student's twin to compare with."""
+def between_stages(args: DistillationConfig) -> DistillationConfig:
+    """A copy for a stage before the run itself: it neither resumes, nor saves checkpoints, nor publishes."""
     plain = copy.copy(args)
-    plain.kd_weight, plain.ce_weight = 0.0, 1.0
-    plain.teacher_model_name_or_path = plain.teacher_adapter = None
     plain.resume_from_checkpoint, plain.push_to_hub = None, False
     plain.save_strategy = SaveStrategy.NO
     return plain
+
+
+def without_teacher(args: DistillationConfig) -> DistillationConfig:
+    """The same training on cross entropy alone: a teacher's own fine-tuning, or a student's twin to compare with."""
+    plain = between_stages(args)
+    plain.kd_weight, plain.ce_weight = 0.0, 1.0
+    plain.teacher_model_name_or_path = plain.teacher_adapter = None
+    forget_loading(plain)
+    return plain
+
+
+#: Settings that say how a teacher is loaded -> their value where they say nothing.
+TEACHER_LOADING: dict[str, Any] = {
+    "teacher_revision": None,
+    "teacher_dtype": "auto",
+    "teacher_model_init_kwargs": None,
+}
+
+
+def forget_loading(args: DistillationConfig) -> None:
+    """Reset what says how to load the teacher, once that is done or there is none."""
+    for name, nothing in TEACHER_LOADING.items():
+        setattr(args, name, nothing)
 
 
 class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
@@ -148,10 +171,11 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         model: Student: a model, a `PeftModel`, a path or a Hub id.
         teacher: A model, a path or a Hub id, or anything that is a `Teacher`; None where the config names the
             teacher, or `kd_weight` is 0.
-        args: `DistillationConfig`.
+        args: `DistillationConfig`; an `SFTConfig` or plain `TrainingArguments` is converted.
         teacher_processing_class: The teacher's tokenizer, to compare vocabularies; loaded from the teacher's path
             where it is given by one.
-        kwargs: Everything else that `SFTTrainer` takes.
+        teacher_model: TRL's name for `teacher`.
+        kwargs: Everything else that `SFTTrainer` takes (`peft_config`, `quantization_config` of the student, ...).
 
     Logs the parts of the loss, `kd` and `ce` in nats per labeled token, and what SFTTrainer logs: `entropy` of the
     student in nats, `mean_token_accuracy`, `num_tokens` read so far. All are means over the tokens since the last log
@@ -170,21 +194,28 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self,
         model: Any,
         teacher: Any = None,
-        args: DistillationConfig | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_model: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = args or DistillationConfig()
+        args = DistillationConfig() if args is None else converted(args, DistillationConfig)
         refuse_empty(train_dataset)
+        refuse_prompts_alone(train_dataset)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "`compute_loss_func` cannot be used here: the loss is computed inside the model's head, from `loss`, "
                 "`kd_weight` and `ce_weight`. Register a divergence with `@DISTILLATION_LOSSES.register`, or override "
                 "`compute_loss`."
             )
-        teacher = one_teacher(teacher, args)
+        if kwargs.pop("tools", None):
+            raise ValueError("`tools` are called while text is generated, and none is generated during training here.")
+        if teacher is not None and teacher_model is not None:
+            raise ValueError("`teacher` and `teacher_model` are two names of one argument. Leave one out.")
+        teacher = one_teacher(teacher if teacher_model is None else teacher_model, args)
         if isinstance(model, (str, Path)):
             model, tokenizer = load_student(model, args, kwargs.pop("quantization_config", None))
             processing_class = processing_class or tokenizer
@@ -196,30 +227,52 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         if processing_class is None:
             processing_class = load_tokenizer(model.config.name_or_path)
         if isinstance(teacher, (str, Path)):
+            how = teacher_loading(args)
             if teacher_processing_class is None:
-                teacher_processing_class = load_tokenizer(teacher, revision=args.teacher_revision)
-            teacher = load_model(teacher, revision=args.teacher_revision, dtype=args.teacher_dtype)
+                named = {key: how[key] for key in ("revision", "trust_remote_code") if key in how}
+                teacher_processing_class = load_tokenizer(teacher, **named)
+            teacher = load_model(teacher, **how)
         teaches = isinstance(teacher, nn.Module) and args.kd_weight > 0
         if teaches:
             teacher_processing_class = teacher_processing_class or tokenizer_beside(teacher)
             check_vocabularies(model, teacher, processing_class, teacher_processing_class)
-        for name, checked in (("student", model), ("teacher", teacher)):
-            if isinstance(checked, nn.Module):
-                check_length(name, checked, args.max_length)
+        both = {name: one for name, one in (("student", model), ("teacher", teacher)) if isinstance(one, nn.Module)}
+        fit_default_length(args, both.values())
+        for name, checked in both.items():
+            check_length(name, checked, args.max_length)
+        if args.disable_dropout:
+            disable_dropout(model)
         self._context = context_length(causal_lm_of(model))
         self._sums: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
         self._tokens_read = 0.0
         obeyed, args.model_init_kwargs = args.model_init_kwargs, None  # SFTTrainer would say that they are ignored
         with _any_head_passes(model):
             super().__init__(
-                model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
             )
         args.model_init_kwargs = obeyed
+        refuse_split_sequences(self.accelerator.parallelism_config)  # a launcher may set it, too
         if teaches and args.chat_template_path is not None:  # which may have brought new tokens to the student
             check_vocabularies(self.model, teacher, processing_class, teacher_processing_class)
         self.divergence = DISTILLATION_LOSSES[args.loss]
         self._fused = None if args.fused else False  # None until the first batch shows whether the head allows it
+        self._taught_by = teacher
         self.teacher = self._teacher_of(teacher) if args.kd_weight > 0 else None
+
+    @property
+    def job(self) -> str:
+        """ "distillation", or "fine-tuning" where nobody teaches."""
+        return "distillation" if self.args.kd_weight > 0 else "fine-tuning"
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The student, and a teacher that is a model."""
+        named = {"teacher": self._taught_by} if isinstance(self._taught_by, nn.Module) else {}
+        return {"student": self.model, **named}
 
     def _teacher_of(self, teacher: Any) -> Teacher:
         if self.args.teacher_adapter is not None:
@@ -393,7 +446,42 @@ def one_teacher(teacher: Any, args: DistillationConfig) -> Any:
         )
     if teacher is not None and args.kd_weight == 0:
         logger.warning("`kd_weight` is 0: the teacher is not used, and this is plain fine-tuning.")
+        return None
+    if not isinstance(teacher, (str, Path)):
+        stated = [name for name, nothing in TEACHER_LOADING.items() if (getattr(args, name) or nothing) != nothing]
+        if stated:
+            raise ValueError(
+                f"`{stated[0]}` says how to load a teacher, but there is none to load: the teacher is a model in "
+                "memory, an adapter, or left out. Give its path or Hub id, or leave the setting out."
+            )
     return teacher
+
+
+def teacher_loading(args: DistillationConfig) -> dict[str, Any]:
+    """The arguments of `load_model` for the teacher.
+
+    Raises:
+        ValueError: Revision or dtype are given twice.
+    """
+    how: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **dict(args.teacher_model_init_kwargs or {})}  # type: ignore[arg-type]
+    if "torch_dtype" in how:
+        how["dtype"] = how.pop("torch_dtype")
+    for key, name in (("revision", "teacher_revision"), ("dtype", "teacher_dtype")):
+        stated = getattr(args, name)
+        if key in how and stated != TEACHER_LOADING[name]:
+            raise ValueError(f"`{key}` of the teacher is given twice: `{name}`, and in `teacher_model_init_kwargs`.")
+        how.setdefault(key, stated)
+    return how
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, modules and numbers (`attention_dropout`) alike."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def load_student(path: str | Path, args: DistillationConfig, quantization_config: Any) -> tuple[Any, Any]:
@@ -456,8 +544,8 @@ def checked_samples(dataset: Any, prepared: Any, args: DistillationConfig, conte
     dropped = len(dataset) - len(prepared) if isinstance(dataset, Dataset) else 0
     if dropped:
         raise ValueError(
-            f"{dropped} of {len(dataset)} samples have no labelled token within `max_length` ({args.max_length}): "
-            "nothing can be learnt from them. Raise `max_length`, mend the data, or drop them with "
+            f"{dropped} of {len(dataset)} samples have no labeled token within `max_length` ({args.max_length}): "
+            "nothing can be learned from them. Raise `max_length`, fix the data, or drop them with "
             "`drop_unlabelled=True`."
         )
     return require_labels(prepared)
@@ -471,6 +559,17 @@ def refuse_empty(dataset: Any) -> None:
         empty = dataset is not None and len(dataset) == 0
     if empty:
         raise ValueError("The training data set is empty. Check its name, split and filters.")
+
+
+def fit_default_length(args: DistillationConfig, models: Iterable[Any]) -> None:
+    """Lower a `max_length` that is at TRL's default to the context of the models, with a warning."""
+    shortest = min(
+        (n for n in (context_length(causal_lm_of(model)) for model in models) if n is not None), default=None
+    )
+    default = DistillationConfig.__dataclass_fields__["max_length"].default
+    if shortest is not None and args.max_length == default and shortest < default:
+        logger.warning("`max_length` is %d by default; the models take %d tokens, which is used.", default, shortest)
+        args.max_length = shortest
 
 
 def check_length(role: str, model: Any, max_length: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The one place where a per-token loss becomes the number that is minimised."""
+"""The one place where a per-token loss becomes the number that is minimized."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.tensors import masked_sum
+from hf_transfer_ext.trainers.results import SavesResults, refuse_published_states
 
 
-class TokenLossNormalization:
+class TokenLossNormalization(SavesResults):
     """Mixin for `Trainer` subclasses whose loss is a sum over tokens: one optimizer step, one mean, however split.
 
-    The Trainer counts the labelled tokens of all micro-batches and all ranks of a step (`num_items_in_batch`);
+    The Trainer counts the labeled tokens of all micro-batches and all ranks of a step (`num_items_in_batch`);
     dividing the sum by that count makes four micro-batches of one equal one batch of four, and two processes one.
     """
 
@@ -24,13 +25,11 @@ class TokenLossNormalization:
     loss_is_scaled_for_ga: bool | None = True
     #: What helps against a loss that is not finite.
     nan_advice = "Lower the learning rate, and check the data for empty or corrupt samples."
-    accelerator: Any
-    args: Any
-    state: Any
     get_tp_size: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        refuse_published_states(self.args)
         self.model_accepts_loss_kwargs = True  # the Trainer then counts num_items_in_batch, whatever the model takes
         # Our losses shift the labels: the first token of a row is predicted by nothing, whatever transformers believes
         # of this model's class.

@@ -12,9 +12,14 @@ from typing import Any
 
 from hf_transfer_ext.files import publish, refuse_existing_output, refuse_inputs_inside
 from hf_transfer_ext.models.loading import load_model
+from hf_transfer_ext.students.auxiliary import SHARED_FILE
+from hf_transfer_ext.trainers.results import SETTINGS_PICKLE, ask_for_whole_weights
 
 #: What recipes put into their training folder. `--overwrite` removes a folder with these entries and no others.
-TRAINING_ENTRIES = ("checkpoints", "teaching", "teacher", "teacher.checkpoints", "student", "vocabulary_map.json")
+TRAINING_ENTRIES = (
+    *("checkpoints", "teaching", "teacher", "teacher.checkpoints", "learngene", "learngene.checkpoints", "student"),
+    "vocabulary_map.json",
+)
 
 
 #: Hidden entries of a run that was killed (`files`).
@@ -75,26 +80,21 @@ def save_whole(trainer: Any, folder: str | Path) -> Path:
     """Save a trainer's model and tokenizer to `folder` atomically; every process calls it.
 
     An earlier result in `folder` is replaced; other files in it are refused before anything is saved.
-
-    Under FSDP the Trainer's default, sharded state writes nothing here without a word, and under ZeRO-3 a checkpoint
-    that only DeepSpeed reads: the full state is asked for.
     """
     folder = refuse_existing_output(folder, overwrite=True)
     aside = folder.with_name(f".{folder.name}.partial-save")
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    if trainer.is_deepspeed_enabled:  # DeepSpeed has no public setter; it reads this when it saves
-        trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
+    ask_for_whole_weights(trainer)
     if trainer.is_world_process_zero():
         shutil.rmtree(aside, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(aside))
+    trainer.save_model(str(aside), _internal_call=True)  # card and record come with the finished result
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         if not any(aside.glob("*.safetensors")):
             raise OSError(f"The trainer wrote no safetensors weights to {str(aside)!r}; nothing was replaced.")
-        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that may hold a token
+        for name in (SETTINGS_PICKLE, SHARED_FILE):
+            (aside / name).unlink(missing_ok=True)
         publish(aside, folder, overwrite=True)
     trainer.accelerator.wait_for_everyone()
     return folder

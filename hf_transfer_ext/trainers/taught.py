@@ -79,7 +79,7 @@ def taught(
     is_new = not Path(str(args.output_dir)).exists()
     if isinstance(args, DistillationConfig):
         lora = None if lora_rank is None else lora_config(lora_rank)
-        trainer: Any = DistillationTrainer(model, None, args, data, tokenizer, peft_config=lora)
+        trainer: Any = DistillationTrainer(model, None, args, data, processing_class=tokenizer, peft_config=lora)
         if lora_rank is not None and is_sharded(accelerator=trainer.accelerator):
             raise ValueError(
                 "A model cannot be taught under FSDP or ZeRO-3, which shard the weights that the LoRA is merged into. "

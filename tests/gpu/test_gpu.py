@@ -127,7 +127,7 @@ def test_three_steps_of_distillation(tmp_path, lora):
             tiny_llama(2),
             args,
             Dataset.from_dict({"text": TEXTS}),
-            byte_tokenizer(),
+            processing_class=byte_tokenizer(),
             peft_config=adapter,
         )
         assert trainer.accelerator.device.type == ("cpu" if use_cpu else "cuda")
@@ -141,7 +141,7 @@ def test_bfloat16_training_lowers_the_loss(tmp_path):
         "learning_rate": 5e-3, "logging_steps": 1, "gradient_checkpointing": True},
     )  # fmt: skip
     data = Dataset.from_dict({"text": TEXTS})
-    trainer = DistillationTrainer(tiny_llama(1), tiny_llama(2), args, data, byte_tokenizer())
+    trainer = DistillationTrainer(tiny_llama(1), tiny_llama(2), args, data, processing_class=byte_tokenizer())
     trainer.train()
     losses = [entry["kd"] for entry in trainer.state.log_history if "kd" in entry]
     assert losses[-1] < 0.6 * losses[0]

@@ -5,7 +5,7 @@ import yaml
 from hub_server import check_card, front_matter
 from huggingface_hub import ModelCard
 
-from hf_transfer_ext.hub.card import base_models, model_card
+from hf_transfer_ext.hub.card import base_models, eval_results_yaml, model_card
 from hf_transfer_ext.hub.record import RunInput, RunRecord
 from hf_transfer_ext.measurement import Measurement
 
@@ -89,6 +89,33 @@ def test_bases_and_their_relation(made, bases, relation, library):
     assert check_card(str(made)) == ([], [])
     with pytest.raises(ValueError, match="relation"):
         model_card(record(), relation="cousin")
+
+
+def test_a_lora_of_a_merge_tells_its_base_from_its_other_parents():
+    merged = record(on_hub("a/base", "base"), on_hub("a/x"), on_hub("a/y"), job="merging")
+    data = front_matter(str(model_card(merged, adapter=True)))
+    assert (data["base_model"], data["base_model_relation"]) == ("a/base", "adapter")
+    assert data["tags"] == ["hf_transfer_ext", "merging", "merge", "lora"]
+    card = str(model_card(merged, adapter=True))
+    assert "It also carries what was learned by `a/x`, `a/y`." in card and 'from_pretrained("a/base")' in card
+    assert front_matter(str(model_card(merged)))["tags"] == ["hf_transfer_ext", "merging", "merge"]
+    assert "It also carries" not in str(model_card(merged))
+
+
+def test_results_on_data_of_the_hub_stand_in_the_hubs_present_form():
+    from huggingface_hub import parse_eval_result_entries
+
+    found = [
+        perplexity(12.5, interval=(12.0, 13.0), dataset="org/data, test"),
+        perplexity(3.0, dataset="my rows"),
+        perplexity(float("nan"), dataset="org/data, test"),
+    ]
+    text = eval_results_yaml(record(on_hub("org/data", "dataset"), metrics=found))
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/data", "perplexity", 12.5)
+    assert entry.dataset_revision == "c" * 40 and entry.date
+    assert entry.notes == "perplexity, lower is better, 1200 examples, 95 % interval [12, 13]"
+    assert eval_results_yaml(record(metrics=found)) == ""
 
 
 def test_a_local_base_is_not_named_as_a_repository():

@@ -60,7 +60,7 @@ def test_inputs_are_described_beside_the_work_and_an_unreadable_record_stops_not
     with InputsInBackground([(tmp_path / "good", None, "base"), (tmp_path / "bad", None, "model")]) as inputs:
         inputs.put_into(record)
     assert [(item.name, item.role, bool(item.sha256)) for item in record.inputs] == [
-        ("good", "base", True), ("bad", "model", False),
+        ("good", "base", True), ("bad", "model", True),
     ]  # fmt: skip
     assert "Where the input bad comes from" in record.not_measured[0]
 

@@ -392,3 +392,16 @@ def test_secrets_are_found_in_every_file_that_is_sent(hub, tmp_path, name):
     with pytest.raises(ValueError, match="access token"):
         push(out, "tester/a", token=hub.token, include=[name])
     assert not hub.repos
+
+
+def test_results_on_the_hubs_data_are_published_beside_the_card(hub, tmp_path):
+    data = RunInput("org/data", "dataset", True, "c" * 40)
+    found = Measurement("perplexity", 12.5, "perplexity", False, 10, dataset="org/data, test")
+    made = RunRecord("distillation", "recipes/distill.py", inputs=[data], metrics=[found])
+    save_result(tmp_path / "out", model=tiny_llama(), tokenizer=byte_tokenizer(), record=made)
+    push(tmp_path / "out", "tester/measured", token=hub.token)
+    assert b"id: org/data" in hub.files("tester/measured")[".eval_results/hf_transfer_ext.yaml"]
+    made.metrics = []
+    save_result(tmp_path / "out", record=made, overwrite=True)
+    push(tmp_path / "out", "tester/measured", token=hub.token)
+    assert ".eval_results/hf_transfer_ext.yaml" not in hub.files("tester/measured")

@@ -128,10 +128,39 @@ def test_an_interrupted_recipe_goes_on_to_the_same_student(setup, monkeypatch):
 def test_a_student_of_its_own_and_streaming_data(setup):
     tiny_llama(7, hidden_size=16, num_hidden_layers=1).save_pretrained(setup / "student")
     byte_tokenizer().save_pretrained(setup / "student")
-    measured = run(setup, "--student", str(setup / "student"), "--streaming", "true")
+    measured = run(setup, "--student", str(setup / "student"), "--student_layers", "none", "--streaming", "true")
     assert list(measured) == ["teacher", "student before", "student"]
     assert load_model(setup / "out").config.hidden_size == 16
     assert [i.role for i in read_record(setup / "out").inputs] == ["teacher", "dataset", "student"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("linear_expansion",), ("stage_sharing", "--student_options", "{stages: [2, 1], representative: first}")],
+    ids=lambda options: options[0],
+)
+def test_a_learngene_is_distilled_and_expanded(setup, monkeypatch, options):
+    run(setup, "--learngene_steps", "3", "--student_layers", "2", "--student_init", *options)
+    record = read_record(setup / "out")
+    assert record.config["learngene_steps"] == 3 and load_model(setup / "out").config.num_hidden_layers == 2
+    learned = load_model(setup / "out.training" / "learngene").state_dict()
+    monkeypatch.setattr(distill.DistillationTrainer, "train", lambda self, **_: None)
+    run(setup, "--student_layers", "2", "--overwrite", "true", "--student_init", *options)
+    plain = load_model(setup / "out").state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert learned[name].shape == plain[name].shape and not torch.equal(learned[name], plain[name])
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--student", "me", "--student_init", "last_depth"], "`student_init` is 'last_depth', but the student is named"),
+    (["--student", "me"], "`student_layers` is 1, but the student is named by `student`"),
+    (["--student_revision", "v2"], "`student_revision` is 'v2', but the student is made from the teacher"),
+    (["--model_init_kwargs", "{dtype: bfloat16}"], "`model_init_kwargs` is .*made from the teacher"),
+    (["--learngene_steps", "3"], "uniform_depth has no model with shared layers"),
+])  # fmt: skip
+def test_settings_of_a_student_without_effect_are_refused(setup, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(setup, *options)
 
 
 def test_what_zero_3_cannot_do_is_refused(setup, monkeypatch):

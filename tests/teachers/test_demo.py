@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from hf_transfer_ext.hub.card import model_card
+from hf_transfer_ext.hub.record import RunRecord, describe_input
 from hf_transfer_ext.teachers import demo
 
 
@@ -39,10 +41,20 @@ def test_converts_once_and_then_reuses(package, tmp_path):
     assert demo.demo_model(tmp_path / "cache" / "gemma") == folder
     assert package.conversions == 1
     assert {path.name for path in folder.iterdir()} == {
-        "model.safetensors", "tokenizer.json", "GEMMA_TERMS.html", "NOTICE.md", demo.STAMP_FILE,
+        "model.safetensors", "tokenizer.json", "README.md", "GEMMA_TERMS.html", "NOTICE.md", demo.STAMP_FILE,
     }  # fmt: skip
     stamp = json.loads((folder / demo.STAMP_FILE).read_text())
     assert stamp == {"package": demo.PACKAGE, "version": "1.0.0", "sha256": "a5fd", "conversion": demo.CONVERSION}
+
+
+def test_a_students_card_names_where_the_weights_come_from(package, tmp_path):
+    folder = demo.demo_model(tmp_path / "gemma")
+    (folder / "README.md").unlink()  # a folder of an earlier version
+    assert "sha256 a5fd" in (demo.demo_model(folder) / "README.md").read_text()
+    teacher = describe_input(folder, role="teacher")
+    assert teacher.base_model == [demo.SOURCE] and teacher.license == {"license": "gemma"}
+    data = model_card(RunRecord("distillation", "recipes/distill.py", inputs=[teacher])).data
+    assert data.base_model == demo.SOURCE and data.license == "gemma"
 
 
 @pytest.mark.parametrize("change", ["version", "checksum", "weights"])

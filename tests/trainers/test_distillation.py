@@ -389,7 +389,7 @@ def test_bad_input_is_told_before_training(tmp_path):
     with pytest.raises(FileNotFoundError, match="no/such/model"):
         make(tmp_path, teacher="no/such/model")
     long_prompt = Dataset.from_dict({"prompt": ["x" * 70, "y"], "completion": ["z", "z"]})
-    with pytest.raises(ValueError, match="1 of 2 samples have no labelled token within `max_length`"):
+    with pytest.raises(ValueError, match="1 of 2 samples have no labeled token within `max_length`"):
         make(tmp_path, teacher=tiny_llama(2), data=long_prompt)
     assert len(make(tmp_path, teacher=tiny_llama(2), data=long_prompt, drop_unlabelled=True).train_dataset) == 1
 
@@ -515,7 +515,12 @@ def test_a_teacher_that_is_the_student_is_refused(tmp_path, kind):
         student = get_peft_model(model, lora())
     with pytest.raises(ValueError, match=r"the teacher would be the student itself.*teacher_adapter=\"base\""):
         DistillationTrainer(
-            student, model, config(tmp_path), Dataset.from_dict({"text": TEXTS}), byte_tokenizer(), **extra
+            student,
+            model,
+            config(tmp_path),
+            Dataset.from_dict({"text": TEXTS}),
+            processing_class=byte_tokenizer(),
+            **extra,
         )
 
 
@@ -569,7 +574,7 @@ def test_a_run_with_dropout_resumes_to_the_same_losses(tmp_path, fused):
     def run(resume):
         trainer = DistillationTrainer(
             tiny_llama(1), tiny_llama(2), config(tmp_path, **options), Dataset.from_dict({"text": TEXTS}),
-            byte_tokenizer(), peft_config=lora(lora_dropout=0.3),
+            processing_class=byte_tokenizer(), peft_config=lora(lora_dropout=0.3),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return logged(trainer, "loss")
@@ -594,8 +599,8 @@ def test_a_prompt_tuned_student_learns_the_batchs_own_tokens(tmp_path, fused):
 def test_an_adapted_head_may_come_as_a_peft_config(tmp_path):
     target = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
     trainer = DistillationTrainer(
-        tiny_llama(1), tiny_llama(2), config(tmp_path), Dataset.from_dict({"text": TEXTS}), byte_tokenizer(),
-        peft_config=target,
+        tiny_llama(1), tiny_llama(2), config(tmp_path), Dataset.from_dict({"text": TEXTS}), peft_config=target,
+        processing_class=byte_tokenizer(),
     )  # fmt: skip
     trainer.train()
     moved = [name for name, p in trainer.model.named_parameters() if "lora_B" in name and p.any()]
@@ -649,7 +654,7 @@ def test_a_teacher_sees_the_images_that_the_student_sees_or_is_refused():
     "options, message",
     [
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1, but cross entropy is not smoothed"),
-        ({"loss_type": "dft"}, "`loss_type` is 'dft', a loss of SFTTrainer that is not used here"),
+        ({"loss_type": "dft"}, "`loss_type` is 'dft', but that loss of SFTTrainer is not used here"),
     ],
 )
 def test_inherited_settings_without_effect_are_refused(tmp_path, options, message):
@@ -661,7 +666,7 @@ def test_arguments_without_effect_are_refused(tmp_path):
     def start(args=None, teacher=None, **kwargs):
         return DistillationTrainer(
             tiny_llama(1), teacher or tiny_llama(2), args or config(tmp_path), Dataset.from_dict({"text": TEXTS}),
-            byte_tokenizer(), **kwargs,
+            processing_class=byte_tokenizer(), **kwargs,
         )  # fmt: skip
 
     with pytest.raises(ValueError, match="`compute_loss_func` cannot be used here"):
@@ -731,7 +736,7 @@ def test_every_evaluation_set_has_its_own_parts(tmp_path):
     sets = {name: Dataset.from_dict({"text": texts}) for name, texts in (("a", TEXTS[:3]), ("b", TEXTS[3:]))}
     trainer = DistillationTrainer(
         tiny_llama(1), tiny_llama(2), config(tmp_path, ce_weight=0.5, per_device_eval_batch_size=2),
-        Dataset.from_dict({"text": TEXTS}), byte_tokenizer(), eval_dataset=sets,
+        Dataset.from_dict({"text": TEXTS}), processing_class=byte_tokenizer(), eval_dataset=sets,
     )  # fmt: skip
     metrics = trainer.evaluate()
     assert "eval_kd" not in metrics
@@ -750,5 +755,5 @@ def test_tokens_that_a_chat_template_brings_are_compared_again(tmp_path):
     with pytest.raises(ValueError, match=r"known to the student alone.*<\|tool\|>"):
         DistillationTrainer(
             tiny_llama(1), tiny_llama(2), config(tmp_path, chat_template_path=str(tmp_path / "template")), data,
-            byte_tokenizer(CHAT), teacher_processing_class=byte_tokenizer(CHAT),
+            processing_class=byte_tokenizer(CHAT), teacher_processing_class=byte_tokenizer(CHAT),
         )  # fmt: skip

@@ -25,7 +25,7 @@ def test_saved_weights_are_whole_and_hold_no_pickle(tmp_path):
 
 def test_a_trainer_that_writes_nothing_is_noticed(tmp_path):
     trainer = trainer_of(tiny_llama(), tmp_path / "t")
-    trainer.save_model = lambda folder: (tmp_path / ".model.partial-save").mkdir()
+    trainer.save_model = lambda folder, **_: (tmp_path / ".model.partial-save").mkdir()
     with pytest.raises(OSError, match="no safetensors weights"):
         save_whole(trainer, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -73,7 +73,7 @@ def test_a_trainer_replaces_a_result_and_no_other_files(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
     trainer = trainer_of(tiny_llama(), tmp_path / "t")
-    trainer.save_model = lambda folder: pytest.fail("saved before it looked")
+    trainer.save_model = lambda folder, **_: pytest.fail("saved before it looked")
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         save_whole(trainer, tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"

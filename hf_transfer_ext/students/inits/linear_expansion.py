@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from hf_transfer_ext.students.layers import LayerTensors, depths, layer_stack, layer_tensors, with_layers
+from hf_transfer_ext.students.layers import (
+    LayerTensors,
+    depths,
+    layer_stack,
+    layer_tensors,
+    mark_auxiliary,
+    with_layers,
+)
 from hf_transfer_ext.students.shape import StudentShape
 
 
@@ -100,7 +107,8 @@ def auxiliary_model(
     """The model that TLEG trains: all layers read one shared theta_B and one shared theta_A, which are its parameters.
 
     Train it by distillation like any model, then expand it: `linear_expansion(auxiliary, StudentShape(depth=...))`. It
-    holds torch parametrizations and cannot be saved with `save_pretrained`; save what is expanded from it.
+    holds torch parametrizations, which `save_pretrained` cannot save: a trainer saves what is expanded from it
+    (`students/auxiliary.py`).
 
     Args:
         shape: Its shape; by default the teacher's.
@@ -118,7 +126,7 @@ def auxiliary_model(
             module = layer.get_submodule(path)
             setattr(module, leaf, base[name])
             parametrize.register_parametrization(module, leaf, _LinearInDepth(slope[name], i / count))
-    return model
+    return mark_auxiliary(model)
 
 
 class _LinearInDepth(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_transfer_ext.students.layers import depths, layer_stack, layer_tensors, with_layers
+from hf_transfer_ext.students.layers import depths, layer_stack, layer_tensors, mark_auxiliary, with_layers
 from hf_transfer_ext.students.shape import StudentShape
 
 #: How a teacher's stage becomes one layer.
@@ -64,8 +64,8 @@ def stage_shared_model(
     """The model that SWS trains: as deep as the teacher, with one set of parameters for all layers of a stage.
 
     Train it by distillation like any model, then expand it with `stage_sharing(auxiliary, StudentShape(depth=...),
-    stages=...)`. Its parameters are shared in memory in a way that its config does not tell: save what is expanded
-    from it.
+    stages=...)`. Its parameters are shared in memory in a way that its config does not state: a trainer saves what is
+    expanded from it (`students/auxiliary.py`).
     """
     depth, _ = depths(teacher, StudentShape(), "stage_shared_model")
     stages = _checked_stages(stages, depth)
@@ -80,7 +80,7 @@ def stage_shared_model(
                 path, _, leaf = name.rpartition(".")
                 setattr(layer.get_submodule(path), leaf, parameter)
         start += size
-    return model
+    return mark_auxiliary(model)
 
 
 def stage_layers(teacher: PreTrainedModel, stages: Sequence[int], representative: str) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-from hf_transfer_ext.evals.table import comparison_plot, comparison_table
+from hf_transfer_ext.hub.table import comparison_plot, comparison_table
 from hf_transfer_ext.measurement import Measurement
 
 MEASURED = {

@@ -1,0 +1,109 @@
+"""Every setting that `DistillationConfig` inherits from transformers and TRL: obeyed, refused, or without meaning.
+
+A test compares this table with the fields of the installed `SFTConfig`, so that a new field cannot slip by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+#: Read by the code of transformers and TRL that runs here unchanged, or by the trainer itself.
+OBEYED = frozenset(
+    # model and adapter
+    "model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path neftune_noise_alpha "
+    "use_liger_kernel liger_kernel_config "
+    # data
+    "dataset_text_field dataset_kwargs dataset_num_proc eos_token pad_token max_length truncation_mode "
+    "shuffle_dataset packing packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss "
+    "assistant_only_loss remove_unused_columns train_sampling_strategy length_column_name "
+    "accelerator_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
+    # steps
+    "per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs "
+    "warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules "
+    "gradient_accumulation_steps average_tokens_across_devices max_grad_norm auto_find_batch_size "
+    "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed "
+    # precision, memory, devices
+    "bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs "
+    "gradient_checkpointing gradient_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend "
+    "torch_compile_mode torch_empty_cache_steps use_cpu parallelism_config ddp_find_unused_parameters "
+    "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed "
+    # evaluation
+    "eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start "
+    "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
+    "load_best_model_at_end metric_for_best_model greater_is_better "
+    # logs
+    "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
+    "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
+    "trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics "
+    # checkpoints and the Hub
+    "output_dir save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint "
+    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision".split()
+)
+
+#: Read by nobody here: setting -> who reads it elsewhere.
+WITHOUT_MEANING = {
+    "do_train": "A flag for scripts of their own; no trainer reads it.",
+    "do_eval": "A flag for scripts of their own; evaluation follows `eval_strategy`.",
+    "do_predict": "A flag for scripts of their own; no trainer reads it.",
+    "local_rank": "The launcher states the rank in the environment.",
+}
+
+#: Setting -> (which values are taken, why all others are refused and what to do instead).
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "label_smoothing_factor": (
+        lambda value: not value,
+        "cross entropy is not smoothed here: the teacher's distribution takes that part. Leave it at 0.",
+    ),
+    "loss_type": (
+        lambda value: value == "nll",
+        "that loss of SFTTrainer is not used here. Choose a divergence with `loss`, and the share of plain cross "
+        "entropy with `ce_weight`.",
+    ),
+    "use_cache": (
+        lambda value: not value,
+        "training passes read each sequence once, without a cache of keys and values. Leave it at False.",
+    ),
+    "label_names": (
+        lambda value: value in (None, ["labels"]),
+        "the labels are those of the collator, `labels`. Rename the column, or give a `data_collator`.",
+    ),
+}
+
+
+def refuse_without_effect(args: Any) -> None:
+    """Refuse an inherited setting that would have no effect.
+
+    Raises:
+        ValueError: A setting of `REFUSED` has another value, compiled graphs meet the fused head, or sequences are
+            split across devices.
+    """
+    for name, (is_taken, why) in REFUSED.items():
+        value = getattr(args, name, None)
+        if not is_taken(value):
+            raise ValueError(f"`{name}` is {value!r}, but {why}")
+    if args.torch_compile and args.fused:
+        raise ValueError(
+            "`torch_compile` and `fused` are both True, but the fused loss takes the place of the model's head in "
+            "each step, which a compiled graph does not allow. Set `fused=False`; full logits are then computed."
+        )
+    refuse_split_sequences(getattr(args, "parallelism_config", None))
+
+
+def refuse_split_sequences(parallelism: Any) -> None:
+    """Refuse context and sequence parallelism: the next token may lie on another device, and both models read all.
+
+    Args:
+        parallelism: A `ParallelismConfig` of accelerate, or None.
+
+    Raises:
+        ValueError: It splits sequences across devices.
+    """
+    for kind in ("cp", "sp"):
+        if getattr(parallelism, f"{kind}_enabled", False):
+            raise ValueError(
+                f"`parallelism_config` splits sequences across devices (`{kind}_size` > 1), but teacher and student "
+                f"are compared on whole sequences. Set `{kind}_size=1`, and shorten `max_length` or shard the weights "
+                "(FSDP, DeepSpeed) to save memory."
+            )

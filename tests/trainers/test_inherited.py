@@ -1,0 +1,101 @@
+"""Every inherited setting is obeyed, refused, or listed as without meaning."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import byte_tokenizer, tiny_llama
+from trl import SFTConfig
+
+from hf_transfer_ext import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.trainers.distillation import TEACHER_LOADING
+from hf_transfer_ext.trainers.inherited import OBEYED, REFUSED, WITHOUT_MEANING, refuse_split_sequences
+
+TEXTS = ["gold is a metal", "paris", "iron", "tin and zinc"]
+#: A value that is not taken, for each setting of `REFUSED`.
+OTHER = {"label_smoothing_factor": 0.1, "loss_type": "dft", "use_cache": True, "label_names": ["targets"]}
+
+
+def config(folder, **options):
+    settings = {
+        "use_cpu": True, "bf16": False, "max_steps": 1, "per_device_train_batch_size": 4, "optim": "sgd",
+        "report_to": "none", "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
+        "logging_steps": 1, "max_length": 64, "seed": 1,
+    }  # fmt: skip
+    return DistillationConfig(str(folder), **{**settings, **options})
+
+
+def trainer_of(folder, student=None, teacher=None, **options):
+    return DistillationTrainer(
+        student or tiny_llama(1), teacher or tiny_llama(2), config(folder, **options),
+        Dataset.from_dict({"text": TEXTS}), processing_class=byte_tokenizer(),
+    )  # fmt: skip
+
+
+def test_every_field_is_in_the_table_once():
+    table = [*OBEYED, *REFUSED, *WITHOUT_MEANING]
+    assert len(table) == len(set(table))
+    assert set(table) == {field.name for field in fields(SFTConfig) if field.init}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_value_without_effect_is_refused_with_its_reason(tmp_path, name):
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, **{name: OTHER[name]})
+    assert f"`{name}` is {OTHER[name]!r}, but {REFUSED[name][1]}" == str(error.value)
+
+
+def test_compiled_graphs_need_full_logits_and_then_train_the_same(tmp_path):
+    with pytest.raises(ValueError, match=r"`torch_compile` and `fused` are both True.*Set `fused=False`"):
+        config(tmp_path, torch_compile=True)
+    losses = []
+    for compiled in (False, True):
+        trainer = trainer_of(
+            tmp_path / str(compiled), torch_compile=compiled, torch_compile_backend="eager", fused=False
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_sequences_split_across_devices_are_refused():
+    class Parallelism:
+        cp_enabled, sp_enabled = False, True
+
+    refuse_split_sequences(None)
+    with pytest.raises(ValueError, match=r"`sp_size` > 1.*Set `sp_size=1`"):
+        refuse_split_sequences(Parallelism())
+
+
+@pytest.mark.parametrize("name, value", [
+    ("teacher_revision", "v2"), ("teacher_dtype", "float32"), ("teacher_model_init_kwargs", {"revision": "v2"}),
+])  # fmt: skip
+def test_a_loaded_teacher_refuses_what_says_how_to_load_one(tmp_path, name, value):
+    assert name in TEACHER_LOADING
+    with pytest.raises(ValueError, match=f"`{name}` says how to load a teacher, but there is none to load"):
+        trainer_of(tmp_path, **{name: value})
+
+
+def test_a_teacher_by_path_is_loaded_as_its_settings_say(tmp_path):
+    tiny_llama(2).save_pretrained(tmp_path / "teacher")
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    kwargs = {"attn_implementation": "eager", "dtype": "bfloat16"}
+    trainer = trainer_of(tmp_path / "out", teacher=str(tmp_path / "teacher"), teacher_model_init_kwargs=kwargs)
+    assert trainer.teacher.model.dtype == torch.bfloat16
+    assert trainer.teacher.model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="`dtype` of the teacher is given twice"):
+        trainer_of(
+            tmp_path / "out", teacher=str(tmp_path / "teacher"), teacher_model_init_kwargs=kwargs,
+            teacher_dtype="float32",
+        )  # fmt: skip
+
+
+def test_disabled_dropout_makes_two_passes_equal(tmp_path):
+    student = tiny_llama(1, attention_dropout=0.5)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    student.train()
+    assert not torch.equal(student(ids).logits, student(ids).logits)
+    trainer_of(tmp_path, student, disable_dropout=True)
+    student.train()
+    assert torch.equal(student(ids).logits, student(ids).logits)
