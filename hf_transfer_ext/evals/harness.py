@@ -64,7 +64,7 @@ def measure_with_lm_eval(
     if not tasks:
         raise ValueError("`tasks` is empty: name at least one task of the harness or of `task_folder`.")
     if task_folder is not None and not Path(task_folder).is_dir():
-        raise ValueError(f"`task_folder` has to be a folder of YAML files, and there is none at {str(task_folder)!r}.")
+        raise ValueError(f"`task_folder` must be a folder of YAML files, and there is none at {str(task_folder)!r}.")
     manager = TaskManager(include_path=str(task_folder) if task_folder is not None else None)
     for name in tasks:
         if name not in manager.all_tasks:

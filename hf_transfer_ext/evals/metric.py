@@ -99,7 +99,7 @@ def check_declaration(metric: Any) -> None:
     name = metric.__name__
     if not isinstance(metric.unit, str) or not metric.unit.strip() or not isinstance(metric.higher_is_better, bool):
         raise ValueError(
-            f"The metric {name} has to state its unit (a text) and its direction (`higher_is_better`, true or false); "
+            f"The metric {name} must state its unit (a text) and its direction (`higher_is_better`, true or false); "
             f"got {metric.unit!r} and {metric.higher_is_better!r}."
         )
     for need in metric.needs:

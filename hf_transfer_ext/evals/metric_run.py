@@ -1,4 +1,4 @@
-"""Metrics on several data sets, for one model after the other: the counterpart of `suite_run`."""
+"""Metrics on several datasets, for one model after the other: the counterpart of `suite_run`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PEOPLE = "fictitious_people"
 def load_sets(
     names: Sequence[str], *, limit: int | None = None, seed: int = 0, **where: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """Name -> the first `limit` rows of each data set; `fictitious_people` gives the sets of twenty of them.
+    """Name -> the first `limit` rows of each dataset; `fictitious_people` gives the sets of twenty of them.
 
     Args:
         where: `split`, `revision` and `config_name` of the others.
@@ -37,7 +37,7 @@ def resolve_all(metrics: Sequence[MetricSpec]) -> None:
 
 
 class MetricRun:
-    """Holds the data sets while models come and go.
+    """Holds the datasets while models come and go.
 
     Args:
         metrics: Names, or names with options.
@@ -64,7 +64,7 @@ class MetricRun:
     def results_by_folder(
         self, model: Any, tokenizer: Any, title: str, adapter: str | None = None
     ) -> Iterator[tuple[str, EvaluationResult]]:
-        """The name of its folder and the result of each data set, whose name leads those of the measurements."""
+        """The name of its folder and the result of each dataset, whose name leads those of the measurements."""
         for dataset, rows in self.sets.items():
             result = evaluate(model, tokenizer, rows, self.metrics, adapter=adapter, dataset=dataset, **self.options)
             result.measurements = [replace(m, name=f"{dataset} {m.name}") for m in result.measurements]

@@ -1,4 +1,4 @@
-"""What a suite is: data sets that are read together, the metrics of each, and what one model gets on them."""
+"""What a suite is: datasets that are read together, the metrics of each, and what one model gets on them."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def suite(**declared: Any) -> Callable[[Callable[..., Any]], Suite]:
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of a suite, what is measured on it, and how.
+    """One dataset of a suite, what is measured on it, and how.
 
     Args:
         rows: Examples in the engine's schema.
@@ -185,14 +185,14 @@ def renamed(measurement: Measurement, name: str, higher_is_better: bool | None =
 def load_set(
     source: str | Path, name: str, *, files: Sequence[str], config: str | None = None, split: str = "train"
 ) -> list[dict[str, Any]]:
-    """The rows of one set: of a Hub data set by configuration and split, or of a file in a local folder.
+    """The rows of one set: of a Hub dataset by configuration and split, or of a file in a local folder.
 
     Args:
         files: Paths inside a local folder, without ending, in the order they are looked for.
 
     Raises:
-        MissingSet: The folder lacks the file, or the Hub data set the configuration or the split.
-        FileNotFoundError: No such data set.
+        MissingSet: The folder lacks the file, or the Hub dataset the configuration or the split.
+        FileNotFoundError: No such dataset.
         ValueError: The set is there and cannot be read, or is empty.
     """
     if not Path(source).is_dir():
@@ -208,7 +208,7 @@ def load_set(
 
 
 def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
-    """One JSON file as it is, of a local folder or of a data set on the Hub.
+    """One JSON file as it is, of a local folder or of a dataset on the Hub.
 
     Raises:
         FileNotFoundError: None of `files` is there.
@@ -226,7 +226,7 @@ def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
                 continue
             except (RepositoryNotFoundError, ValueError, OSError) as error:
                 raise FileNotFoundError(
-                    f"{str(source)!r} is neither a local folder nor a data set that can be reached on the Hub "
+                    f"{str(source)!r} is neither a local folder nor a dataset that can be reached on the Hub "
                     f"({type(error).__name__}). Fix the name, or log in."
                 ) from error
     if path is None:

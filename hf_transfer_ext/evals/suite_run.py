@@ -22,13 +22,13 @@ class SuiteRun:
 
     Args:
         name: Name of the suite.
-        source: Hub id or local folder; None for the suite's own data set on the Hub.
+        source: Hub id or local folder; None for the suite's own dataset on the Hub.
         comparing: Whether the first model is the one that the others are compared with.
         suite_options: Options of the suite, or of its loader. `encoder` and `entails` may be names of models.
         options: What all suites take (`template`, `batch_size`, `limit`, ...).
 
     Raises:
-        ValueError: Unknown suite or option, a suite without a data set of its own and no source, or one that compares
+        ValueError: Unknown suite or option, a suite without a dataset of its own and no source, or one that compares
             nothing and was asked to.
     """
 
@@ -44,7 +44,7 @@ class SuiteRun:
         self.suite: Suite = SUITES[name]
         source = source or self.suite.source
         if source is None:
-            raise ValueError(f"The suite {name} has no data set of its own on the Hub: give a folder of its data.")
+            raise ValueError(f"The suite {name} has no dataset of its own on the Hub: give a folder of its data.")
         if comparing and self.suite.compares_with is None:
             raise ValueError(f"The suite {name} compares with no other model: leave that model out.")
         self.role = self.suite.compares_with if comparing else None

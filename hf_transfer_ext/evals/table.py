@@ -47,13 +47,13 @@ def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") ->
 
     names = _metric_names(measured)
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names) + 0.6, 3.4), squeeze=False)
-    colours = [pyplot.get_cmap("tab10")(i) for i in range(len(measured))]
+    colors = [pyplot.get_cmap("tab10")(i) for i in range(len(measured))]
     for axis, name in zip(axes[0], names, strict=True):
         found = {model: m for model, values in measured.items() if (m := _named(values, name)) is not None}
         first = next(iter(found.values()))
         places = [list(measured).index(model) for model in found]
         values = [m.value for m in found.values()]
-        axis.bar(places, values, color=[colours[place] for place in places], width=0.7)
+        axis.bar(places, values, color=[colors[place] for place in places], width=0.7)
         for place, m in zip(places, found.values(), strict=True):
             if m.interval is not None:
                 below, above = max(0.0, m.value - m.interval[0]), max(0.0, m.interval[1] - m.value)

@@ -1,4 +1,4 @@
-"""Where a student starts: depth cuts, learngene expansion, a smaller vocabulary."""
+"""Initialize students from teachers: depth cuts, learngene expansion, a smaller vocabulary."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hf_transfer_ext.students.shape import StudentShape
 from hf_transfer_ext.students.stage_sharing import stage_sharing
 from hf_transfer_ext.students.uniform_depth import uniform_depth
 
-#: How a student starts from its teacher: `(teacher, shape: StudentShape, **options) -> new model`. An initialization
-#: refuses a shape that it cannot make.
+#: Functions that initialize a student from its teacher: `(teacher, shape: StudentShape, **options) -> new model`. They
+#: raise `ValueError` for a shape that they cannot create.
 STUDENT_INITS = Registry("student initialization", [uniform_depth, last_depth, linear_expansion, stage_sharing])
 
 __all__ = ["STUDENT_INITS", "StudentShape", *STUDENT_INITS]

@@ -14,7 +14,7 @@ def test_what_is_not_said_is_the_teachers(family):
 
 @pytest.mark.parametrize("field", ["depth", "width", "heads", "vocabulary"])
 def test_numbers_below_one_are_refused(field):
-    with pytest.raises(ValueError, match=f"`{field}` of a student has to be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{field}` of a student must be at least 1, got 0"):
         StudentShape(**{field: 0})
 
 

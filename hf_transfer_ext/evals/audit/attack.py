@@ -10,7 +10,7 @@ from typing import Any
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.evals.options import label_with
 
-#: What an attacker has to be able to do.
+#: What an attacker must be able to do.
 ACCESS = {
     "prompts": "ask the model",
     "weights": "read and change the weights",
@@ -89,7 +89,7 @@ def check_attack(attack: Any) -> None:
         raise ValueError(f"An attacker's `access` is one of {', '.join(ACCESS)}; got {attack.access!r}.")
     if attack.yardstick not in YARDSTICKS:
         known = ", ".join(map(str, YARDSTICKS))
-        raise ValueError(f"The `yardstick` of {attack.__name__} has to be one of {known}; got {attack.yardstick!r}.")
+        raise ValueError(f"The `yardstick` of {attack.__name__} must be one of {known}; got {attack.yardstick!r}.")
     parameters = list(signature(attack.function).parameters)
     if len(parameters) < 2:
         raise ValueError(

@@ -96,7 +96,7 @@ def evaluate_prepared(
     """`evaluate` on examples that were prepared for these metrics."""
     chosen = resolve_metrics(metrics, reference)
     if batch_size < 1:
-        raise ValueError(f"`batch_size` has to be at least 1, got {batch_size}.")
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     model = accelerator.unwrap_model(model) if accelerator is not None else model
     needs = frozenset[str]().union(*(metric.needs for metric, _ in chosen))
     reference = reference if "reference" in needs else None

@@ -1,4 +1,4 @@
-"""Rows of a data set as tokens, ready to be scored: every text is tokenized once, and bad rows are refused here."""
+"""Rows of a dataset as tokens, ready to be scored: every text is tokenized once, and bad rows are refused here."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def needs_of_columns(metrics: Sequence[Metric]) -> dict[str, frozenset[str]]:
 
 
 def columns_of(metrics: Sequence[Metric]) -> set[str]:
-    """The columns that an example has to have: those that a metric scores, or compares a generation with."""
+    """The columns that an example must have: those that a metric scores, or compares a generation with."""
     return {column for metric in metrics for column in metric.texts}
 
 

@@ -30,9 +30,9 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` has to be at least 1, got {self.max_new_tokens}.")
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
         if self.temperature < 0:
-            raise ValueError(f"`temperature` has to be 0 (greedy) or above, got {self.temperature}.")
+            raise ValueError(f"`temperature` must be 0 (greedy) or above, got {self.temperature}.")
 
 
 class RefuseNaN(LogitsProcessor):

@@ -57,7 +57,7 @@ class EvaluationResult:
             ValueError: `per_example` is neither "jsonl" nor "parquet".
         """
         if per_example not in ("jsonl", "parquet"):
-            raise ValueError(f"`per_example` has to be jsonl or parquet, got {per_example!r}.")
+            raise ValueError(f"`per_example` must be jsonl or parquet, got {per_example!r}.")
         folder = Path(folder)
         summary = {
             "measurements": [m.to_dict() for m in self.measurements],

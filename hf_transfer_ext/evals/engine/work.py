@@ -13,7 +13,7 @@ from hf_transfer_ext.models.scoring import ScoredExample, Scorer, TokenScores
 
 
 class Work:
-    """What has to be computed for a set of examples, once for each distinct text and prompt.
+    """What must be computed for a set of examples, once for each distinct text and prompt.
 
     Args:
         scorer: Scores batches with the model (and its reference).

@@ -16,7 +16,7 @@ def share_of_true(true_loss: float, false_losses: Sequence[float]) -> float:
 
 @metric(unit="probability among the choices", higher_is_better=True, texts=("answer", "perturbed_answer"))
 def choice_probability(example: ScoredExample) -> float:
-    r"""Probability of the answer among itself and the wrong answers, each normalised by its own length.
+    r"""Probability of the answer among itself and the wrong answers, each normalized by its own length.
 
     .. math:: \frac{P(a)}{P(a) + \sum_i P(\tilde a_i)}, \quad P(x) = \exp(-\text{loss}(x))
 

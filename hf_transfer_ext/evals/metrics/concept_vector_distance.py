@@ -29,7 +29,7 @@ def concept_vector_distance(
     https://arxiv.org/abs/2406.11614
     """
     if not 1 <= top <= len(unembedding):
-        raise ValueError(f"`top` has to be from 1 to the {len(unembedding)} tokens of the vocabulary, got {top}.")
+        raise ValueError(f"`top` must be from 1 to the {len(unembedding)} tokens of the vocabulary, got {top}.")
     before, after = before.double(), after.double()
     first, second = (set((unembedding.double() @ vector).topk(top).indices.tolist()) for vector in (before, after))
     cosine = torch.nn.functional.cosine_similarity(before, after, dim=0).item()

@@ -18,11 +18,11 @@ def strength(first_choice: Sequence[bool]) -> float:
 
 @metric(unit="share of tokens", higher_is_better=True)
 def extraction_strength(example: ScoredExample) -> float:
-    r"""How little of an answer has to be given until the model completes the rest word for word.
+    r"""How little of an answer must be given until the model completes the rest word for word.
 
     .. math:: 1 - \frac{1}{n} \min \{ k : f(y_{<k+j}) = y_{k+j} \text{ for all } j < n - k \}
 
-    1 where nothing has to be given, 0 where not even the last token is predicted. As greedy decoding follows the
+    1 where nothing must be given, 0 where not even the last token is predicted. As greedy decoding follows the
     answer as long as each first choice is right, one teacher-forced pass decides it.
 
     Source: Carlini et al., "Extracting training data from large language models", 2021,

@@ -27,7 +27,7 @@ def membership_tpr(
     """
     check_scores(members, nonmembers)
     if not 0.0 <= false_positive_rate < 1.0:
-        raise ValueError(f"`false_positive_rate` has to be in [0, 1), got {false_positive_rate}.")
+        raise ValueError(f"`false_positive_rate` must be in [0, 1), got {false_positive_rate}.")
     allowed = int(false_positive_rate * len(nonmembers))
 
     def share_found(inside: np.ndarray, outside: np.ndarray) -> float:

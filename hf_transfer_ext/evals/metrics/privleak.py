@@ -36,7 +36,7 @@ def privleak(
     """
     for name, part in (("unlearned", unlearned), ("retrained", retrained)):
         if not 0.0 <= part.value <= 1.0:
-            raise ValueError(f"`{name}` has to be an area under a ROC curve, got {part.value} {part.unit}.")
+            raise ValueError(f"`{name}` must be an area under a ROC curve, got {part.value} {part.unit}.")
     ours, theirs = 1.0 - unlearned.value, 1.0 - retrained.value
     if theirs == 0.0:
         raise ValueError("The retrained model's AUC is 1: it tells all members, so it has been trained on them.")

@@ -11,7 +11,7 @@ def retention(
     .. math:: \frac{m_{target}^{adapted} - m_{target}^{base}}{m_{source}^{adapted} - m_{source}^{base}}
 
     1 where the whole gain arrived; over 1 where it grew; under 0 where the moved adapter does harm. The four numbers
-    have to be of one metric on one set.
+    must be of one metric on one set.
 
     Raises:
         ValueError: Different metrics, or an adapter that gained nothing at its source.

@@ -14,7 +14,7 @@ def ratio_of_losses(
 ) -> float:
     """The truth ratio from mean losses, in nats per token."""
     if definition not in ("arithmetic", "geometric"):
-        raise ValueError(f"`definition` has to be arithmetic or geometric, got {definition!r}.")
+        raise ValueError(f"`definition` must be arithmetic or geometric, got {definition!r}.")
     differences = np.asarray([paraphrase_loss - loss for loss in perturbed_losses], dtype=np.float64)
     return float(np.exp(differences).mean()) if definition == "arithmetic" else math.exp(differences.mean())
 
@@ -32,7 +32,7 @@ def retain_summary(values: Values, weights: Values | None = None) -> float:
 
 def _summary_for(*, definition: str = "arithmetic", role: str = "forget") -> Summary:
     if role not in ("forget", "retain"):
-        raise ValueError(f"`role` has to be forget or retain, got {role!r}.")
+        raise ValueError(f"`role` must be forget or retain, got {role!r}.")
     return forget_summary if role == "forget" else retain_summary
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks of unlearning by name: the data sets of each, their metrics, and what is reported."""
+"""Benchmarks of unlearning by name: the datasets of each, their metrics, and what is reported."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def load_conceptvectors(
     """
     rows = load_json(source, "the concepts", files=[file, f"ConceptVectors_data/{file}"])
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"ConceptVectors: {file}.json has to be a list of concepts.")
+        raise ValueError(f"ConceptVectors: {file}.json must be a list of concepts.")
     require_columns("ConceptVectors", rows, COLUMNS)
     return {"concepts": rows}
 
@@ -98,7 +98,7 @@ def conceptvectors(
     require_columns("ConceptVectors", concepts, COLUMNS)
     names = [str(row["Concept"]) for row in concepts]
     if len(set(names)) < len(names):
-        raise ValueError(f"ConceptVectors: concepts have to differ, got {', '.join(names)}.")
+        raise ValueError(f"ConceptVectors: concepts must differ, got {', '.join(names)}.")
     if before is not None and list(before.vectors) != names:
         raise ValueError(
             f"`before` was measured on {len(before.vectors)} concepts, this model on {len(names)}, or in another "
@@ -140,7 +140,7 @@ def conceptvectors(
     unembedding = causal_lm_of(model).get_output_embeddings().weight.detach().float().cpu()
     found = ConceptVectorsResult(fluency, results, vectors=vectors, unembedding=unembedding)
     if before is not None:
-        found.measurements = [*_distances(before, found, top), *_behaviour(before, found), *fluency]
+        found.measurements = [*_distances(before, found, top), *_behavior(before, found), *fluency]
     return found
 
 
@@ -176,7 +176,7 @@ def _distances(before: ConceptVectorsResult, after: ConceptVectorsResult, top: i
         if vector.shape != before.vectors[name].shape:
             raise ValueError(
                 f"The vector of {name!r} has {len(before.vectors[name])} entries before and {len(vector)} after: "
-                "both have to be the same architecture."
+                "both must be the same architecture."
             )
         count = min(top, len(before.unembedding))
         for m in concept_vector_distance(before.vectors[name], vector, before.unembedding, top=count):
@@ -184,7 +184,7 @@ def _distances(before: ConceptVectorsResult, after: ConceptVectorsResult, top: i
     return [_over(values[0], [m.value for m in values]) for values in found.values()]
 
 
-def _behaviour(before: ConceptVectorsResult, after: ConceptVectorsResult) -> list[Measurement]:
+def _behavior(before: ConceptVectorsResult, after: ConceptVectorsResult) -> list[Measurement]:
     measurements = []
     for title, result in after.sets.items():
         pairs = zip(before.sets[title].scored, result.scored, strict=True)

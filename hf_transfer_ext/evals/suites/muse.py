@@ -59,8 +59,8 @@ def load_muse(source: str | Path = "muse-bench/MUSE-News") -> dict[str, list[dic
     `retain_qa`, as in the authors' repository).
 
     Raises:
-        FileNotFoundError: A set is missing from the folder, or there is no such data set.
-        ValueError: A split is missing from the Hub data set, or a row lacks a column.
+        FileNotFoundError: A set is missing from the folder, or there is no such dataset.
+        ValueError: A split is missing from the Hub dataset, or a row lacks a column.
     """
     found = {}
     for name, (config, split, columns) in SETS.items():

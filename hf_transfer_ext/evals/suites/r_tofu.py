@@ -52,7 +52,7 @@ def load_r_tofu(source: str | Path, split: str = "forget01") -> dict[str, list[d
     """The forget set with its chains of thought, and the sets that were to be kept where they are there.
 
     Rows have question, answer and, in the forget set, cot. A local folder holds `forget01.json` and so on (or has them
-    under `data/tofu`, as the authors' repository does); a Hub data set has configurations of these names.
+    under `data/tofu`, as the authors' repository does); a Hub dataset has configurations of these names.
 
     Raises:
         FileNotFoundError: The forget set is missing.

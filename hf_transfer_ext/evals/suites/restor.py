@@ -34,7 +34,7 @@ class RestorResult(SuiteResult):
 def load_restor(
     source: str | Path, *, corruption: str = "mix_a0", shots: int = 5, distractors: int = 3, seed: int = 0
 ) -> dict[str, list[dict[str, Any]]]:
-    """The facts of RESTOR's target entities, each with options, from a local folder or a data set on the Hub.
+    """The facts of RESTOR's target entities, each with options, from a local folder or a dataset on the Hub.
 
     The folder holds `facts.json` (`dset`: entity -> property -> question and answers; `context`: property -> answered
     questions of others), `entities.json` and the corruption texts (`mix_a0.json`, ...). Where it has `options.json`

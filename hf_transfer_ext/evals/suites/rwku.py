@@ -54,7 +54,7 @@ def load_rwku(source: str | Path = "jinzhuoran/RWKU", subject: str | None = None
         subject: Only the rows about this person ("Stephen King"); None for all 200.
 
     Raises:
-        FileNotFoundError: One of the five sets of questions is missing, or there is no such data set.
+        FileNotFoundError: One of the five sets of questions is missing, or there is no such dataset.
         ValueError: A set cannot be read, a column is missing, or no row is about the subject.
     """
     found = {}
@@ -80,7 +80,7 @@ def rwku(
     """Measure a model on the sets of `load_rwku`.
 
     ROUGE-L recall of the first line of a greedy answer of 30 tokens, words not stemmed: of the forget set's cloze
-    (level 1), questions (level 2) and attacks (level 3, together and one by one), and of the neighbours' cloze and
+    (level 1), questions (level 2) and attacks (level 3, together and one by one), and of the neighbors' cloze and
     questions. Where the sets are there, also the fluency of free text (256 tokens) and the membership scores of texts.
 
     Args:

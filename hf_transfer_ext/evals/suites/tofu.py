@@ -44,11 +44,11 @@ def load_tofu(source: str | Path = "locuslab/TOFU", split: str = "forget10") -> 
     """The four sets of one split, from the Hub or from a local folder of `forget10_perturbed.json` and the like.
 
     Raises:
-        ValueError: Unknown split, or a Hub data set without one of the sets.
-        FileNotFoundError: A set is missing from the folder, or there is no such data set.
+        ValueError: Unknown split, or a Hub dataset without one of the sets.
+        FileNotFoundError: A set is missing from the folder, or there is no such dataset.
     """
     if split not in ("forget01", "forget05", "forget10"):
-        raise ValueError(f"`split` has to be forget01, forget05 or forget10, got {split!r}.")
+        raise ValueError(f"`split` must be forget01, forget05 or forget10, got {split!r}.")
     names = {name: pattern.format(split=split) for name, pattern in SETS.items()}
     return {name: load_set(source, f"TOFU {name}", files=[file], config=file) for name, file in names.items()}
 

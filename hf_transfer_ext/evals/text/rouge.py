@@ -33,7 +33,7 @@ def rouge_tokens(text: str, *, stemmed: bool = True, letters: str = "ascii") -> 
             are a-z, "unicode" otherwise.
     """
     if letters not in LETTERS:
-        raise ValueError(f"`letters` has to be one of {', '.join(LETTERS)}, got {letters!r}.")
+        raise ValueError(f"`letters` must be one of {', '.join(LETTERS)}, got {letters!r}.")
     if letters == "auto":
         letters = letters_of(text)
     words = re.findall("[a-z0-9]+", text.lower()) if letters == "ascii" else unicode_words(text)

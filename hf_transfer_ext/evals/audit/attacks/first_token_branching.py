@@ -21,7 +21,7 @@ def first_token_branching(subject: Subject, data: AuditData, *, branches: int = 
     https://arxiv.org/abs/2402.10200
     """
     if branches < 1:
-        raise ValueError(f"`branches` has to be at least 1, got {branches}.")
+        raise ValueError(f"`branches` must be at least 1, got {branches}.")
     rows, prompts = [], []
     device = next(subject.model.parameters()).device
     for row in data.forget:

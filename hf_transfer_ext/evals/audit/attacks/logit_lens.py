@@ -10,7 +10,7 @@ from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.models.plumbing import evaluation_mode, output_head
 
-#: Where families keep the normalisation before their head, within their decoder.
+#: Where families keep the normalization before their head, within their decoder.
 FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm")
 
 

@@ -50,6 +50,6 @@ def quantization(subject: Subject, data: AuditData, *, bits: int = 4) -> Values:
     https://arxiv.org/abs/2410.16454
     """
     if not 2 <= bits <= 8:
-        raise ValueError(f"`bits` has to be from 2 to 8, got {bits}.")
+        raise ValueError(f"`bits` must be from 2 to 8, got {bits}.")
     with rounded_linears(subject.model, lambda weight: rounded(weight, bits)):
         return subject.probability(data.forget)

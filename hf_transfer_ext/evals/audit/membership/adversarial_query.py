@@ -82,7 +82,7 @@ def adversarial_query(
     if any(row.get("question") is None for row in rows):
         raise ValueError("Adversarial queries change the question, and there are rows without one.")
     if steps < 1 or radius <= 0:
-        raise ValueError(f"`steps` has to be at least 1 and `radius` > 0, got {steps} and {radius}.")
+        raise ValueError(f"`steps` must be at least 1 and `radius` > 0, got {steps} and {radius}.")
     encoded = [subject.template.encode(subject.tokenizer, str(row["question"]), str(row["answer"])) for row in rows]
     found = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i].input_ids))
