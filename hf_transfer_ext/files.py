@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -36,6 +37,8 @@ RESULT_FILES = (
     "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "*_processing_*.py",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json",
+    "*.spm", "vocab.bpe", "normalizer.json", "modules.json", "config_sentence_transformers.json",
+    "sentence_bert_config.json", "feature_extractor_config.json", "image_processor_config.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "README.md", "hf_transfer_ext.json", ".eval_results/*.yaml", "comparison.png", "vocabulary_map.json",
@@ -70,7 +73,9 @@ def refuse_existing_output(
     _refuse_place(path)
     refuse_inputs_inside(path, inputs)
     found = sorted(_files_in(path)) if path.exists() else []
-    foreign = [name for name in found if not _is_of_a_result(name, (*RESULT_FILES, *also))]
+    known = (*RESULT_FILES, *also)
+    recorded = _recorded_files(path)
+    foreign = [name for name in found if not _is_of_a_result(name, known) and name not in recorded]
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise FileExistsError(
@@ -83,6 +88,19 @@ def refuse_existing_output(
             "Name another folder, or pass --overwrite to replace it."
         )
     return path
+
+
+def _recorded_files(folder: Path) -> set[str]:
+    """The files that the record of an earlier result lists as its own; none where there is no readable record."""
+    path = folder / "hf_transfer_ext.json"
+    try:
+        if path.is_symlink() or path.stat().st_size > 20_000_000:
+            return set()
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    listed = content.get("result") if isinstance(content, dict) else None
+    return set(listed) if isinstance(listed, dict) else set()
 
 
 def refuse_inputs_inside(folder: str | Path, inputs: Iterable[str | Path | None]) -> None:

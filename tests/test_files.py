@@ -26,7 +26,7 @@ from hf_transfer_ext.files import (
     write_text,
     written_aside,
 )
-from hf_transfer_ext.merging.run import COMPANIONS
+from hf_transfer_ext.merging.planning.companions import COMPANION_NAMES
 
 
 def entries(folder):
@@ -79,9 +79,21 @@ class TestOutput:
             refuse_existing_output(out, overwrite=True)
 
     def test_all_companions_of_a_merge_are_files_of_a_result(self, tmp_path):
-        for name in COMPANIONS:
+        for name in COMPANION_NAMES:
             (tmp_path / name).write_text("")
         assert refuse_existing_output(tmp_path, overwrite=True) == tmp_path
+
+    def test_files_that_the_results_own_record_lists_belong_to_it(self, tmp_path):
+        out = result(tmp_path / "out")
+        (out / "my_model.py").write_text("")
+        with pytest.raises(FileExistsError, match=r"my_model\.py"):
+            refuse_existing_output(out, overwrite=True)
+        for text in ("{", "[]", '{"result": ["my_model.py"]}'):  # a record that cannot be read lists nothing
+            (out / "hf_transfer_ext.json").write_text(text)
+            with pytest.raises(FileExistsError, match=r"my_model\.py"):
+                refuse_existing_output(out, overwrite=True)
+        (out / "hf_transfer_ext.json").write_text('{"result": {"my_model.py": "0"}}')
+        assert refuse_existing_output(out, overwrite=True) == out
 
     @pytest.mark.parametrize("target", ["folder", "config.json", "nowhere"])
     def test_links_are_refused(self, tmp_path, target):
@@ -320,7 +332,7 @@ class TestLock:
         monkeypatch.setattr(fcntl, "flock", flock)
         with only_writer(tmp_path / "out"):
             pass
-        assert "has no locks" in caplog.text and entries(tmp_path) == []
+        assert "a file system without locks" in caplog.text and entries(tmp_path) == []
 
     def test_without_fcntl(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "fcntl", None)

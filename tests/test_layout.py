@@ -3,42 +3,80 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hf_transfer_ext
+from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
+from hf_transfer_ext.evals.audit.attack import ACCESS
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS
+from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics import COMPARISONS, METRICS
 from hf_transfer_ext.evals.suites import SUITES
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.needs import UNITS, unit_of
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.methods import METHODS as UNLEARNING_METHODS
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.recipes import RECIPES
+from hf_transfer_ext.registry import Registry
 from hf_transfer_ext.students import STUDENT_INITS
 
 ROOT = Path(hf_transfer_ext.__file__).parent
-REGISTRIES = {
-    "losses/distillation": [DISTILLATION_LOSSES],
-    "losses/unlearning": [UNLEARNING_LOSSES, RETAIN_LOSSES],
-    "losses/unlearning/methods": [UNLEARNING_METHODS],
-    "merging/methods": [MERGE_METHODS],
-    "evals/metrics": [METRICS, COMPARISONS],
-    "evals/audit/attacks": [ATTACKS],
-    "evals/audit/membership": [MEMBERSHIP_ATTACKS],
-    "evals/suites": [SUITES],
-    "students": [STUDENT_INITS],
+TESTS = Path(__file__).parent
+#: Folders in which every file is one method: folder -> (its registries, whether a function states its unit).
+METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
+    "losses/distillation": ([DISTILLATION_LOSSES], lambda f: "Returns:" in f.__doc__),
+    "losses/unlearning": ([UNLEARNING_LOSSES, RETAIN_LOSSES], lambda f: unit_of(f) in UNITS),
+    "losses/unlearning/methods": ([UNLEARNING_METHODS], lambda f: f.forget in UNLEARNING_LOSSES),
+    "merging/methods": ([MERGE_METHODS], lambda f: f.unit in ("element", "row", "matrix")),
+    "adapters/transfer/methods": ([TRANSFER_METHODS], lambda f: "Returns:" in f.__doc__),
+    "evals/metrics": ([METRICS, COMPARISONS], lambda f: bool(f.unit) if isinstance(f, Metric) else True),
+    "evals/audit/attacks": ([ATTACKS], lambda f: f.access in ACCESS),
+    "evals/audit/membership": ([MEMBERSHIP_ATTACKS], lambda f: "higher" in f.__doc__ or "score" in f.__doc__.lower()),
+    "evals/suites": ([SUITES], lambda f: True),
+    "students/inits": ([STUDENT_INITS], lambda f: True),
 }
 METHODS = [
     (folder, name, function)
-    for folder, registries in REGISTRIES.items()
+    for folder, (registries, _) in METHOD_FOLDERS.items()
     for registry in registries
     for name, function in registry.items()
 ]
+METHOD_FILES = [
+    (folder, path)
+    for folder in METHOD_FOLDERS
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.name != "__init__.py"
+]
+
+
+def problems_of(path: Path, registries: list[Registry], has_unit: Callable[[Any], bool], tests: Path) -> list[str]:
+    """What keeps a file of a method folder from being a method that can be found, trusted and tested."""
+    found = [registry[path.stem] for registry in registries if path.stem in registry]
+    if len(found) != 1:
+        return [f"{path.stem} is in {len(found)} registries"]
+    function, problems = found[0], []
+    defined = {
+        node.name for node in ast.parse(path.read_text()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    if path.stem not in defined:
+        problems.append(f"{path.name} does not define {path.stem}")
+    source = (function.__doc__ or "").partition("Source: ")[2]
+    if "https://" not in source and "this package's own" not in source:
+        problems.append(f"{path.stem} gives no source")
+    if not has_unit(function):
+        problems.append(f"{path.stem} gives no unit")
+    test = tests / f"test_{path.name}"
+    if not test.is_file() or "def test_" not in test.read_text():
+        problems.append(f"{path.stem} has no tests in {test.name}")
+    return problems
 
 
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
@@ -117,13 +155,39 @@ def test_folders_beside_each_other_have_an_order(folder):
         pytest.fail(f"{folder.name}: {' -> '.join(error.args[1])} is a circle of imports")
 
 
+@pytest.mark.parametrize("folder, path", METHOD_FILES, ids=[f"{f}/{p.stem}" for f, p in METHOD_FILES])
+def test_every_file_of_a_method_folder_is_a_method(folder, path):
+    assert problems_of(path, *METHOD_FOLDERS[folder], TESTS / folder) == []
+
+
 @pytest.mark.parametrize("folder, name, function", METHODS, ids=[f"{f}/{n}" for f, n, _ in METHODS])
-def test_a_method_lies_in_the_file_of_its_name_and_gives_its_source(folder, name, function):
-    assert (ROOT / folder / f"{name}.py").is_file()
+def test_every_registered_method_is_in_the_file_of_its_name(folder, name, function):
     module = import_module(f"hf_transfer_ext.{folder.replace('/', '.')}.{name}")
     assert getattr(module, name) is function
-    source = function.__doc__.partition("Source: ")[2]
-    assert "https://" in source or "this package's own" in source
+
+
+def test_the_check_of_files_finds_each_fault(tmp_path):
+    """A file without a registry entry, a source, a unit or a test fails; so does one that defines something else."""
+
+    def mine(x):
+        """Doubles x. Source: this package's own."""
+
+    path, test = tmp_path / "mine.py", tmp_path / "test_mine.py"
+    path.write_text("def mine(x): ...")
+    test.write_text("def test_it(): ...")
+    registry = Registry("method", [mine])
+    assert problems_of(path, [registry], lambda f: True, tmp_path) == []
+    assert problems_of(path, [Registry("method")], lambda f: True, tmp_path) == ["mine is in 0 registries"]
+    assert problems_of(path, [registry], lambda f: False, tmp_path) == ["mine gives no unit"]
+    test.write_text("")
+    assert problems_of(path, [registry], lambda f: True, tmp_path) == ["mine has no tests in test_mine.py"]
+    test.unlink()
+    assert problems_of(path, [registry], lambda f: True, tmp_path) == ["mine has no tests in test_mine.py"]
+    test.write_text("def test_it(): ...")
+    mine.__doc__ = "Doubles x."
+    path.write_text("def other(x): ...")
+    found = problems_of(path, [registry], lambda f: True, tmp_path)
+    assert found == ["mine.py does not define mine", "mine gives no source"]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures: decoders, encoders, encoder-decoders, vision, audio, state spaces, experts."""
+"""Tiny random models of many architectures: text, vision, audio, state spaces, experts."""
 
 from __future__ import annotations
 
@@ -102,14 +102,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "MBartForConditionalGeneration": PAIR,
     "PegasusForConditionalGeneration": PAIR,
     "MarianMTModel": {**PAIR, "decoder_vocab_size": 96},
-    "WhisperForConditionalGeneration": {**PAIR, "num_mel_bins": 8, "max_source_positions": 32, "max_target_positions": 32,
+    "WhisperForConditionalGeneration": {**PAIR, "num_mel_bins": 8, "max_source_positions": 32,
+                                        "max_target_positions": 32,
                                         "suppress_tokens": None, "begin_suppress_tokens": None},
     "Wav2Vec2ForCTC": AUDIO,
     "HubertForCTC": AUDIO,
     "ViTForImageClassification": IMAGE,
     "DeiTForImageClassification": IMAGE,
     "Dinov2Model": {**IMAGE, "mlp_ratio": 2},
-    "ResNetForImageClassification": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    "ResNetForImageClassification": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+                                     "layer_type": "basic"},
     "ConvNextForImageClassification": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
     "CLIPModel": {"text_config": TEXT, "vision_config": IMAGE, "projection_dim": 16},
     "SiglipModel": {"text_config": {**TEXT, "projection_size": 32}, "vision_config": IMAGE},

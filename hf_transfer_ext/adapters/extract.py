@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -122,7 +123,8 @@ def extract_lora(
     The change of each linear layer becomes the best product of rank `rank`, with alpha = r; that of fused experts one
     product for each expert (`target_parameters`). Changed embeddings, norms and heads are stored whole
     (`modules_to_save`), as are changed biases (`bias: all`) and parameters of larger modules. One parameter is in
-    memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside `out`; the same one started again goes on from there.
+    memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside
+    `out`; the same one started again goes on from there.
 
     Args:
         base: Folder or Hub id, `@revision` allowed, as in a merge configuration.
@@ -380,11 +382,11 @@ class _Changes:
             norms = torch.tensor([norm, lost], dtype=torch.float64)
             self.finished.put(parameter, {"left": factors.left, "right": factors.right, "norm_and_lost": norms})
             self._keep(owner, factors, norm, lost)
-        elif change.dim() == 3 and not list(part.children()) and leaf != "weight":
+        elif change.dim() == 3 and not _has_parts(part) and leaf != "weight":
             self._keep_stack(parameter, change, rank, bool(getattr(part, "is_transposed", False)))
         elif leaf == "bias" and self._is_linear(owner, part):
             self.replaced[parameter] = tuned
-        elif list(part.children()) or self._holds_others(part) or not owner:
+        elif _has_parts(part) or self._holds_others(part) or not owner or self._is_read_past(owner):
             self.replaced[parameter] = tuned
         else:
             self._save_whole(owner, part)
@@ -440,6 +442,11 @@ class _Changes:
     def _save_new(self, parameter: str, owner: str, part: Any, tuned: Tensor) -> None:
         """A tensor that the base lacks (a new head), or whose rows are those of a larger vocabulary."""
         before = self._before.get(parameter)
+        if before is None and any(piece.isdigit() for piece in parameter.split(".")):
+            raise ValueError(
+                f"Tensor {parameter!r} of {str(self.end.reference)!r} is in a layer that "
+                f"{str(self.start.reference)!r} lacks. An adapter needs one architecture."
+            )
         if before is not None:
             rows = tuned.shape[0]
             self.notes.append(
@@ -448,7 +455,7 @@ class _Changes:
             )
         else:
             self.notes.append(f"{parameter} is not in the base model and is stored whole.")
-        if list(part.children()):
+        if _has_parts(part):
             self.replaced[parameter] = tuned
         else:
             self._save_whole(owner, part)
@@ -457,7 +464,7 @@ class _Changes:
         """Every module that shares the tensor of a stored one is a module of its own in PEFT and needs it."""
         for name in list(self.replaced):
             for other in sorted(self.architecture.ties_of(name) - {name}):
-                owner, _, leaf = other.rpartition(".")
+                owner = other.rpartition(".")[0]
                 if other in self.replaced or owner not in self.parts:
                     continue
                 own = self._after.get(other)
@@ -501,10 +508,24 @@ class _Changes:
         for model, loadings in ((self.start, self._before), (self.end, self._after)):
             used = {source for loading in loadings.values() for source in loading.sources}
             rest = [name for name, tensor in model.tensors.items() if name not in used and not is_buffer(name, tensor)]
+            if model is self.end:
+                self._refuse_further_layers(rest, used)
             if rest:
                 self.notes.append(
                     f"{len(rest)} tensors of {str(model.reference)!r} are not loaded by {type(self.model).__name__} "
                     f"and are left out: {', '.join(rest[:5])}{' ...' if len(rest) > 5 else ''}."
+                )
+
+    def _refuse_further_layers(self, unloaded: Sequence[str], loaded: set[str]) -> None:
+        """Refuse layers that the base has no place for; those that transformers ignores are left out."""
+        ignored = [re.compile(one) for one in self.model._keys_to_ignore_on_load_unexpected or ()]
+        stacks = {_FIRST_NUMBER.split(name)[0] for name in loaded}
+        for name in unloaded:
+            is_layer = name not in self.start.tensors and _FIRST_NUMBER.search(name) is not None
+            if is_layer and _FIRST_NUMBER.split(name)[0] in stacks and not any(one.search(name) for one in ignored):
+                raise ValueError(
+                    f"Tensor {name!r} of {str(self.end.reference)!r} is in a layer that "
+                    f"{str(self.start.reference)!r} lacks. An adapter needs one architecture."
                 )
 
     def _read(self, model: InputModel, names: Sequence[str]) -> list[Tensor]:
@@ -544,8 +565,22 @@ class _Changes:
         made = self.architecture.convert(loading, self._read(model, loading.sources))
         return made[parameter] if parameter in made else made[loading.parameters[0]]
 
+    def _is_read_past(self, name: str) -> bool:
+        return self.model.config.model_type in _WITHOUT_LORA_ON_OUTPUT and name.endswith(".out_proj")
+
     def _is_linear(self, name: str, part: Any) -> bool:
+        if self._is_read_past(name):
+            return False
         return part is not self.head and (isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D")
+
+
+#: Models that read the weight of `out_proj` past the module, so that PEFT refuses a LoRA on it.
+_WITHOUT_LORA_ON_OUTPUT = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def _has_parts(part: Any) -> bool:
+    """Whether a module has modules with parameters; an activation does not count."""
+    return any(child.state_dict() for child in part.children())
 
 
 def _decomposed(change: Tensor, rank: int) -> tuple[LoraFactors, float, float]:
@@ -555,6 +590,9 @@ def _decomposed(change: Tensor, rank: int) -> tuple[LoraFactors, float, float]:
     lost = float(torch.linalg.vector_norm(change - factors.rows(0, len(change)), dtype=torch.float64))
     return factors, norm, lost
 
+
+#: The number of the layer in the name of a tensor.
+_FIRST_NUMBER = re.compile(r"\.\d+\.")
 
 #: Endings of the names of architectures -> the task that PEFT has for them.
 _TASKS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +14,19 @@ from typing import Any
 import torch
 
 from hf_transfer_ext.adapters.extract import ExtractionReport
-from hf_transfer_ext.files import refuse_existing_output
+from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.inputs import InputsInBackground
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.planning.config import MergeConfig, load_config
 from hf_transfer_ext.merging.planning.extra import ExtraFiles, open_extra
 from hf_transfer_ext.merging.planning.layout import TensorJob, output_config, plan_tensors, set_vocabulary_size
-from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, build_vocabulary, chat_template_of, write_tokenizer
+from hf_transfer_ext.merging.planning.vocabulary import (
+    Vocabulary,
+    build_vocabulary,
+    chat_template_of,
+    set_special_tokens,
+    write_tokenizer,
+)
 from hf_transfer_ext.merging.record import finish_merge, inputs_of
 from hf_transfer_ext.merging.streaming.as_lora import write_adapter
 from hf_transfer_ext.merging.streaming.companions import CONFIG_FILE, public_yaml, write_companions
@@ -300,6 +307,10 @@ def _write_files(plan: _Plan, folder: Path) -> None:
     if plan.vocabulary is not None:
         set_vocabulary_size(config, plan.vocabulary.size)
     write_companions(folder, plan.donor, config, plan.text)
+    source = plan.config.tokenizer.source if plan.config.tokenizer is not None else None
+    if plan.vocabulary is not None and source not in ("union", "base", plan.donor.reference):
+        set_special_tokens(plan.vocabulary, plan.donor, config, folder)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if plan.vocabulary is not None or plan.chat_template is not None:
         write_tokenizer(plan.vocabulary, plan.chat_template, plan.donor, folder)
 

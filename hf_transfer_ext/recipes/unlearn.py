@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.suites.forget_retain import forget_retain
+from hf_transfer_ext.evals.forget_retain import forget_retain
 from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.recipe import parse_recipe, setting

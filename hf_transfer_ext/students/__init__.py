@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hf_transfer_ext.registry import Registry
-from hf_transfer_ext.students.last_depth import last_depth
-from hf_transfer_ext.students.linear_expansion import linear_expansion
+from hf_transfer_ext.students.inits.last_depth import last_depth
+from hf_transfer_ext.students.inits.linear_expansion import linear_expansion
+from hf_transfer_ext.students.inits.stage_sharing import stage_sharing
+from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
 from hf_transfer_ext.students.shape import StudentShape
-from hf_transfer_ext.students.stage_sharing import stage_sharing
-from hf_transfer_ext.students.uniform_depth import uniform_depth
 
 #: Functions that initialize a student from its teacher: `(teacher, shape: StudentShape, **options) -> new model`. They
 #: raise `ValueError` for a shape that they cannot create.

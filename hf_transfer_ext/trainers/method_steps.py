@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from hf_transfer_ext.losses.unlearning.method import Gradient, Method, Part, Progress
+from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Part, Progress
 
 
 class LearnedValues(TrainerCallback, ExportableState):

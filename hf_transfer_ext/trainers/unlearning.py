@@ -20,8 +20,8 @@ from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forg
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.losses.needs import UNITS, ForwardPass, Kept, Need, check_options, needs_of, unit_of
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
-from hf_transfer_ext.losses.unlearning.method import Method, Part, method_from_options
 from hf_transfer_ext.losses.unlearning.methods import METHODS
+from hf_transfer_ext.losses.unlearning_method import Method, Part, method_from_options
 from hf_transfer_ext.models.heads import causal_lm_of, head_module, run_to_head, vocabulary_size
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import active_adapter, is_sharded, output_head, pad_token_id

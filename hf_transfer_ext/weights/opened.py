@@ -249,6 +249,11 @@ class InputModel:
         return Architecture(self.folder)
 
     @cached_property
+    def parts(self) -> set[str]:
+        """The parts of all names of tensors, between their dots."""
+        return {part for name in self.tensors for part in name.split(".")}
+
+    @cached_property
     def unloaded(self) -> set[str]:
         """Tensors that transformers does not load (of multi-token prediction); empty for architectures it lacks."""
         try:

@@ -149,8 +149,8 @@ class TestRefused:
         assert not (tmp_path / "out").exists()
 
     def test_other_shapes(self, tmp_path):
-        base, other = save(qwen(), tmp_path / "base"), save(qwen(vocab_size=65), tmp_path / "other")
-        with pytest.raises(ValueError, match=r"'lm_head.weight' has shape \[64, 32\] in .*\[65, 32\]"):
+        base, other = save(qwen(), tmp_path / "base"), save(qwen(intermediate_size=50), tmp_path / "other")
+        with pytest.raises(ValueError, match=r"down_proj.weight' has shape \[32, 48\] in .*\[32, 50\]"):
             extract_lora(base, other, tmp_path / "out", rank=2)
 
     def test_rank(self, tmp_path):

@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_llama
 from trainers.test_unlearning import FORGET, RETAIN, distance, lora, sequence_nll, trainer, weights_after
 
-from hf_transfer_ext.losses.unlearning.method import Method, Progress
 from hf_transfer_ext.losses.unlearning.methods import METHODS
+from hf_transfer_ext.losses.unlearning_method import Method, Progress
 
 
 def sums(model, reference, beta=0.1):

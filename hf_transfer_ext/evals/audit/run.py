@@ -12,8 +12,8 @@ from hf_transfer_ext.evals.audit.attack import Attack, explanation_of
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.attacks.hidden_probe import probe_by_layer
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
-from hf_transfer_ext.evals.audit.membership.references import References, is_optimized_on_retrained
-from hf_transfer_ext.evals.audit.membership.scores import membership_scores
+from hf_transfer_ext.evals.audit.membership_scores import membership_scores
+from hf_transfer_ext.evals.audit.references import References, is_optimized_on_retrained
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject, check_rows
 from hf_transfer_ext.evals.audit.verdict import Evidence, Verdict, judge_membership, judge_recovery
 from hf_transfer_ext.evals.audit.weight_distance import weight_distance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from hf_transfer_ext.merging.moe.plan import RANDOM_MODES, Expert, MoeConfig, lo
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.merging.planning.names import layer_count
 from hf_transfer_ext.merging.record import finish_merge, inputs_of
-from hf_transfer_ext.merging.streaming.companions import COMPANIONS, public_yaml
+from hf_transfer_ext.merging.streaming.companions import copy_companions, public_yaml
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, MAX_SHARD_BYTES
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, is_buffer, open_model
@@ -190,9 +189,7 @@ def assemble(
             )
             _write_config(folder, mixture, architecture, jobs[0].dtype)
             write_text(folder / "mergekit_moe_config.yml", public_yaml(config))
-            for name in COMPANIONS:
-                if (base.folder / name).exists():
-                    shutil.copyfile(base.folder / name, folder / name)
+            copy_companions(base.folder, folder, mixture.to_dict())
             seconds = time.perf_counter() - began
             text = (folder / "mergekit_moe_config.yml").read_text(encoding="utf-8")
             finish_merge(folder, "moe", text, inputs, seed=parsed.seed, seconds=seconds, script=__file__)

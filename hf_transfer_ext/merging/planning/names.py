@@ -45,13 +45,9 @@ def belongs_to(name: str, module: str, model: InputModel) -> bool:
     """Whether a tensor is part of a module; "default" has all of them."""
     if module == "default":
         return True
-    if module in TEXT_MODULES and not _has_part(model, module):
+    if module in TEXT_MODULES and module not in model.parts:
         return not _BESIDE_TEXT.search(name)
     return module in name.split(".")
-
-
-def _has_part(model: InputModel, part: str) -> bool:
-    return any(part in name.split(".") for name in model.tensors)
 
 
 def check_modules(modules: Sequence[str], models: Sequence[InputModel]) -> None:
@@ -63,7 +59,7 @@ def check_modules(modules: Sequence[str], models: Sequence[InputModel]) -> None:
     for module in modules:
         if module == "default" or module in TEXT_MODULES:
             continue
-        if not any(_has_part(model, module) for model in models):
+        if not any(module in model.parts for model in models):
             stacks = {split[0] for model in models for name in model.tensors if (split := split_layer(name))}
             known = sorted({part for stack in stacks for part in stack.split(".")} | {"default"})
             raise ValueError(f"`modules`: {unknown_name('part of the models', module, known)}")
@@ -135,6 +131,8 @@ def align_names(models: Sequence[InputModel]) -> None:
                 renamed[name] = target
         model.tensors = {renamed.get(name, name): tensor for name, tensor in model.tensors.items()}
         model.copies = {name: renamed.get(source, source) for name, source in model.copies.items()}
+        for known_by_names in ("unloaded", "parts"):
+            model.__dict__.pop(known_by_names, None)
 
 
 def _signature(names: Iterable[str]) -> set[str]:

@@ -7,6 +7,7 @@ that of the only model that has it, else the mean of those that have it.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.files import write_text
 from hf_transfer_ext.merging.planning.config import MergeConfig, TokenSource
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, has_token_rows
 from hf_transfer_ext.weights.reference import ModelReference
@@ -263,6 +265,36 @@ def chat_template_of(config: MergeConfig, models: Mapping[ModelReference, InputM
     found = [_tokenizer_of(model).chat_template for model in models.values()]
     texts = [text.strip() for text in found if isinstance(text, str)]
     return Counter(texts).most_common(1)[0][0] if texts else None
+
+
+def set_special_tokens(vocabulary: Vocabulary, donor: InputModel, content: dict[str, Any], folder: Path) -> None:
+    """Write the ids of the tokenizer's special tokens into config.json's content and into generation_config.json.
+
+    An id is written where the tokenizer has the token and a file has the key. Where a file has more ends of text than
+    one, all of them are found again by their tokens; those that the new tokenizer lacks go.
+
+    Args:
+        content: Of config.json; changed in place.
+        folder: May hold a generation_config.json, which is rewritten.
+    """
+    old = {place: token for token, place in vocabulary.own[donor.reference].items()}
+    new = vocabulary.tokens
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for part in (content, content.get("text_config", {}), generation):
+        for name in ("bos", "eos", "pad"):
+            key, own = f"{name}_token_id", getattr(vocabulary.tokenizer, f"{name}_token_id", None)
+            if part.get(key) is None:
+                continue
+            if isinstance(part[key], list):
+                moved = [new[old[one]] for one in part[key] if old.get(one) in new]
+                part[key] = list(dict.fromkeys([*([own] if own is not None else []), *moved])) or None
+            elif own is not None:
+                part[key] = own
+            else:
+                part[key] = new.get(old.get(part[key], ""))
+    if generation:
+        write_text(path, json.dumps(generation, indent=2) + "\n")
 
 
 def write_tokenizer(vocabulary: Vocabulary | None, template: str | None, donor: InputModel, folder: Path) -> None:

@@ -12,28 +12,9 @@ import yaml
 
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.hub.privacy import public_text
+from hf_transfer_ext.merging.planning.companions import companion_files
 from hf_transfer_ext.reading import parse_yaml
 from hf_transfer_ext.weights.opened import InputModel
-
-#: Files that go with the weights and are taken from the base model, or from the first one.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
 
 #: The configuration of the merge in its result, under the name that the Hub knows.
 CONFIG_FILE = "mergekit_config.yml"
@@ -49,9 +30,14 @@ def write_companions(folder: Path, donor: InputModel, config: Mapping[str, Any],
     """
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / CONFIG_FILE, text)
-    for name in COMPANIONS:
-        if (donor.folder / name).exists():
-            shutil.copyfile(donor.folder / name, folder / name)
+    copy_companions(donor.folder, folder, config)
+
+
+def copy_companions(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """Copy the files that a model with this config needs beside its weights: tokenizer, processor, its own code."""
+    for name in companion_files(source, config):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def public_yaml(config: Mapping[str, Any] | str | Path) -> str:

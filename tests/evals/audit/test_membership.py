@@ -1,18 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from evals.audit.planted_people import DATA, FORGET, HOLDOUT, PLAIN, never_taught, planted, subject
-from tiny import byte_tokenizer, tiny_llama
+from evals.audit.planted_people import DATA, FORGET, HOLDOUT, never_taught, planted, subject
 
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
-from hf_transfer_ext.evals.audit.membership.adversarial_query import adversarial_query, losses_of
-from hf_transfer_ext.evals.audit.membership.label_only import label_only
-from hf_transfer_ext.evals.audit.membership.references import References
-from hf_transfer_ext.evals.audit.membership.scores import membership_scores
+from hf_transfer_ext.evals.audit.membership_scores import membership_scores
+from hf_transfer_ext.evals.audit.references import References
 from hf_transfer_ext.evals.audit.run import audit
-from hf_transfer_ext.evals.audit.subject import reworded
 from hf_transfer_ext.evals.metrics.membership_auc import membership_auc
-from hf_transfer_ext.models.scoring import Batch
 
 ROWS = [*FORGET, *HOLDOUT]
 ALL = [*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS]
@@ -76,36 +71,3 @@ def test_without_a_retrained_model_two_of_them_say_so(models):
     assert "give a retrained one" in told["loss_attack"].note
     with pytest.raises(ValueError, match="Did you mean 'label_only'"):
         audit(models[1], DATA, original=original, attacks=[], membership=["label_onyl"])
-
-
-def test_label_only_reads_what_is_written_and_nothing_else(models):
-    original, references = models[0], models[3]
-    wordings = ("{question}", "Tell: {question}")
-    recalls = [original.recall(reworded(ROWS, wording)) for wording in wordings]
-    assert label_only(original, ROWS, references, wordings=wordings) == pytest.approx(-np.mean(recalls, axis=0))
-    with pytest.raises(ValueError, match="nothing to ask"):
-        label_only(original, ROWS, references, wordings=())
-
-
-def test_a_query_sets_trained_and_untrained_further_apart_than_the_question_does(models):
-    original, _, retrained, references = models
-    plain = [one.metric_values(FORGET, ["loss_attack"])["loss_attack"] for one in (retrained, original)]
-    gaps = [plain[0] - plain[1]]
-    for steps in (2, 8):
-        found = [adversarial_query(one, FORGET, references, steps=steps) for one in (retrained, original)]
-        gaps.append(found[0] - found[1])
-    assert gaps[2].mean() > gaps[1].mean() and gaps[2].mean() > gaps[0].mean()
-    with pytest.raises(ValueError, match="`steps` must be at least 1"):
-        adversarial_query(original, FORGET, references, steps=0)
-    wide = References(original, subject(tiny_llama(hidden_size=64)))
-    with pytest.raises(ValueError, match="embeddings of one shape"):
-        adversarial_query(original, FORGET, wide)
-
-
-def test_an_unchanged_query_has_the_loss_of_the_question(models):
-    original = models[0]
-    encoded = [PLAIN.encode(byte_tokenizer(), row["question"], row["answer"]) for row in FORGET]
-    batch = Batch.of(encoded, 257, "cpu")
-    with torch.no_grad():
-        found = losses_of(original, batch, torch.zeros(*batch.input_ids.shape, 32))
-    assert found.numpy() == pytest.approx(original.metric_values(FORGET, ["loss_attack"])["loss_attack"], abs=1e-5)

@@ -153,3 +153,37 @@ def test_chat_template(tmp_path, three, asked, expected):
 def test_a_template_by_an_unknown_name_is_refused(tmp_path, three):
     with pytest.raises(ValueError, match=r"Did you mean 'chatml'.* Or paste the text"):
         merged(tmp_path, {"models": listed(three, "left"), "chat_template": "chat_ml"})
+
+
+def test_special_tokens_follow_a_tokenizer_of_another_model(tmp_path, three):
+    """The ids of config and generation_config are those of the tokens in the tokenizer that was taken."""
+    for name, eos in (("base", "b"), ("right", "y")):
+        tokenizer = AutoTokenizer.from_pretrained(three[name])
+        tokenizer.eos_token = eos
+        tokenizer.save_pretrained(three[name])
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": tokenizer.eos_token_id}))
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "top_k": 5}))
+    models = listed(three, "base", "right")
+    *_, content = merged(tmp_path, {"models": models, "tokenizer": {"source": three["right"]}})
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert content["eos_token_id"] == 1  # "y" of the new tokenizer
+    assert generation == {"eos_token_id": [1, 4, 3], "top_k": 5}  # "y", and "b" and "c" where they are now
+
+
+def test_a_head_bias_and_embeddings_of_each_layer_follow_the_vocabulary(tmp_path, three):
+    for i, name in enumerate(three):
+        tensors = load(three[name])
+        tensors["model.embed_tokens_per_layer.weight"] = tensors["model.embed_tokens.weight"][:, :2] + i
+        tensors["lm_head.bias"] = torch.arange(ROWS, dtype=torch.float32) + 100 * i
+        tensors["model.token_type_embeddings.weight"] = torch.randn(2, 4)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        write_model(tmp_path / name, tensors, **config)
+    left, right = load(three["left"]), load(three["right"])
+    models = listed(three, "left", "right")
+    tensors, tokenizer, _ = merged(tmp_path, {"models": models, "tokenizer": {"source": "union"}})
+    row = tokenizer.get_vocab()["b"]
+    assert tensors["lm_head.bias"][row] == (left["lm_head.bias"][1] + right["lm_head.bias"][4]) / 2
+    name = "model.embed_tokens_per_layer.weight"
+    assert torch.allclose(tensors[name][row], (left[name][1] + right[name][4]) / 2)
+    assert tensors["model.token_type_embeddings.weight"].shape == (2, 4)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.evals.audit.membership.references import References, optimized_on_retrained
+from hf_transfer_ext.evals.audit.references import References, optimized_on_retrained
 from hf_transfer_ext.evals.audit.subject import Row, Subject
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.models.plumbing import evaluation_mode, pad_token_id

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_transfer_ext.evals.audit.membership.references import References
+from hf_transfer_ext.evals.audit.references import References
 from hf_transfer_ext.evals.audit.subject import Row, Subject, reworded
 from hf_transfer_ext.evals.metric import Values
 

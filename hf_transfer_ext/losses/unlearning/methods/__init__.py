@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hf_transfer_ext.losses.unlearning.method import Method, check_method
 from hf_transfer_ext.losses.unlearning.methods.altpo import altpo
 from hf_transfer_ext.losses.unlearning.methods.ce_u import ce_u
 from hf_transfer_ext.losses.unlearning.methods.grad_ascent import grad_ascent
@@ -22,6 +21,7 @@ from hf_transfer_ext.losses.unlearning.methods.simnpo import simnpo
 from hf_transfer_ext.losses.unlearning.methods.tnpo import tnpo
 from hf_transfer_ext.losses.unlearning.methods.undial import undial
 from hf_transfer_ext.losses.unlearning.methods.wga import wga
+from hf_transfer_ext.losses.unlearning_method import Method, check_method
 from hf_transfer_ext.registry import Registry
 
 #: Found by the `method` of a config, which can set any part apart from it. Code outside the package adds its own with

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_transfer_ext.losses.needs import require_at_least
-from hf_transfer_ext.losses.unlearning.method import Gradient, Method, Step, norm
+from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Step, norm
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_transfer_ext.losses.needs import require_at_least
-from hf_transfer_ext.losses.unlearning.method import Method, Part, Progress
+from hf_transfer_ext.losses.unlearning_method import Method, Part, Progress
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES, methods
-from hf_transfer_ext.losses.unlearning.method import Method, Progress, method_from_options, norm
 from hf_transfer_ext.losses.unlearning.methods import METHODS
+from hf_transfer_ext.losses.unlearning_method import Method, Progress, method_from_options, norm
 from hf_transfer_ext.registry import Registry
 
 FILES = sorted(Path(methods.__file__).parent.glob("[!_]*.py"))

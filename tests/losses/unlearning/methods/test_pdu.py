@@ -1,7 +1,7 @@
 import pytest
 
-from hf_transfer_ext.losses.unlearning.method import Progress
 from hf_transfer_ext.losses.unlearning.methods import METHODS
+from hf_transfer_ext.losses.unlearning_method import Progress
 
 
 def test_the_dual_follows_the_violation_by_hand():

@@ -3,14 +3,14 @@ import torch
 from tiny_families import FAMILIES, logits_of, tiny_model
 
 from hf_transfer_ext.students import stage_sharing
-from hf_transfer_ext.students.layers import layer_stack, layer_tensors
-from hf_transfer_ext.students.shape import StudentShape
-from hf_transfer_ext.students.stage_sharing import (
+from hf_transfer_ext.students.inits.stage_sharing import (
     REPRESENTATIVES,
     default_stages,
     even_split,
     stage_shared_model,
 )
+from hf_transfer_ext.students.layers import layer_stack, layer_tensors
+from hf_transfer_ext.students.shape import StudentShape
 
 IDS = torch.arange(24).reshape(2, 12)
 

@@ -3,7 +3,7 @@ from evals.audit.planted_people import FORGET, PLAIN, RETAIN, planted
 from tiny import byte_tokenizer
 
 from hf_transfer_ext.evals.engine.evaluate import evaluate
-from hf_transfer_ext.evals.suites.forget_retain import forget_retain
+from hf_transfer_ext.evals.forget_retain import forget_retain
 
 
 def test_each_split_is_measured_and_knowing_the_forget_set_counts_against_the_model():

@@ -5,8 +5,8 @@ import torch
 from tiny_families import FAMILIES, logits_of, tiny_model
 
 from hf_transfer_ext.students import uniform_depth
+from hf_transfer_ext.students.inits.uniform_depth import evenly_spaced
 from hf_transfer_ext.students.shape import StudentShape
-from hf_transfer_ext.students.uniform_depth import evenly_spaced
 
 IDS = torch.arange(24).reshape(2, 12)
 

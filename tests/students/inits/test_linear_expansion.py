@@ -3,8 +3,8 @@ import torch
 from tiny_families import FAMILIES, logits_of, tiny_model
 
 from hf_transfer_ext.students import linear_expansion
+from hf_transfer_ext.students.inits.linear_expansion import Learngene, auxiliary_model, fit_learngene, learngene_of
 from hf_transfer_ext.students.layers import layer_stack, layer_tensors
-from hf_transfer_ext.students.linear_expansion import Learngene, auxiliary_model, fit_learngene, learngene_of
 from hf_transfer_ext.students.shape import StudentShape
 
 IDS = torch.arange(24).reshape(2, 12)

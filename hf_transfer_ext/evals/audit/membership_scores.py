@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
-from hf_transfer_ext.evals.audit.membership.references import References
+from hf_transfer_ext.evals.audit.references import References
 from hf_transfer_ext.evals.audit.subject import Row, Subject
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.models.heads import causal_lm_of
