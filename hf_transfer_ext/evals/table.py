@@ -1,4 +1,4 @@
-"""Several models side by side: a table for the terminal and a plot for the card."""
+"""Compare several models side by side: a table for the terminal and a plot for the model card."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Measured = Mapping[str, Sequence[Measurement]]
 
 
 def comparison_table(measured: Measured) -> str:
-    """One row for each metric, one column for each model; the arrow says which way is better.
+    """One row per metric, one column per model; arrows show which direction is better.
 
-    A model that lacks a metric (a teacher's divergence from itself) shows a dash.
+    A missing metric (such as a teacher's divergence from itself) is shown as a dash.
     """
     rows = [["metric", *measured]]
     for name in _metric_names(measured):
@@ -33,7 +33,7 @@ def comparison_table(measured: Measured) -> str:
 
 
 def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") -> Path:
-    """One panel of bars for each metric, with 95 % intervals where they were computed. Writes a PNG.
+    """Write a PNG with one bar chart per metric, with 95 % intervals if available.
 
     Raises:
         ImportError: matplotlib is not installed.

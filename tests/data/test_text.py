@@ -130,7 +130,7 @@ def test_paths_that_lead_nowhere(tmp_path):
     with pytest.raises(ValueError, match=r"Supported extensions: .csv, .json"):
         load_text_dataset(tmp_path / "data.xml")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no data files"):
+    with pytest.raises(FileNotFoundError, match="has no data files"):
         load_text_dataset(tmp_path / "empty")
 
 

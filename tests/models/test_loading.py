@@ -111,7 +111,7 @@ def test_an_adapter_that_cannot_be_loaded_says_why(folder, tmp_path):
     with pytest.raises(ValueError, match="does not name its base model"):
         load_model(adapter)
     with_base(str(adapter))
-    with pytest.raises(ValueError, match="an adapter too"):
+    with pytest.raises(ValueError, match="also an adapter"):
         load_model(adapter)
     with_base(str(folder))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")

@@ -21,5 +21,5 @@ def test_numbers_below_one_are_refused(field):
 def test_only_the_field_that_may_change_changes():
     teacher = tiny_model("llama", depth=3)
     assert require_only(StudentShape(width=8), teacher, "width", "narrow", "").width == 8
-    with pytest.raises(ValueError, match=r"narrow makes .* another hidden size only, but `depth` is 2.*Cut it"):
+    with pytest.raises(ValueError, match=r"narrow can only change the hidden size, but `depth` is 2.*Cut it"):
         require_only(StudentShape(depth=2), teacher, "width", "narrow", "Cut it.")

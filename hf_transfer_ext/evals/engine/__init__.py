@@ -1,1 +1,1 @@
-"""One pass over the data for all metrics: scores, generations, their cache, the result."""
+"""The evaluation engine: one pass over the data for all metrics, with scores, generations, cache and result."""

@@ -542,7 +542,7 @@ def test_empty_generations_are_told_with_the_first_index(monkeypatch):
 
     monkeypatch.setattr(engine_work, "generate", often_silent)
     result = evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, ["rouge_l_recall"], template=PLAIN)
-    assert "wrote nothing for 1 of 5 examples (first: example 1)" in result.problems[-1]
+    assert "generated nothing for 1 of 5 examples (first: example 1)" in result.problems[-1]
     assert result["rouge_l_recall"].examples == 5
 
 
