@@ -17,10 +17,10 @@ def membership_tpr(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Measurement:
-    """Share of members found (score under the threshold) while at most `false_positive_rate` of non-members are taken.
+    """True positive rate for members (low scores) at a false positive rate of at most `false_positive_rate`.
 
-    An attack that is sure of a few members is a leak that the area under the curve hides. With fewer than
-    1 / false_positive_rate non-members, no non-member at all may be taken.
+    An attack that identifies a few members with certainty is a leak that the area under the curve hides. With fewer
+    than 1 / false_positive_rate non-members, not a single false positive is allowed.
 
     Source: Carlini et al., "Membership inference attacks from first principles", 2022,
     https://arxiv.org/abs/2112.03570

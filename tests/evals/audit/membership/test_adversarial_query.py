@@ -27,7 +27,7 @@ def test_a_query_sets_trained_and_untrained_further_apart_than_the_question_does
     with pytest.raises(ValueError, match="`steps` must be at least 1"):
         adversarial_query(original, FORGET, references, steps=0)
     wide = References(original, subject(tiny_llama(hidden_size=64)))
-    with pytest.raises(ValueError, match="embeddings of one shape"):
+    with pytest.raises(ValueError, match="embeddings of the same shape"):
         adversarial_query(original, FORGET, wide)
 
 
