@@ -11,7 +11,7 @@ ways to the same numbers (the last column is their sum):
 - *plain loop*: the loop that evaluation scripts are made of, written here for comparison: each metric makes batches of
   the texts in their order, takes the whole logits of each batch and reads its number off them.
 
-Generations are left out, because every way has to make them once. The second table compares vocabularies on three of
+Generations are left out, because every way must make them once. The second table compares vocabularies on three of
 the metrics (perplexity, the reference attack and min-k++; no gradients, which are as large as the weights): what is
 counted is the peak of the resident memory over what was there before the step, so the weights of the two models are
 not part of it.

@@ -2,7 +2,7 @@
 
 The real client talks to the loopback Hub of the tests, which fails at every place in turn: the connection drops after
 some bytes, or a request is answered with 429, 500 or 401, once or from then on; other people commit in between; 16
-pushes arrive at once. After each fault the repository has to hold the old result or the new one, and nothing else.
+pushes arrive at once. After each fault the repository must hold the old result or the new one, and nothing else.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ measures our `fused_linear_divergence` on a CPU, and with `--device cuda` on a G
 
 One measurement is one forward and backward of all tokens in a process of its own (`benchmarks/measure.py` says what is
 measured); the methods take turns within each round, and ratios are taken within a round. Times depend on the machine
-and its other work, their ratios much less. Before anything is timed, every method has to give the same loss and the
+and its other work, their ratios much less. Before anything is timed, every method must give the same loss and the
 same gradients on a small input as the plain formula on float32 logits; its relative errors are part of the table.
 
 Inputs look like language, because some divergences care: the teacher's logits are a Zipf prior over the vocabulary,
@@ -349,7 +349,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(
         2, len(settings), figsize=(1.5 + 4.2 * len(settings), 7), squeeze=False, layout="constrained"
     )
-    colours = dict(zip(LOSSES, ("#1b7837", "#c2a5cf", "#9970ab", "#f1a340", "#fdb863"), strict=True))
+    colors = dict(zip(LOSSES, ("#1b7837", "#c2a5cf", "#9970ab", "#f1a340", "#fdb863"), strict=True))
     for column, (shape, dtype) in enumerate(settings):
         chosen = [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
         divergences = list(dict.fromkeys(row["divergence"] for row in chosen))
@@ -365,7 +365,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                         transform=axis.get_xaxis_transform(),
                     )  # fmt: skip
                     continue
-                bar = axis.bar(x, row[field], 0.92 * width, color=colours[row["method"]])
+                bar = axis.bar(x, row[field], 0.92 * width, color=colors[row["method"]])
                 axis.bar_label(bar, fmt="%.1f" if row[field] >= 1 else "%.2g", fontsize=7)
             if field == time_field and floor and floor[0][field] is not None:
                 axis.axhline(floor[0][field], color="black", linestyle="--", linewidth=0.8)
@@ -375,10 +375,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.margins(y=0.1)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0, column].set_title(f"{shape}, {dtype}, {SHAPES[shape].tokens} tokens", fontsize=10)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     line = pyplot.Line2D([], [], color="black", linestyle="--", linewidth=0.8)
     figure.legend(
-        [*handles, line], [*colours, "four matrix products alone"], loc="outside upper center", ncols=6, frameon=False
+        [*handles, line], [*colors, "four matrix products alone"], loc="outside upper center", ncols=6, frameon=False
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

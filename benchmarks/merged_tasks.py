@@ -1,4 +1,4 @@
-"""What is left of three tasks when the models that learnt them are merged, by every method.
+"""What is left of three tasks when the models that learned them are merged, by every method.
 
     python -m benchmarks.merged_tasks --work runs/merged_tasks --out benchmarks/results/merged_tasks
 
@@ -309,10 +309,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
             best.setdefault(row["method"], {})[row["setting"]] = row
     order = sorted(best, key=lambda m: max(row["normalised"] for row in best[m].values()))
     figure, axis = pyplot.subplots(figsize=(8, 0.3 * len(order) + 1.4), layout="constrained")
-    for setting, colour, shift in (("published", "#9970ab", -0.2), ("tuned", "#1b7837", 0.2)):
+    for setting, color, shift in (("published", "#9970ab", -0.2), ("tuned", "#1b7837", 0.2)):
         chosen = [(order.index(m), row[setting]) for m, row in best.items() if setting in row]
         axis.barh(
-            [place + shift for place, _ in chosen], [row["normalised"] for _, row in chosen], 0.38, color=colour,
+            [place + shift for place, _ in chosen], [row["normalised"] for _, row in chosen], 0.38, color=color,
             xerr=[row["deviation"] or 0.0 for _, row in chosen], label=setting, error_kw={"lw": 0.8},
         )  # fmt: skip
     base = next(row for row in result["rows"] if row["method"].endswith("base model"))

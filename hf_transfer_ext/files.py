@@ -1,7 +1,7 @@
-"""Output folders that are written atomically: checked first, written aside, and renamed into place.
+"""Output folders that are written atomically: checked first, written to a temporary folder, renamed into place.
 
-An output folder is new, or empty, or holds an earlier result that the user said to replace. While a result is
-written, these hidden entries lie beside it. A run that is killed may leave them for the next run into the same
+An output folder is new, empty, or holds an earlier result that the user asked to replace. While a result is
+written, these hidden entries exist next to it. A run that is killed may leave them for the next run into the same
 folder, which resumes, restores or removes them:
 
     .NAME.partial-*     the unfinished result
@@ -58,15 +58,14 @@ def refuse_existing_output(
     """Return `folder` as a path if a result may be written there; call it before any work.
 
     Args:
-        overwrite: Accept a folder with files of an earlier result (`RESULT_FILES`). Other files are refused all the
-            same.
-        inputs: Files and folders that the run reads. Hub ids and None may be among them and do not matter.
-        also: Patterns of further files that this kind of result consists of, relative to the folder.
+        overwrite: Accept a folder with files of an earlier result (`RESULT_FILES`). Other files are always refused.
+        inputs: Files and folders that the run reads. Hub ids and None are ignored.
+        also: Patterns of other files that this kind of result consists of, relative to the folder.
 
     Raises:
-        FileExistsError: The folder holds a result and `overwrite` is off, or it holds other files.
-        ValueError: The folder is the working directory or holds it, or it holds one of the inputs.
-        OSError: The folder is a file, a link or a mount point, or it cannot be made there.
+        FileExistsError: The folder holds a result and `overwrite` is False, or it holds other files.
+        ValueError: The folder is or contains the working directory, or it contains one of the inputs.
+        OSError: The folder is a file, a link or a mount point, or it cannot be created.
     """
     path = Path(folder)
     if path.name in ("", ".."):
@@ -105,7 +104,7 @@ def _recorded_files(folder: Path) -> set[str]:
 
 
 def refuse_inputs_inside(folder: str | Path, inputs: Iterable[str | Path | None]) -> None:
-    """Raise `ValueError` if one of the inputs that exist is `folder` itself or lies in it."""
+    """Raise `ValueError` if an existing input is `folder` itself or is inside it."""
     own = Path(folder).resolve()
     for one in inputs:
         if one is None or not os.path.lexists(one):
@@ -119,7 +118,7 @@ def refuse_inputs_inside(folder: str | Path, inputs: Iterable[str | Path | None]
 
 
 def refuse_shared_outputs(*folders: str | Path | None) -> None:
-    """Raise `ValueError` if two output folders of one run are the same, or one lies in the other."""
+    """Raise `ValueError` if two output folders of one run are the same, or one is inside the other."""
     places = [Path(folder).resolve() for folder in folders if folder is not None]
     for i, one in enumerate(places):
         for other in places[i + 1 :]:
@@ -132,9 +131,9 @@ def refuse_shared_outputs(*folders: str | Path | None) -> None:
 def _refuse_place(path: Path) -> None:
     name = repr(str(path))
     if path.is_symlink():
-        raise FileExistsError(f"The output folder {name} is a link. Name the folder that it should lead to.")
+        raise FileExistsError(f"The output folder {name} is a link. Name the folder that it points to.")
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"The output has to be a folder, but {name} is a file. Name another one.")
+        raise FileExistsError(f"The output must be a folder, but {name} is a file. Choose another path.")
     own, here = path.resolve(), Path.cwd()
     if own == here or own in here.parents:
         raise ValueError(
@@ -151,15 +150,15 @@ def _refuse_place(path: Path) -> None:
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        raise NotADirectoryError(f"The output folder {name} would lie in {str(parent)!r}, which is not a folder.")
+        raise NotADirectoryError(f"The output folder {name} would be in {str(parent)!r}, which is not a folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"The output folder {name} cannot be made: {str(parent)!r} is read-only. Name another folder."
+            f"The output folder {name} cannot be created: {str(parent)!r} is read-only. Name another folder."
         )
 
 
 def _is_mount(path: Path) -> bool:
-    """Also for bind mounts, which `os.path.ismount` does not see."""
+    """Whether a path is a mount point; unlike `os.path.ismount`, this also finds bind mounts."""
     if os.path.ismount(path):
         return True
     try:
@@ -171,7 +170,7 @@ def _is_mount(path: Path) -> bool:
 
 
 def _files_in(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Relative names of all files below a folder; of links, empty folders and the like with what they are."""
+    """Relative paths of all files in a folder; links, empty folders and special files are listed with their kind."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
@@ -196,12 +195,12 @@ def written_aside(
     inputs: Iterable[str | Path | None] = (),
     also: Iterable[str] = (),
 ) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; rename it to `folder` when the block ends without an error.
+    """Yield an empty folder next to `folder`; rename it to `folder` when the block ends without an error.
 
-    Readers see the old folder or the new one, never a half-written one. Where the block raises, nothing is left.
+    Readers see the old folder or the new one, never a half-written one. If the block raises, nothing is left behind.
 
     Args:
-        overwrite: As for `refuse_existing_output`, like the other arguments.
+        overwrite: Like the other arguments, as in `refuse_existing_output`.
     """
     target = refuse_existing_output(folder, overwrite=overwrite, inputs=inputs, also=also)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -225,10 +224,10 @@ def publish(
     inputs: Iterable[str | Path | None] = (),
     also: Iterable[str] = (),
 ) -> None:
-    """Put the finished folder `new` in the place of `target`, if `target` may still be replaced.
+    """Replace `target` with the finished folder `new`, if `target` may still be replaced.
 
-    What was calculated is not lost to a file that somebody put into `target` in the meantime: the result then stays
-    beside it under the name that the error states.
+    If `target` may no longer be replaced, for example because someone put a file into it, the finished result is kept
+    next to it, under the name given in the error.
     """
     try:
         refuse_existing_output(target, overwrite=overwrite, inputs=inputs, also=also)
@@ -240,9 +239,9 @@ def publish(
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put the folder `new` in the place of `target`, readable by others as the umask says.
+    """Replace `target` with the folder `new`, with the permissions that the umask allows.
 
-    Where the system can exchange two folders (Linux), `target` is the old or the new one at any moment. Elsewhere it
+    On systems that can exchange two folders (Linux), `target` is always the old or the new one. On others it
     is missing between two renames; a kill at that moment leaves the old one as `.NAME.old-*`, which the next run puts
     back (`clean_up`).
     """
@@ -279,7 +278,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _make_readable(folder: Path) -> None:
-    """Give everything in a folder the mode of files that a program makes; some libraries write theirs as 0600."""
+    """Set the default file permissions on everything in a folder; some libraries write their files as 0600."""
     mask = _umask()
     for place, _, files in os.walk(folder):
         os.chmod(place, 0o777 & ~mask)
@@ -288,10 +287,10 @@ def _make_readable(folder: Path) -> None:
 
 
 def clean_up(target: Path, *, keep: Path | None = None) -> None:
-    """Restore or remove what killed runs into `target` left beside it. Call it while `only_writer` is held.
+    """Restore or remove what killed runs into `target` left next to it. Call it while holding `only_writer`.
 
     Args:
-        keep: An unfinished result that is going to be resumed.
+        keep: An unfinished result that will be resumed.
     """
     old = leftovers(target, "old")
     if old and not target.exists():
@@ -302,9 +301,9 @@ def clean_up(target: Path, *, keep: Path | None = None) -> None:
 
 
 def leftovers(target: Path, kind: str) -> list[Path]:
-    """The hidden folders of a kind ("partial", "old") that belong to `target`, the newest last.
+    """The hidden folders of a kind ("partial", "old") that belong to `target`, newest last.
 
-    Names are compared, not looked for as patterns: `*` and `?` may be part of a folder's name.
+    Names are compared literally, not as glob patterns: `*` and `?` may be part of a folder's name.
     """
     name = re.compile(re.escape(f".{target.name}.{kind}-") + "(merge-)?[0-9a-f]+")
     with os.scandir(target.parent) as entries:
@@ -320,16 +319,16 @@ def _sibling(target: Path, kind: str) -> Path:
 def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other runs from writing `target`. The system releases the lock when the process ends, however it ends.
 
-    The lock file is removed while the lock is still held; who got hold of the removed file looks for the new one.
+    The lock file is removed while the lock is still held; a process that locked the removed file opens the new one.
 
     Args:
         wait: Wait for the other run instead of raising.
 
     Raises:
-        FileExistsError: Another run writes `target`.
+        FileExistsError: Another run is writing `target`.
     """
     lock = target.with_name(f".{target.name}.output-lock")
-    busy = f"Another run that writes {str(target)!r} is going on. Wait for it, or name another folder."
+    busy = f"Another run is writing {str(target)!r}. Wait for it to finish, or name another folder."
     with ExitStack() as held:
         if _module("fcntl") is None:  # Windows
             from filelock import FileLock, Timeout
@@ -344,7 +343,7 @@ def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
             except BlockingIOError as error:
                 if not wait:
                     raise FileExistsError(busy) from error
-                logger.warning("Waiting for another run that writes %r.", str(target))
+                logger.warning("Waiting for another run that is writing %r.", str(target))
                 descriptor = _lock_file(lock, wait=True)
             held.callback(os.close, descriptor)
             held.callback(lock.unlink, missing_ok=True)
@@ -362,7 +361,7 @@ def _lock_file(lock: Path, *, wait: bool) -> int:
             except BlockingIOError:
                 raise
             except OSError as error:
-                logger.warning("The file system of %r has no locks (%s): start one run at a time.", str(lock), error)
+                logger.warning("%r is on a file system without locks (%s): start one run at a time.", str(lock), error)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                     return descriptor
@@ -373,7 +372,7 @@ def _lock_file(lock: Path, *, wait: bool) -> int:
 
 
 def _module(name: str) -> Any:
-    """A module of the standard library that some systems lack, or None."""
+    """A standard-library module that is not available on all systems, or None."""
     try:
         return import_module(name)
     except ImportError:
@@ -414,15 +413,15 @@ def require_free_space(folder: str | Path, needed_bytes: int) -> None:
         )
 
 
-#: A file: its size, and its SHA-256 where it is small, else its time of change in nanoseconds.
+#: Identifies the state of a file: its size, and its SHA-256 if it is small, else its modification time in nanoseconds.
 Stamp = tuple[int, str | int]
 
-#: Up to this size a file's content tells whether it changed, and not its time.
+#: Files up to this many bytes are compared by content, larger ones by modification time.
 SMALL_FILE = 1 << 20
 
 
 def stamp_of(path: str | Path) -> Stamp:
-    """What tells whether a file is still the same, without reading large files."""
+    """The state of a file, to detect later changes without reading large files."""
     state = os.stat(path)
     return state.st_size, sha256_of(path) if state.st_size <= SMALL_FILE else state.st_mtime_ns
 

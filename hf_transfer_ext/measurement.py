@@ -1,4 +1,4 @@
-"""A measured number that says what it is."""
+"""A measured value with its name, unit and direction."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """One result: its value, its unit, which way is better, and from how many examples it comes.
+    """One result: its value, its unit, which direction is better, and the number of examples behind it.
 
     Args:
-        name: The metric's name, as its file is called.
-        value: The number itself.
+        name: Name of the metric, which is also the name of its file.
+        value: The measured number.
         unit: "nats per token", "share", "p-value", ...
         higher_is_better: The direction of improvement.
         examples: How many examples (or tokens, where the unit is per token) the value was measured on.
         interval: 95 % interval (low, high), where one was computed.
-        dataset: What it was measured on, in a reader's words.
+        dataset: What it was measured on, as a report shows it.
     """
 
     name: str

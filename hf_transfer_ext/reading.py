@@ -1,7 +1,8 @@
-"""The one place where files that others wrote are read: JSON, YAML and front matter, with limits, and checked fields.
+"""Reads all untrusted files: JSON, YAML and front matter, with size limits and checked fields.
 
-A config, an index, an adapter's settings, a card or a run record comes from whoever made the model. Everything here
-ends within seconds, takes memory in proportion to the file, and fails with a `ValueError` of one short line.
+A config, an index, an adapter's settings, a card or a run record comes from whoever published the model. Every
+function here finishes within seconds, uses memory in proportion to the file size, and fails with a one-line
+`ValueError`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Largest JSON file that is read. The tokenizers with the largest vocabularies have some 35 MB.
+#: Largest JSON file that is read, in bytes. Tokenizers with the largest vocabularies have about 35 MB.
 MAX_JSON_BYTES = 100_000_000
-#: Largest YAML file and largest front matter of a card.
+#: Largest YAML file and largest front matter of a card, in bytes.
 MAX_YAML_BYTES = 2_000_000
 #: Deepest nesting of lists and mappings; configs and tokenizers have about ten levels.
 MAX_DEPTH = 64
-#: Most values of a YAML document, those behind an alias counted at each use of it.
+#: Maximum number of values in a YAML document; those behind an alias count at each use of it.
 MAX_YAML_NODES = 100_000
-#: Seconds that the regular expressions of an adapter may take on the names of a model's modules.
+#: Seconds that the regular expressions of an adapter may take to match the names of a model's modules.
 MAX_PATTERN_SECONDS = 2.0
 
 _REQUIRED: Any = object()
@@ -35,15 +36,15 @@ _SHORT.maxlevel = 3
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n")
 _FRONT_MATTER_END = re.compile(r"^---[ \t]*\r?$", re.MULTILINE)
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-_KIND_NAMES = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number",
+_KIND_NAMES = {dict: "a mapping", list: "a list", str: "a string", int: "an integer", float: "a number",
                bool: "true or false"}  # fmt: skip
 
 
 def shown(value: Any) -> str:
-    """`repr(value)` for an error message: some 200 characters, whatever the size and nesting of the value."""
+    """`repr(value)` for an error message: at most 200 characters, for any size and nesting of the value."""
     try:
         text = _SHORT.repr(value)
-    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
+    except (ValueError, RecursionError):  # such as an integer of more than 4,300 digits
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:197]}..."
 
@@ -59,17 +60,17 @@ def read_text(path: str | Path, *, max_bytes: int | None = MAX_JSON_BYTES) -> st
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a regular file (a pipe or a device never ends), too large, or not UTF-8.
+        ValueError: It is not a regular file (reading a pipe or a device never ends), too large, or not UTF-8.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{str(path)!r} is not a regular file.")
     with open(path, "rb") as file:
-        # `read(n)` reserves n bytes at once: no more is asked for than the file has.
+        # `read(n)` allocates n bytes at once: never request more than the file has.
         size = os.fstat(file.fileno()).st_size
         data = file.read() if max_bytes is None else file.read(min(size, max_bytes) + 1)
     if max_bytes is not None and len(data) > max_bytes:
-        raise ValueError(f"{str(path)!r} is larger than {max_bytes / 1e6:g} MB, the most that is read of such a file.")
+        raise ValueError(f"{str(path)!r} is larger than {max_bytes / 1e6:g} MB, the limit for such a file.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -80,8 +81,8 @@ def read_json(path: str | Path, *, kind: type | None = dict, max_bytes: int | No
     """The content of a JSON file.
 
     Args:
-        kind: Type of the outermost value (dict or list); None accepts any.
-        max_bytes: Largest file that is read; None for data files, which may be of any size.
+        kind: Type of the top-level value (dict or list); None accepts any.
+        max_bytes: Largest file that is read; None for data files, which may have any size.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -91,7 +92,7 @@ def read_json(path: str | Path, *, kind: type | None = dict, max_bytes: int | No
 
 
 def parse_json(text: str, where: str, *, kind: type | None = dict) -> Any:
-    """The content of a JSON text; `where` names it in errors."""
+    """The content of a JSON string; `where` names it in errors."""
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
@@ -99,7 +100,7 @@ def parse_json(text: str, where: str, *, kind: type | None = dict) -> Any:
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {one_line(error)}.") from error
     if kind is not None and not isinstance(value, kind):
-        raise ValueError(f"{where} has to hold {_KIND_NAMES[kind]}, got {type(value).__name__} {shown(value)}.")
+        raise ValueError(f"{where} must hold {_KIND_NAMES[kind]}, got {type(value).__name__} {shown(value)}.")
     _require_shallow(value, where)
     if "\\u" in text and _HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character.")
@@ -107,26 +108,26 @@ def parse_json(text: str, where: str, *, kind: type | None = dict) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file that a user wrote, as plain values; None where it is empty.
+    """The content of a YAML file written by a user, as plain values; None if it is empty.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not valid YAML, a key stands twice in a mapping, a value is not what its form says
+        ValueError: It is not valid YAML, a mapping has a duplicate key, a value is invalid for its apparent type
             (`2020-13-45`), or it is beyond the limits of this module.
     """
     return parse_yaml(read_text(path, max_bytes=MAX_YAML_BYTES), repr(str(path)))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The content of a YAML text; `where` names it in errors."""
+    """The content of a YAML string; `where` names it in errors."""
     return _load_yaml(text, where, strings=False)
 
 
 def card_metadata(text: str, where: str = "the card") -> dict[str, Any]:
-    """The front matter of a model card, {} where there is none.
+    """The front matter of a model card, {} if there is none.
 
-    Every scalar is a text, or None for an empty one: the metadata is quoted and never calculated with, so a date
-    that does not exist is no reason to fail.
+    Every scalar is a string, or None if empty: the metadata is only quoted, never computed with, so an invalid date is
+    not a reason to fail.
 
     Raises:
         ValueError: The front matter is not a YAML mapping, or beyond the limits of this module.
@@ -141,21 +142,21 @@ def card_metadata(text: str, where: str = "the card") -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise ValueError(f"The front matter of {where} has to hold a mapping, got {shown(found)}.")
+        raise ValueError(f"The front matter of {where} must hold a mapping, got {shown(found)}.")
     return found
 
 
 def field_of(
     mapping: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, where: str, default: Any = _REQUIRED
 ):
-    """`mapping[key]`, which has to be of type `kind`; a missing or null one is `default`, if there is one.
+    """`mapping[key]`, which must be of type `kind`; `default`, if there is one, where it is missing or null.
 
-    A bool is not an int, and an int is a float. Numbers have to be finite.
+    A bool is not accepted as an int; an int is accepted as a float. Numbers must be finite.
     """
     value = mapping.get(key)
     if value is None:
         if default is _REQUIRED:
-            raise ValueError(f"{where} has no `{key}`; it has to be {_kinds(kind)}.")
+            raise ValueError(f"{where} has no `{key}`; it must be {_kinds(kind)}.")
         return default
     kinds = kind if isinstance(kind, tuple) else (kind,)
     good = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
@@ -164,29 +165,29 @@ def field_of(
     if good and isinstance(value, (int, float)) and not isinstance(value, bool):
         good = abs(value) < 2**63 if isinstance(value, int) else value - value == 0
     if not good:
-        raise ValueError(f"`{key}` of {where} has to be {_kinds(kind)}, got {shown(value)}.")
+        raise ValueError(f"`{key}` of {where} must be {_kinds(kind)}, got {shown(value)}.")
     return value
 
 
 def check_patterns(patterns: Iterable[Any], names: Iterable[str], where: str, *, whole: bool = False) -> None:
-    """Refuse regular expressions of an adapter that are not valid, or that take too long on a model's module names.
+    """Refuse regular expressions of an adapter that are invalid, or too slow on a model's module names.
 
-    A pattern with repetitions can take exponential time, and `re` cannot be stopped from within. Such patterns are
-    tried in another process first, which is ended after `MAX_PATTERN_SECONDS`.
+    A pattern with repetitions can take exponential time, and `re` cannot be interrupted. Such patterns are tried in
+    another process first, which is killed after `MAX_PATTERN_SECONDS`.
 
     Args:
-        whole: A pattern has to fit a name from its start, as for PEFT's `target_modules`; otherwise from the start or
-            after a dot, as for its `alpha_pattern` and `rank_pattern`.
+        whole: Patterns must match the whole name, as PEFT's `target_modules` do; otherwise a match may begin at the
+            start or after a dot, as with its `alpha_pattern` and `rank_pattern`.
 
     Raises:
-        ValueError: With the pattern, or `where` it stands if several take too long together.
+        ValueError: With the pattern, or with `where` if several together take too long.
     """
     repeating = []
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ValueError(f"A module pattern of {where} has to be a text, got {shown(pattern)}.")
+            raise ValueError(f"A module pattern of {where} must be a string, got {shown(pattern)}.")
         if len(pattern) > 10_000:
-            raise ValueError(f"A module pattern of {where} has {len(pattern)} characters; 10000 are allowed.")
+            raise ValueError(f"A module pattern of {where} has {len(pattern)} characters; at most 10000 are allowed.")
         try:
             re.compile(module_pattern(pattern, whole=whole))
         except (re.error, RecursionError, OverflowError) as error:
@@ -208,12 +209,12 @@ def check_patterns(patterns: Iterable[Any], names: Iterable[str], where: str, *,
         named = "The module pattern" if len(repeating) == 1 else f"One of {len(repeating)} module patterns"
         raise ValueError(
             f"{named} in {where} takes more than {MAX_PATTERN_SECONDS:g} seconds on the names of the modules. "
-            "Write the names themselves there."
+            "Replace the pattern with the module names."
         ) from error
 
 
 def module_pattern(pattern: str, *, whole: bool = False) -> str:
-    """The regular expression with which PEFT looks for a module name by a `pattern` of an adapter's config."""
+    """The regular expression with which PEFT matches module names for a `pattern` in an adapter's config."""
     return rf"(?:{pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
 
 
@@ -235,7 +236,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+        raise ValueError(f"duplicate key {shown(twice)} in one object")
     return found
 
 
@@ -268,7 +269,7 @@ def _load_yaml(text: str, where: str, *, strings: bool) -> Any:
 
 
 class _BeyondLimits(Exception):
-    """A document that is larger than the limits, in a sentence."""
+    """The document exceeds the limits; the message says which one."""
 
 
 def _require_small(events: Iterable[Any], where: str) -> None:
@@ -309,7 +310,7 @@ def _require_small(events: Iterable[Any], where: str) -> None:
 
 
 def _yaml_loader(strings: bool) -> type:
-    """A safe loader (libyaml's where it is there) that refuses a key that stands twice; `strings`: of texts alone."""
+    """A safe loader (libyaml's if available) that refuses duplicate keys; with `strings`, scalars stay strings."""
     import yaml
 
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -322,7 +323,7 @@ def _yaml_loader(strings: bool) -> type:
                 keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
                 if len(set(keys)) != len(keys):
                     twice = next(key for n, key in enumerate(keys) if key in keys[:n])
-                    raise ValueError(f"the key {shown(twice[1])} stands twice{_line_of(node)}")
+                    raise ValueError(f"duplicate key {shown(twice[1])}{_line_of(node)}")
             return super().construct_mapping(node, deep=deep)
 
         def construct_scalar(self, node: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A registry is a list of functions that is looked up by name and answers a typo with a suggestion."""
+"""A registry of functions: looked up by name, with a suggestion for a misspelled one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """The one sentence for a name that is not known: what arrived, the nearest known name, and all of them.
+    """Error message for an unknown name: the name itself, the closest known name, and all known names.
 
     Example: *Unknown merge method 'tis'. Did you mean 'ties'? Available: linear, ties.*
     """
@@ -21,22 +21,22 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def known_keys(content: Any, known: tuple[str, ...], where: str) -> None:
-    """Refuse what is no mapping, and keys that nothing would read."""
+    """Raise `ValueError` for anything but a mapping, and for keys that nothing reads."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} has to be a mapping with some of {', '.join(known)}, got {content!r:.200}.")
+        raise ValueError(f"{where} must be a mapping with some of {', '.join(known)}, got {content!r:.200}.")
     for key in content:
         if key not in known:
             raise ValueError(f"In {where}: {unknown_name('key', key, known)}")
 
 
 class Registry(Generic[Function]):
-    """Functions by their own name. `registry["nmae"]` raises a `ValueError` that names the nearest function.
+    """Functions by name. `registry["nmae"]` raises a `ValueError` that suggests the closest name.
 
     Args:
-        kind: What the functions are, in the words of an error message ("distillation loss").
-        functions: The functions that the package itself brings; other code adds its own with `@registry.register`.
-        check: Called with each function before it is registered; raises a `ValueError` that says what the function
-            would have to be. A function that could not be used later is refused here.
+        kind: What the functions are, as error messages call them ("distillation loss").
+        functions: The built-in functions; other code adds its own with `@registry.register`.
+        check: Called with each function before it is registered; raises a `ValueError` if the function does not meet
+            the requirements, so that it fails here and not when it is first used.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Registry(Generic[Function]):
     def register(self, function: Function) -> Function:
         name = function.__name__
         if self._functions.get(name, function) is not function:
-            raise ValueError(f"A {self.kind} named {name!r} is registered already. Give the new one its own name.")
+            raise ValueError(f"A {self.kind} named {name!r} is already registered. Give the new one another name.")
         if self._check is not None:
             self._check(function)
         self._functions[name] = function

@@ -1,4 +1,4 @@
-"""Shapes and dtypes by name, and the bookkeeping of next-token losses: shift, mask, sum."""
+"""Named tensor shapes, dtypes by name, and the bookkeeping of next-token losses: shift, mask, sum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Labels with this value are not predicted; the value of `torch.nn.functional.cross_entropy`.
+#: Labels with this value are ignored; the default of `torch.nn.functional.cross_entropy`.
 IGNORE_INDEX = -100
 
 Logits = Float[Tensor, "batch seq vocab"]
@@ -18,7 +18,7 @@ Mask = Bool[Tensor, "batch seq"]
 
 
 def dtype_by_name(name: Any) -> torch.dtype | None:
-    """`"bfloat16"`, `"torch.bfloat16"` or the dtype itself -> `torch.bfloat16`; None for what names no dtype."""
+    """`"bfloat16"`, `"torch.bfloat16"` or the dtype itself -> `torch.bfloat16`; None if it is not a dtype."""
     if isinstance(name, torch.dtype):
         return name
     found = getattr(torch, str(name).removeprefix("torch."), None)
@@ -26,7 +26,7 @@ def dtype_by_name(name: Any) -> torch.dtype | None:
 
 
 def next_token_targets(labels: Int[Tensor, "batch length"]) -> tuple[Labels, Mask]:
-    """Shift labels so that position t holds what position t of the model predicts: token t + 1.
+    """Shift labels so that position t holds the token that the model predicts at position t: token t + 1.
 
     Returns:
         targets: `(batch, length - 1)`; IGNORE_INDEX where nothing is predicted.
@@ -50,17 +50,17 @@ def predicting_rows(
     """Hidden states or logits at the positions that predict the chosen tokens, in reading order.
 
     Args:
-        mask: `(batch, length - 1)` as `next_token_targets` gives it. Prompt-learning adapters put virtual tokens in
-            front of a sequence, which makes `states` longer: the last positions are the batch's own.
+        mask: `(batch, length - 1)`, from `next_token_targets`. Prompt-learning adapters put virtual tokens in
+            front of a sequence, which makes `states` longer: the last positions belong to the batch itself.
     """
     return states[:, -(mask.shape[1] + 1) : -1][mask.to(states.device)]
 
 
 def masked_sum(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Sum over kept entries. An empty mask gives 0 that still carries a gradient; NaN outside the mask is ignored."""
+    """Sum over the masked entries. An empty mask gives 0 with a gradient; NaN outside the mask is ignored."""
     return values.masked_fill(~mask, 0.0).sum()
 
 
 def masked_mean(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Mean over kept entries; 0 for an empty mask."""
+    """Mean over the masked entries; 0 for an empty mask."""
     return masked_sum(values, mask) / mask.sum().clamp(min=1)

@@ -332,7 +332,7 @@ class TestLock:
         monkeypatch.setattr(fcntl, "flock", flock)
         with only_writer(tmp_path / "out"):
             pass
-        assert "has no locks" in caplog.text and entries(tmp_path) == []
+        assert "a file system without locks" in caplog.text and entries(tmp_path) == []
 
     def test_without_fcntl(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "fcntl", None)

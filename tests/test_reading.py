@@ -45,9 +45,9 @@ def test_files_come_back_as_they_were_written(tmp_path):
         ('{"a":' * (MAX_DEPTH + 2) + "1" + "}" * (MAX_DEPTH + 2), "nested deeper than 64"),
         ("{", "not valid JSON"),
         ("", "not valid JSON"),
-        ("[]", "has to hold a mapping, got list"),
-        ("null", "has to hold a mapping, got NoneType"),
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ("[]", "must hold a mapping, got list"),
+        ("null", "must hold a mapping, got NoneType"),
+        ('{"a": 1, "a": 2}', "duplicate key 'a'"),
         ('{"a": "\\ud800"}', "surrogate pair"),
         ('{"\\udfff": 1}', "surrogate pair"),
         ('{"a": ' + "9" * 5000 + "}", "4300 digits"),
@@ -77,7 +77,7 @@ def test_json_that_is_refused(text, message):
         ("a: !!bool x", "not valid YAML"),
         ("a: !!timestamp x", "not valid YAML"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
-        ("a: 1\nb: 2\na: 3", "'a' stands twice in the mapping at line 1"),
+        ("a: 1\nb: 2\na: 3", "duplicate key 'a' in the mapping at line 1"),
         ("? [a]\n: b", "not valid YAML"),
         ("a: [", "not valid YAML"),
         ("a: \x01", "not valid YAML"),
@@ -149,13 +149,13 @@ def test_fields_have_the_type_that_is_needed():
         field_of(found, "none", int, where="w", default=3) == field_of(found, "gone", int, where="w", default=3) == 3
     )
     assert field_of(found, "name", (str, list), where="w") == "x"
-    with pytest.raises(ValueError, match="w has no `gone`; it has to be a whole number"):
+    with pytest.raises(ValueError, match="w has no `gone`; it must be an integer"):
         field_of(found, "gone", int, where="w")
     for key, kind in (("on", int), ("on", float), ("name", int), ("r", str), ("list", dict), ("r", bool)):
-        with pytest.raises(ValueError, match=f"`{key}` of w has to be"):
+        with pytest.raises(ValueError, match=f"`{key}` of w must be"):
             field_of(found, key, kind, where="w")
     for number in (float("nan"), float("inf"), 10**400):
-        with pytest.raises(ValueError, match="`x` of w has to be a number"):
+        with pytest.raises(ValueError, match="`x` of w must be a number"):
             field_of({"x": number}, "x", float, where="w")
 
 

@@ -40,5 +40,5 @@ def test_outside_code_registers_and_cannot_shadow():
         return 4
 
     alpha_again.__name__ = "alpha"
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         registry.register(alpha_again)

@@ -1,4 +1,4 @@
-"""Texts and questions about countries and chemical elements, made from facts that two packages ship."""
+"""Texts and questions about countries and chemical elements, generated from the data of two packages."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 
-#: The name under which recipes take these texts as a dataset, without network or files.
+#: Name of this dataset in recipes; it needs neither network nor files.
 FACTS_DATASET = "facts"
 
 SPLITS = ("train", "validation", "test")
 
-#: The share of facts that are asked, and told in words of their own, only in validation and in test.
+#: Share of the facts whose questions and held-out phrasings appear only in validation and in test.
 HELD_OUT = {"validation": 0.1, "test": 0.2}
 
-#: How many times training tells each fact, each time in another phrasing.
+#: Number of times that training states each fact, each time in another phrasing.
 TRAINING_PHRASINGS = 2
 
-#: The share of the training facts that training also sees as a question with its answer.
+#: Share of the training facts that training also contains as a question with its answer.
 ASKED_IN_TRAINING = 0.5
 
-#: Territories of fewer inhabitants are left out.
+#: Territories with fewer inhabitants are left out.
 SMALLEST_POPULATION = 100_000
 
-#: Entries of countryinfo that repeat another one or are gone.
+#: Entries of countryinfo that duplicate another one or no longer exist.
 LEFT_OUT_COUNTRIES = {"Burma", "Scotland", "Serbia and Montenegro"}
 
 
 @dataclass(frozen=True)
 class Relation:
-    """What is told of an entity: one question, and five phrasings of which each fact keeps the last for its split."""
+    """A property of an entity: one question and five phrasings, one of which each fact holds out for its split."""
 
     question: str
     phrasings: tuple[str, str, str, str, str]
@@ -146,12 +146,12 @@ RELATIONS = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that is true of one entity, and the only split that asks for it.
+    """One fact about one entity, and the only split that asks for it.
 
     Args:
         kind: "country" or "element".
-        phrasings: The relation's five phrasings in this fact's own order: the first two are trained on, the last one
-            is the held-out telling.
+        phrasings: The five phrasings of the relation, in random order for each fact: the first two are for training,
+            the last one is held out.
     """
 
     kind: str
@@ -171,10 +171,10 @@ class Fact:
 
 def facts(*, seed: int = 0) -> list[Fact]:
     """All facts: capital, part of the world, demonym, currency and internet domain of the countries; symbol, number,
-    series, place and year of discovery of the elements. They are told as the packages ship them, errors included.
+    series, place and year of discovery of the elements. The data of the packages is used unchanged, including errors.
 
-    Split and phrasing of a fact are drawn from the seed and the fact's own name, so a newer package that adds or drops
-    a fact moves no other one between splits.
+    Split and phrasing of a fact are drawn from the seed and the name of the fact, so a newer package version that adds
+    or drops a fact does not move others between splits.
     """
     found = []
     for kind, entity, relation, answer in [*_countries(), *_elements()]:
@@ -194,15 +194,15 @@ def facts(*, seed: int = 0) -> list[Fact]:
 def fact_texts(split: str = "train", *, seed: int = 0) -> list[dict[str, str]]:
     """Short texts for training or for held-out perplexity, in a column `text` (about 40,000 tokens of training).
 
-    A fact belongs to one split. What the splits mean:
+    Each fact belongs to one split:
 
-    - `train` tells *every* fact, in two phrasings, in paragraphs of one entity each, and shows half of its own facts
-      as "Question: ... Answer: ..." too.
-    - `validation` and `test` tell only their own facts, in a phrasing that training never used for that fact, though
-      training used it for other facts. So neither facts nor sentence forms are new there, only their combination:
-      held-out perplexity falls by knowing the fact, not by having seen the sentence.
-    - The shipped prose about each element (a description and its uses, which has no second phrasing) goes to one split
-      as a whole: 70 % train, 10 % validation, 20 % test. These held-out rows are about elements whose prose is new.
+    - `train` states *every* fact, in two phrasings, in paragraphs about one entity each, and has half of its own facts
+      also as "Question: ... Answer: ...".
+    - `validation` and `test` state only their own facts, in a phrasing that training never used for that fact, though
+      training used it for other facts. Neither the facts nor the sentence forms are new there, only their
+      combinations: held-out perplexity improves by knowing the fact, not by having seen the sentence.
+    - The prose about each element (a description and its uses, which has no second phrasing) belongs to one split as a
+      whole: 70 % train, 10 % validation, 20 % test. These held-out rows are about elements whose prose is new.
 
     Returns:
         Rows `{"text", "source"}` in an order fixed by the seed; `source` is "country", "element", "question"
@@ -219,13 +219,13 @@ def fact_texts(split: str = "train", *, seed: int = 0) -> list[dict[str, str]]:
             tellings = [(known, phrasing) for phrasing in range(TRAINING_PHRASINGS)]
         else:
             tellings = [([fact for fact in known if fact.split == split], -1)]
-        for told, phrasing in tellings:
-            sentences = [fact.told(phrasing) for fact in draw.sample(told, len(told))]
+        for stated, phrasing in tellings:
+            sentences = [fact.told(phrasing) for fact in draw.sample(stated, len(stated))]
             if sentences:
                 rows.append({"text": " ".join(sentences), "source": known[0].kind})
         if split == "train":
-            asked = [fact for fact in known if fact.split == "train" and draw.random() < ASKED_IN_TRAINING]
-            rows += [{"text": _question_and_answer(fact), "source": "question"} for fact in asked]
+            as_questions = [fact for fact in known if fact.split == "train" and draw.random() < ASKED_IN_TRAINING]
+            rows += [{"text": _question_and_answer(fact), "source": "question"} for fact in as_questions]
     for entity, prose in _descriptions():
         if _split_of_prose(entity, seed) == split:
             rows.append({"text": prose, "source": "description"})
@@ -234,16 +234,16 @@ def fact_texts(split: str = "train", *, seed: int = 0) -> list[dict[str, str]]:
 
 
 def fact_questions(split: str = "test", *, seed: int = 0, choices: int = 4) -> list[dict[str, Any]]:
-    """Questions about the facts of a split, with one right answer among `choices` of the same relation.
+    """Questions about the facts of a split, with one correct answer among `choices` of the same relation.
 
-    Training has told every one of these facts, but has shown the question only for facts of its own split.
+    Training states every one of these facts, but contains questions only for facts of its own split.
 
     Returns:
-        Rows `{"question", "answer", "choices", "relation"}`; the answer's place among the choices is random but fixed.
+        Rows `{"question", "answer", "choices", "relation"}`; the position of the answer is random but fixed.
     """
     _check_split(split)
     if choices < 2:
-        raise ValueError(f"`choices` has to be at least 2, got {choices}.")
+        raise ValueError(f"`choices` must be at least 2, got {choices}.")
     known = facts(seed=seed)
     answers: dict[str, list[str]] = {}
     for fact in known:
@@ -271,7 +271,7 @@ def _countries() -> Iterator[tuple[str, str, str, str]]:
             yield "country", name, "capital", country["capital"]
         if country.get("subregion"):
             yield "country", name, "region", country["subregion"]
-        # More than one demonym, currency or domain has no single right answer; it is left out.
+        # Several demonyms, currencies or domains have no single correct answer; they are left out.
         if country.get("demonym") and not {",", "/"} & set(country["demonym"]):
             yield "country", name, "demonym", country["demonym"]
         if len(country.get("currencies") or []) == 1:
@@ -325,7 +325,7 @@ def _element_tables() -> tuple[list[dict[str, Any]], dict[int, str]]:
 
 def _missing(package: str) -> str:
     return (
-        f"The data set 'facts' is made from the package {package!r}, which is not installed. "
+        f"The dataset 'facts' is generated from the package {package!r}, which is not installed. "
         "Run: pip install 'hf_transfer_ext[demo]'"
     )
 
@@ -349,4 +349,4 @@ def _question_and_answer(fact: Fact) -> str:
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"The data set 'facts' has the splits {', '.join(SPLITS)}, got {split!r}.")
+        raise ValueError(f"The dataset 'facts' has the splits {', '.join(SPLITS)}, got {split!r}.")

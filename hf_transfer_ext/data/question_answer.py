@@ -1,4 +1,4 @@
-"""A question and its answer as tokens, and where the answer starts: the same for training and measuring."""
+"""Tokenize a question and its answer, and find where the answer starts: the same for training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class EncodedAnswer:
 
 @dataclass(frozen=True)
 class QuestionAnswerFormat:
-    """How a question becomes a prompt.
+    """How to format a question as a prompt.
 
     Args:
-        template: "plain" writes `prompt` below; "chat" uses the tokenizer's chat template; "auto" is "chat" where the
+        template: "plain" uses `prompt` below; "chat" uses the tokenizer's chat template; "auto" is "chat" if the
             tokenizer has one.
         prompt: The plain prompt; `{question}` stands for the question. It should not end with a space: most
             tokenizers attach a space to the word that follows it.
-        separator: What stands between the plain prompt and the answer.
-        system: System message of the chat template; None for no such message.
+        separator: Text between the plain prompt and the answer.
+        system: System message of the chat template; None for no system message.
         end_of_sequence: Whether the end (the end-of-sequence token, or what the chat template writes after an answer)
-            belongs to the answer, so that the model also learns, or is asked, where to stop.
-        max_length: Longest sequence in tokens; a longer one loses the end of its answer. None for no limit.
-        chat_template_kwargs: Further variables of the chat template. `{"enable_thinking": False}` has a template of
-            a reasoning model (Qwen3 and others) write the empty thought before the answer, so that answers without a
-            thought are scored in the place where the model gives them.
+            belongs to the answer, so that the model also learns, or is tested on, where to stop.
+        max_length: Maximum sequence length in tokens; the end of a longer answer is cut off. None for no limit.
+        chat_template_kwargs: Additional variables for the chat template. With `{"enable_thinking": False}`, the
+            template of a reasoning model (such as Qwen3) writes an empty thought before the answer, so that answers
+            without a thought are scored at the position where the model would generate them.
     """
 
     template: str = "auto"
@@ -48,23 +48,23 @@ class QuestionAnswerFormat:
 
     def __post_init__(self) -> None:
         if self.template not in ("auto", "chat", "plain"):
-            raise ValueError(f"`template` has to be auto, chat or plain, got {self.template!r}.")
+            raise ValueError(f"`template` must be auto, chat or plain, got {self.template!r}.")
         if "{question}" not in self.prompt:
             raise ValueError(f"`prompt` needs the placeholder {{question}}, got {self.prompt!r}.")
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"`max_length` has to be at least 2 tokens, got {self.max_length}.")
+            raise ValueError(f"`max_length` must be at least 2 tokens, got {self.max_length}.")
 
     def uses_chat(self, tokenizer: Any) -> bool:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if self.template == "chat" and not has_template:
             raise ValueError(
-                f"`template='chat'` needs a tokenizer with a chat template, and {tokenizer.name_or_path!r} has none. "
+                f"`template='chat'` needs a tokenizer with a chat template, but {tokenizer.name_or_path!r} has none. "
                 "Use template='plain', or set `tokenizer.chat_template`."
             )
         return has_template if self.template == "auto" else self.template == "chat"
 
     def prompt_text(self, tokenizer: Any, question: str) -> str:
-        """The text up to the answer, as a model is prompted with it."""
+        """The text before the answer, which the model is prompted with."""
         if self.uses_chat(tokenizer):
             return tokenizer.apply_chat_template(
                 self._messages(question), tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
@@ -81,7 +81,7 @@ class QuestionAnswerFormat:
     def encode(self, tokenizer: Any, question: str, answer: str) -> EncodedAnswer:
         """Tokenize prompt and answer as one text.
 
-        A token that holds the end of the prompt and the start of the answer counts as a part of the answer.
+        A token that spans the end of the prompt and the start of the answer counts as part of the answer.
 
         Raises:
             ValueError: The answer is empty, or `max_length` leaves none of its tokens.
@@ -92,19 +92,19 @@ class QuestionAnswerFormat:
         return self._encoded(tokenizer, prompt, answer, self.separator, _end_of_sequence(tokenizer), special=True)
 
     def encode_completion(self, tokenizer: Any, prompt: str, completion: str) -> EncodedAnswer:
-        """As `encode`, of a prompt and its completion as they are: nothing is written around or between them."""
+        """Like `encode`, for a prompt and its completion without any template or separator."""
         return self._encoded(tokenizer, prompt, completion, "", _end_of_sequence(tokenizer), special=True)
 
     def encode_chat(self, tokenizer: Any, messages: list[dict[str, str]], answer: str) -> EncodedAnswer:
-        """As `encode`, of an assistant's answer to a conversation, by the tokenizer's chat template.
+        """Like `encode`, for an assistant's answer in a conversation, with the tokenizer's chat template.
 
-        `system` is put in front, unless the conversation brings a system message of its own.
+        `system` is prepended, unless the conversation already has a system message.
         """
         if getattr(tokenizer, "chat_template", None) is None or self.template == "plain":
             raise ValueError(
                 f"Chat messages need a chat template: the tokenizer {tokenizer.name_or_path!r} has "
                 f"{'none' if getattr(tokenizer, 'chat_template', None) is None else 'one'}, and `template` is "
-                f"{self.template!r}. Set `tokenizer.chat_template` and template='auto', or give question and answer."
+                f"{self.template!r}. Set `tokenizer.chat_template` and template='auto', or pass question and answer."
             )
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -121,7 +121,7 @@ class QuestionAnswerFormat:
         ids, start = _ids_and_boundary(tokenizer, prompt, prompt + separator + answer, add_special_tokens=special)
         if start >= len(ids):
             raise ValueError(
-                f"The answer {answer!r} has no token of its own in this tokenizer, so it cannot be scored."
+                f"The answer {answer!r} does not add any token in this tokenizer, so it cannot be scored."
             )
         if self.end_of_sequence:
             ids = ids + end
@@ -139,9 +139,9 @@ class QuestionAnswerFormat:
         return [*system, {"role": "user", "content": question}]
 
     def _chat_end(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-        """What the chat template writes after an answer, or the end-of-sequence token where it writes nothing.
+        """What the chat template writes after an answer, or the end-of-sequence token if it writes nothing.
 
-        The template is rendered with a stand-in for the answer: a short answer may occur in the end marker itself.
+        The template is rendered with a placeholder for the answer: a short answer may occur in the end marker itself.
         """
         rendered = tokenizer.apply_chat_template(
             [*messages, {"role": "assistant", "content": _STAND_IN}], tokenize=False, **self.chat_template_kwargs
@@ -152,7 +152,7 @@ class QuestionAnswerFormat:
         return _end_of_sequence(tokenizer)
 
 
-#: Stands for an answer while a chat template is rendered; no template contains it.
+#: Placeholder for the answer while a chat template is rendered; it must not occur in any template.
 _STAND_IN = "(the answer 7f3a91)"
 
 
@@ -161,9 +161,9 @@ def _end_of_sequence(tokenizer: Any) -> list[int]:
 
 
 def encode_text(tokenizer: Any, text: str, *, max_length: int | None = None) -> EncodedAnswer:
-    """Plain text, scored from its second token on (the first has nothing before it to be predicted from).
+    """Plain text, scored from its second token (the first one has no context to be predicted from).
 
-    Where the tokenizer starts a text with a special token, every token of the text itself is scored.
+    If the tokenizer adds a special token at the start, every token of the text itself is scored.
     """
     ids = _without_end(tokenizer(text)["input_ids"], tokenizer)[:max_length]
     if len(ids) < 2:
@@ -175,17 +175,17 @@ def _ids_and_boundary(tokenizer: Any, prompt: str, text: str, *, add_special_tok
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        # Special tokens have the empty span (0, 0); the one at the end, where there is one, is cut off first.
+        # Special tokens have the empty span (0, 0); a trailing one is removed first.
         ids, offsets = _without_end(ids, tokenizer), offsets[: len(_without_end(ids, tokenizer))]
         start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         return ids, start
-    # A tokenizer without offsets: prompt and answer apart, which fixes the boundary at the cost of a rare merge.
+    # A tokenizer without offsets: tokenize prompt and answer separately, which loses a rare merge at the boundary.
     head = _without_end(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"], tokenizer)
     return head + list(tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]), len(head)
 
 
 def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Cut one trailing end-of-sequence token off: some tokenizers add it to every text, a prompt must not have it."""
+    """Remove one trailing end-of-sequence token: some tokenizers always add it, but a prompt must not have it."""
     if len(ids) > 1 and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
         return list(ids[:-1])
     return list(ids)

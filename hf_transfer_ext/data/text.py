@@ -1,4 +1,4 @@
-"""Data sets of text by Hub id, file or folder, in one of the forms that trainers take; bad rows are refused."""
+"""Load text datasets by Hub id, file or folder, in one of the formats that trainers accept; bad rows are refused."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 
 TextDataset: TypeAlias = Dataset | IterableDataset
 
-#: The forms of a row: each is the set of roles that its columns play. The first one that a data set has is taken.
+#: The formats of a row: each is a set of column roles. The first format that a dataset has is used.
 FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",), ("input_ids",))
 ROLES = tuple(role for form in FORMS for role in form)
 
-#: Who speaks in `{"from", "value"}` conversations -> the role of a chat template; other names are roles already.
+#: Speaker in `{"from", "value"}` conversations -> role in a chat template; other names already are roles.
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
-#: File ending -> loader of `datasets`.
+#: File extension -> loader of `datasets`.
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
-_EMPTY = "The data set {name!r} has no rows in its split {split!r}. Give one with at least one row."
+_EMPTY = "The dataset {name!r} has no rows in its split {split!r}. Give one with at least one row."
 
 
 def load_text_dataset(
@@ -41,27 +41,27 @@ def load_text_dataset(
     revision: str | None = None,
     config_name: str | None = None,
 ) -> TextDataset:
-    """Load text in one of the forms of TRL's `SFTTrainer`, whatever its columns are called.
+    """Load text in one of the formats of TRL's `SFTTrainer`, with any column names.
 
-    The result has the columns `text`; or `messages` (a list of `{"role", "content"}`, where tool calls may stand in
-    place of the content); or `prompt` and `completion`, both texts or both lists of messages; or `input_ids`, if it is
-    tokenized already, with `labels` if there are any. A question with its answer becomes a prompt with its completion,
-    and `conversations` of `{"from", "value"}` become messages.
+    The result has the columns `text`; or `messages` (a list of `{"role", "content"}`, where tool calls may replace the
+    content); or `prompt` and `completion`, both strings or both lists of messages; or `input_ids`, if it is already
+    tokenized, with `labels` if there are any. A question and its answer become prompt and completion, and
+    `conversations` of `{"from", "value"}` become messages.
 
     Args:
         name_or_path: "facts" (see `data.facts`), a file (.json, .jsonl, .csv, .parquet, .txt), a folder of such files
             or of `Dataset.save_to_disk`, or a Hub id.
         split: Name of the split, or a slice of it as in "train[:1000]". A single file is all "train".
-        columns: Role -> name of the column that plays it, for example `{"text": "content"}` or
+        columns: Role -> column name, for example `{"text": "content"}` or
             `{"question": "q", "answer": "a"}`. Roles: text; messages; prompt and completion; question and answer;
-            input_ids. By default the columns that are called like their roles.
-        streaming: Read rows as they are needed (`IterableDataset`), for data larger than the disk.
-        revision: Branch, tag or commit of a Hub data set.
-        config_name: Which of a Hub data set's configurations.
+            input_ids. By default, the columns that are named after the roles.
+        streaming: Read rows on demand (`IterableDataset`), for data larger than the disk.
+        revision: Branch, tag or commit of a Hub dataset.
+        config_name: Name of the configuration of a Hub dataset.
 
     Raises:
-        FileNotFoundError: Neither a file or folder nor a data set that can be reached on the Hub.
-        ValueError: The data set is empty, lacks the split or a column, or holds something other than text there, or
+        FileNotFoundError: Neither a file or folder nor a dataset that can be reached on the Hub.
+        ValueError: The dataset is empty, lacks the split or a column, or holds something other than text there, or
             nothing in one of its rows.
     """
     dataset = _loaded(name_or_path, split, streaming, revision, config_name)
@@ -76,11 +76,11 @@ def load_text_dataset(
     if set(form) == {"messages"} and any("from" in message for message in first[form["messages"]]):
         dataset = dataset.map(lambda row: {"messages": [_as_message(message) for message in row["messages"]]})
     if set(form) == {"question", "answer"}:
-        asked = QuestionAnswerFormat(template="plain")
+        plain = QuestionAnswerFormat(template="plain")
         dataset = dataset.map(
             lambda row: {
-                "prompt": asked.prompt.replace("{question}", row["question"]),
-                "completion": asked.separator + row["answer"],
+                "prompt": plain.prompt.replace("{question}", row["question"]),
+                "completion": plain.separator + row["answer"],
             },
             remove_columns=["question", "answer"],
         )
@@ -88,13 +88,13 @@ def load_text_dataset(
 
 
 class MissingSet(FileNotFoundError, ValueError):
-    """A data set that can be reached does not have the file, configuration or split that was named."""
+    """The dataset exists but does not have the requested file, configuration or split."""
 
 
 def load_train_and_test(
     name_or_path: str | Path, train_split: str = "train", test_split: str | None = "test", **options: Any
 ) -> tuple[TextDataset, TextDataset | None]:
-    """The data to train on and the held-out data.
+    """The training data and the held-out data.
 
     A single file has no test split, so a tenth of its rows (1 to 1000) is held out from training; a warning says so.
 
@@ -114,12 +114,12 @@ def load_train_and_test(
     count = max(1, min(rows // 10, 1000))
     if rows < 2:
         raise ValueError(
-            f"{str(name_or_path)!r} has {rows} row, so none can be held out to measure on. Add rows, or set "
+            f"{str(name_or_path)!r} has {rows} row, so none can be held out for evaluation. Add rows, or set "
             "`test_split: none`."
         )
     logger.warning(
         f"{str(name_or_path)!r} has no split {test_split!r}: {count} of its {rows} rows are held out from training "
-        "and measured on. Name a slice such as `test_split: train[90%:]`, or `none`, to choose yourself."
+        "for evaluation. To choose yourself, set `test_split` to a slice such as `train[90%:]`, or to `none`."
     )
     if isinstance(train, IterableDataset):
         return train.skip(count), train.take(count)
@@ -130,12 +130,12 @@ def load_train_and_test(
 def load_rows(
     name_or_path: str | Path, *, split: str = "train", revision: str | None = None, config_name: str | None = None
 ) -> list[dict[str, Any]]:
-    """All rows of a data set as they are, from the same places as `load_text_dataset`.
+    """All rows of a dataset, unchanged, from the same sources as `load_text_dataset`.
 
     Raises:
-        MissingSet: The data set lacks the configuration or the split.
-        FileNotFoundError: Neither a file or folder nor a data set that can be reached on the Hub.
-        ValueError: The data set is empty, or cannot be read.
+        MissingSet: The dataset lacks the configuration or the split.
+        FileNotFoundError: Neither a file or folder nor a dataset that can be reached on the Hub.
+        ValueError: The dataset is empty, or cannot be read.
     """
     path = Path(name_or_path)
     if split == "train" and path.is_file() and path.suffix in (".json", ".jsonl"):
@@ -147,7 +147,7 @@ def load_rows(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of one file: JSON lines, a JSON list of objects or of texts, or any other of `FILE_KINDS`.
+    """The rows of one file: JSON lines, a JSON list of objects or strings, or another of `FILE_KINDS`.
 
     Raises:
         ValueError: The file is not valid, or has no rows.
@@ -162,27 +162,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         rows = [parse_json(line, f"Line {n} of {path.name}", kind=None) for n, line in lines if line.strip()]
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"{path.name} needs rows that are JSON objects or texts, and has {len(rows)} rows.")
+        raise ValueError(f"{path.name} needs rows that are JSON objects or strings, and has {len(rows)} rows.")
     return [dict(row) for row in rows]
 
 
 def warn_of_unused(name: str, available: Iterable[str], used: Collection[str]) -> None:
-    """Log which columns of a data set are read, where others are not: an answer may stand in one of them."""
+    """Log which columns of a dataset are used if some are not: one of those may contain the answer."""
     unused = [column for column in available if column not in used]
     if unused:
         logger.warning(
-            "The data set %r: read are the columns %s; not used: %s. Name others with `columns`.",
+            "Dataset %r: columns used: %s; not used: %s. Choose others with `columns`.",
             name, ", ".join(column for column in available if column in used) or "(none)", ", ".join(unused),
         )  # fmt: skip
 
 
 def require_labels(dataset: TextDataset, *, on_unlabelled: str = "error") -> TextDataset:
-    """Refuse or drop tokenized rows without a single token to learn: they would add nothing, or NaN, to a mean.
+    """Refuse or drop tokenized rows without a token to learn: they would contribute nothing, or NaN, to a mean.
 
     Args:
         dataset: Rows with `input_ids` and perhaps `labels` (-100: not learned) or a 0/1 `completion_mask` or
             `assistant_masks`. The first token of a row is never predicted, so it never counts.
-        on_unlabelled: "error" or "skip". A streamed data set raises when the row is reached.
+        on_unlabelled: "error" or "skip". A streaming dataset raises when it reaches the row.
 
     Raises:
         ValueError: A row has no such token (under "error"), or none is left (under "skip").
@@ -194,7 +194,7 @@ def require_labels(dataset: TextDataset, *, on_unlabelled: str = "error") -> Tex
     return _kept(
         dataset,
         lambda row: labelled_tokens(row) > 0,
-        lambda index, row: f"Row {index} has no labelled token among its {len(row['input_ids'])}. {advice}",
+        lambda index, row: f"Row {index} has no labeled token among its {len(row['input_ids'])}. {advice}",
         _one_of("on_unlabelled", on_unlabelled, ("error", "skip")),
     )
 
@@ -205,32 +205,32 @@ def fit_context(dataset: TextDataset, context: int, *, on_long: str = "error") -
     Args:
         context: The longest sequence in tokens, as in `loading.context_length(model)`.
         on_long: "error"; "truncate" (the end of every per-token column is cut off: call `require_labels` afterwards);
-            or "skip". A streamed data set raises when the row is reached.
+            or "skip". A streaming dataset raises when it reaches the row.
     """
     if context < 1:
-        raise ValueError(f"`context` has to be at least 1 token, got {context}.")
+        raise ValueError(f"`context` must be at least 1 token, got {context}.")
     if _one_of("on_long", on_long, ("error", "truncate", "skip")) == "truncate":
         return dataset.map(lambda row: _cut(row, context))
     return _kept(
         dataset,
         lambda row: len(row["input_ids"]) <= context,
         lambda index, row: (
-            f"Row {index} has {len(row['input_ids'])} tokens, but the model was built for {context}. Split the text, "
-            "or choose `on_long: truncate` (loses its end) or `on_long: skip`."
+            f"Row {index} has {len(row['input_ids'])} tokens, but the model supports only {context}. Split the text, "
+            "or set `on_long: truncate` (loses its end) or `on_long: skip`."
         ),
         on_long,
     )
 
 
 def labelled_tokens(row: Mapping[str, Any]) -> int:
-    """How many tokens of a tokenized row are predicted and learned."""
-    learnt = [True] * len(row["input_ids"])
+    """Number of tokens of a tokenized row that are predicted and learned."""
+    learned = [True] * len(row["input_ids"])
     if row.get("labels") is not None:
-        learnt = [label != -100 for label in row["labels"]]
+        learned = [label != -100 for label in row["labels"]]
     for name in ("completion_mask", "assistant_masks"):
         if row.get(name) is not None:
-            learnt = [kept and bool(mask) for kept, mask in zip(learnt, row[name], strict=True)]
-    return sum(learnt[1:])
+            learned = [kept and bool(mask) for kept, mask in zip(learned, row[name], strict=True)]
+    return sum(learned[1:])
 
 
 def _loaded(
@@ -251,36 +251,36 @@ def _loaded(
     if path.is_file():
         if path.suffix not in FILE_KINDS:
             raise ValueError(
-                f"{str(name)!r} is not a data file that can be read. Known endings: {', '.join(sorted(FILE_KINDS))}."
+                f"{str(name)!r} is not a supported data file. Supported extensions: {', '.join(sorted(FILE_KINDS))}."
             )
         source, options["data_files"] = FILE_KINDS[path.suffix], {"train": str(path)}
     elif path.is_dir():
         source = str(path)
     elif path.suffix in FILE_KINDS or path.is_absolute() or str(name).startswith((".", "~")):
-        raise FileNotFoundError(f"There is no data file or folder at {str(name)!r}. Fix the path, or give a Hub id.")
+        raise FileNotFoundError(f"There is no data file or folder at {str(name)!r}. Fix the path, or pass a Hub id.")
     else:
         source, options["revision"], options["name"] = str(name), revision, config_name
     try:
         return load_dataset(source, **options)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"The data set {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local file or "
-            f"folder nor a data set that can be reached on the Hub ({type(error).__name__}). Fix the name, or log in."
+            f"The dataset {str(name)!r}{f' at revision {revision!r}' if revision else ''} is neither a local file or "
+            f"folder nor a dataset that can be reached on the Hub ({type(error).__name__}). Fix the name, or log in."
         ) from error
     except DatasetGenerationError as error:
-        raise ValueError(f"{str(name)!r} cannot be read as a data set: {error.__cause__ or error}") from error
+        raise ValueError(f"{str(name)!r} cannot be read as a dataset: {error.__cause__ or error}") from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"The folder {str(name)!r} holds no data files that can be read: {error}") from error
+        raise FileNotFoundError(f"The folder {str(name)!r} has no data files that can be read: {error}") from error
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise ValueError(_EMPTY.format(name=str(name), split=split)) from error
         missing = "BuilderConfig" in str(error) or "Unknown split" in str(error)
         kind = MissingSet if missing else ValueError
-        raise kind(f"The data set {str(name)!r} cannot be loaded: {error}") from error
+        raise kind(f"The dataset {str(name)!r} cannot be loaded: {error}") from error
 
 
 def _form(columns: Mapping[str, str] | None, available: list[str], name: str) -> dict[str, str]:
-    """Role -> column for one whole form."""
+    """Role -> column for one format."""
     if columns is None:
         for form in FORMS:
             if all(role in available for role in form):
@@ -288,18 +288,18 @@ def _form(columns: Mapping[str, str] | None, available: list[str], name: str) ->
         if "conversations" in available:
             return {"messages": "conversations"}
         raise ValueError(
-            f"The data set {name!r} has the columns {', '.join(available)}, and none of the forms "
-            f"{'; '.join(' + '.join(form) for form in FORMS)}. Say which column plays which role, for example "
+            f"The dataset {name!r} has the columns {', '.join(available)}, which match none of the formats "
+            f"{'; '.join(' + '.join(form) for form in FORMS)}. Map roles to columns, for example "
             f"`columns: {{text: {available[0]}}}`."
         )
     for role, column in columns.items():
         if role not in ROLES:
             raise ValueError(unknown_name("role of a column", role, ROLES))
         if column not in available:
-            raise ValueError(f"{unknown_name('column', column, available)} (The data set is {name!r}.)")
+            raise ValueError(f"{unknown_name('column', column, available)} (The dataset is {name!r}.)")
     if set(columns) not in [set(form) for form in FORMS]:
         raise ValueError(
-            f"`columns` names {', '.join(columns)}; needed are the roles of one form: "
+            f"`columns` has the roles {', '.join(columns)}, but needs all roles of one format: "
             f"{'; '.join(' + '.join(form) for form in FORMS)}."
         )
     return dict(columns)
@@ -317,7 +317,7 @@ def _check_types(row: Mapping[str, Any], form: Mapping[str, str], name: str) -> 
             good, needed = isinstance(value, str), "text"
         if not good:
             raise ValueError(
-                f"Column {column!r} of the data set {name!r} has to hold {needed}, but its first row holds "
+                f"Column {column!r} of the dataset {name!r} must hold {needed}, but its first row holds "
                 f"{type(value).__name__} {str(value)[:80]!r}."
             )
 
@@ -335,14 +335,13 @@ def _as_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_nulls(dataset: TextDataset, form: Mapping[str, str], name: str) -> TextDataset:
-    """Refuse rows with nothing in a column that is learned from; a streamed one raises when the row is reached."""
+    """Refuse rows with null in a column that is used; a streaming dataset raises when it reaches the row."""
 
     def checked(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         for column in form.values():
             if row[column] is None:
                 raise ValueError(
-                    f"Row {index} of the data set {name!r} has nothing (null) in the column {column!r}. Fix or delete "
-                    "the row."
+                    f"Row {index} of the dataset {name!r} has null in the column {column!r}. Fix or delete the row."
                 )
         return row
 
@@ -355,7 +354,7 @@ def _without_nulls(dataset: TextDataset, form: Mapping[str, str], name: str) -> 
 
 
 def _renamed(dataset: TextDataset, form: Mapping[str, str], available: list[str]) -> TextDataset:
-    """Give the columns the names of their roles. Columns of other forms go, so that one form remains."""
+    """Rename the columns to their roles and drop columns of other formats, so that one format remains."""
     taken = set(form.values())
     dataset = dataset.remove_columns([column for column in available if column in ROLES and column not in taken])
     return dataset.rename_columns({column: role for role, column in form.items() if column != role})
@@ -367,11 +366,11 @@ def _kept(
     message: Callable[[int, Mapping[str, Any]], str],
     policy: str,
 ) -> TextDataset:
-    """Rows that are good; a bad one is left out ("skip") or raises ("error")."""
+    """The valid rows; an invalid one is dropped ("skip") or raises ("error")."""
     if policy == "skip":
         kept = dataset.filter(good)
         if next(iter(kept), None) is None:
-            raise ValueError("No row is left after skipping: every one is too long or has nothing to learn.")
+            raise ValueError("No row is left after skipping: every row is too long or has nothing to learn.")
         return kept
 
     def checked(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
@@ -393,5 +392,5 @@ def _cut(row: Mapping[str, Any], context: int) -> dict[str, Any]:
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
-        raise ValueError(f"`{name}` has to be one of {', '.join(known)}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
     return value

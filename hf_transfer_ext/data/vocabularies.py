@@ -1,4 +1,4 @@
-"""Do two models speak of the same tokens? Compared by the tokens themselves, not by the sizes of the models."""
+"""Compare the vocabularies of two models, token by token and not only by size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class VocabularyMatch:
-    """How the token ids of a student and a teacher compare.
+    """The result of comparing the token ids of a student and a teacher.
 
     Args:
         shared_size: Ids 0 to `shared_size - 1` have a row in both heads: the range both logits are sliced to.
-        moved: Tokens that both know under different ids: (token, student's id, teacher's id).
+        moved: Tokens with different ids in student and teacher: (token, student's id, teacher's id).
         only_student: Tokens that the teacher does not know, by id.
         only_teacher: Tokens that the student does not know, by id.
     """
@@ -29,20 +29,20 @@ class VocabularyMatch:
         return not (self.moved or self.only_student or self.only_teacher)
 
     def require_identical(self) -> int:
-        """`shared_size`, or a `ValueError` that names tokens that differ."""
+        """Return `shared_size`, or raise a `ValueError` with examples of differing tokens."""
         if self.identical:
             return self.shared_size
         differences = []
         if self.moved:
             examples = ", ".join(f"{token!r} is {ours} and {theirs}" for token, ours, theirs in self.moved[:3])
-            differences.append(f"{len(self.moved)} have other ids (student and teacher: {examples})")
+            differences.append(f"{len(self.moved)} tokens have different ids (student and teacher: {examples})")
         for side, tokens in (("student", self.only_student), ("teacher", self.only_teacher)):
             if tokens:
                 examples = ", ".join(repr(token) for token in tokens[:3])
-                differences.append(f"{len(tokens)} are known to the {side} alone ({examples})")
+                differences.append(f"{len(tokens)} tokens exist only in the {side} ({examples})")
         raise ValueError(
             "Student and teacher have different vocabularies, so their logits cannot be compared token by token: "
-            f"{'; '.join(differences)}. Use two models of one family, or one tokenizer trimmed once for both. "
+            f"{'; '.join(differences)}. Use two models of one family, or trim the tokenizer once for both. "
             "Models of different families need a cross-tokenizer loss, which is not available yet."
         )
 
@@ -53,9 +53,9 @@ def compare_vocabularies(
     student_size: int,
     teacher_size: int,
 ) -> VocabularyMatch:
-    """Compare two token -> id maps. Heads of different sizes match where the surplus rows belong to no token.
+    """Compare two token -> id maps. Heads of different sizes match if the extra rows do not belong to any token.
 
-    Qwen2.5, for one, has 151,936 rows in its small and 152,064 in its large models for the same tokens.
+    For example, Qwen2.5 has 151,936 rows in its small and 152,064 in its large models for the same tokens.
 
     Args:
         student_size: Rows of the student's head (the last dimension of its logits).
@@ -68,7 +68,7 @@ def compare_vocabularies(
     for side, vocabulary, size in (("student", ours, student_size), ("teacher", theirs, teacher_size)):
         if vocabulary and max(vocabulary.values()) >= size:
             raise ValueError(
-                f"The tokenizer of the {side} knows ids up to {max(vocabulary.values())}, but its head has {size} "
+                f"The tokenizer of the {side} has ids up to {max(vocabulary.values())}, but its head has {size} "
                 "rows. Load model and tokenizer from the same folder, or resize the model's embeddings."
             )
     shared_size = min(student_size, teacher_size)

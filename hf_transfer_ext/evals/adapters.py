@@ -1,4 +1,4 @@
-"""Several adapters on one base, to be measured side by side."""
+"""Load several adapters on one base model, to evaluate them side by side."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from hf_transfer_ext.reading import one_line
 
 
 def with_adapters(model: Any, folders: Sequence[str | Path]) -> tuple[Any, dict[str, str]]:
-    """Put all adapters on one model: the base is loaded once.
+    """Load all adapters onto one model; the base model is loaded only once.
 
     Returns:
         The `PeftModel`, and label -> adapter name for `evaluate(adapter=...)`: "base" first, then each adapter by the
         name of its folder.
 
     Raises:
-        ValueError: Two folders of one name, or an adapter made for another base.
+        ValueError: Two folders have the same name, or an adapter does not fit the base model.
     """
     from peft import PeftModel
 
     names = [Path(folder).name.replace(".", "-") for folder in folders]
     if len(set(names)) < len(names) or "base" in names:
-        raise ValueError(f"Adapter folders need different names, other than 'base'; got {', '.join(names)}.")
+        raise ValueError(f"Adapter folders need distinct names, and none may be named 'base'; got {', '.join(names)}.")
     for folder, name in zip(folders, names, strict=True):
         try:
             if hasattr(model, "peft_config"):
@@ -34,6 +34,6 @@ def with_adapters(model: Any, folders: Sequence[str | Path]) -> tuple[Any, dict[
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"Adapter {str(folder)!r} does not fit {model.config.name_or_path!r}: {one_line(error)} "
-                "Its adapter_config.json names the base it was made for."
+                "Its adapter_config.json names the base model that it was trained on."
             ) from error
     return model.eval(), {"base": "base", **{name: name for name in names}}

@@ -1,4 +1,4 @@
-"""The bootstrap: how far a number moves when its examples are drawn again. One place for all intervals."""
+"""Bootstrap resampling: all confidence intervals are computed here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Drawn = Float[np.ndarray, " resamples"]
 def resampled(
     statistic: Callable[..., float], groups: Sequence[Sequence[np.ndarray]], *, resamples: int = 1000, seed: int = 0
 ) -> Drawn:
-    """`statistic` on examples drawn with replacement, `resamples` times.
+    """Compute `statistic` on examples drawn with replacement, `resamples` times.
 
     Args:
         statistic: Function of all arrays of all groups, in order.
-        groups: The arrays of one group are about the same examples and are drawn together (scores of two models on
-            one set); groups are drawn independently (members and non-members).
+        groups: The arrays of one group belong to the same examples and are resampled together (scores of two models
+            on one set); groups are resampled independently (members and non-members).
 
     Source: Efron, "Bootstrap methods: another look at the jackknife", 1979, https://doi.org/10.1214/aos/1176344552
     """
@@ -35,7 +35,7 @@ def percentile_interval(low_draws: Drawn, high_draws: Drawn | None = None) -> tu
     """95 % percentile interval of resampled values; None without any.
 
     Args:
-        high_draws: The upper end's own values, where a resample leaves open a whole range.
+        high_draws: Separate values for the upper end, if each resample gives a range.
     """
     high_draws = low_draws if high_draws is None else high_draws
     if not len(low_draws):
@@ -46,9 +46,9 @@ def percentile_interval(low_draws: Drawn, high_draws: Drawn | None = None) -> tu
 def interval_of(
     statistic: Callable[..., float], groups: Sequence[Sequence[np.ndarray]], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % percentile interval of `statistic` over its examples; None where a group has fewer than two.
+    """95 % percentile interval of `statistic` over its examples; None if a group has fewer than two.
 
-    It covers the sampling of examples alone: another training seed is another matter.
+    It only covers the sampling of examples, not the variation between training seeds.
     """
     if resamples < 1 or min(len(group[0]) for group in groups) < 2:
         return None
@@ -58,5 +58,5 @@ def interval_of(
 def mean_interval(
     values: Float[np.ndarray, " examples"], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """`interval_of` the plain mean."""
+    """`interval_of` the unweighted mean."""
     return interval_of(lambda drawn: float(drawn.mean()), [[values]], resamples=resamples, seed=seed)

@@ -1,4 +1,4 @@
-"""What is forgotten and what is kept: the short look at a model before and after unlearning."""
+"""A quick evaluation of forgetting and retention, for a model before or after unlearning."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hf_transfer_ext.measurement import Measurement
 def forget_retain(
     model: Any, tokenizer: Any, splits: Mapping[str, Sequence[Mapping[str, Any]]], **options: Any
 ) -> list[Measurement]:
-    """Answer probability and perplexity of every split, extraction strength of "forget", and truth ratios.
+    """Compute answer probability and perplexity of every split, extraction strength of "forget", and truth ratios.
 
     Args:
-        splits: "forget" and any others ("retain", "holdout"); an empty one is passed over. Truth ratios are measured
-            where all rows of a split have wrong answers (`perturbed_answer`), "forget" with the role "forget" and the
-            others with the role "retain".
+        splits: "forget" and any others ("retain", "holdout"); empty ones are skipped. Truth ratios are computed if all
+            rows of a split have wrong answers (`perturbed_answer`), with the role "forget" for "forget" and "retain"
+            for the others.
         options: Passed to `evaluate` (`adapter`, `accelerator`, `template`, `columns`, `batch_size`, ...).
 
     Returns:
-        The measurements, their names led by the split's ("forget answer_probability"). On "forget", knowing less
-        counts as better.
+        The measurements, with the split prepended to their names ("forget answer_probability"). On "forget", knowing
+        less counts as better.
     """
     perturbed = (options.get("columns") or {}).get("perturbed_answer", "perturbed_answer")
     found = []

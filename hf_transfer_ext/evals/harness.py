@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness on a model that is loaded here, as measurements of this package."""
+"""Run tasks of lm-evaluation-harness on a loaded model and return measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode
 from hf_transfer_ext.registry import unknown_name
 
-#: Metric of the harness -> unit. Others keep the harness's own names.
+#: Metric of the harness -> unit. For others, the unit is the name in the harness.
 UNITS = {
     "acc": "share of questions", "acc_norm": "share of questions", "exact_match": "share of questions",
     "f1": "F1", "perplexity": "perplexity per example", "word_perplexity": "perplexity per word",
@@ -31,24 +31,24 @@ def measure_with_lm_eval(
     apply_chat_template: bool = False,
     seed: int = 0,
 ) -> list[Measurement]:
-    """Run tasks of lm-evaluation-harness by its Python interface; nothing is loaded twice.
+    """Run tasks of lm-evaluation-harness through its Python API, without loading the model again.
 
     Args:
-        tasks: Names of tasks or groups: the harness's own ("hellaswag", which loads its data from the Hub) or those
-            of `task_folder`.
-        adapter: Adapter of `model` that is measured, "base" for its base; None for the active one.
+        tasks: Names of tasks or groups: built-in ones ("hellaswag", which loads its data from the Hub) or those in
+            `task_folder`.
+        adapter: Adapter of `model` to evaluate, "base" for its base model; None for the active one.
         task_folder: Folder of task files in YAML, whose data may be local files (`dataset_path: json`). Such a file
-            can call Python code (`!function`), so give only a folder that you trust.
-        shots: Answered examples before each question; None for the task's own number.
+            can run Python code (`!function`), so only use a folder that you trust.
+        shots: Few-shot examples before each question; None for the default of the task.
         limit: Only the first examples of each task.
 
     Returns:
-        One measurement for each task and metric, named "task metric", with the direction that the task states and,
-        where the harness has a standard error, an interval of 1.96 of them to either side.
+        One measurement per task and metric, named "task metric", with the direction that the task declares and, if the
+        harness reports a standard error, an interval of +- 1.96 standard errors.
 
     Raises:
         ImportError: The harness is not installed.
-        ValueError: Unknown task, no task, or a task folder that is not there.
+        ValueError: Unknown task, no task, or a task folder that does not exist.
 
     Source: Gao et al., "A framework for few-shot language model evaluation",
     https://github.com/EleutherAI/lm-evaluation-harness
@@ -58,13 +58,11 @@ def measure_with_lm_eval(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(
-            "The tasks of lm-evaluation-harness need it installed: pip install 'hf_transfer_ext[lm_eval]'"
-        ) from error
+        raise ImportError("lm-evaluation-harness is not installed: pip install 'hf_transfer_ext[lm_eval]'") from error
     if not tasks:
         raise ValueError("`tasks` is empty: name at least one task of the harness or of `task_folder`.")
     if task_folder is not None and not Path(task_folder).is_dir():
-        raise ValueError(f"`task_folder` has to be a folder of YAML files, and there is none at {str(task_folder)!r}.")
+        raise ValueError(f"`task_folder` must be a folder of YAML files, but {str(task_folder)!r} is not a folder.")
     manager = TaskManager(include_path=str(task_folder) if task_folder is not None else None)
     for name in tasks:
         if name not in manager.all_tasks:

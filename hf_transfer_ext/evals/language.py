@@ -1,4 +1,4 @@
-"""How well a language model predicts held-out data, and how near it is to another one: one call, several metrics."""
+"""Evaluate a language model on held-out data and compare it with another model, in one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.measurement import Measurement
 
-#: Prompt and completion stand for themselves: nothing is put around or between them.
+#: Prompt and completion are used unchanged, without template or separator.
 VERBATIM = QuestionAnswerFormat(template="plain", prompt="{question}", separator="", end_of_sequence=False)
 
 
@@ -25,13 +25,13 @@ def measure_language_model(
     accelerator: Any = None,
     dataset: str | None = None,
 ) -> list[Measurement]:
-    """Perplexity of held-out rows; KL and agreement with a reference; questions answered right among their choices.
+    """Perplexity of held-out rows, KL and agreement with a reference, and multiple-choice accuracy.
 
     Args:
-        rows: Rows in one of the forms of `load_text_dataset`: text, prompt and completion, or messages.
-        questions: Rows of question, answer and choices.
+        rows: Rows in one of the formats of `load_text_dataset`: text, prompt and completion, or messages.
+        questions: Rows with question, answer and choices.
         reference: The model to compare with; None for no comparison.
-        limit: At most so many rows, and as many questions.
+        limit: Maximum number of rows, and of questions.
     """
     metrics = ["nats_per_token", "perplexity"]
     if reference is not None:
@@ -39,7 +39,7 @@ def measure_language_model(
     examples = [as_example(row, tokenizer) for row in islice(rows, limit)]
     shared = {"template": VERBATIM, "accelerator": accelerator}
     found = evaluate(model, tokenizer, examples, metrics, reference=reference, dataset=dataset, **shared).measurements
-    asked = [
+    choices = [
         {
             "question": row["question"],
             "answer": row["answer"],
@@ -47,26 +47,26 @@ def measure_language_model(
         }
         for row in islice(questions, limit)
     ]
-    if asked:
+    if choices:
         name = f"{dataset} questions" if dataset else None
         plain = QuestionAnswerFormat(template="plain", end_of_sequence=False)
         answered = evaluate(
-            model, tokenizer, asked, ["choice_accuracy"], dataset=name, template=plain, accelerator=accelerator
+            model, tokenizer, choices, ["choice_accuracy"], dataset=name, template=plain, accelerator=accelerator
         )
         found += answered.measurements
     return found
 
 
 def as_example(row: Mapping[str, Any], tokenizer: Any) -> dict[str, str]:
-    """A training row as the evaluation engine takes it."""
+    """Convert a training row to the schema of the evaluation engine."""
     if "messages" in row:
         return {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)}
     if "input_ids" in row:
         return {"text": tokenizer.decode(row["input_ids"])}
     if "prompt" in row and isinstance(row["prompt"], list):
-        asked = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
-        return {"question": asked, "answer": whole[len(asked) :]} if whole.startswith(asked) else {"text": whole}
+        return {"question": prompt, "answer": whole[len(prompt) :]} if whole.startswith(prompt) else {"text": whole}
     if "prompt" in row:
         return {"question": row["prompt"], "answer": row["completion"]}
     return {"text": row["text"]}

@@ -1,4 +1,4 @@
-"""What a metric is: a function of one scored example, with its unit, its direction and what it needs to be scored."""
+"""Define metrics: functions of one scored example, with a unit, a direction and the scores that they need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.options import label_with
 from hf_transfer_ext.measurement import Measurement
 
-#: Everything that a metric may need, and what the engine provides for it. The only list of them.
+#: The complete list of what a metric may need, and what the engine then provides.
 QUANTITIES = {
     "token_log_probs": "log p of each token, and whether it was the model's first choice",
     "vocabulary_moments": "mean and standard deviation of log p over the vocabulary, at each token",
@@ -23,7 +23,7 @@ QUANTITIES = {
     "generations": "what the model writes after the prompt",
 }
 
-#: Columns whose texts a metric may read the scores of.
+#: Columns whose scores a metric may use.
 SCORED_COLUMNS = ("answer", "paraphrased_answer", "perturbed_answer")
 
 Values = Float[np.ndarray, " examples"]
@@ -31,25 +31,25 @@ Summary = Callable[[Values, Values], float]
 
 
 def weighted_mean(values: Values, weights: Values) -> float:
-    """The plain mean where all weights are equal; the mean over tokens where a weight is a number of tokens."""
+    """Weighted mean: the plain mean for equal weights, the mean over tokens if the weights are numbers of tokens."""
     return float((values * weights).sum() / weights.sum())
 
 
 class Metric:
-    """One value per example, and one number for the set.
+    """One value per example, and one summary for the set.
 
     Args:
         per_example: `(scored example, **options)` -> value, or `(value, weight)`. A `ValueError` it raises is kept
             as this example's problem; the others are still measured.
         unit: Unit of the summary.
-        higher_is_better: Direction of the summary. A forget set usually wants the opposite of a retain set; metrics
-            state the direction for knowledge that is to be kept, unless they are about forgetting alone.
-        needs: The `QUANTITIES` it reads.
-        texts: The `SCORED_COLUMNS` it reads.
+        higher_is_better: Direction of the summary. A forget set usually needs the opposite of a retain set; metrics
+            declare the direction for knowledge to keep, unless they only measure forgetting.
+        needs: The `QUANTITIES` that it uses.
+        texts: The `SCORED_COLUMNS` that it uses.
         summary: `(values, weights)` -> the number for the set; the weighted mean by default. It may be given as a
             function `(**options) -> summary` through `summary_for`.
-        named_options: Options whose value stands in the measurement's name even where the default is used, because
-            the number cannot be read without it.
+        named_options: Options that are part of the measurement's name even with their default value, because the
+            number cannot be interpreted without them.
     """
 
     __name__: str
@@ -81,25 +81,25 @@ class Metric:
         return self.per_example(*args, **kwargs)
 
     def label(self, options: Mapping[str, Any]) -> str:
-        """`truth_ratio(definition=arithmetic)`: the name with every option that changes what the number means."""
+        """`truth_ratio(definition=arithmetic)`: the name with every option that changes the meaning of the number."""
         return label_with(self.__name__, {**self.named_options, **options})
 
 
 def check_declaration(metric: Any) -> None:
-    """Refuse what the engine could not compute a measurement from; `METRICS.register` calls it.
+    """Refuse a metric that the engine cannot compute; called by `METRICS.register`.
 
     Raises:
         ValueError: Not a `Metric`, no unit or direction, or a need or column that the engine does not provide.
     """
     if not isinstance(metric, Metric):
         raise ValueError(
-            f"A metric is declared with `@metric(unit=..., higher_is_better=...)` above a function of one scored "
+            f"Declare a metric with `@metric(unit=..., higher_is_better=...)` above a function of one scored "
             f"example; got {metric!r}."
         )
     name = metric.__name__
     if not isinstance(metric.unit, str) or not metric.unit.strip() or not isinstance(metric.higher_is_better, bool):
         raise ValueError(
-            f"The metric {name} has to state its unit (a text) and its direction (`higher_is_better`, true or false); "
+            f"The metric {name} must declare its unit (a string) and direction (`higher_is_better`, true or false); "
             f"got {metric.unit!r} and {metric.higher_is_better!r}."
         )
     for need in metric.needs:
@@ -111,12 +111,10 @@ def check_declaration(metric: Any) -> None:
     for column in metric.texts:
         if column not in SCORED_COLUMNS:
             raise ValueError(
-                f"The metric {name} reads the column {column!r}; the engine scores {', '.join(SCORED_COLUMNS)}."
+                f"The metric {name} uses the column {column!r}; the engine only scores {', '.join(SCORED_COLUMNS)}."
             )
     if metric.texts and not metric.needs:
-        raise ValueError(
-            f"The metric {name} reads {', '.join(metric.texts)} and needs nothing of them: declare `needs`."
-        )
+        raise ValueError(f"The metric {name} uses {', '.join(metric.texts)} but declares no `needs`.")
 
 
 def metric(**declared: Any) -> Callable[[Callable[..., Any]], Metric]:
@@ -138,7 +136,7 @@ def summarize(
     options = dict(options or {})
     weights = np.ones(len(values)) if weights is None else weights
     if len(values) == 0:
-        raise ValueError(f"{metric.label(options)} has no example to be measured on: every one was left out.")
+        raise ValueError(f"{metric.label(options)} could not be measured: every example was left out.")
     summary = metric.summary_for(**options) if metric.summary_for else metric.summary
     return Measurement(
         metric.label(options),

@@ -1,4 +1,4 @@
-"""Metrics on several data sets, for one model after the other: the counterpart of `suite_run`."""
+"""Compute metrics on several datasets, for several models in turn: the counterpart of `suite_run`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.evals.engine.evaluate import MetricSpec, evaluate, resolve_metric
 from hf_transfer_ext.evals.engine.result import EvaluationResult
 
-#: The name that stands for made-up people.
+#: Dataset name for fictitious people.
 PEOPLE = "fictitious_people"
 
 
 def load_sets(
     names: Sequence[str], *, limit: int | None = None, seed: int = 0, **where: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """Name -> the first `limit` rows of each data set; `fictitious_people` gives the sets of twenty of them.
+    """Name -> the first `limit` rows of each dataset; `fictitious_people` gives sets about twenty people.
 
     Args:
-        where: `split`, `revision` and `config_name` of the others.
+        where: `split`, `revision` and `config_name` of all other datasets.
     """
     sets: dict[str, list[dict[str, Any]]] = {}
     for name in names:
@@ -31,19 +31,19 @@ def load_sets(
 
 
 def resolve_all(metrics: Sequence[MetricSpec]) -> None:
-    """Raise a `ValueError` for an unknown metric or option, before anything is loaded."""
+    """Raise `ValueError` for an unknown metric or option, before anything is loaded."""
     for spec in metrics:
         resolve_metric(spec)
 
 
 class MetricRun:
-    """Holds the data sets while models come and go.
+    """Holds the datasets while models are loaded and evaluated in turn.
 
     Args:
         metrics: Names, or names with options.
         sets: Name -> examples.
-        reference: Model for metrics that compare, or "base".
-        options: What `evaluate` takes beside these.
+        reference: Model that comparing metrics use, or "base".
+        options: Other arguments of `evaluate`.
 
     Raises:
         ValueError: An unknown metric or option, before a model is loaded.
@@ -64,7 +64,7 @@ class MetricRun:
     def results_by_folder(
         self, model: Any, tokenizer: Any, title: str, adapter: str | None = None
     ) -> Iterator[tuple[str, EvaluationResult]]:
-        """The name of its folder and the result of each data set, whose name leads those of the measurements."""
+        """Folder name and result of each dataset; the dataset name is prepended to the measurement names."""
         for dataset, rows in self.sets.items():
             result = evaluate(model, tokenizer, rows, self.metrics, adapter=adapter, dataset=dataset, **self.options)
             result.measurements = [replace(m, name=f"{dataset} {m.name}") for m in result.measurements]

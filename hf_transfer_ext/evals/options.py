@@ -1,4 +1,4 @@
-"""Options of metrics, attacks and suites, as their signatures declare them, and names with options in a setting."""
+"""Options of metrics, attacks and suites: from their signatures, and parsed from settings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hf_transfer_ext.registry import unknown_name
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:
-    """Names of a function's own options: its keyword-only arguments."""
+    """Names of a function's options: its keyword-only arguments."""
     return [name for name, p in signature(function).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
 
 
 def check_options(kind: str, name: str, options: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse an option that would not be read, with the nearest one that would.
+    """Refuse an unknown option, and suggest the closest known one.
 
     Raises:
         ValueError: An option is not in `known`.
@@ -29,7 +29,7 @@ def name_and_options(kind: str, spec: Any) -> tuple[Any, dict[str, Any]]:
     """`"min_k"`, `{"min_k": {"share": 0.2}}` or `("min_k", {"share": 0.2})` -> the name and its options.
 
     Raises:
-        ValueError: `spec` has another form.
+        ValueError: `spec` has a different form.
     """
     if isinstance(spec, Mapping) and len(spec) == 1:
         spec = next(iter(spec.items()))
@@ -37,7 +37,7 @@ def name_and_options(kind: str, spec: Any) -> tuple[Any, dict[str, Any]]:
         return spec[0], dict(spec[1] or {})
     if isinstance(spec, (Mapping, tuple, list)) or spec is None:
         raise ValueError(
-            f"A {kind} is a name, or a name with its options (`{{name: {{option: value}}}}`); got {spec!r}."
+            f"A {kind} must be a name, or a name with its options (`{{name: {{option: value}}}}`), got {spec!r}."
         )
     return spec, {}
 

@@ -1,4 +1,4 @@
-"""What a suite is: data sets that are read together, the metrics of each, and what one model gets on them."""
+"""Define suites: datasets that belong together, the metrics for each, and the results of a model on them."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from hf_transfer_ext.reading import read_json
 
 Rows = Sequence[Mapping[str, Any]]
 
-#: Other models that a suite may compare with: one that never saw the forget set, or the model before unlearning.
+#: Models that a suite may compare with: one that never saw the forget set, or the model before unlearning.
 ROLES = ("retrained", "before")
 
-#: The prompt is the question itself, with nothing around it.
+#: The prompt is the question itself, without any template.
 BARE = QuestionAnswerFormat(template="plain", prompt="{question}", separator="", end_of_sequence=False)
 
 
 @dataclass
 class SuiteResult:
-    """One model on one suite.
+    """The results of one model on one suite.
 
     Args:
-        measurements: What the suite reports, the most important first.
-        sets: The evaluations behind them, by set.
-        notes: What the suite could not measure, and why.
+        measurements: The measurements that the suite reports, most important first.
+        sets: Set name -> the evaluation behind the measurements.
+        notes: What could not be measured, and why.
     """
 
     measurements: list[Measurement]
@@ -55,7 +55,7 @@ class SuiteResult:
         ]
 
     def __getitem__(self, name: str) -> Measurement:
-        """The measurement of this name."""
+        """The measurement with this name."""
         found = [m for m in self.measurements if m.name == name]
         if len(found) != 1:
             raise KeyError(f"{name!r} is not one measurement of {[m.name for m in self.measurements]}.")
@@ -72,15 +72,15 @@ class SuiteResult:
 
 
 class Suite:
-    """A function `(model, tokenizer, sets, **options) -> SuiteResult` with the loader of its sets.
+    """A function `(model, tokenizer, sets, **options) -> SuiteResult`, with a loader for its sets.
 
     Args:
         load: `(source, **options) -> sets`: from a Hub id or a local folder.
-        source: The Hub id of the published data; None where there is none.
+        source: Hub id of the published data; None if there is none.
         compares_with: Name of the option that takes the result of another model: "retrained" (a model that never saw
-            the forget set) or "before" (the model before unlearning); None where nothing is compared.
-        sequence: Function of the results of several models, by name and in order, that tells what only all of them
-            together do; None where there is none.
+            the forget set) or "before" (the model before unlearning); None if nothing is compared.
+        sequence: Function of the results of several models, by name and in order, for measurements that need all of
+            them; None if there is none.
     """
 
     __name__: str
@@ -103,15 +103,15 @@ class Suite:
 
 
 def check_suite(suite: Any) -> None:
-    """Refuse what could not be run by name; `SUITES.register` calls it.
+    """Refuse a suite that cannot be run by name; called by `SUITES.register`.
 
     Raises:
-        ValueError: Not a `Suite`, a function without the arguments that every suite is called with, or one that does
-            not take the result that it says it compares with.
+        ValueError: Not a `Suite`, a function without the arguments that every suite is called with, or without an
+            argument for the result that it declares to compare with.
     """
     if not isinstance(suite, Suite):
         raise ValueError(
-            f"A suite is declared with `@suite(load=...)` above a function (model, tokenizer, sets); got {suite!r}."
+            f"Declare a suite with `@suite(load=...)` above a function (model, tokenizer, sets); got {suite!r}."
         )
     parameters = signature(suite.run).parameters
     for name in ("model", "tokenizer", "sets"):
@@ -121,27 +121,27 @@ def check_suite(suite: Any) -> None:
             )
     if suite.compares_with not in (None, *ROLES):
         raise ValueError(
-            f"The suite {suite.__name__} compares with {suite.compares_with!r}; a suite can compare with "
+            f"The suite {suite.__name__} compares with {suite.compares_with!r}, but a suite can only compare with "
             f"{' or '.join(ROLES)}."
         )
     if suite.compares_with is not None and suite.compares_with not in parameters:
-        raise ValueError(f"The suite {suite.__name__} compares with {suite.compares_with!r} and has no such argument.")
+        raise ValueError(f"The suite {suite.__name__} compares with {suite.compares_with!r} but has no such argument.")
 
 
 def suite(**declared: Any) -> Callable[[Callable[..., Any]], Suite]:
-    """Decorator: `@suite(load=load_tofu, source="locuslab/TOFU")` above the function that measures one model."""
+    """Decorator: `@suite(load=load_tofu, source="locuslab/TOFU")` above the function that evaluates one model."""
     return lambda run: Suite(run, **declared)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of a suite, what is measured on it, and how.
+    """One dataset of a suite, with its metrics and settings.
 
     Args:
-        rows: Examples in the engine's schema.
+        rows: Examples in the schema of the engine.
         metrics: Names, or names with options.
-        template: How a question becomes a prompt; None leaves the caller's own.
-        generation: How answers are generated.
+        template: How to format questions as prompts; None for the template of the caller.
+        generation: Settings for generating answers.
     """
 
     rows: Rows
@@ -153,10 +153,10 @@ class Part:
 def evaluate_parts(
     name: str, model: Any, tokenizer: Any, parts: Mapping[str, Part], **options: Any
 ) -> dict[str, EvaluationResult]:
-    """Evaluate every part; all examples of all parts are looked at before the first forward pass.
+    """Evaluate every part; all examples of all parts are checked before the first forward pass.
 
     Raises:
-        ValueError: An example that cannot be measured, by suite, part and index.
+        ValueError: An example cannot be measured; the message names suite, part and index.
     """
     shared = {key: value for key, value in options.items() if key not in ("template", "generation", "columns")}
     prepared, metrics = {}, {}
@@ -177,7 +177,7 @@ def evaluate_parts(
 
 
 def renamed(measurement: Measurement, name: str, higher_is_better: bool | None = None) -> Measurement:
-    """The measurement under a name, and perhaps a direction, that fits its role in the suite."""
+    """The measurement with a new name and, optionally, a new direction for its role in the suite."""
     better = measurement.higher_is_better if higher_is_better is None else higher_is_better
     return replace(measurement, name=name, higher_is_better=better)
 
@@ -185,15 +185,15 @@ def renamed(measurement: Measurement, name: str, higher_is_better: bool | None =
 def load_set(
     source: str | Path, name: str, *, files: Sequence[str], config: str | None = None, split: str = "train"
 ) -> list[dict[str, Any]]:
-    """The rows of one set: of a Hub data set by configuration and split, or of a file in a local folder.
+    """The rows of one set, from a Hub dataset (configuration and split) or from a file in a local folder.
 
     Args:
-        files: Paths inside a local folder, without ending, in the order they are looked for.
+        files: Paths inside a local folder, without extension, in search order.
 
     Raises:
-        MissingSet: The folder lacks the file, or the Hub data set the configuration or the split.
-        FileNotFoundError: No such data set.
-        ValueError: The set is there and cannot be read, or is empty.
+        MissingSet: The folder lacks the file, or the Hub dataset lacks the configuration or split.
+        FileNotFoundError: The dataset does not exist.
+        ValueError: The set exists but cannot be read, or is empty.
     """
     if not Path(source).is_dir():
         try:
@@ -208,10 +208,10 @@ def load_set(
 
 
 def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
-    """One JSON file as it is, of a local folder or of a data set on the Hub.
+    """The content of one JSON file, from a local folder or from a dataset on the Hub.
 
     Raises:
-        FileNotFoundError: None of `files` is there.
+        FileNotFoundError: None of `files` exists.
     """
     looked_for = ", ".join(f"{file}.json" for file in files)
     if Path(source).is_dir():
@@ -226,7 +226,7 @@ def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
                 continue
             except (RepositoryNotFoundError, ValueError, OSError) as error:
                 raise FileNotFoundError(
-                    f"{str(source)!r} is neither a local folder nor a data set that can be reached on the Hub "
+                    f"{str(source)!r} is neither a local folder nor a dataset that can be reached on the Hub "
                     f"({type(error).__name__}). Fix the name, or log in."
                 ) from error
     if path is None:
@@ -235,10 +235,10 @@ def load_json(source: str | Path, name: str, *, files: Sequence[str]) -> Any:
 
 
 def load_optional_set(source: str | Path, name: str, **where: Any) -> list[dict[str, Any]] | None:
-    """`load_set`, or None where the set is not there. One that is there and cannot be read is an error.
+    """Like `load_set`, but None if the set does not exist. A set that exists but cannot be read is an error.
 
     Raises:
-        FileNotFoundError, ValueError: As `load_set`, a missing set aside.
+        FileNotFoundError, ValueError: As in `load_set`, except for a missing set.
     """
     try:
         return load_set(source, name, **where)
@@ -247,10 +247,10 @@ def load_optional_set(source: str | Path, name: str, **where: Any) -> list[dict[
 
 
 def require_columns(name: str, rows: Rows, columns: Sequence[str]) -> None:
-    """Refuse rows that lack one of the columns, or hold nothing there.
+    """Refuse rows in which one of the columns is missing or empty.
 
     Raises:
-        ValueError: With the set's name, the example's index and the column.
+        ValueError: The message names the set, the index of the example and the column.
     """
     for index, row in enumerate(rows):
         for column in columns:

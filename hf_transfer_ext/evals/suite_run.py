@@ -1,4 +1,4 @@
-"""A suite on several models, one after the other, each compared with the first, and all of them as a sequence."""
+"""Run a suite on several models in turn, compare each with the first, and evaluate all of them as a sequence."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ FIXED = {"source", "model", "tokenizer", "sets", "options", "retrained", "before
 
 
 class SuiteRun:
-    """Loads the sets once and keeps the result of each model.
+    """Loads the sets once and collects the result of each model.
 
     Args:
         name: Name of the suite.
-        source: Hub id or local folder; None for the suite's own data set on the Hub.
-        comparing: Whether the first model is the one that the others are compared with.
+        source: Hub id or local folder; None for the default Hub dataset of the suite.
+        comparing: Whether to compare the other models with the first one.
         suite_options: Options of the suite, or of its loader. `encoder` and `entails` may be names of models.
-        options: What all suites take (`template`, `batch_size`, `limit`, ...).
+        options: Options of all suites (`template`, `batch_size`, `limit`, ...).
 
     Raises:
-        ValueError: Unknown suite or option, a suite without a data set of its own and no source, or one that compares
-            nothing and was asked to.
+        ValueError: Unknown suite or option, no source for a suite without a default dataset, or `comparing` for a
+            suite that does not compare models.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class SuiteRun:
         self.suite: Suite = SUITES[name]
         source = source or self.suite.source
         if source is None:
-            raise ValueError(f"The suite {name} has no data set of its own on the Hub: give a folder of its data.")
+            raise ValueError(f"The suite {name} has no dataset on the Hub: pass a folder with its data.")
         if comparing and self.suite.compares_with is None:
-            raise ValueError(f"The suite {name} compares with no other model: leave that model out.")
+            raise ValueError(f"The suite {name} does not compare with another model: leave that model out.")
         self.role = self.suite.compares_with if comparing else None
         own = dict(suite_options or {})
         known = {*signature(self.suite.load).parameters, *signature(self.suite.run).parameters} - FIXED
@@ -61,7 +61,7 @@ class SuiteRun:
         self.results: dict[str, SuiteResult] = {}
 
     def evaluate(self, model: Any, tokenizer: Any, title: str, **options: Any) -> SuiteResult:
-        """Measure one model; the second and later ones are compared with the first where `comparing` is set."""
+        """Evaluate one model; with `comparing`, later models are compared with the first."""
         against: dict[str, Any] = {}
         if self.role and self.results:
             against[self.role] = next(iter(self.results.values()))
@@ -72,11 +72,11 @@ class SuiteRun:
     def results_by_folder(
         self, model: Any, tokenizer: Any, title: str, adapter: str | None = None
     ) -> Iterator[tuple[str, SuiteResult]]:
-        """The result of `evaluate`, with the name of the folder it is saved in."""
+        """The pair of folder name and result of `evaluate`."""
         yield title, self.evaluate(model, tokenizer, title, adapter=adapter)
 
     def together(self) -> tuple[list[Measurement], list[str]]:
-        """Measurements of all models as a sequence (without a retrained one), and why one could not be computed."""
+        """Measurements of all models as a sequence (without a retrained one), and why any could not be computed."""
         own = list(self.results.items())[1 if self.role == "retrained" else 0 :]
         if self.suite.sequence is None or len(own) < 2:
             return [], []

@@ -1,4 +1,4 @@
-"""Several models side by side: a table for the terminal and a plot for the card."""
+"""Compare several models side by side: a table for the terminal and a plot for the model card."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Measured = Mapping[str, Sequence[Measurement]]
 
 
 def comparison_table(measured: Measured) -> str:
-    """One row for each metric, one column for each model; the arrow says which way is better.
+    """One row per metric, one column per model; arrows show which direction is better.
 
-    A model that lacks a metric (a teacher's divergence from itself) shows a dash.
+    A missing metric (such as a teacher's divergence from itself) is shown as a dash.
     """
     rows = [["metric", *measured]]
     for name in _metric_names(measured):
@@ -33,7 +33,7 @@ def comparison_table(measured: Measured) -> str:
 
 
 def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") -> Path:
-    """One panel of bars for each metric, with 95 % intervals where they were computed. Writes a PNG.
+    """Write a PNG with one bar chart per metric, with 95 % intervals if available.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -47,13 +47,13 @@ def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") ->
 
     names = _metric_names(measured)
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names) + 0.6, 3.4), squeeze=False)
-    colours = [pyplot.get_cmap("tab10")(i) for i in range(len(measured))]
+    colors = [pyplot.get_cmap("tab10")(i) for i in range(len(measured))]
     for axis, name in zip(axes[0], names, strict=True):
         found = {model: m for model, values in measured.items() if (m := _named(values, name)) is not None}
         first = next(iter(found.values()))
         places = [list(measured).index(model) for model in found]
         values = [m.value for m in found.values()]
-        axis.bar(places, values, color=[colours[place] for place in places], width=0.7)
+        axis.bar(places, values, color=[colors[place] for place in places], width=0.7)
         for place, m in zip(places, found.values(), strict=True):
             if m.interval is not None:
                 below, above = max(0.0, m.value - m.interval[0]), max(0.0, m.interval[1] - m.value)

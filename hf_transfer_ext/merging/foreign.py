@@ -18,7 +18,7 @@ def _shard_bytes(text: str) -> Mapping[str, Any]:
     try:
         count = float(text.removesuffix(text[-1:]) if unit else text) * _UNITS[unit]
     except (KeyError, ValueError):
-        raise ValueError(f"--out-shard-size has to be a number of parameters such as 5B, got {text!r}.") from None
+        raise ValueError(f"--out-shard-size must be a number of parameters such as 5B, got {text!r}.") from None
     return {"max_shard_bytes": int(2 * count)}
 
 

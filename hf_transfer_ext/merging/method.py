@@ -1,4 +1,4 @@
-"""What a merge method is: arithmetic on tensors, with a declaration of what the stream has to give it.
+"""What a merge method is: arithmetic on tensors, with a declaration of what the stream must give it.
 
 A method is a pure function `method(base, models, **options) -> tensor` on tensors of one shape, in float32 at least.
 Its file shows the whole algorithm in torch; that is the reference, the form for GPUs and the form with gradients.
@@ -196,7 +196,7 @@ class Promises:
 
 
 class MergeMethod:
-    """A merge method: callable like the function it wraps, with what the stream has to know about it.
+    """A merge method: callable like the function it wraps, with what the stream must know about it.
 
     Args:
         base: "required": changes against a base model; "optional": with or without one; "none": a base model only
@@ -314,10 +314,10 @@ class MergeMethod:
     def _check_declaration(self, parameters: Mapping[str, inspect.Parameter]) -> None:
         name = self.__name__
         if list(parameters)[:2] != ["base", "models"]:
-            raise TypeError(f"`{name}` has to begin with the arguments (base, models), got ({', '.join(parameters)}).")
+            raise TypeError(f"`{name}` must begin with the arguments (base, models), got ({', '.join(parameters)}).")
         for other, parameter in list(parameters.items())[2:]:
             if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-                raise TypeError(f"Option {other!r} of `{name}` has to be keyword-only: put a `*` after `models`.")
+                raise TypeError(f"Option {other!r} of `{name}` must be keyword-only: put a `*` after `models`.")
         missing = [one for one in (*getattr(self.statistics, "gives", ()), *self.extra) if one not in parameters]
         if missing:
             raise TypeError(f"`{name}` declares {missing[0]!r}, but has no keyword argument of that name.")

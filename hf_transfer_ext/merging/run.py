@@ -187,7 +187,7 @@ class _Settings:
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"`threads` has to be at least 1, got {self.threads}.")
+            raise ValueError(f"`threads` must be at least 1, got {self.threads}.")
 
     @property
     def workers(self) -> int:
@@ -261,7 +261,7 @@ def _plan(
     parsed = load_config(config)
     rank = parsed.lora_rank if lora_rank is None else lora_rank
     if rank is not None and rank < 1:
-        raise ValueError(f"`lora_rank` has to be at least 1, got {rank}.")
+        raise ValueError(f"`lora_rank` must be at least 1, got {rank}.")
     models: dict[ModelReference, InputModel] = {}
     for reference in parsed.references:
         models[reference] = open_model(reference, allow_pickle=allow_pickle)

@@ -1,1 +1,1 @@
-"""A loaded model from outside: loading, its output head, scoring sequences, switching adapters."""
+"""Utilities for models: loading, the output head, scoring sequences, switching adapters."""

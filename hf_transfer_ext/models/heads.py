@@ -1,4 +1,4 @@
-"""The last layer of a language model, from hidden states to logits, described so that a loss can apply it itself."""
+"""The output head of a language model, from hidden states to logits, described so that a loss can apply it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-#: Families that *multiply* by `logits_scaling`; Granite and its relatives divide.
+#: Families that *multiply* by `logits_scaling`; Granite and related models divide.
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax", "hyperclovax_vision_v2")
-#: Families that scale the hidden states *before* the head, so that nothing is left to do after it.
+#: Families that scale the hidden states *before* the head, so nothing remains to be done after it.
 _SCALES_BEFORE_THE_HEAD = ("minicpm3",)
-#: Config fields that bound the logits: Gemma and most others, xLSTM, RecurrentGemma.
+#: Config fields that cap the logits: Gemma and most others, xLSTM, RecurrentGemma.
 _SOFTCAP_FIELDS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 #: Config fields that multiply the projection: Cohere, MuseGlimmer, FalconH1.
 _SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -23,18 +23,18 @@ _SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 @dataclass(frozen=True)
 class LogitFinish:
-    """What a model does to the head's projection: `softcap * tanh(scale * projected / softcap)`.
+    """What a model applies to the output of its head: `softcap * tanh(scale * projected / softcap)`.
 
     Args:
         scale: Multiplies the projection (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
-        softcap: Bound of the logits (Gemma's `final_logit_softcapping`), or None.
+        softcap: Largest absolute value of the logits (Gemma's `final_logit_softcapping`), or None.
     """
 
     scale: float = 1.0
     softcap: float | None = None
 
     def __call__(self, projected: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-        """Scale and cap a projection that already includes the bias."""
+        """Scale and cap projected logits that already include the bias."""
         if self.scale != 1.0:
             projected = projected * self.scale
         if self.softcap is not None:
@@ -72,7 +72,7 @@ class LMHead:
 
 
 def logit_finish(model: Any) -> LogitFinish:
-    """How a model's config says that projected logits are scaled and capped; nothing for most models."""
+    """Scaling and capping of the logits according to the model's config; none for most models."""
     config = causal_lm_of(model).config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     softcap = next((cap for field in _SOFTCAP_FIELDS if (cap := getattr(text, field, None)) is not None), None)
@@ -99,7 +99,7 @@ def causal_lm_of(model: Any) -> Any:
 
 
 def head_module(model: nn.Module) -> Any:
-    """The module that projects to the vocabulary, or a `ValueError` where the model has none."""
+    """The module that projects to the vocabulary. Raises `ValueError` if the model has none."""
     causal = causal_lm_of(model)
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     if head is None:
@@ -108,49 +108,49 @@ def head_module(model: nn.Module) -> Any:
 
 
 def head_rows(model: nn.Module) -> int:
-    """Vocabulary entries of a model's head, also where ZeRO-3 left an empty weight in place of the whole one."""
+    """Number of vocabulary entries in a model's head, also if ZeRO-3 has replaced the weight by an empty one."""
     weight = head_module(model).weight
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def vocabulary_size(model: Any) -> int:
-    """Vocabulary entries according to the config."""
+    """Number of vocabulary entries according to the config."""
     return causal_lm_of(model).config.get_text_config().vocab_size
 
 
 def is_plain_head(head: nn.Module) -> bool:
-    """True for an unadapted, unquantized linear layer, whose weight alone tells what it computes."""
+    """True for a linear layer without adapter or quantization, which is fully described by its weight and bias."""
     return type(head) is nn.Linear and head.weight.is_floating_point()
 
 
 def head_of(model: nn.Module) -> LMHead:
-    """Describe a model's plain linear head. Its parameters are the model's own, not copies.
+    """Describe a model's plain linear head. Its parameters are shared with the model, not copied.
 
     Raises:
-        ValueError: the head is adapted, quantized or not a linear layer.
+        ValueError: The head has an adapter, is quantized, or is not a linear layer.
     """
     head = head_module(model)
     if not is_plain_head(head):
         raise ValueError(
-            f"A plain linear head is needed, got {type(head).__name__}. Leave the head out of the adapter's target "
-            "modules and of quantization."
+            f"A plain linear head is needed, got {type(head).__name__}. Exclude the head from the adapter's target "
+            "modules and from quantization."
         )
     return LMHead(head.weight, head.bias, logit_finish(model))
 
 
-#: Heads whose forward is replaced at this moment -> the forward that stood there before.
+#: Heads whose forward is currently replaced -> their previous forward.
 _OWN_FORWARD: dict[int, Callable[[Tensor], Tensor]] = {}
 
 
 @contextmanager
 def head_replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, `head(hidden)` calls `forward(hidden)`; all wrappers and hooks around it stay in place.
+    """Within the block, `head(hidden)` calls `forward(hidden)`; all wrappers and hooks around it stay in place.
 
-    A loss computed there sees the head's weights whole, even where FSDP, ZeRO-3 or the offloading hooks of accelerate
-    bring them to the device only for this moment. `own_forward(head)` still computes the head's own output.
+    A loss computed there has access to the full weights of the head, even if FSDP, ZeRO-3 or the offloading hooks of
+    accelerate gather them on the device only for this call. `own_forward(head)` still computes the original output.
     """
-    # accelerate stores its hook in the instance's `forward`, which calls `_old_forward` between moving the inputs and
-    # weights to the device and moving them away again: entering there keeps all of that.
+    # accelerate stores its hook in the instance's `forward`, which moves inputs and weights to the device, calls
+    # `_old_forward`, and moves them back: replacing `_old_forward` keeps all of that.
     place = "_old_forward" if hasattr(head, "_hf_hook") and "_old_forward" in vars(head) else "forward"
     stood_there = vars(head).get(place)
     _OWN_FORWARD[id(head)] = getattr(head, place)
@@ -160,27 +160,27 @@ def head_replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
     finally:
         del _OWN_FORWARD[id(head)]
         if stood_there is None:
-            delattr(head, place)  # the class's own forward shows again
+            delattr(head, place)  # the forward of the class applies again
         else:
             setattr(head, place, stood_there)
 
 
 def own_forward(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the head itself computes, adapters included, also while `head_replaced` has something else in its place."""
+    """The original forward of the head, including adapters, also while `head_replaced` replaces it."""
     return _OWN_FORWARD.get(id(head), head)
 
 
 def run_to_head(model: nn.Module, read: Callable[[Tensor], Tensor | None], **inputs: Any) -> Any:
-    """One forward of the whole model in which `read(hidden)` stands in for the output head, so no logits are built.
+    """Run the whole model once with `read(hidden)` in place of the output head, so that no logits are computed.
 
     Args:
-        read: Called with the head's input, `(batch, length, hidden)`, at a moment when the head's weights are whole
-            and on the device. May return a tensor that takes the place of the logits, for wrappers that follow the
-            output back to the parameters; None puts the first hidden unit there.
+        read: Called with the head's input, `(batch, length, hidden)`, while the full weights of the head are on the
+            device. May return a tensor that replaces the logits, for wrappers that trace the output back to the
+            parameters; if it returns None, the first hidden unit replaces them.
         inputs: The model's inputs.
 
     Returns:
-        The model's output, whose `logits` mean nothing.
+        The model's output; its `logits` are meaningless.
     """
 
     def instead(hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models and tokenizers by local path or Hub id: safetensors only unless asked, and no code from a repository."""
+"""Load models and tokenizers by local path or Hub id: safetensors only, and no code from a repository by default."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
         return "auto"
     found = dtype_by_name(name)
     if found is None:
-        raise ValueError(f"`dtype` has to be auto, float32, bfloat16 or float16, got {name!r}.")
+        raise ValueError(f"`dtype` must be auto, float32, bfloat16 or float16, got {name!r}.")
     return found
 
 
-#: For every `from_pretrained`: without it transformers asks on the terminal, and a `y` in a pipe runs the code.
+#: For every `from_pretrained`: without it transformers prompts on the terminal, and a piped `y` would run the code.
 NO_REMOTE_CODE = {"trust_remote_code": False}
 
 
 def load_model(
     name: str | Path, *, revision: str | None = None, dtype: str | torch.dtype | None = "auto", **kwargs: Any
 ) -> PreTrainedModel | Any:
-    """Load a causal language model; a folder with `adapter_config.json` gives a `PeftModel` on its own base.
+    """Load a causal language model; a folder with `adapter_config.json` gives a `PeftModel` on its base model.
 
     Args:
         dtype: "auto" (of the checkpoint), "float32", "bfloat16" or "float16".
         kwargs: Passed to `from_pretrained` (`device_map`, `attn_implementation`, `quantization_config`, ...).
-            Code of a repository runs only with `trust_remote_code=True`; nothing is asked on the terminal.
+            Code from a repository runs only with `trust_remote_code=True`, and there is no prompt on the terminal.
 
     Raises:
         FileNotFoundError: There is no model at `name`.
-        ValueError: Its config, or that of the adapter, cannot be read, or it needs code of its repository.
+        ValueError: Its config or adapter config cannot be read, or it needs code from its repository.
     """
     kwargs = {"use_safetensors": True, **NO_REMOTE_CODE, **kwargs}
     adapter_config = file_of(name, "adapter_config.json", revision=revision)
@@ -57,20 +57,20 @@ def load_model(
         raise
     except OSError as error:
         raise FileNotFoundError(
-            f"Model {str(name)!r} cannot be loaded: it has to be a folder or Hub repository with config.json and "
+            f"Model {str(name)!r} cannot be loaded: it must be a folder or Hub repository with config.json and "
             f"safetensors weights. {str(error).splitlines()[0]}"
         ) from error
 
 
 def _load_adapter(name: str | Path, adapter_config: Path, revision: str | None, dtype: Any, kwargs: Any) -> Any:
-    """The adapter `name` as a `PeftModel` on the base that its config names."""
+    """The adapter `name` as a `PeftModel` on the base model named in its config."""
     from peft import PeftModel
 
     base_name, base_revision = base_of_adapter(adapter_config)
     if file_of(base_name, "adapter_config.json", revision=base_revision) is not None:
         raise ValueError(
-            f"Adapter {str(name)!r} names {base_name!r} as its base, which is an adapter too. Merge that one into "
-            "its base first."
+            f"Adapter {str(name)!r} names {base_name!r} as its base model, which is also an adapter. Merge that one "
+            "into its base first."
         )
     base = load_model(base_name, revision=base_revision, dtype=dtype, **kwargs)
     folder = checked_adapter(name, base, revision=revision)
@@ -81,23 +81,23 @@ def _load_adapter(name: str | Path, adapter_config: Path, revision: str | None, 
 
 
 def checked_adapter(name: str | Path, base: Any, *, revision: str | None = None) -> Path:
-    """The folder of an adapter for `base`, refused where PEFT would load a pickle, import a module or never end.
+    """The folder of an adapter for `base`, refused if PEFT would load a pickle, import a module or run forever.
 
     Raises:
         FileNotFoundError: It has no safetensors weights.
-        ValueError: Its adapter_config.json asks for imports, or its module patterns are invalid or take too long.
+        ValueError: Its adapter_config.json requests imports, or its module patterns are invalid or too slow.
     """
     folder, where = local_folder(name, revision=revision), f"adapter {str(name)!r}"
     if not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(
-            f"Adapter {str(name)!r} has no adapter_model.safetensors. Pickles are not read: convert it first."
+            f"Adapter {str(name)!r} has no adapter_model.safetensors. Pickles are not loaded: convert it first."
         )
     settings = read_json(folder / "adapter_config.json")
     for key in ("megatron_config", "tokenizer_kwargs"):
         if settings.get(key):
             raise ValueError(
-                f"The adapter_config.json of {where} sets `{key}`, with which PEFT imports modules or loads a "
-                "tokenizer by options of the adapter's author. Remove it there."
+                f"The adapter_config.json of {where} sets `{key}`, which lets PEFT import modules or load a "
+                "tokenizer as the adapter's author chose. Remove it from the file."
             )
     modules = [module for module, _ in base.named_modules()]
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -112,8 +112,8 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
     """Load a tokenizer; one without a padding token pads with its end-of-sequence token (masked by attention).
 
     Raises:
-        FileNotFoundError: There is no tokenizer at `name`. For some model types transformers makes one without a
-            vocabulary instead, which turns every text into nothing; that is refused here too.
+        FileNotFoundError: There is no tokenizer at `name`. For some model types transformers would create one with an
+            empty vocabulary instead, which tokenizes every text to nothing; this is refused as well.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -124,7 +124,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
             raise ValueError(_needs_code("Tokenizer", name)) from error
         raise FileNotFoundError(
             f"Tokenizer {str(name)!r} cannot be loaded: {one_line(error)} Fix the path or the Hub id; "
-            "tokenizer.json and tokenizer_config.json have to lie there."
+            "it must contain tokenizer.json and tokenizer_config.json."
         ) from error
     if len(tokenizer) < 100 and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise FileNotFoundError(
@@ -138,13 +138,13 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
 
 def _needs_code(what: str, name: str | Path) -> str:
     return (
-        f"{what} {str(name)!r} needs Python code of its own repository, which is not run. Read that code; if you "
+        f"{what} {str(name)!r} needs Python code from its repository, which is not run by default. Read it; if you "
         "trust it, pass `trust_remote_code=True`."
     )
 
 
 def context_length(model_or_config: Any) -> int | None:
-    """The longest sequence that a model was built for, or None where its config does not say."""
+    """The maximum sequence length of a model, or None if its config does not specify one."""
     config = getattr(model_or_config, "config", model_or_config)
     if isinstance(config, (str, Path)):
         config = AutoConfig.from_pretrained(str(config), **NO_REMOTE_CODE)

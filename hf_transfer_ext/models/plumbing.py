@@ -1,4 +1,4 @@
-"""A loaded model from outside: hidden states and logits, evaluation mode, sharding, adapters, the padding token."""
+"""Helpers for loaded models: hidden states and logits, evaluation mode, sharding, adapters, the padding token."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from hf_transfer_ext.registry import unknown_name
 Rows = Float[Tensor, "rows hidden"]
 RowLogits = Float[Tensor, "rows vocab"]
 
-#: The name under which the base model, with all adapters off, is asked for in place of an adapter.
+#: Adapter name that selects the base model, with all adapters disabled.
 BASE = "base"
 
 
 def output_head(model: Any) -> Callable[[Rows], RowLogits]:
-    """Hidden rows -> float32 logits, as the model's own forward computes them: head, adapters, scale, soft cap."""
+    """Hidden rows -> float32 logits, as the model's forward computes them: head, adapters, scale, soft cap."""
     head, finish = head_module(model), logit_finish(model)
     return lambda rows: finish(own_forward(head)(rows).float())
 
 
 def hidden_states(model: Any, **inputs: Any) -> tuple[Any, Any]:
-    """(input of the output head, the model's output): one whole forward of the model, without its logits."""
+    """(input of the output head, output of the model): one forward pass of the whole model, without the logits."""
     found: list[Tensor] = []
     output = run_to_head(model, found.append, **inputs)
     return found[-1], output
 
 
 def is_sharded(model: Any = None, accelerator: Accelerator | None = None) -> bool:
-    """Whether weights are whole only within the forward of their module, as under FSDP and ZeRO-3.
+    """Whether the full weights exist only during the forward of their module, as under FSDP and ZeRO-3.
 
     Args:
-        model: A model that may be sharded already.
-        accelerator: The one that is going to shard, or has sharded, what it prepares.
+        model: A model that may already be sharded.
+        accelerator: An accelerator that shards the models it prepares, now or later.
     """
     if accelerator is not None:
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -67,7 +67,7 @@ def is_sharded(model: Any = None, accelerator: Accelerator | None = None) -> boo
 
 @contextmanager
 def evaluation_mode(*models: Any) -> Iterator[None]:
-    """Dropout off within the block; every module's training flag is as before afterwards."""
+    """Turn off dropout within the block; the training flag of every module is restored afterward."""
     training = [module for model in models if model is not None for module in model.modules() if module.training]
     for model in models:
         if model is not None:
@@ -81,20 +81,20 @@ def evaluation_mode(*models: Any) -> Iterator[None]:
 
 @contextmanager
 def probing(model: Any) -> Iterator[None]:
-    """For a try that must leave no trace: evaluation mode, no gradients, and the random state as before afterwards."""
+    """For test runs without side effects: evaluation mode, no gradients, and the random state restored afterward."""
     devices = [parameter.device for parameter in islice(model.parameters(), 1) if parameter.is_cuda]
     with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
         yield
 
 
 def head_is_understood(model: Any, *, plain: bool = True) -> bool:
-    """Whether hidden states, head and `logit_finish` give the model's own logits, tried on a few tokens.
+    """Whether hidden states, head and `logit_finish` reproduce the model's logits, tested on a few tokens.
 
-    transformers writes what follows the head into each model's forward. Where the steps are not known, losses and
-    scores have to take the model's own logits.
+    transformers implements the steps after the head in each model's forward. If these steps are unknown, losses and
+    scores must use the logits that the model returns.
 
     Args:
-        plain: The head also has to be a plain linear layer, whose weight a loss can apply by itself.
+        plain: Also require a plain linear head, whose weight a loss can apply directly.
     """
     head = head_module(model)
     if plain and not is_plain_head(head):
@@ -114,7 +114,7 @@ def head_is_understood(model: Any, *, plain: bool = True) -> bool:
         with probing(model), head_replaced(head, compare):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
     except (AttributeError, TypeError, NotImplementedError, IndexError):
-        return False  # the model is called, or gives its logits, in another way
+        return False  # the model has another signature or returns its logits in another way
     if not found or found[-1][0].shape != logits.shape:
         return False
     described, dtype = found[-1]
@@ -123,23 +123,23 @@ def head_is_understood(model: Any, *, plain: bool = True) -> bool:
 
 
 def attention_span(model: Any) -> float:
-    """The number of tokens that every layer of the model looks back on."""
+    """The number of past tokens that every layer of the model attends to."""
     config: Any = causal_lm_of(model).config.get_text_config()
     spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((span for span in spans if span), default=math.inf)
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The id that fills up batches: the padding token, else the end of sequence, else 0. It is always masked."""
+    """The id that batches are padded with: the padding token, else end of sequence, else 0. It is always masked."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in ids if token is not None)
 
 
 @contextmanager
 def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
-    """Within the block `model` works with `adapter`: a name, "base" for none at all, None for what is active.
+    """Within the block, `model` uses `adapter`: a name, "base" for no adapter, None for the currently active one.
 
-    Nothing is loaded or copied. Afterwards the active adapters, and which weights are trainable, are as before, also
+    Nothing is loaded or copied. The active adapters and `requires_grad` of the weights are restored afterward, also
     when the block raises.
 
     Raises:
@@ -167,10 +167,10 @@ def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
 
 
 def check_adapter(model: Any, adapter: str) -> None:
-    """Refuse the name of an adapter that the model does not carry; "base" is none, and always there."""
+    """Raise `ValueError` if the model does not have this adapter; "base" (no adapter) is always valid."""
     if not hasattr(model, "peft_config"):
         raise ValueError(
-            f"Adapter {adapter!r} was asked for, but {type(model).__name__} is not a PeftModel. Load the adapter onto "
+            f"Adapter {adapter!r} was requested, but {type(model).__name__} is not a PeftModel. Load the adapter onto "
             "it with `PeftModel.from_pretrained(model, path)` or `model.load_adapter(path, adapter_name=...)`."
         )
     if adapter != BASE and adapter not in model.peft_config:
@@ -178,7 +178,7 @@ def check_adapter(model: Any, adapter: str) -> None:
 
 
 def _switch(model: Any, adapters: list[str]) -> None:
-    """Make these adapters the active ones; several at once where the method of PEFT allows it."""
+    """Activate these adapters; several at once where the PEFT method allows it."""
     if len(adapters) == 1:
         model.set_adapter(adapters[0])
     else:

@@ -1,4 +1,4 @@
-"""One teacher-forced pass over a batch of sequences: everything that metrics ask of it, chunk by chunk of tokens."""
+"""One teacher-forced pass over a batch of sequences that computes all the scores metrics need, in token chunks."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from hf_transfer_ext.models.plumbing import (
     output_head,
 )
 
-#: Logits that exist at one time, in entries (16 MB of float32): chunks of tokens are cut to fit, for any vocabulary.
+#: Maximum number of logits in memory (16 MB of float32): the chunks of tokens are sized to fit, for any vocabulary.
 LOGITS_AT_ONCE = 1 << 22
-#: A GPU wants more rows in one product, and takes so many times as much.
+#: On a GPU the limit is multiplied by this, since larger matrix products are more efficient there.
 GPU_FACTOR = 16
-#: Tokens of a prompt, beside its last one, from which on several answers to it are read in one row.
+#: Minimum prompt length in tokens, without the last one, for which answers to one prompt share a row.
 SHORTEST_SHARED_PROMPT = 4
-#: Tokens of a row that is shared, unless a single answer has more: its mask grows with their square.
+#: Maximum length of a shared row in tokens, unless one answer alone is longer: its mask grows quadratically.
 LONGEST_SHARED_ROW = 1024
 
 
 @dataclass
 class TokenScores:
-    """What one forward pass tells about each token of an answer; arrays are as long as the answer.
+    """Per-token scores of an answer from one forward pass; arrays are as long as the answer.
 
     Args:
         log_probs: Natural logarithm of the token's probability.
         first_choice: Whether the token was the most probable one.
-        vocabulary_mean: Mean of log p over the vocabulary, weighted with p: minus the entropy, in nats.
-        vocabulary_std: Standard deviation of log p over the vocabulary, weighted with p, in nats.
-        reference_log_probs: As `log_probs`, under the reference.
+        vocabulary_mean: Mean of log p over the vocabulary, weighted by p: the negative entropy, in nats.
+        vocabulary_std: Standard deviation of log p over the vocabulary, weighted by p, in nats.
+        reference_log_probs: Like `log_probs`, under the reference.
         reference_kl: KL(reference || model), in nats.
         reference_agrees: Whether reference and model have the same first choice.
         gradient_norm: L2 norm of the gradient of the answer's mean loss, in nats per unit of weight.
@@ -69,14 +69,14 @@ class TokenScores:
         return len(self.log_probs)
 
     def known(self, name: str) -> np.ndarray:
-        """The quantity of this name, which the metric has to have declared among its needs."""
+        """The quantity with this name, which the metric must have declared among its needs."""
         value = getattr(self, name)
         if value is None:
-            raise ValueError(f"`{name}` was not scored. The metric that reads it has to declare the need for it.")
+            raise ValueError(f"`{name}` was not scored. The metric that reads it must declare the need for it.")
         return value
 
     def has(self, needs: frozenset[str]) -> bool:
-        """Whether all the needed quantities are known; `generations` are not this class's matter."""
+        """Whether all needed quantities are known; `generations` are not part of this class and are ignored."""
         known = {
             "token_log_probs": self.log_probs,
             "vocabulary_moments": self.vocabulary_mean,
@@ -87,7 +87,7 @@ class TokenScores:
         return all(known[need] is not None for need in needs if need in known)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; what is unknown is left out."""
+        """JSON-serializable values; unknown quantities are left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items() if v is not None}
 
@@ -99,13 +99,13 @@ class TokenScores:
 
 @dataclass
 class ScoredExample:
-    """One example with everything that was asked about it.
+    """One example with all its scores.
 
     Args:
-        index: Its place in the data that was given.
-        example: The example itself, by the schema's own column names.
+        index: Index of the example in the input data.
+        example: The example itself, with the column names of the schema.
         texts: column -> scores, one per text of the column ("perturbed_answer" has several).
-        sequences: As `texts`, with the tokens.
+        sequences: Like `texts`, with the tokens.
         generation: What the model wrote after the prompt, without special tokens.
     """
 
@@ -121,15 +121,15 @@ class ScoredExample:
 
     @property
     def paraphrase(self) -> TokenScores:
-        """The paraphrased answer, or the answer itself where the data has no paraphrase (as TOFU does)."""
+        """The paraphrased answer, or the answer itself if the data has no paraphrase (as TOFU does)."""
         return self.texts.get("paraphrased_answer", self.texts["answer"])[0]
 
 
 @torch.no_grad()
 def prompts_can_be_shared(model: Any) -> bool:
-    """Whether `Batch.sharing` gives the model's own logits, tried on two answers to one prompt.
+    """Whether `Batch.sharing` reproduces the model's logits, tested on two answers to one prompt.
 
-    Models that take no mask of their own (recurrent ones, ALiBi, flash attention) read each sequence by itself.
+    Models that do not accept a custom mask (recurrent ones, ALiBi, flash attention) process each sequence separately.
     """
     if is_sharded(model):
         return False
@@ -148,7 +148,7 @@ def prompts_can_be_shared(model: Any) -> bool:
 
 
 def _row_products(first: RowLogits, second: RowLogits) -> Float[Tensor, " rows"]:
-    """The inner product of each two rows, without a table of products."""
+    """Row-wise inner products, without a temporary for the elementwise products."""
     return torch.bmm(first[:, None], second[:, :, None])[:, 0, 0]
 
 
@@ -158,14 +158,14 @@ class Batch:
 
     Args:
         input_ids: `(batch, length)`.
-        attention_mask: `(batch, length)`, 0 for padding; where rows share a prompt, which tokens each token sees,
+        attention_mask: `(batch, length)`, 0 for padding; if rows share a prompt, which tokens each token attends to,
             `(batch, 1, length, length)`.
-        position_ids: `(batch, length)` where rows share a prompt, else None: they simply count up.
-        rows: `(batch, length)`; in reading order these are the answers of the sequences in the order of `order`.
-        targets: The answers' tokens, in that order.
-        order: Places of the sequences in the list that was given.
+        position_ids: `(batch, length)` if rows share a prompt, else None, for consecutive positions.
+        rows: `(batch, length)`; in reading order, the positions of the answers, sequence by sequence as in `order`.
+        targets: The tokens of the answers, in that order.
+        order: Indices of the sequences in the input list.
         starts: For each sequence of `order`, row and column of the last token before its answer.
-        tokens: Tokens that are read, without padding.
+        tokens: Number of input tokens, without padding.
     """
 
     input_ids: Int[Tensor, "batch length"]
@@ -182,7 +182,7 @@ class Batch:
         return self.rows.shape[1]
 
     def inputs_of(self, model: Any) -> dict[str, Tensor]:
-        """What the model is called with; a mask of its own is added to the scores, in its dtype."""
+        """Keyword arguments of the model; a custom mask is additive, in the model's dtype."""
         if self.position_ids is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         dtype = next(iter(model.parameters())).dtype
@@ -192,7 +192,7 @@ class Batch:
 
     @staticmethod
     def of(sequences: Sequence[EncodedAnswer], pad_id: int, device: Any) -> Batch:
-        """Every sequence in a row of its own."""
+        """One sequence per row."""
         length = max(len(s.input_ids) for s in sequences)
         ids = torch.full((len(sequences), length), pad_id)
         mask, rows = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -208,10 +208,10 @@ class Batch:
 
     @staticmethod
     def sharing(sequences: Sequence[EncodedAnswer], pad_id: int, device: Any) -> Batch:
-        """Answers to one prompt in one row, which reads the prompt once: no answer sees another.
+        """Answers to one prompt share a row, so that the prompt is processed once; no answer attends to another.
 
-        A row is the prompt but for its last token, then for each answer that token and the answer but for its end,
-        which predicts nothing. Positions go on from the prompt for each of them.
+        A row is the prompt without its last token, then, for each answer, that token and the answer without its last
+        token, which predicts nothing. The positions of each answer continue from the prompt.
         """
         groups = groups_of(sequences)
         prompts = [list(sequences[group[0]].input_ids[: sequences[group[0]].answer_start - 1]) for group in groups]
@@ -219,7 +219,7 @@ class Batch:
         lengths = [len(p) + sum(map(len, parts)) for p, parts in zip(prompts, branches, strict=True)]
         ids = torch.full((len(groups), max(lengths)), pad_id)
         positions, rows = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        seen = torch.eye(max(lengths), dtype=torch.bool).repeat(len(groups), 1, 1)  # [query, key]; padding sees itself
+        seen = torch.eye(max(lengths), dtype=torch.bool).repeat(len(groups), 1, 1)  # [query, key], also for padding
         starts: list[tuple[int, int]] = []
         for g, (prompt, parts) in enumerate(zip(prompts, branches, strict=True)):
             shared = at = len(prompt)
@@ -241,9 +241,9 @@ class Batch:
 
 
 def groups_of(sequences: Sequence[EncodedAnswer]) -> list[list[int]]:
-    """Places of the sequences that share a row: those of one prompt that is worth it, until the row is full."""
+    """Indices of the sequences that share a row: those with the same prompt if it is long enough, up to a full row."""
     groups: list[list[int]] = []
-    open_row: dict[tuple[int, ...], tuple[list[int], int]] = {}  # prompt -> the row that takes more, and its tokens
+    open_row: dict[tuple[int, ...], tuple[list[int], int]] = {}  # prompt -> its row, and that row's length
     for i, s in enumerate(sequences):
         prompt = tuple(s.input_ids[: s.answer_start])
         row, tokens = open_row.get(prompt, ([], 0))
@@ -257,13 +257,13 @@ def groups_of(sequences: Sequence[EncodedAnswer]) -> list[list[int]]:
 
 
 class Scorer:
-    """Scores batches with a model and, where it is needed, a reference.
+    """Scores batches with a model and, if needed, a reference.
 
     Args:
         model: Causal language model or PeftModel, on its device, in eval mode.
-        reference: Another model, or the name of an adapter of `model` ("base" for its base); None for none.
-        adapter: Adapter of `model` that is measured; None for the active one.
-        pad_id: Token id that fills the right side of a batch (masked).
+        reference: Another model, or the name of an adapter of `model` ("base" for its base model); None for none.
+        adapter: Adapter of `model` to evaluate; None for the active one.
+        pad_id: Token id for padding on the right (masked).
     """
 
     def __init__(self, model: Any, *, reference: Any = None, adapter: str | None = None, pad_id: int = 0) -> None:
@@ -276,7 +276,7 @@ class Scorer:
         self._shares: dict[int, bool] = {}
 
     def score(self, sequences: Sequence[EncodedAnswer], needs: frozenset[str]) -> list[TokenScores]:
-        """Score each sequence once for all `needs`; gradients are taken one sequence at a time."""
+        """Score each sequence once for all `needs`; gradients are computed one sequence at a time."""
         single = "gradients" in needs or not self.splits(self.model)
         if "reference" in needs:
             single = single or not self.splits(self.reference_model)
@@ -284,7 +284,7 @@ class Scorer:
             return self._score_group(list(sequences), needs)
         references: list[Any] = [None] * len(sequences)
         if "reference" in needs and self.splits(self.reference_model):
-            references = self._reference_rows(sequences)  # which takes no gradient, and so goes all at once
+            references = self._reference_rows(sequences)  # needs no gradient, so all at once
         return [
             scores
             for s, reference in zip(sequences, references, strict=True)
@@ -292,13 +292,13 @@ class Scorer:
         ]
 
     def splits(self, model: Any) -> bool:
-        """Whether hidden states and head can be called apart; if not, whole logits of one sequence at a time."""
+        """Whether hidden states and head can be computed separately; if not, full logits of one sequence at a time."""
         if id(model) not in self._faithful:
             self._faithful[id(model)] = not is_sharded(model) and head_is_understood(model, plain=False)
         return self._faithful[id(model)]
 
     def shares_prompts(self, model: Any) -> bool:
-        """Whether answers to one prompt can be read in one row."""
+        """Whether answers to one prompt can share a row."""
         if id(model) not in self._shares:
             self._shares[id(model)] = prompts_can_be_shared(model)
         return self._shares[id(model)]
@@ -329,7 +329,7 @@ class Scorer:
         self.forward_tokens += batch.tokens
         inputs = {**batch.inputs_of(model), "use_cache": False}
         with active_adapter(model, adapter):
-            # Prompt-learning adapters put virtual tokens in front: the last columns are the batch's own.
+            # Prompt-learning adapters put virtual tokens in front: the last columns belong to the batch itself.
             own = slice(-batch.length, None)
             if self.splits(model):
                 hidden, output = hidden_states(model, **inputs, output_hidden_states=every_layer)
@@ -340,7 +340,7 @@ class Scorer:
     def _score_group(
         self, sequences: list[EncodedAnswer], needs: frozenset[str], reference: tuple[Any, Any] | None = None
     ) -> list[TokenScores]:
-        """Score sequences in one pass; `reference` has its rows and head, where they are known already."""
+        """Score sequences in one pass; `reference` holds its rows and head if they are already known."""
         models = [self.model, self.reference_model] if "reference" in needs else [self.model]
         batch = self._batch_of(sequences, models)
         gradients = "gradients" in needs
@@ -378,7 +378,7 @@ class Scorer:
             own = slice(at, at + step)
             reference = None if reference_rows is None else (reference_rows[own], reference_head)
             for name, values in self._scan_chunk(rows[own], head, targets[own], needs, reference).items():
-                if name not in parts:  # one array for all chunks: small ones kept in between would tear the heap apart
+                if name not in parts:  # one array for all chunks: many small ones would fragment the heap
                     kind = torch.float64 if values.is_floating_point() else values.dtype
                     parts[name] = torch.empty(len(targets), dtype=kind)
                 parts[name][own] = values.cpu()
@@ -387,8 +387,8 @@ class Scorer:
     def _scan_chunk(
         self, rows: Any, head: Any, target: Any, needs: frozenset[str], reference: tuple[Any, Any] | None
     ) -> dict[str, Tensor]:
-        """The quantities of a few tokens. What is as large as the logits is overwritten where it is needed no more."""
-        # The head of an adapter that also changes the head has to see its own adapter.
+        """The scores of a few tokens. Tensors as large as the logits are overwritten when no longer needed."""
+        # If an adapter changes the head, its head must run with this adapter active.
         with active_adapter(self.model, self.adapter):
             log_p = head(rows).log_softmax(-1)
         first = log_p.argmax(-1)
@@ -398,7 +398,7 @@ class Scorer:
                 log_q = reference[1](reference[0]).log_softmax(-1).to(log_p.device)
             if log_q.shape != log_p.shape:
                 raise ValueError(
-                    f"Model and reference need one vocabulary: {log_p.shape[-1]} and {log_q.shape[-1]} entries."
+                    f"Model and reference need the same vocabulary: {log_p.shape[-1]} and {log_q.shape[-1]} entries."
                 )
             found["reference_log_probs"] = log_q.gather(-1, target[:, None])[:, 0]
             found["reference_agrees"] = first == log_q.argmax(-1)
@@ -414,12 +414,12 @@ class Scorer:
         return found
 
     def _gradient_norm(self, rows: Any, head: Any, batch: Batch) -> float:
-        """L2 norm of d(mean loss)/d(weights that are trainable), for one sequence."""
+        """L2 norm of d(mean loss)/d(trainable weights), for one sequence."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         if not weights:
             raise ValueError(
                 "Gradient norms need weights with requires_grad=True, and this model has none. "
-                "Unfreeze what the norm is to be taken over."
+                "Unfreeze the weights to take the norm over."
             )
         with active_adapter(self.model, self.adapter) if self.adapter else nullcontext():
             loss = torch.nn.functional.cross_entropy(head(rows), batch.targets)

@@ -1,4 +1,4 @@
-"""Where a student starts: depth cuts, learngene expansion, a smaller vocabulary."""
+"""Initialize students from teachers: depth cuts, learngene expansion, a smaller vocabulary."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_transfer_ext.students.inits.stage_sharing import stage_shared_model, sta
 from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
 from hf_transfer_ext.students.shape import StudentShape
 
-#: How a student starts from its teacher: `(teacher, shape: StudentShape, **options) -> new model`. An initialization
-#: refuses a shape that it cannot make.
+#: Functions that initialize a student from its teacher: `(teacher, shape: StudentShape, **options) -> new model`. They
+#: raise `ValueError` for a shape that they cannot create.
 STUDENT_INITS = Registry("student initialization", [uniform_depth, last_depth, linear_expansion, stage_sharing])
 
 #: Initialization -> the model with shared layers that its paper distills and expands: `(teacher, **options) -> model`.

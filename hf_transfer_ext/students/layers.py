@@ -1,4 +1,4 @@
-"""The stack of layers of any decoder: where it is, and a new model of the same class with another stack."""
+"""Find the layer stack of any decoder, and build a new model of the same class with another stack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LayerTensors = Mapping[str, Tensor]
 
 
 def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the one stack of layers of a model (`model.layers`, `transformer.h`, ...).
+    """Name and modules of the layer stack of a model (`model.layers`, `transformer.h`, ...).
 
     Raises:
         ValueError: The model has no such stack, or several (an encoder and a decoder).
@@ -24,13 +24,13 @@ def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     count = model.config.get_text_config().num_hidden_layers
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = [(name, module) for name, module in lists if len(module) == count]
-    # Experts inside a layer may happen to be as many as the layers: only outermost lists are stacks of layers.
+    # A layer may have as many experts as the model has layers: only outermost lists are layer stacks.
     found = [(name, module) for name, module in found if not any(name.startswith(f"{outer}.") for outer, _ in lists)]
     if len(found) != 1:
         raise ValueError(
-            f"A student of another depth needs a teacher with one stack of {count} layers, but "
+            f"A student with another depth needs a teacher with one stack of {count} layers, but "
             f"{type(model).__name__} has {len(found)} ({', '.join(name for name, _ in found) or 'none'}). "
-            "Encoder-decoder models cannot be cut yet."
+            "Encoder-decoder models are not supported yet."
         )
     return found[0]
 
@@ -45,8 +45,8 @@ def with_layers(teacher: PreTrainedModel, layers: Sequence[LayerTensors], source
     """A new model of the teacher's class with these layers; embeddings, final norm and head come from the teacher.
 
     Args:
-        layers: The tensors of each new layer, bottom first.
-        sources: For each new layer the teacher's layer whose *kind* it has, where the config lists one per layer
+        layers: The tensors of each new layer, starting at the input.
+        sources: For each new layer, the teacher's layer whose *kind* it has, if the config lists one per layer
             (`layer_types`: sliding or full attention).
     """
     prefix, _ = layer_stack(teacher)
@@ -57,7 +57,7 @@ def with_layers(teacher: PreTrainedModel, layers: Sequence[LayerTensors], source
 
 
 def keep_layers(teacher: PreTrainedModel, sources: Sequence[int]) -> PreTrainedModel:
-    """A new model that has only these layers of the teacher, in this order; a layer may come twice."""
+    """A new model with only these layers of the teacher, in this order; layers may repeat."""
     layers = layer_tensors(teacher)
     wrong = [source for source in sources if not 0 <= source < len(layers)]
     if wrong or not sources:
@@ -66,7 +66,7 @@ def keep_layers(teacher: PreTrainedModel, sources: Sequence[int]) -> PreTrainedM
 
 
 def config_of_depth(config: PretrainedConfig, sources: Sequence[int]) -> PretrainedConfig:
-    """A copy of the config for a stack of `len(sources)` layers; lists with one entry per layer are cut along."""
+    """A copy of the config for a stack of `len(sources)` layers; lists with one entry per layer are cut as well."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -79,7 +79,7 @@ def config_of_depth(config: PretrainedConfig, sources: Sequence[int]) -> Pretrai
 
 
 def rebuilt(teacher: PreTrainedModel, config: PretrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A new model of the teacher's class from a changed config and a whole state dict; it shares no memory.
+    """A new model of the teacher's class from a changed config and a full state dict; it shares no memory.
 
     Dtype, device, training mode and generation config are the teacher's; tied embeddings are tied again.
 
@@ -96,9 +96,9 @@ def rebuilt(teacher: PreTrainedModel, config: PretrainedConfig, tensors: Mapping
             f"The tensors of {teacher.config.name_or_path or type(teacher).__name__!r} do not fit a "
             f"{type(teacher).__name__} of the new shape; its layers may differ from each other. {error}"
         ) from error
-    # Buffers that are in no state dict (rotary frequencies, the embedding scale) may carry the rounding of the
-    # teacher's dtype, or of a dtype it had before: only copies give the teacher's very logits. Those inside numbered
-    # layers stay as the config makes them, for layer 1 of the student need not be layer 1 of the teacher.
+    # Buffers that are not in the state dict (rotary frequencies, embedding scale) may carry the rounding of the
+    # teacher's dtype, or of a dtype it had before: only copies reproduce the teacher's logits exactly. Buffers inside
+    # numbered layers stay as initialized, because layer 1 of the student need not be layer 1 of the teacher.
     fresh = dict(student.named_buffers())
     for name, buffer in teacher.named_buffers():
         path, _, leaf = name.rpartition(".")
@@ -111,15 +111,15 @@ def rebuilt(teacher: PreTrainedModel, config: PretrainedConfig, tensors: Mapping
 def depths(
     teacher: PreTrainedModel, shape: StudentShape, init: str, *, at_most_teacher: bool = False
 ) -> tuple[int, int]:
-    """(the student's depth, the teacher's), after refusing a teacher or a shape that `init` makes no student from."""
+    """(the student's depth, the teacher's), after refusing a teacher or shape that `init` does not support."""
     refuse_wrapped(teacher)
     theirs = len(layer_stack(teacher)[1])
-    advice = "Leave it out; a smaller vocabulary is made by `students.vocabulary.trim_vocabulary`."
+    advice = "Leave it out; use `students.vocabulary.trim_vocabulary` for a smaller vocabulary."
     depth = require_only(shape, teacher, "depth", init, advice).depth or theirs
     if at_most_teacher and depth > theirs:
         raise ValueError(
-            f"`depth` has to lie between 1 and {theirs}, the depth of the teacher, got {depth}: {init} takes layers "
-            "away. linear_expansion and stage_sharing make deeper students."
+            f"`depth` must be between 1 and {theirs}, the depth of the teacher, got {depth}: {init} removes "
+            "layers. Use linear_expansion or stage_sharing for deeper students."
         )
     return depth, theirs
 
@@ -136,12 +136,12 @@ def is_auxiliary(model: object) -> bool:
 
 
 def refuse_wrapped(teacher: PreTrainedModel) -> None:
-    """A student is made from plain weights: adapters have to be merged, quantized weights dequantized before."""
+    """Students need plain weights: merge adapters and dequantize quantized weights first."""
     if hasattr(teacher, "peft_config"):
         raise ValueError(
-            "The teacher carries an adapter, which a student cannot inherit. Merge it first: model.merge_and_unload()."
+            "The teacher has an adapter, which a student cannot inherit. Merge it first: model.merge_and_unload()."
         )
     if getattr(teacher, "is_quantized", False):
         raise ValueError(
-            "The teacher is quantized. Load it in float32 or bfloat16 to make a student from its weights."
+            "The teacher is quantized. Load it in float32 or bfloat16 to initialize a student from its weights."
         )

@@ -1,11 +1,11 @@
-"""The shape of a student: depth, width, heads and vocabulary, each the teacher's own where it is not said."""
+"""The shape of a student: depth, width, heads and vocabulary, each as in the teacher if not specified."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any
 
-#: Field -> what it is called in an error.
+#: Field -> its name in error messages.
 _MEANING = {
     "depth": "number of layers",
     "width": "hidden size",
@@ -16,13 +16,13 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class StudentShape:
-    """How large a student is; None stands for the teacher's own.
+    """The size of a student; None means the same as the teacher.
 
     Args:
-        depth: Layers.
+        depth: Number of layers.
         width: Hidden size.
-        heads: Attention heads of a layer.
-        vocabulary: Entries of the vocabulary.
+        heads: Attention heads per layer.
+        vocabulary: Number of vocabulary entries.
 
     Raises:
         ValueError: A number is less than 1.
@@ -37,7 +37,7 @@ class StudentShape:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value < 1:
-                raise ValueError(f"`{field.name}` of a student has to be at least 1, got {value}.")
+                raise ValueError(f"`{field.name}` of a student must be at least 1, got {value}.")
 
     @staticmethod
     def of(model: Any) -> StudentShape:
@@ -46,28 +46,28 @@ class StudentShape:
         return StudentShape(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.vocab_size)
 
     def like(self, teacher: Any) -> StudentShape:
-        """This shape with the teacher's own numbers where it says nothing."""
+        """This shape, with the teacher's values for unspecified fields."""
         theirs = StudentShape.of(teacher)
         return StudentShape(*(getattr(self, f.name) or getattr(theirs, f.name) for f in fields(self)))
 
 
 def require_only(shape: StudentShape, teacher: Any, changes: str, init: str, advice: str) -> StudentShape:
-    """The whole shape, after refusing one that an initialization cannot make.
+    """The complete shape, after refusing one that an initialization cannot create.
 
     Args:
-        changes: The one field in which its students may differ from the teacher.
-        init: The initialization's name.
-        advice: What makes a student of the other shape, for the error.
+        changes: The only field in which the student may differ from the teacher.
+        init: Name of the initialization.
+        advice: How to get a student of the requested shape, for the error message.
 
     Raises:
-        ValueError: Another field than `changes` differs from the teacher's.
+        ValueError: A field other than `changes` differs from the teacher's.
     """
     whole, theirs = shape.like(teacher), StudentShape.of(teacher)
     for name, meaning in _MEANING.items():
         wanted, own = getattr(whole, name), getattr(theirs, name)
         if name != changes and wanted != own:
             raise ValueError(
-                f"{init} makes students of another {_MEANING[changes]} only, but `{name}` is {wanted} and the "
+                f"{init} can only change the {_MEANING[changes]}, but `{name}` is {wanted} and the "
                 f"teacher's {meaning} is {own}. {advice}"
             )
     return whole

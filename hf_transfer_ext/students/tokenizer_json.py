@@ -1,4 +1,4 @@
-"""A smaller tokenizer from a larger one: which tokens it cannot do without, and the rewritten `tokenizer.json`."""
+"""Trim a tokenizer: find the tokens that it must keep, and rewrite its `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-#: SentencePiece's name of a byte, into which unknown characters fall apart ("byte fallback").
+#: SentencePiece's token for a byte; unknown characters are split into these ("byte fallback").
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 KNOWN_MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 
 
 def model_vocabulary(data: dict[str, Any]) -> dict[str, int]:
-    """Token -> id of the model part of a `tokenizer.json`, without the tokens that were added to it."""
+    """Token -> id of the model part of a `tokenizer.json`, without added tokens."""
     vocabulary = data["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [[token, score], ...]
         return {token: i for i, (token, _) in enumerate(vocabulary)}
@@ -30,10 +30,10 @@ def added_vocabulary(data: dict[str, Any]) -> dict[str, int]:
 
 
 def indispensable(data: dict[str, Any]) -> set[int]:
-    """Ids that every trimmed tokenizer keeps, whatever the corpus: without them some text has no tokens at all.
+    """Ids that every trimmed tokenizer keeps, for any corpus: without them some text could not be tokenized at all.
 
     These are the bytes (of byte-level BPE or of byte fallback), the unknown token, printable ASCII characters, the
-    tokens that the post-processor inserts, and, only where there are no bytes to fall back to, all single characters.
+    tokens that the post-processor inserts, and, only if there is no byte fallback, all single characters.
     """
     vocabulary, model = model_vocabulary(data), data["model"]
     keep = set(string.printable) & set(vocabulary)
@@ -48,7 +48,7 @@ def indispensable(data: dict[str, Any]) -> set[int]:
         keep.add(model["unk_token"])
     ids = {vocabulary[token] for token in keep}
     if model["type"] == "Unigram":
-        # The unknown token costs 10 more than the worst piece: that piece stays, and with it all relative scores.
+        # The unknown token scores 10 below the worst piece: keep that piece, so all relative scores stay the same.
         ids |= {min(range(len(model["vocab"])), key=lambda i: model["vocab"][i][1])}
         ids |= {model["unk_id"]} if model.get("unk_id") is not None else set()
     everything = vocabulary | added_vocabulary(data)
@@ -56,12 +56,12 @@ def indispensable(data: dict[str, Any]) -> set[int]:
 
 
 def closure(data: dict[str, Any], wanted: Iterable[int]) -> set[int]:
-    """The wanted ids and those that lead to them: for BPE every piece that is merged on the way to a wanted token.
+    """The wanted ids and all ids needed to build them: for BPE, every piece that is merged into a wanted token.
 
-    Text whose tokens are all wanted is tokenised as before. BPE applies, again and again, the earliest merge of its
-    list that fits. The trimmed list has every merge that led to the wanted tokens and no new one, so the earliest
-    merge that fits stays the same at every step. Unigram (best sum of scores), WordPiece (longest match) and
-    WordLevel choose among pieces, of which only losing ones go.
+    Text whose tokens are all wanted is tokenized as before. BPE repeatedly applies the earliest merge in its list that
+    matches. The trimmed list has every merge that led to the wanted tokens and no new one, so the earliest matching
+    merge stays the same at every step. Unigram (best sum of scores), WordPiece (longest match) and WordLevel choose
+    among pieces, and only pieces that were not chosen are removed.
     """
     wanted = set(wanted)
     if data["model"]["type"] != "BPE":
@@ -77,10 +77,10 @@ def closure(data: dict[str, Any], wanted: Iterable[int]) -> set[int]:
 
 
 def trimmed(data: dict[str, Any], keep: set[int]) -> tuple[dict[str, Any], list[int]]:
-    """A `tokenizer.json` that knows only the tokens of `keep` (closed under `closure`), with ids from 0 on.
+    """A `tokenizer.json` with only the tokens of `keep` (closed under `closure`), renumbered from 0.
 
     Returns:
-        The new file's content, and for every new id the old one: first the tokens of the model in their old order,
+        The content of the new file, and the old id of every new id: first the tokens of the model in their old order,
         then added tokens that the model's vocabulary does not list, in their old order.
     """
     vocabulary, added = model_vocabulary(data), added_vocabulary(data)
@@ -118,13 +118,13 @@ def refuse_unknown_model(data: dict[str, Any]) -> None:
         )
     if model["type"] == "BPE" and (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):
         raise ValueError(
-            "A BPE tokenizer that marks the inside or the end of words (`continuing_subword_prefix`, "
-            "`end_of_word_suffix`) cannot be trimmed yet. Keep its whole vocabulary."
+            "A BPE tokenizer with markers inside or at the end of words (`continuing_subword_prefix`, "
+            "`end_of_word_suffix`) cannot be trimmed yet. Keep the full vocabulary."
         )
 
 
 def merge_ranks(data: dict[str, Any]) -> dict[tuple[str, str], int]:
-    """BPE merge -> its place in the list; older files write a merge as one string with a space."""
+    """BPE merge -> its rank in the list; older files write a merge as one string with a space."""
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"])
     return {(left, right): rank for rank, (left, right) in enumerate(merges)}
 
@@ -132,7 +132,7 @@ def merge_ranks(data: dict[str, Any]) -> dict[tuple[str, str], int]:
 def _merges_to(token: str, ranks: dict[tuple[str, str], int]) -> list[tuple[str, str]]:
     """The merges that BPE applies to the characters of `token`; they end in the token itself.
 
-    A token that merges do not lead to (one that is matched as a whole) needs none.
+    A token that is not built by merges (one that is matched as a whole) needs none.
     """
     pieces, path = list(token), []
     while len(pieces) > 1:
@@ -175,7 +175,7 @@ def _renumbered(processor: dict[str, Any] | None, new_id: dict[int, int]) -> dic
 
 
 def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normalizer, pre-tokenizer, post-processor or decoder, and what it consists of where it is a sequence."""
+    """A normalizer, pre-tokenizer, post-processor or decoder, and its components if it is a sequence."""
     if component:
         yield component
         for key in ("normalizers", "pretokenizers", "processors", "decoders"):

@@ -1,4 +1,4 @@
-"""A model with the vocabulary of a corpus: fewer embedding rows, a tokenizer to match, and the way back."""
+"""Trim a model to the vocabulary of a corpus: fewer embedding rows, a matching tokenizer, and how to restore it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MAP_FILE = "vocabulary_map.json"
 
 @dataclass(frozen=True)
 class VocabularyMap:
-    """Which row of the original model each row of a trimmed one is.
+    """Maps each row of a trimmed model to its row in the original model.
 
     Args:
-        old_ids: The original id of every new id.
+        old_ids: The original id for every new id.
         original_size: Rows of the original embedding.
-        tokens: How many of the new ids the trimmed tokenizer knows; the rows after them only fill the matrix up.
+        tokens: Number of new ids that the trimmed tokenizer knows; the remaining rows are padding.
         original: Name of the original model.
     """
 
@@ -53,11 +53,11 @@ class VocabularyMap:
         return new
 
     def to_old(self, ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Ids of the trimmed model -> ids of the original one; negative ids (ignored labels) stay."""
+        """Ids of the trimmed model -> ids of the original model; negative ids (ignored labels) stay."""
         return torch.where(ids < 0, ids, self._old.to(ids.device)[ids.clamp(min=0)])
 
     def to_new(self, ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Ids of the original model -> ids of the trimmed one; negative ids (ignored labels) stay.
+        """Ids of the original model -> ids of the trimmed model; negative ids (ignored labels) stay.
 
         Raises:
             ValueError: One of the ids was trimmed away.
@@ -67,7 +67,7 @@ class VocabularyMap:
         if lost.numel():
             raise ValueError(
                 f"{lost.numel()} ids are not in the trimmed vocabulary, among them {lost.unique()[:5].tolist()}. "
-                "Tokenise the text with the trimmed tokenizer instead, or trim with a corpus that contains it."
+                "Tokenize the text with the trimmed tokenizer instead, or trim with a corpus that contains it."
             )
         return new
 
@@ -88,7 +88,7 @@ class VocabularyMap:
         """Read `vocabulary_map.json` from a model's folder."""
         path = Path(folder) / MAP_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{str(folder)!r} has no {MAP_FILE}: its vocabulary was not trimmed, or not here.")
+            raise FileNotFoundError(f"{str(folder)!r} has no {MAP_FILE}: its vocabulary was not trimmed here.")
         content, where = read_json(path), repr(str(path))
         old_ids = tuple(field_of(content, "old_ids", list, where=where))
         size, tokens = (field_of(content, key, int, where=where) for key in ("original_size", "tokens"))
@@ -98,7 +98,7 @@ class VocabularyMap:
             or not 0 < tokens <= len(old_ids)
             or not _all_below(old_ids, size)
         ):
-            raise ValueError(f"{str(path)!r} is damaged: ids repeat or lie outside 0 to {size - 1}. Trim again.")
+            raise ValueError(f"{str(path)!r} is damaged: ids repeat or are outside 0 to {size - 1}. Trim it again.")
         return cls(old_ids, size, tokens, field_of(content, "original", str, where=where))
 
 
@@ -111,42 +111,43 @@ def trim_vocabulary(
     min_count: int = 1,
     pad_to_multiple_of: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, VocabularyMap]:
-    """A copy of the model that only has the tokens a corpus uses, and its tokenizer; both are saved as usual.
+    """A copy of the model with only the tokens that a corpus uses, and its tokenizer; save both as usual.
 
-    Kept are: tokens that occur in the corpus and, for BPE, the pieces they are merged from; the tokenizer's special
-    tokens, those named in the model's configs, and those of its chat template; bytes, so that any other text still has
-    tokens; printable ASCII. Other added tokens (`<unused17>`) go unless the corpus or `extra_tokens` has them.
+    These tokens are kept: tokens that occur in the corpus and, for BPE, the pieces they are merged from; special
+    tokens of the tokenizer, of the model's configs and of the chat template; bytes, so that any other text can still
+    be tokenized; printable ASCII. Other added tokens (`<unused17>`) are removed unless the corpus or `extra_tokens`
+    contains them.
 
-    With `min_count=1`, text of the corpus is tokenised as before, token by token, and for such ids
+    With `min_count=1`, text from the corpus is tokenized exactly as before, and for its ids
 
     .. math:: q(v \\mid x) = \\frac{p(v \\mid x)}{\\sum_{w \\in K} p(w \\mid x)}, \\quad v \\in K
 
-    where p is the original's and q the trimmed model's next-token distribution and K are the kept tokens.
-    Words that the corpus lacks fall into small pieces, which the model hardly knows: the corpus has to hold every
-    text that matters, prompts and questions of the evaluation too. Text that is tokenised in parts (prompt and
-    completion, rendered chats) belongs into the corpus in these parts.
+    where p and q are the next-token distributions of the original and the trimmed model, and K are the kept tokens.
+    Words missing from the corpus are split into small pieces, which the model hardly knows: the corpus must contain
+    all text that matters, including prompts and questions of the evaluation. Text that is tokenized in parts (prompt
+    and completion, rendered chats) must be in the corpus in the same parts.
 
     Args:
-        corpus: Texts, read once; tokenised without special tokens.
-        extra_tokens: Tokens to keep though the corpus lacks them, spelt as in the tokenizer's vocabulary.
-        min_count: Tokens that occur less often are dropped; words with them fall into smaller pieces.
-        pad_to_multiple_of: Fill the embedding up to a multiple of this many rows. The added rows are the original's
-            last trimmed ones (unused or rare ids); the tokenizer does not know them.
+        corpus: Texts, iterated once and tokenized without special tokens.
+        extra_tokens: Additional tokens to keep, spelled as in the tokenizer's vocabulary.
+        min_count: Tokens that occur less often are dropped; words with them are split into smaller pieces.
+        pad_to_multiple_of: Pad the embedding to a multiple of this many rows. The added rows are the last trimmed rows
+            of the original (unused or rare ids); the tokenizer does not know them.
 
     Returns:
-        A new model that shares no memory with the given one, the trimmed tokenizer, and the map between the ids.
+        A new model that shares no memory with `model`, the trimmed tokenizer, and the map between the ids.
 
     Raises:
         ValueError: The corpus is empty, a token of `extra_tokens` does not exist, the tokenizer is of a kind that
             cannot be trimmed, or model and tokenizer do not belong together.
 
     Source: the idea, Abdaoui et al. 2020, Load What You Need, https://arxiv.org/abs/2010.05609; closing the kept
-    tokens under merges, so that tokenisation stays the same, is our own.
+    tokens under merges, so that tokenization stays the same, is our own.
     """
     refuse_wrapped(model)
     if min_count < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
         raise ValueError(
-            f"`min_count` and `pad_to_multiple_of` have to be at least 1, got {min_count} and {pad_to_multiple_of}."
+            f"`min_count` and `pad_to_multiple_of` must be at least 1, got {min_count} and {pad_to_multiple_of}."
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"Only tokenizers with a tokenizer.json can be trimmed, got a {type(tokenizer).__name__}.")
@@ -162,7 +163,7 @@ def trim_vocabulary(
 
     counts = _token_counts(tokenizer, corpus)
     if not counts:
-        raise ValueError("The corpus has no tokens, so no vocabulary can be chosen by it. Give at least one text.")
+        raise ValueError("The corpus has no tokens, so no vocabulary can be derived from it. Give at least one text.")
     wanted = {i for i, count in counts.items() if count >= min_count}
     wanted |= {known[token] for token in _special_tokens(tokenizer, data)}
     wanted |= set(_token_counts(tokenizer, _template_samples(tokenizer)))
@@ -188,12 +189,12 @@ def trim_vocabulary(
 def restore_vocabulary(
     model: PreTrainedModel, vocabulary_map: VocabularyMap, original: PreTrainedModel | Float[Tensor, "old width"]
 ) -> PreTrainedModel:
-    """A copy of a trimmed model (trained since, or cut in depth) with the original's whole vocabulary again.
+    """A copy of a trimmed model (possibly trained or cut in depth since) with the full original vocabulary.
 
-    Kept rows are the model's own, the others those of the original. The original tokenizer fits it.
+    Rows kept by the trimming come from the model, the others from the original. Use it with the original tokenizer.
 
     Args:
-        original: The model that was trimmed, or its embedding matrix where input and output embeddings are tied.
+        original: The model that was trimmed, or its embedding matrix if input and output embeddings are tied.
 
     Raises:
         ValueError: The rows do not fit the map or the model.
@@ -201,7 +202,7 @@ def restore_vocabulary(
     own = _vocabulary_tensors(model)
     if isinstance(original, Tensor):
         if not model.config.get_text_config().tie_word_embeddings:
-            raise ValueError("This model's output embeddings are not tied: give the original model, not one matrix.")
+            raise ValueError("This model's output embeddings are not tied: pass the original model, not one matrix.")
         rows = {name: original for name in own}
     else:
         rows = _vocabulary_tensors(original)
@@ -211,7 +212,7 @@ def restore_vocabulary(
             found = tuple(rows[name].shape) if name in rows else "nothing"
             raise ValueError(
                 f"{name!r} of the trimmed model has {len(tensor)} rows and the map {len(vocabulary_map.old_ids)}; the "
-                f"original has {found} where {expected} is needed. Give the map and the original of this very model."
+                f"original has {found} where {expected} is needed. Pass the map and the original of this model."
             )
 
     by_pointer = {tensor.data_ptr(): rows[name] for name, tensor in own.items()}
@@ -227,7 +228,7 @@ def restore_vocabulary(
 def _with_rows(
     model: PreTrainedModel, size: int, rows: Callable[[Tensor], Tensor], new_id: Callable[[int], int | None]
 ) -> PreTrainedModel:
-    """A copy of the model with other vocabulary rows and all ids in its configs renumbered."""
+    """A copy of the model with different vocabulary rows and all ids in its configs renumbered."""
     config = copy.deepcopy(model.config)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         _renumber(part, new_id)
@@ -275,7 +276,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, data: dict[str, Any]) ->
 
 
 def _template_samples(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the chat template writes around messages: role names and line ends need tokens too."""
+    """The text that the chat template writes around messages: role names and newlines need tokens too."""
     if not tokenizer.chat_template:
         return []
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -284,7 +285,7 @@ def _template_samples(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         for prompt in (False, True):
             try:
                 samples.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-            except Exception:  # a template refuses a role in its own way; what it refuses it never writes
+            except Exception:  # templates raise anything for a role they refuse, and then never write it
                 continue
     return [str(sample) for sample in samples]
 
@@ -293,7 +294,7 @@ def _known_id(token: str, known: dict[str, int]) -> int:
     if token not in known:
         raise ValueError(
             f"`extra_tokens` has {token!r}, which is not one token of this tokenizer. "
-            "Spell it as in its vocabulary (a leading space is often 'Ġ' or '▁'), or put it into the corpus."
+            "Spell it as in the vocabulary (a leading space is often 'Ġ' or '▁'), or add it to the corpus."
         )
     return known[token]
 
@@ -301,7 +302,7 @@ def _known_id(token: str, known: dict[str, int]) -> int:
 def _tokenizer_like(tokenizer: PreTrainedTokenizerFast, data: dict[str, Any]) -> PreTrainedTokenizerFast:
     """A tokenizer with the same roles and templates on another `tokenizer.json`.
 
-    Its class is the plain one, which reads tokenizer.json as it stands; classes of model families rebuild parts of it.
+    It has the generic class, which uses tokenizer.json unchanged; model-specific classes rebuild parts of it.
     """
     result = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(data)),
@@ -329,7 +330,7 @@ def _position(vocabulary_map: VocabularyMap, old: int) -> int | None:
 
 
 def _configured_ids(model: PreTrainedModel) -> set[int]:
-    """Every token id that the configs name: these rows are needed to generate at all."""
+    """Every token id in the configs: these rows are required for generation."""
     found: set[int] = set()
 
     def collect(i: int) -> int:
@@ -344,7 +345,7 @@ def _configured_ids(model: PreTrainedModel) -> set[int]:
 
 
 def _renumber(config: Any, new_id: Callable[[int], int | None], *, only_tokens: bool = False) -> None:
-    """Rewrite every token id that a config names, in place; lists of suppressed tokens only unless `only_tokens`."""
+    """Rewrite every token id in a config in place; lists of suppressed tokens are skipped with `only_tokens`."""
     for name, value in list(vars(config).items()):
         if name.endswith(("_token_id", "_token_ids", "_token_index")):
             setattr(config, name, _renumbered(value, new_id))
@@ -353,7 +354,7 @@ def _renumber(config: Any, new_id: Callable[[int], int | None], *, only_tokens: 
 
 
 def _renumbered(value: Any, new_id: Callable[[int], int | None]) -> Any:
-    """New ids in the shape of the old ones; a trimmed id leaves its list, and a list that has lost one is gone."""
+    """New ids in the structure of the old ones; trimmed ids are removed, and so are nested lists that had one."""
     if isinstance(value, (list, tuple)):
         if value and all(isinstance(entry, (list, tuple)) for entry in value):
             lists = [(entry, _renumbered(entry, new_id)) for entry in value]

@@ -1,9 +1,9 @@
-"""Checkpoints in the safetensors format, read piece by piece and written into files of a size known beforehand.
+"""Checkpoints in the safetensors format, read in pieces and written to files whose size is known in advance.
 
-A file is `8 bytes of header length | JSON header | data`; the header gives each tensor's dtype, shape and place. So a
-piece of a tensor is one read, and a checkpoint of any size can be worked through in a few megabytes. Nothing is
-memory-mapped: mapped pages count as resident memory, and a truncated file would end in a bus error instead of a
-message.
+A file is `8 bytes of header length | JSON header | data`; the header gives each tensor's dtype, shape and offsets. A
+piece of a tensor is one read, so a checkpoint of any size can be processed with a few megabytes of memory. Nothing is
+memory-mapped: mapped pages count as resident memory, and a truncated file would cause a bus error instead of an
+exception.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-#: The dtypes that a merge or an extraction can calculate with.
+#: The dtypes that a merge or an extraction can compute with.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-#: Longest header that is believed; the limit of the safetensors library itself.
+#: Longest header that is accepted; the limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 
 #: Shards of a written checkpoint hold at most this many bytes, unless one tensor alone is larger.
@@ -58,7 +58,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and shape of a tensor that is to be written."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -75,7 +75,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor in a file: its bytes are `file[offset : offset + nbytes]`. A pickled one is held in `loaded`."""
+    """A tensor in a file: its bytes are `file[offset : offset + nbytes]`. A tensor from a pickle is in `loaded`."""
 
     file: Path
     offset: int
@@ -96,8 +96,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > MAX_HEADER_BYTES or 8 + length > size:
             raise ValueError(
-                f"{str(file)!r} is not a complete safetensors file: its header would end after its {size} bytes. "
-                "Fetch it again; a Git LFS pointer in its place has to be pulled first."
+                f"{str(file)!r} is not a complete safetensors file: its header does not fit in its {size} bytes. "
+                "Download it again; if it is a Git LFS pointer, pull it first."
             )
         text = stream.read(length)
     try:
@@ -105,13 +105,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         _check_metadata(header.pop("__metadata__", None))
         entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     except (KeyError, TypeError, AttributeError, _HeaderError) as error:
-        raise ValueError(f"The header of {str(file)!r} cannot be read ({error}). Fetch the file again.") from error
+        raise ValueError(f"The header of {str(file)!r} cannot be read ({error}). Download the file again.") from error
     _check_places(file, entries, 8 + length, size)
     return entries
 
 
 class _HeaderError(ValueError):
-    """What a header says that the format does not allow."""
+    """A header that the format does not allow."""
 
 
 def _parsed(text: bytes) -> Any:
@@ -127,7 +127,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _HeaderError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise _HeaderError(f"duplicate name {next(name for name in names if names.count(name) > 1)!r}")
     return content
 
 
@@ -135,7 +135,7 @@ def _check_metadata(metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _HeaderError("__metadata__ has to map names to texts")
+        raise _HeaderError("__metadata__ must map names to strings")
 
 
 def _entry(file: Path, name: str, value: Mapping[str, Any], data_start: int) -> StoredTensor:
@@ -143,7 +143,7 @@ def _entry(file: Path, name: str, value: Mapping[str, Any], data_start: int) -> 
         raise ValueError(f"Tensor {name!r} in {str(file)!r}: {unknown_name('dtype', value['dtype'], DTYPES)}")
     places, shape = value["data_offsets"], value["shape"]
     if not all(isinstance(one, list) and all(type(number) is int for number in one) for one in (places, shape)):
-        raise _HeaderError(f"offsets and shape of {name!r} have to be lists of whole numbers")
+        raise _HeaderError(f"offsets and shape of {name!r} must be lists of integers")
     if len(places) != 2:
         raise _HeaderError(f"{name!r} needs two offsets, got {places}")
     begin, end = places
@@ -151,7 +151,7 @@ def _entry(file: Path, name: str, value: Mapping[str, Any], data_start: int) -> 
     if begin < 0 or any(extent < 0 for extent in entry.shape) or entry.nbytes != end - begin:
         raise ValueError(
             f"The header of {str(file)!r} contradicts itself: tensor {name!r} of shape {list(entry.shape)} and dtype "
-            f"{value['dtype']} needs {entry.nbytes} bytes, but lies at {begin}..{end}. Fetch the file again."
+            f"{value['dtype']} needs {entry.nbytes} bytes, but its offsets are {begin}..{end}. Download it again."
         )
     return entry
 
@@ -163,31 +163,31 @@ def _check_places(file: Path, entries: Mapping[str, StoredTensor], data_start: i
             fault = "overlaps with" if entry.offset < end else "leaves a gap after"
             raise ValueError(
                 f"The header of {str(file)!r} contradicts itself: tensor {entry.name!r} {fault} {before}, at byte "
-                f"{entry.offset} and not {end}. Fetch the file again."
+                f"{entry.offset} instead of {end}. Download the file again."
             )
         end, before = entry.offset + entry.nbytes, repr(entry.name)
     if size < end:
         raise ValueError(
-            f"{str(file)!r} is truncated: tensor {before} ends at byte {end}, the file at byte {size}. Fetch it again."
+            f"{str(file)!r} is truncated: tensor {before} ends at byte {end}, the file at {size}. Download it again."
         )
     if size > end:
         raise ValueError(
-            f"{str(file)!r} holds {size - end} bytes after its last tensor, which no reader accepts. Fetch it again."
+            f"{str(file)!r} has {size - end} bytes after its last tensor, which is not allowed. Download it again."
         )
 
 
-#: Endings of the files of a model folder that weights, configs and tokenizers are read from.
+#: Extensions of the files in a model folder that weights, configs and tokenizers are read from.
 _READ = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
-#: Windows changes line ends in files that are not opened with this flag.
+#: Windows converts line endings in files that are not opened with this flag.
 _BINARY: int = getattr(os, "O_BINARY", 0)
 
-#: Held between seeking and reading or writing, on systems that cannot do both in one call.
+#: Held while seeking and then reading or writing, on systems that cannot do both in one call.
 _SEEKING = threading.Lock()
 
 
 def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
-    """Fill the beginning of `view` from `offset` on; returns how many bytes came."""
+    """Read into the beginning of `view`, starting at `offset`; returns the number of bytes read."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [view], offset)
     if hasattr(os, "pread"):
@@ -201,7 +201,7 @@ def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
 
 
 def _write_at(descriptor: int, view: memoryview | bytes, offset: int) -> None:
-    """Write all of `view` from `offset` on."""
+    """Write all of `view`, starting at `offset`."""
     rest, done = memoryview(view), 0
     while done < len(rest):
         if hasattr(os, "pwrite"):
@@ -218,12 +218,12 @@ class Checkpoint:
     Args:
         folder: Holds `<stem>.safetensors`, or shards and their `<stem>.safetensors.index.json`.
         stem: "model" for models, "adapter_model" for PEFT adapters.
-        allow_pickle: Also accept `pytorch_model.bin`, loaded with `weights_only=True` into memory.
+        allow_pickle: Also accept `pytorch_model.bin`, loaded into memory with `weights_only=True`.
     """
 
     def __init__(self, folder: str | Path, *, stem: str = "model", allow_pickle: bool = False) -> None:
         self.folder = Path(folder)
-        #: The files of the folder that a job may read, as they were before any was read (`resume.Work`).
+        #: State of the files that a job may read, recorded before the first read (`resume.Work`).
         self.stamps: dict[Path, Stamp] = {
             file: stamp_of(file) for file in sorted(self.folder.glob("*")) if file.suffix in _READ and file.is_file()
         }
@@ -249,7 +249,7 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def read_bytes(self, entry: StoredTensor, start: int, view: memoryview) -> None:
-        """Fill `view` with the bytes of `entry` from byte `start` on."""
+        """Fill `view` with the bytes of `entry`, starting at byte `start`."""
         if entry.loaded is not None:
             view[:] = bytes_of(entry.loaded.contiguous())[start : start + len(view)]
             return
@@ -258,13 +258,13 @@ class Checkpoint:
             count = _read_at(descriptor, view[done:], entry.offset + start + done)
             if count == 0:
                 raise OSError(
-                    f"{str(entry.file)!r} ended in the middle of tensor {entry.name!r}. It became shorter while it "
-                    "was read; do not change the inputs of a running job."
+                    f"{str(entry.file)!r} ended in the middle of tensor {entry.name!r}. It was truncated while it was "
+                    "read; do not change the inputs of a running job."
                 )
             done += count
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, in its own dtype and shape."""
+        """One complete tensor, in its stored dtype and shape."""
         entry = self[name]
         flat = torch.empty(entry.numel, dtype=entry.dtype)
         self.read_bytes(entry, 0, bytes_of(flat))
@@ -289,10 +289,10 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def unknown_tensor(name: str, known: Iterable[str]) -> str:
-    """The sentence for a tensor that is not there; only the nearest name is told, since models have thousands."""
+    """Error message for an unknown tensor, with only the closest name, since models have thousands of them."""
     names = list(known)
     message = unknown_name("tensor", name, names)
-    return message.split(" Available:")[0] + f" {len(names)} tensors are there."
+    return message.split(" Available:")[0] + f" There are {len(names)} tensors."
 
 
 def _find_entries(folder: Path, stem: str, allow_pickle: bool) -> dict[str, StoredTensor]:
@@ -305,15 +305,15 @@ def _find_entries(folder: Path, stem: str, allow_pickle: bool) -> dict[str, Stor
         return read_header(named if named.exists() else files[0])
     if files:
         raise ValueError(
-            f"{str(folder)!r} holds {len(files)} safetensors files but no {index.name} that says which belong to the "
-            "model. Fetch the index too."
+            f"{str(folder)!r} contains {len(files)} safetensors files but no {index.name} that lists those of the "
+            "model. Download the index too."
         )
     pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("adapter_model.bin"))
     if pickles and allow_pickle:
         return _pickled_entries(pickles)
     if pickles:
         raise ValueError(
-            f"{str(folder)!r} holds pickled weights only ({pickles[0].name}), which can run code when loaded. "
+            f"{str(folder)!r} contains only pickled weights ({pickles[0].name}), which can run code when loaded. "
             "Convert them to safetensors, or pass --allow-pickle to load them with weights_only=True."
         )
     raise FileNotFoundError(f"There are no weights in {str(folder)!r}: it needs {stem}.safetensors or shards of it.")
@@ -324,20 +324,20 @@ def _indexed_entries(folder: Path, index: Path) -> dict[str, StoredTensor]:
         weight_map = field_of(read_json(index), "weight_map", dict, where="the index")
         shards = sorted({field_of(weight_map, name, str, where="`weight_map`") for name in weight_map})
     except ValueError as error:
-        raise ValueError(f"The index {str(index)!r} cannot be read: {error} Fetch it again.") from error
+        raise ValueError(f"The index {str(index)!r} cannot be read: {error} Download it again.") from error
     headers = {}
     for shard in shards:
-        # Compared by name and not by what it resolves to: files of the Hub cache are links out of their folder.
+        # Compare names, not resolved paths: files in the Hub cache are links that lead out of their folder.
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise ValueError(f"The index {str(index)!r} leads out of its folder, to {shard!r}; refused.")
+            raise ValueError(f"The index {str(index)!r} points outside its folder, to {shard!r}; refused.")
         if not (folder / shard).is_file():
-            raise FileNotFoundError(f"Shard {shard!r}, named by {str(index)!r}, is missing. Fetch it too.")
+            raise FileNotFoundError(f"Shard {shard!r}, listed in {str(index)!r}, is missing. Download it too.")
         headers[shard] = read_header(folder / shard)
     missing = [name for name, shard in weight_map.items() if name not in headers[shard]]
     if missing:
         raise ValueError(
             f"Tensor {missing[0]!r} is not in shard {weight_map[missing[0]]!r}, though {str(index)!r} says so "
-            f"({len(missing)} such tensors). Index and shards belong to different versions; fetch both again."
+            f"({len(missing)} such tensors). Index and shards belong to different versions; download both again."
         )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
@@ -346,26 +346,26 @@ def _pickled_entries(files: list[Path]) -> dict[str, StoredTensor]:
     entries = {}
     for file in files:
         try:
-            # Files of the old form, which is not a zip archive, cannot be mapped into memory.
+            # Files in the old format, which is not a zip archive, cannot be memory-mapped.
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except Exception as error:  # unpickling strangers' bytes raises anything
+        except Exception as error:  # unpickling untrusted bytes can raise anything
             raise ValueError(
                 f"{str(file)!r} cannot be loaded with weights_only=True: {one_line(error)} It is damaged or "
-                "holds more than tensors; convert it to safetensors where it was made."
+                "contains more than tensors; convert it to safetensors where it was created."
             ) from error
         if not isinstance(stored, dict):
-            raise ValueError(f"{str(file)!r} has to hold a mapping from names to tensors, got {shown(stored)}.")
+            raise ValueError(f"{str(file)!r} must hold a mapping from names to tensors, got {shown(stored)}.")
         for name, tensor in stored.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"{str(file)!r} has to hold tensors by name, but {shown(name)} is {shown(tensor)}.")
+                raise ValueError(f"{str(file)!r} must hold tensors by name, but {shown(name)} is {shown(tensor)}.")
             entries[name] = StoredTensor(name, tensor.dtype, tuple(tensor.shape), file, 0, tensor)
     return entries
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[TensorSpec]]:
-    """Share tensors out over shards in their order; a shard is closed before it would grow over the limit."""
+    """Split tensors into shards, in order; a new shard begins before one would exceed the limit."""
     if max_shard_bytes < 1:
-        raise ValueError(f"The largest shard has to hold at least one byte, got {max_shard_bytes}.")
+        raise ValueError(f"`max_shard_bytes` must be at least 1, got {max_shard_bytes}.")
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
@@ -379,11 +379,11 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int = MAX_SHARD_BY
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A safetensors file whose layout is known before any of its data.
+    """A safetensors file whose layout is known before its data.
 
     Args:
-        header: Its first bytes: length of the header, and the header.
-        places: The tensors with the byte at which each begins.
+        header: The first bytes of the file: header length and header.
+        places: The tensors, each with the byte offset at which it begins.
     """
 
     name: str
@@ -392,7 +392,7 @@ class PlannedFile:
     places: list[tuple[TensorSpec, int]]
 
     def is_begun(self, folder: Path) -> bool:
-        """Whether the file is there with its header and its whole length, so that tensors in it may be finished."""
+        """Whether the file exists with its header and full length, so that some of its tensors may be complete."""
         file = folder / self.name
         if not file.is_file() or file.stat().st_size != self.size:
             return False
@@ -403,7 +403,7 @@ class PlannedFile:
 def plan_files(
     specs: Iterable[TensorSpec], *, stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[PlannedFile]:
-    """The files of a checkpoint. Tensors of a file are ordered by dtype size, so each is aligned to its own."""
+    """The files of a checkpoint. Tensors of a file are ordered by dtype size, so each is aligned to its dtype."""
     shards = plan_shards(specs, max_shard_bytes)
     names = [f"{stem}.safetensors"]
     if len(shards) > 1:
@@ -429,15 +429,15 @@ def _plan_file(name: str, shard: list[TensorSpec]) -> PlannedFile:
 
 
 class CheckpointWriter:
-    """Safetensors files of known layout that are filled in any order, from several threads at once.
+    """Safetensors files with a known layout, filled in any order and from several threads at once.
 
-    The headers and the full length of all files are written first, so a full disk is found before any work.
+    The headers and the full length of all files are written first, so a full disk is detected before any work.
 
     Args:
-        folder: Existing folder, written aside by the caller (`files.written_aside`).
-        specs: What will be written. The shards follow its order.
-        stem: Name of the files without ending.
-        resume: Keep what the files hold if all of them are begun (`are_begun`).
+        folder: Existing temporary folder, provided by the caller (`files.written_aside`).
+        specs: The tensors that will be written. The shards follow this order.
+        stem: Name of the files without extension.
+        resume: Keep the contents of the files if all of them were begun (`PlannedFile.is_begun`).
     """
 
     def __init__(
@@ -472,7 +472,7 @@ class CheckpointWriter:
         descriptor = os.open(folder / file.name, flags, 0o666)
         self._descriptors.append(descriptor)
         if not keep:
-            _write_at(descriptor, file.header, 0)  # before the length, by which a kill would leave it complete
+            _write_at(descriptor, file.header, 0)  # before the full length, which marks the file as begun
             _allocate(descriptor, file.size)
         for spec, place in file.places:
             self._places[spec.name] = (descriptor, place, spec)
@@ -488,7 +488,7 @@ class CheckpointWriter:
         self.write_bytes(name, start * spec.dtype.itemsize, bytes_of(values))
 
     def write_bytes(self, name: str, start: int, view: memoryview) -> None:
-        """Write raw bytes from byte `start` of a tensor on."""
+        """Write raw bytes, starting at byte `start` of a tensor."""
         descriptor, offset, _ = self._places[name]
         _write_at(descriptor, view, offset + start)
 
@@ -506,7 +506,7 @@ class CheckpointWriter:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Reserve the whole file at once; systems that cannot reserve get a file of that length with holes."""
+    """Allocate the whole file at once; where the system cannot, create a sparse file of that length."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except AttributeError:  # no such call on this system
@@ -520,7 +520,7 @@ def _allocate(descriptor: int, size: int) -> None:
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], *, stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write tensors that are in memory already."""
+    """Write tensors that are already in memory."""
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with CheckpointWriter(folder, specs, stem=stem, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Where a merge calculates: on the CPU, or piece by piece on a GPU."""
+"""The device a merge runs on: the CPU, or a GPU that receives the tensors in pieces."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """A device by its name (`cpu`, `cuda`, `cuda:1`); `auto` is a GPU where there is one, and else the CPU.
+    """A device by name (`cpu`, `cuda`, `cuda:1`); `auto` is a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: There is no such device, or torch cannot use it here.
+        ValueError: The device does not exist, or torch cannot use it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"`device` has to be cpu, cuda, cuda:N or auto, got {str(name)!r}.") from error
+        raise ValueError(f"`device` must be cpu, cuda, cuda:N or auto, got {str(name)!r}.") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"`device` has to be cpu, cuda, cuda:N or auto, got {str(name)!r}.")
+        raise ValueError(f"`device` must be cpu, cuda, cuda:N or auto, got {str(name)!r}.")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise ValueError(
-                f"`device: {name}` needs a GPU that torch can use, and it sees {count}. Choose cpu or auto."
+                f"`device: {name}` needs a GPU that torch can use, but torch sees {count}. Choose cpu or auto."
             )
         return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether numpy can work on the tensor's memory. Some steps have one form for numpy and one for GPUs."""
+    """Whether numpy can access the tensor's memory. Some steps have one version for numpy and one for GPUs."""
     return tensor.device.type == "cpu"

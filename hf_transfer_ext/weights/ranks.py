@@ -1,7 +1,7 @@
 """Several processes on one merge: tensors are split across them, and an error in one is raised in all.
 
 Under `accelerate launch` or `torchrun` every process calls `merge` with the same arguments. They communicate over a
-dedicated gloo group with a 30-day timeout, since the shares of a large merge end at different times.
+dedicated gloo group with a 30-day timeout, since processes finish their shares of a large merge at different times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Job = TypeVar("Job", bound=HasInputBytes)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a merge, of which this is number `rank`; a single one needs no group."""
+    """The processes of a merge; this is number `rank` of `count`. A single process needs no group."""
 
     rank: int = 0
     count: int = 1
@@ -39,7 +39,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks; every rank has to take part."""
+        """The values of all ranks; every rank must call this."""
         if self.count == 1:
             return [value]
         import torch.distributed as distributed
@@ -56,17 +56,17 @@ class Ranks:
             yield
         except Exception as error:
             failed = error
-        told = self.gather(None if failed is None else (type(failed).__name__, str(failed)))
-        # A rank that only stopped because of another one is not a cause.
-        causes = [rank for rank, one in enumerate(told) if one is not None and one[0] != "InterruptedError"]
+        errors = self.gather(None if failed is None else (type(failed).__name__, str(failed)))
+        # A rank that only stopped because of another rank is not a cause.
+        causes = [rank for rank, one in enumerate(errors) if one is not None and one[0] != "InterruptedError"]
         if failed is not None and (self.rank in causes or not causes):
             raise failed
         if causes:
-            name, text = told[causes[0]]
+            name, text = errors[causes[0]]
             raise _kind_of(name)(f"Rank {causes[0]}: {text}") from failed
 
     def share_of(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs of this rank: the largest first, each to the rank that has the least to read, as all ranks see."""
+        """The jobs of this rank. All ranks compute the same split: largest first, to the rank with fewest bytes."""
         loads = [0] * self.count
         own = []
         for job in sorted(jobs, key=lambda job: -job.input_bytes):
@@ -84,14 +84,14 @@ def _kind_of(name: str) -> type[Exception]:
 
 @contextmanager
 def ranks_of_launch(*, alone: bool = False) -> Iterator[Ranks]:
-    """The processes that a launcher started with this one, or a single one without a launcher or with `alone`."""
+    """The processes that the launcher started, or only this one without a launcher or with `alone`."""
     if alone or int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield Ranks()
         return
     import torch.distributed as distributed
     from accelerate import PartialState
 
-    # Starts the processes' connection unless it stands; the variable is Accelerate's own and not read there.
+    # Initializes torch.distributed unless it already is; `PartialState` itself does not read this Accelerate variable.
     PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
     group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
@@ -101,10 +101,10 @@ def ranks_of_launch(*, alone: bool = False) -> Iterator[Ranks]:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all: the only one, or number 0 of a launcher."""
+    """Whether this is the main process: the only one, or rank 0 of a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def local_ranks() -> tuple[int, int]:
-    """Number of this process among those of its machine, and how many they are."""
+    """Local rank of this process on its machine, and the number of processes there."""
     return int(os.environ.get("LOCAL_RANK", "0")), max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -29,7 +29,7 @@ class ModelReference:
 def parse_reference(value: Any, field_name: str) -> ModelReference:
     """Parse `path[@revision][+lora[@revision]]`, or mergekit's mapping `{model: ..., lora: ...}`.
 
-    Where a text can be read in several ways, as with `+` or `@` in the name of a folder, folders that exist win.
+    If a string can be parsed in several ways, as with `+` or `@` in a folder name, existing folders win.
     """
     if isinstance(value, Mapping):
         known_keys(value, ("model", "lora", "path", "revision"), field_name)
@@ -41,16 +41,16 @@ def parse_reference(value: Any, field_name: str) -> ModelReference:
         lora = parse_reference(value["lora"], f"{field_name}.lora")
         return ModelReference(model.path, model.revision, lora.path, lora.revision)
     if not isinstance(value, (str, Path)) or not str(value):
-        raise ValueError(f"`{field_name}` has to name a model (a folder or a Hub id), got {value!r}.")
+        raise ValueError(f"`{field_name}` must name a model (a folder or a Hub id), got {value!r}.")
     text = str(value)
     found = [one for one in _readings(text) if one is not None]
     if not found:
-        raise ValueError(f"`{field_name}` has to read `path[@revision][+lora[@revision]]`, got {text!r}.")
-    return max(found, key=_existing)  # the first of those that are equally good
+        raise ValueError(f"`{field_name}` must have the form `path[@revision][+lora[@revision]]`, got {text!r}.")
+    return max(found, key=_existing)  # the first of equally good ones
 
 
 def _readings(text: str) -> Iterator[ModelReference | None]:
-    """All ways to read a reference; a folder may have `+` and `@` in its name."""
+    """All ways to parse a reference; a folder may have `+` and `@` in its name."""
     for path, revision in _parts(text):
         yield ModelReference(path, revision)
     for i, sign in enumerate(text):
@@ -61,7 +61,7 @@ def _readings(text: str) -> Iterator[ModelReference | None]:
 
 
 def _parts(text: str) -> list[tuple[str, str | None]]:
-    """All ways to read `path[@revision]`; `~` becomes the home folder."""
+    """All ways to parse `path[@revision]`; `~` becomes the home folder."""
     ways: list[tuple[str, str | None]] = [(text, None)] if _is_folder(text) or not set("+@") & set(text) else []
     for i, sign in enumerate(text):
         if sign == "@" and (_is_folder(text[:i]) or not set("+@") & set(text[:i] + text[i + 1 :])):
@@ -81,7 +81,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _existing(reference: ModelReference) -> tuple[int, int]:
-    """How well a reading fits what is on the disk: folders it names, the fewer parts the better."""
+    """How well a parsed reference matches the disk: more existing folders are better, then fewer parts."""
     parts = [reference.path] + ([reference.lora] if reference.lora is not None else [])
     return sum(_is_folder(part) for part in parts) * 2 - len(parts), -sum(
         revision is not None for revision in (reference.revision, reference.lora_revision)

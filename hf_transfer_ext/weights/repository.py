@@ -20,7 +20,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"There is no model folder at {str(name)!r}. Fix the path, or give a Hub id.")
+        raise FileNotFoundError(f"There is no model folder at {str(name)!r}. Fix the path, or pass a Hub id.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -37,7 +37,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle:
 def file_of(folder_or_repo: str | Path, name: str, *, revision: str | None = None) -> Path | None:
     """The path of the file `name` of a local folder, or of a Hub repository (downloaded to the cache).
 
-    None where there is no such file or repository, or where neither the Hub nor the cache can give it.
+    None if there is no such file or repository, or if neither the Hub nor the cache can provide it.
     """
     path = Path(folder_or_repo)
     if path.exists():
@@ -57,8 +57,8 @@ def base_of_adapter(adapter_config: Path) -> tuple[str, str | None]:
     base = field_of(config, "base_model_name_or_path", str, where=where, default="")
     if not base:
         raise ValueError(
-            f"Adapter {str(adapter_config.parent)!r} names no base: set `base_model_name_or_path` in its "
-            f"{adapter_config.name}."
+            f"Adapter {str(adapter_config.parent)!r} does not name its base model: set `base_model_name_or_path` in "
+            f"its {adapter_config.name}."
         )
     return base, field_of(config, "revision", str, where=where, default=None)
 

@@ -1,4 +1,4 @@
-"""Work that resumes where a kill ended it: in a hidden folder beside the result, named by what the bytes depend on."""
+"""Resume work after a kill: in a hidden folder next to the result, named by a hash of all that it depends on."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from hf_transfer_ext.files import Stamp, clean_up, only_writer, publish, refuse_
 from hf_transfer_ext.weights.checkpoints import Checkpoint
 from hf_transfer_ext.weights.ranks import Ranks
 
-#: Stands in the hidden folder while it may be resumed, and is removed before the folder is published. Without it the
-#: folder holds an earlier result that was exchanged for the new one.
+#: Marks the hidden folder as resumable, and is removed before the folder is published. Without this file, the folder
+#: contains an earlier result that was exchanged for the new one.
 _RESUMABLE = ".resumable"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a result depends on.
+    """Everything that a result depends on.
 
     Args:
-        key: A hash of all of it: the settings, the input files, the code and the libraries, and the boot. What a
-            killed process wrote is safe with the system; what was written before the machine went down may not be.
-        inputs: The input files as they were when they were opened.
+        key: A hash of the settings, the input files, the code, the libraries, and the boot id. What a killed process
+            wrote is still in the system's cache; what was written before the machine went down may be lost.
+        inputs: The state of each input file when it was opened.
     """
 
     key: str
@@ -52,16 +52,16 @@ class Work:
             if changed:
                 raise OSError(
                     f"The input {str(file)!r} {changed} while it was read, so the result would mix two models. "
-                    "Nothing was published. Start again when the inputs stay as they are."
+                    "Nothing was published. Start again when the inputs no longer change."
                 )
 
 
 def work_of(content: Mapping[str, Any], checkpoints: Iterable[Checkpoint]) -> Work:
-    """Name a piece of work by its settings and its input folders.
+    """Identify a piece of work by its settings and its input folders.
 
     Args:
-        content: Everything else that the bytes depend on: configuration, layout, options.
-        checkpoints: All that are read, adapters included.
+        content: Everything else that the output depends on: configuration, layout, options.
+        checkpoints: All checkpoints that are read, including adapters.
     """
     inputs = {file: stamp for checkpoint in checkpoints for file, stamp in checkpoint.stamps.items()}
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -76,7 +76,7 @@ def work_of(content: Mapping[str, Any], checkpoints: Iterable[Checkpoint]) -> Wo
 
 @lru_cache(maxsize=1)
 def _code_version() -> str:
-    """A hash of what calculates: torch, numpy, and the sources and kernels of this package."""
+    """A hash of the code: versions of torch and numpy, and the sources and kernels of this package."""
     digest = hashlib.sha256(f"{torch.__version__} {np.__version__}".encode())
     root = Path(hf_transfer_ext.__file__).parent
     for room in ("adapters", "merging", "weights"):
@@ -96,13 +96,13 @@ def resumable_folder(
 ) -> Iterator[Path]:
     """Yield the hidden folder of the work, which becomes `target` when the block ends without an error.
 
-    It outlives a kill and Ctrl-C, for the next run of the same work; after any other error nothing is left. Partial
-    folders of other work on `target` are removed. What begins with a dot is bookkeeping for the next run, and is not
-    published. The first rank creates, publishes and removes; the others wait.
+    After a kill or Ctrl-C it is kept for the next run of the same work; after any other error it is removed. Partial
+    folders of other work on `target` are removed. Entries that begin with a dot are bookkeeping for the next run and
+    are not published. The first rank creates, publishes and removes the folder; the others wait.
 
     Raises:
         FileExistsError: Another run writes `target`, or `target` may not be replaced (`refuse_existing_output`).
-        OSError: At the end: an input changed in the meantime, or a written file cannot be opened.
+        OSError: At the end, if an input has changed in the meantime or a written file cannot be opened.
     """
     partial = target.with_name(f".{target.name}.partial-merge-{ranks.gather(work.key)[0]}")
     with ExitStack() as lock:
@@ -143,7 +143,7 @@ def _refuse_broken_files(folder: Path) -> None:
 
 
 def _remove_bookkeeping(folder: Path) -> None:
-    (folder / _RESUMABLE).unlink()  # first: what is left after a kill is not resumed
+    (folder / _RESUMABLE).unlink()  # first, so that the rest is not resumed after a kill
     for bookkeeping in folder.glob(".*"):
         if bookkeeping.is_dir():
             shutil.rmtree(bookkeeping)
@@ -152,7 +152,7 @@ def _remove_bookkeeping(folder: Path) -> None:
 
 
 class Parts:
-    """Results of single tensors in a folder, for the next run if this one is killed; each is written atomically."""
+    """Per-tensor results in a folder, for the next run if this one is killed; each file is written atomically."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

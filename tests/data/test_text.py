@@ -101,9 +101,9 @@ def test_columns_take_the_names_of_their_roles(rows, columns, expected, streamin
     [
         (TEXTS, {"text": "txet"}, "Unknown column 'txet'. Did you mean 'text'"),
         (TEXTS, {"txt": "text"}, "Unknown role of a column 'txt'. Did you mean 'text'"),
-        (TEXTS, {"prompt": "text"}, r"needed are the roles of one form: messages; prompt \+ completion"),
+        (TEXTS, {"prompt": "text"}, r"needs all roles of one format: messages; prompt \+ completion"),
         ([{"body": "x", "n": 1}], None, r"has the columns body, n.*`columns: \{text: body\}`"),
-        ([{"text": 3}], None, "Column 'text' .* has to hold text, but its first row holds int '3'"),
+        ([{"text": 3}], None, "Column 'text' .* must hold text, but its first row holds int '3'"),
         ([{"messages": ["hi"]}], None, "first row holds list"),
         ([{"text": None}, {"text": "a"}], None, "first row holds NoneType"),
     ],
@@ -124,19 +124,19 @@ def test_paths_that_lead_nowhere(tmp_path):
     for name in (str(tmp_path / "none.jsonl"), "./nothing", "corpus.csv"):
         with pytest.raises(FileNotFoundError, match="no data file or folder"):
             load_text_dataset(name)
-    with pytest.raises(FileNotFoundError, match="neither a local file or folder nor a data set"):
+    with pytest.raises(FileNotFoundError, match="neither a local file or folder nor a dataset"):
         load_text_dataset("nobody/has-this-data", revision="v1")
     (tmp_path / "data.xml").write_text("<a/>")
-    with pytest.raises(ValueError, match=r"Known endings: .csv, .json"):
+    with pytest.raises(ValueError, match=r"Supported extensions: .csv, .json"):
         load_text_dataset(tmp_path / "data.xml")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no data files"):
+    with pytest.raises(FileNotFoundError, match="has no data files"):
         load_text_dataset(tmp_path / "empty")
 
 
 def test_a_damaged_file_is_told(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": ')
-    with pytest.raises(ValueError, match="cannot be read as a data set"):
+    with pytest.raises(ValueError, match="cannot be read as a dataset"):
         load_text_dataset(tmp_path / "data.jsonl")
 
 
@@ -167,7 +167,7 @@ def tokenised(streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_without_labels(streaming):
-    with pytest.raises(ValueError, match=r"Row 1 has no labelled token among its 2\."):
+    with pytest.raises(ValueError, match=r"Row 1 has no labeled token among its 2\."):
         list(require_labels(tokenised(streaming)))
     kept = list(require_labels(tokenised(streaming), on_unlabelled="skip"))
     assert [row["input_ids"] for row in kept] == [[1, 2, 3, 4], [1, 2, 3, 4, 5]]
@@ -180,13 +180,13 @@ def test_rows_without_labels(streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_longer_than_the_context(streaming):
-    with pytest.raises(ValueError, match="Row 2 has 5 tokens, but the model was built for 4"):
+    with pytest.raises(ValueError, match="Row 2 has 5 tokens, but the model supports only 4"):
         list(fit_context(tokenised(streaming), 4))
     assert len(list(fit_context(tokenised(streaming), 5))) == 3
     assert len(list(fit_context(tokenised(streaming), 4, on_long="skip"))) == 2
     cut = fit_context(tokenised(streaming), 4, on_long="truncate")
     assert list(cut)[2] == {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, -100]}
-    with pytest.raises(ValueError, match="Row 1 has no labelled token"):
+    with pytest.raises(ValueError, match="Row 1 has no labeled token"):
         list(require_labels(cut))
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         fit_context(tokenised(streaming), 0)
@@ -196,7 +196,7 @@ def test_columns_that_are_not_used_are_named(tmp_path, caplog):
     path = tmp_path / "own.jsonl"
     path.write_text('{"text": "Who?", "labels": "me"}\n')
     load_text_dataset(path)
-    assert "read are the columns text; not used: labels" in caplog.text
+    assert "columns used: text; not used: labels" in caplog.text
     caplog.clear()
     path.write_text('{"text": "Who?"}\n')
     load_text_dataset(path)
@@ -245,7 +245,7 @@ def test_tool_calls_stand_in_place_of_a_content(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_null_is_named_by_its_row(tmp_path, streaming):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}, {"text": None}])
-    with pytest.raises(ValueError, match=r"Row 1 of the data set .* has nothing"):
+    with pytest.raises(ValueError, match=r"Row 1 of the dataset .* has null"):
         list(load_text_dataset(path, streaming=streaming))
 
 

@@ -18,10 +18,10 @@ def test_an_added_token_is_named():
     size = len(student)
     match = compare_vocabularies(student, teacher, size, size)
     assert match.only_student == ("<tool>", "<end of tool>") and not match.only_teacher and not match.moved
-    with pytest.raises(ValueError, match=r"2 are known to the student alone \('<tool>', '<end of tool>'\)"):
+    with pytest.raises(ValueError, match=r"2 tokens exist only in the student \('<tool>', '<end of tool>'\)"):
         match.require_identical()
     with pytest.raises(
-        ValueError, match=r"known to the teacher alone.*cross-tokenizer loss, which is not available yet"
+        ValueError, match=r"2 tokens exist only in the teacher.*cross-tokenizer loss, which is not available yet"
     ):
         compare_vocabularies(teacher, student, size, size).require_identical()
 
@@ -53,5 +53,5 @@ def test_two_families_differ_in_every_way():
 
 def test_a_head_that_is_too_small_is_refused():
     tokenizer = byte_tokenizer()
-    with pytest.raises(ValueError, match=f"tokenizer of the teacher knows ids up to {len(tokenizer) - 1}"):
+    with pytest.raises(ValueError, match=f"tokenizer of the teacher has ids up to {len(tokenizer) - 1}"):
         compare_vocabularies(tokenizer, tokenizer, 300, len(tokenizer) - 1)

@@ -77,5 +77,5 @@ def test_what_is_missing_is_named(tmp_path):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'hf_transfer_ext[lm_eval]'")
     with pytest.raises(ValueError, match="`tasks` is empty"):
         measure_with_lm_eval(tiny_llama(), byte_tokenizer(), [])
-    with pytest.raises(ValueError, match="`task_folder` has to be a folder"):
+    with pytest.raises(ValueError, match="`task_folder` must be a folder"):
         measure_with_lm_eval(tiny_llama(), byte_tokenizer(), ["x"], task_folder=tmp_path / "none")

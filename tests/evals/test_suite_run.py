@@ -56,7 +56,7 @@ def test_what_the_models_cannot_tell_together_is_said_and_voids_nothing(register
         run.evaluate(name, None, name)
         assert seen[-1][1] is None
     assert run.together() == ([], ["small: there is nothing to tell"])
-    with pytest.raises(ValueError, match="compares with no other model"):
+    with pytest.raises(ValueError, match="does not compare with another model"):
         SuiteRun("small", "here", comparing=True)
 
 

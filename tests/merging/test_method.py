@@ -85,11 +85,11 @@ def test_options_without_a_gradient_are_refused():
 
 class TestDeclarations:
     def test_first_arguments(self):
-        with pytest.raises(TypeError, match=r"has to begin with the arguments \(base, models\), got \(models, base\)"):
+        with pytest.raises(TypeError, match=r"must begin with the arguments \(base, models\), got \(models, base\)"):
             merge_method()(lambda models, base: base)
 
     def test_options_are_keyword_only(self):
-        with pytest.raises(TypeError, match=r"'weight' of .* has to be keyword-only"):
+        with pytest.raises(TypeError, match=r"'weight' of .* must be keyword-only"):
             merge_method()(lambda base, models, weight: base)
 
     def test_statistics_arrive_somewhere(self):

@@ -108,14 +108,14 @@ def test_an_adapter_that_cannot_be_loaded_says_why(folder, tmp_path):
         (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": name}))
 
     with_base(None)
-    with pytest.raises(ValueError, match="names no base"):
+    with pytest.raises(ValueError, match="does not name its base model"):
         load_model(adapter)
     with_base(str(adapter))
-    with pytest.raises(ValueError, match="an adapter too"):
+    with pytest.raises(ValueError, match="also an adapter"):
         load_model(adapter)
     with_base(str(folder))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="Pickles are not read"):
+    with pytest.raises(FileNotFoundError, match="Pickles are not loaded"):
         load_model(adapter)
 
 
@@ -125,9 +125,9 @@ def test_an_adapter_that_cannot_be_loaded_says_why(folder, tmp_path):
         ({"alpha_pattern": {"([a-z0-9_.]+)+!": 2}}, "takes more than 2 seconds"),
         ({"target_modules": "([a-z0-9_.]+)+!"}, "takes more than 2 seconds"),
         ({"rank_pattern": {"(": 2}}, "not a valid regular expression"),
-        ({"alpha_pattern": ["x"]}, "`alpha_pattern` of adapter .* has to be a mapping"),
+        ({"alpha_pattern": ["x"]}, "`alpha_pattern` of adapter .* must be a mapping"),
         ({"r": "x"}, "does not fit"),
-        ({"base_model_name_or_path": 3}, "`base_model_name_or_path` .* has to be a text"),
+        ({"base_model_name_or_path": 3}, "`base_model_name_or_path` .* must be a string"),
         ({"megatron_config": {"a": 1}}, "sets `megatron_config`"),
         ({"tokenizer_kwargs": {"trust_remote_code": True}}, "sets `tokenizer_kwargs`"),
     ],

@@ -89,8 +89,8 @@ def test_two_runs_of_one_name_stand_apart(tmp_path, model_folder):
 def test_what_a_suite_cannot_do_is_told_before_a_model_is_loaded(tmp_path):
     for words, message in (
         ("--suite tofoo", "Unknown suite 'tofoo'. Did you mean 'tofu'"),
-        ("--suite restor", "The suite restor has no data set of its own on the Hub"),
-        ("--suite rwku --compared_with x", "The suite rwku compares with no other model"),
+        ("--suite restor", "The suite restor has no dataset on the Hub"),
+        ("--suite rwku --compared_with x", "The suite rwku does not compare with another model"),
         ("--compared_with x", "`compared_with` is for suites"),
         ("--per_example csv", "`per_example` has to be jsonl/parquet, got 'csv'"),
     ):

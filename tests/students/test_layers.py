@@ -81,7 +81,7 @@ def test_a_teacher_moved_to_another_dtype_is_copied_exactly(family, dtype):
 
 @pytest.mark.parametrize("init", STUDENT_INITS)
 def test_bad_teachers_and_depths(init):
-    with pytest.raises(ValueError, match="`depth` of a student has to be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`depth` of a student must be at least 1, got 0"):
         STUDENT_INITS[init](tiny_model("llama", depth=2), StudentShape(depth=0))
     adapted = tiny_model("llama", depth=2)
     from peft import LoraConfig
@@ -118,7 +118,7 @@ def test_a_shape_that_an_initialization_cannot_make_is_refused(init):
     teacher = tiny_model("llama", depth=6)
     own = StudentShape.of(teacher)
     for field in ("width", "heads", "vocabulary"):
-        with pytest.raises(ValueError, match=rf"{init} makes students of another .* only, but `{field}`"):
+        with pytest.raises(ValueError, match=rf"{init} can only change the .*, but `{field}`"):
             STUDENT_INITS[init](teacher, StudentShape(**{"depth": 5, field: 1}))
     student = STUDENT_INITS[init](teacher, StudentShape(5, own.width, own.heads, own.vocabulary))
     assert StudentShape.of(student) == StudentShape(5, own.width, own.heads, own.vocabulary)

@@ -14,12 +14,12 @@ def test_what_is_not_said_is_the_teachers(family):
 
 @pytest.mark.parametrize("field", ["depth", "width", "heads", "vocabulary"])
 def test_numbers_below_one_are_refused(field):
-    with pytest.raises(ValueError, match=f"`{field}` of a student has to be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{field}` of a student must be at least 1, got 0"):
         StudentShape(**{field: 0})
 
 
 def test_only_the_field_that_may_change_changes():
     teacher = tiny_model("llama", depth=3)
     assert require_only(StudentShape(width=8), teacher, "width", "narrow", "").width == 8
-    with pytest.raises(ValueError, match=r"narrow makes .* another hidden size only, but `depth` is 2.*Cut it"):
+    with pytest.raises(ValueError, match=r"narrow can only change the hidden size, but `depth` is 2.*Cut it"):
         require_only(StudentShape(depth=2), teacher, "width", "narrow", "Cut it.")

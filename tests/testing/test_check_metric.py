@@ -77,7 +77,7 @@ def swallows(example):
         (declared(undeclared_column), "leaves out examples .* KeyError"),
         (declared(undeclared_need), "leaves out examples .*has to declare the need"),
         (declared(not_finite), "leaves out examples .*not finite"),
-        (declared(a_list), "a metric gives a number"),
+        (declared(a_list), "a metric returns a number"),
         (declared(no_weight), "a weight is > 0"),
         (declared(by_order), "depends on"),
         (declared(of_the_answer, summary=first_value), "depends on the order"),
@@ -94,9 +94,9 @@ def test_a_broken_metric_is_caught(broken, message):
 def test_what_the_engine_cannot_give_is_refused_with_what_it_can():
     with pytest.raises(ValueError, match=r"needs 'attention', which the engine does not provide. It provides tok"):
         metric(unit="share", higher_is_better=True, needs=("attention",))(lambda example: 1.0)
-    with pytest.raises(ValueError, match=r"reads the column 'title'; the engine scores answer, paraphrased_answer"):
+    with pytest.raises(ValueError, match=r"uses the column 'title'; the engine only scores answer, paraphrased"):
         metric(unit="share", higher_is_better=True, texts=("title",))(lambda example: 1.0)
-    with pytest.raises(ValueError, match="state its unit"):
+    with pytest.raises(ValueError, match="declare its unit"):
         metric(unit=" ", higher_is_better=True)(lambda example: 1.0)
     with pytest.raises(ValueError, match="declare `needs`"):
         metric(unit="share", higher_is_better=True, needs=())(lambda example: 1.0)

@@ -384,7 +384,7 @@ def test_bad_input_is_told_before_training(tmp_path):
         make(tmp_path, teacher=tiny_llama(2, vocab_size=300))
     with pytest.raises(ValueError, match="Row 1 has no labelled token"):
         make(tmp_path, teacher=tiny_llama(2), data=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
-    with pytest.raises(ValueError, match="Row 0 has 600 tokens, but the model was built for 512"):
+    with pytest.raises(ValueError, match="Row 0 has 600 tokens, but the model supports only 512"):
         make(tmp_path, teacher=tiny_llama(2), data=Dataset.from_dict({"text": ["x" * 599]}), max_length=None)
     with pytest.raises(FileNotFoundError, match="no/such/model"):
         make(tmp_path, teacher="no/such/model")

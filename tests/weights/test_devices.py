@@ -58,7 +58,7 @@ def test_devices_by_name():
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "meta", "cpu:x"])
 def test_devices_that_merging_does_not_know(name):
-    with pytest.raises(ValueError, match="has to be cpu, cuda, cuda:N or auto"):
+    with pytest.raises(ValueError, match="must be cpu, cuda, cuda:N or auto"):
         resolve_device(name)
 
 

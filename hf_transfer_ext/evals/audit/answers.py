@@ -1,4 +1,4 @@
-"""Beside the attacks: what each model still answers, on the forget set and on the data that should be kept."""
+"""Compare the models without any attack: what each still answers on the forget set and on the data to retain."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hf_transfer_ext.measurement import Measurement
 
 @dataclass
 class Answers:
-    """Measurements and texts of each model, by its name.
+    """Measurements, truth ratios and generations of each model, by model name.
 
     Args:
-        measurements: Of `forget_retain`.
-        truth_ratios: Of each forget example, where all of them have wrong answers.
+        measurements: The measurements of `forget_retain`.
+        truth_ratios: Truth ratio of each forget example, if all of them have wrong answers.
         generations: The answer to each forget question; empty for rows of plain text.
     """
 
@@ -28,7 +28,7 @@ class Answers:
 
 
 def answers_of(subjects: Mapping[str, Subject], data: AuditData) -> Answers:
-    """Measure every model on the forget and retain sets, and let it answer the forget questions."""
+    """Evaluate every model on the forget and retain sets, and generate its answers to the forget questions."""
     retain = [{key: value for key, value in row.items() if key != "perturbed_answer"} for row in data.retain]
     splits = {"forget": data.forget, "retain": retain}  # wrong answers are further passes: for the forget set only
     found = Answers()

@@ -1,4 +1,4 @@
-"""What an attack is: a function of a model and what its attacker holds, and what its score is compared with."""
+"""Define attacks: functions of a model and the attacker's data, and how to interpret their scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.evals.options import label_with
 
-#: What an attacker has to be able to do.
+#: What an attacker must be able to do.
 ACCESS = {
     "prompts": "ask the model",
     "weights": "read and change the weights",
@@ -21,25 +21,26 @@ YARDSTICKS = ("plain_question", "plain_generation", None)
 
 
 class Attack:
-    """A score of each forget example, and how to read it.
+    """A score for each forget example, and how to interpret it.
 
-    A score is a share in [0, 1]: 0 where nothing of the answer comes, 1 where all of it does; NaN where an example
-    cannot be scored.
+    A score is a share in [0, 1]: 0 if nothing of the answer is recovered, 1 if all of it is, NaN if an example cannot
+    be scored.
 
     Args:
-        function: `(subject, data, **options)` -> scores. A `ValueError` it raises says why it does not apply.
-        access: What the attacker needs, one of `ACCESS`.
-        yardstick: Attack under which the original shows what there was to forget: "plain_question" where the score is
-            the probability of the answer, "plain_generation" where it is a share of its words; None for an attack
-            whose score has a scale of its own, so that the original is attacked in the same way.
-        texts: Whether it works on rows of plain text as well, without a question.
-        needs_floor: A model that never knew earns such scores too, so that nothing can be told without a measured
+        function: `(subject, data, **options)` -> scores. It raises a `ValueError` if the attack does not apply.
+        access: What the attacker must be able to do, one of `ACCESS`.
+        yardstick: Attack that measures how much the original knows: "plain_question" if the score is the probability
+            of the answer, "plain_generation" if it is a share of its words; None for an attack with its own scale, for
+            which the original is attacked in the same way.
+        texts: Whether it also works on rows of plain text, without a question.
+        needs_floor: Whether a model that never saw the data also gets such scores, so that a verdict needs a measured
             floor: a retrained model, or holdout rows.
-        floor_attack: The attack on the retrained model that gives the floor, where it cannot be attacked in the same
-            way; None for the attack itself.
-        fit: `(original, data, plain scores of the original, options)` -> (options, note): leaves out what the
-            original itself cannot do.
-        second_reading: `(scores, the original's under the same attack)` -> a sentence on what else the score says.
+        floor_attack: Attack on the retrained model that gives the floor, if it cannot be attacked in the same way;
+            None for the attack itself.
+        fit: `(original, data, plain scores of the original, options)` -> (options, note): removes options that do not
+            work on the original either.
+        second_reading: `(scores, scores of the original under the same attack)` -> a sentence on another
+            interpretation of the score.
     """
 
     __name__: str
@@ -66,7 +67,7 @@ class Attack:
         return self.function(*args, **kwargs)
 
     def label(self, options: Mapping[str, Any]) -> str:
-        """`quantization(bits=4)`: the name with the given options."""
+        """`quantization(bits=4)`: the name with its options."""
         return label_with(self.__name__, options)
 
 
@@ -76,24 +77,24 @@ def attack(**declared: Any) -> Callable[[Callable[..., Values]], Attack]:
 
 
 def check_attack(attack: Any) -> None:
-    """Refuse what an audit could not run; `ATTACKS.register` calls it.
+    """Refuse an attack that an audit cannot run; called by `ATTACKS.register`.
 
     Raises:
-        ValueError: Not an `Attack`, an unknown access or yardstick, or a function of other arguments.
+        ValueError: Not an `Attack`, an unknown access or yardstick, or a function with other arguments.
     """
     if not isinstance(attack, Attack):
         raise ValueError(
-            f"An attack is declared with `@attack(access=...)` above a function of a subject and data; got {attack!r}."
+            f"Declare an attack with `@attack(access=...)` above a function of a subject and data; got {attack!r}."
         )
     if attack.access not in ACCESS:
-        raise ValueError(f"An attacker's `access` is one of {', '.join(ACCESS)}; got {attack.access!r}.")
+        raise ValueError(f"The `access` of an attack must be one of {', '.join(ACCESS)}, got {attack.access!r}.")
     if attack.yardstick not in YARDSTICKS:
         known = ", ".join(map(str, YARDSTICKS))
-        raise ValueError(f"The `yardstick` of {attack.__name__} has to be one of {known}; got {attack.yardstick!r}.")
+        raise ValueError(f"The `yardstick` of {attack.__name__} must be one of {known}, got {attack.yardstick!r}.")
     parameters = list(signature(attack.function).parameters)
     if len(parameters) < 2:
         raise ValueError(
-            f"The attack {attack.__name__} is called with (subject, data); it takes ({', '.join(parameters)})."
+            f"The attack {attack.__name__} must take (subject, data), but it takes ({', '.join(parameters)})."
         )
 
 

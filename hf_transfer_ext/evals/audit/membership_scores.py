@@ -1,4 +1,4 @@
-"""One membership score of every row, from a metric or from an attack of its own."""
+"""One membership score per row, from a metric or from a membership attack."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hf_transfer_ext.evals.audit.subject import Row, Subject
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.models.heads import causal_lm_of
 
-#: Scores that one forward pass gives together; `References.made` keeps them, so one `References` is for one audit.
+#: Scores from one shared forward pass; `References.made` caches them, so use one `References` per audit.
 ONE_PASS = ("loss_attack", "zlib_attack", "min_k", "min_k_plus_plus")
 
 
 def membership_scores(
     name: str, subject: Subject, rows: Sequence[Row], references: References, **options: Any
 ) -> Values:
-    """Score of each row, higher for "not trained on"; NaN where a row cannot be scored.
+    """Score of each row, higher for "not trained on"; NaN if a row cannot be scored.
 
     Raises:
-        ValueError: The attack is not known, needs a retrained model and there is none, or can score no row.
+        ValueError: The attack is unknown, needs a retrained model and there is none, or cannot score any row.
     """
     if name not in MEMBERSHIP_METRICS:
         return MEMBERSHIP_ATTACKS[name](subject, rows, references, **options)
@@ -43,7 +43,7 @@ def membership_scores(
 
 @contextmanager
 def last_layer_trainable(model: Any) -> Iterator[None]:
-    """Within the block gradients are taken for the weights of the last layer alone: a short way back for each row."""
+    """Within the block, only the last layer is trainable, which keeps the backward pass of each row short."""
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     layers = getattr(getattr(causal_lm_of(model), causal_lm_of(model).base_model_prefix, None), "layers", None)
     chosen = set(map(id, layers[-1].parameters())) if layers is not None else set(map(id, model.parameters()))

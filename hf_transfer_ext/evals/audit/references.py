@@ -1,4 +1,4 @@
-"""The models that a membership attacker may hold beside the one under attack, and what attacks do with them."""
+"""The reference models of a membership attacker, in addition to the attacked model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class References:
 
     Args:
         original: The model before unlearning.
-        retrained: A model that never saw the forget set; None where there is none.
-        shadow: A second such model, for attacks that are optimized against one; None where there is none.
-        made: What attacks computed from these alone, kept for the next model under attack.
+        retrained: A model that never saw the forget set; None if there is none.
+        shadow: A second such model, for attacks that are optimized against one; None if there is none.
+        made: Cache of what attacks computed from these models alone, for the next attacked model.
     """
 
     original: Subject
@@ -29,12 +29,12 @@ class References:
 
     @property
     def untrained(self) -> Subject | None:
-        """The model without the forget set that an attack may be optimized against."""
+        """The model without the forget set that attacks are optimized against."""
         return self.shadow or self.retrained
 
 
 def optimized_on_retrained(attack: Method) -> Method:
-    """Decorator: the attack is optimized against `References.untrained`, whose own scores then are no floor for it."""
+    """Decorator: the attack is optimized against `References.untrained`, whose scores are then not a valid floor."""
     attack.optimized_on_retrained = True  # type: ignore[attr-defined]
     return attack
 

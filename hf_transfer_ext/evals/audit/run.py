@@ -1,4 +1,4 @@
-"""Attack an unlearned model, the original and a retrained one in the same way, and report how much came back."""
+"""Attack an unlearned model, the original and a retrained one in the same way, and report how much is recovered."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ AttackSpec = str | Mapping[str, Any] | tuple[str, Mapping[str, Any]]
 
 @dataclass
 class Audit:
-    """All verdicts, the worst first.
+    """All verdicts, worst first.
 
     Args:
-        verdicts: One for each attack.
+        verdicts: One per attack.
         scores: Attack -> score of each forget example.
         membership: Model -> its measurements under each membership attack.
-        probes: Model -> share of unseen rows above which a linear probe puts the forgotten ones, layer by layer.
-        weights: How far the weights are from the original's.
+        probes: Model -> share of unseen rows that a linear probe ranks below the forgotten ones, by layer.
+        weights: Distance of the weights from those of the original.
     """
 
     verdicts: list[Verdict]
@@ -46,15 +46,15 @@ class Audit:
 
     @property
     def worst(self) -> Verdict | None:
-        """The attack that brought most of the knowledge back; telling membership brings none back."""
+        """The attack that recovered most of the knowledge; membership attacks do not recover any."""
         return next((v for v in self.verdicts if v.recovered is not None and v.access != "membership"), None)
 
     def worst_with(self, access: str) -> Verdict | None:
-        """The attack that brought most back among those that need no more than `access`."""
+        """The attack that recovered most among those that need exactly the access level `access`."""
         return next((v for v in self.verdicts if v.recovered is not None and v.access == access), None)
 
     def measurements(self) -> list[Measurement]:
-        """The worst case and each verdict as measurements, for a card."""
+        """The worst case and each verdict as measurements, for a model card."""
         examples = len(next(iter(self.scores.values()))) if self.scores else 0
         unit = "share of the original's knowledge"
         judged = [v for v in self.verdicts if v.recovered is not None]
@@ -80,26 +80,26 @@ def audit(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Audit:
-    """Run every attack on the unlearned model (and on a retrained one), and relate it to the original.
+    """Run every attack on the unlearned model (and on a retrained one), and compare with the original.
 
     Args:
-        original: The model before unlearning: what there was to forget.
-        retrained: A model that never saw the forget set, given the same treatment: the floor of every attack. Without
-            it the floor is the same attack on `data.holdout`, and without that 0, which the verdict's note says.
+        original: The model before unlearning, which defines what there was to forget.
+        retrained: A model that never saw the forget set: attacked in the same way, it gives the floor of every attack.
+            Without it, the floor is the same attack on `data.holdout`, and without that 0, as noted in the verdict.
         shadow: A second model that never saw the forget set. Attacks that are optimized against such a model use this
-            one, so that their floor can be measured on the retrained one.
+            one, so that the retrained one can give their floor.
         attacks: Names, or names with options: `["sampling", {"quantization": {"bits": 8}}]`.
-        membership: The same for membership attacks, which need `data.holdout` and for a verdict `retrained`.
-        progress: Called with the name of each attack before it is run.
+        membership: Likewise for membership attacks, which need `data.holdout`, and `retrained` for a verdict.
+        progress: Called with the name of each attack before it runs.
 
     Raises:
         ValueError: An unknown attack or option, no example, a row that cannot be used, or a model whose logits are
-            NaN; before any attack. An attack that does not apply (no adapter to remove) is noted in its verdict.
+            NaN: all before the first attack. If an attack does not apply (no adapter to remove), its verdict says so.
     """
     chosen = [_resolve_attack(spec) for spec in attacks]
     chosen_membership = [_resolve_membership(spec) for spec in membership]
     if not len(data.forget):
-        raise ValueError("There is no forget example to audit.")
+        raise ValueError("The forget set is empty: there is nothing to audit.")
     subjects = {"unlearned": unlearned, "original": original}
     if retrained is not None:
         subjects["retrained"] = retrained
@@ -141,7 +141,7 @@ def audit(
 
 @dataclass
 class Campaign:
-    """The models and data of one audit; plain scores of a model are computed once."""
+    """The models and data of one audit; the plain scores of each model are computed only once."""
 
     unlearned: Subject
     original: Subject
@@ -153,10 +153,10 @@ class Campaign:
         """Run one attack on all models that its verdict needs.
 
         Raises:
-            ValueError: It does not apply to these models or data.
+            ValueError: The attack does not apply to these models or data.
         """
         if not method.texts and not self.data.has_questions():
-            raise ValueError("It needs rows with a question and an answer, and the forget set holds plain texts.")
+            raise ValueError("It needs rows with a question and an answer, but the forget set contains plain text.")
         notes = []
         if method.fit is not None:
             plain = self.plain(self.original, method.yardstick or method.__name__)
@@ -174,7 +174,7 @@ class Campaign:
         return Evidence(found, shown, floor, floor_from, [note for note in notes if note])
 
     def floor(self, method: Attack, options: dict[str, Any]) -> tuple[Values | None, str]:
-        """Scores where there is nothing to recover, and where they are from."""
+        """Scores if there is nothing to recover, and where they were measured."""
         if self.retrained is not None:
             if method.floor_attack is not None:
                 return self.plain(self.retrained, method.floor_attack), "retrained"
@@ -184,7 +184,7 @@ class Campaign:
             try:
                 if method.texts or unseen.has_questions():
                     return method(self.unlearned, unseen, **options), "holdout"
-            except ValueError:  # holdout rows that lack what the attack needs (wrong answers, two rows, ...)
+            except ValueError:  # the holdout rows lack what the attack needs (wrong answers, two rows, ...)
                 pass
         return None, ""
 
@@ -222,7 +222,7 @@ def _membership(
     resamples: int,
     seed: int,
 ) -> tuple[Verdict, dict[str, Measurement]]:
-    """The verdict of one membership attack, and its area under the ROC curve on each model."""
+    """The verdict of one membership attack, and the area under its ROC curve for each model."""
     label = label_with(name, options)
     method = METRICS[name] if name in MEMBERSHIP_METRICS else MEMBERSHIP_ATTACKS[name]
     verdict = Verdict(label, None, None, None, None, None, "", "membership", explanation_of(method))
@@ -231,7 +231,7 @@ def _membership(
     try:
         for model, subject in subjects.items():
             scores[model] = membership_scores(name, subject, [*data.forget, *data.holdout], references, **options)
-        known = ~np.isnan(np.stack(list(scores.values()))).any(0)  # rows that every model could be scored on
+        known = ~np.isnan(np.stack(list(scores.values()))).any(0)  # rows that have a score for every model
         places = np.arange(len(known))
         inside, outside = places[known & (places < len(data.forget))], places[known & (places >= len(data.forget))]
         for model, both in scores.items():

@@ -1,4 +1,4 @@
-"""The model under attack, the data that the attacker holds, and how knowledge of it is scored."""
+"""The attacked model, the data of the attacker, and how knowledge of the data is scored."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Row = Mapping[str, Any]
 
 @dataclass
 class AuditData:
-    """The data that an attacker holds.
+    """The data of an attacker.
 
     Args:
-        forget: Questions and answers that should be forgotten, in the TOFU schema, or rows of plain text.
-        retain: Data that should be kept: unrelated rows to continue training on.
-        holdout: Rows of the same kind as `forget` that no model was trained on, for membership inference and probes,
-            and for the floor of attacks where there is no retrained model. A column `person` (any value) keeps rows
-            about one subject together.
+        forget: Questions and answers to forget, in the TOFU schema, or rows of plain text.
+        retain: Data to retain: unrelated rows to continue training on.
+        holdout: Rows like those of `forget` that no model was trained on, for membership inference and probes, and for
+            the floor of attacks if there is no retrained model. A column `person` (any value) groups rows about the
+            same subject.
     """
 
     forget: Sequence[Row]
@@ -45,16 +45,16 @@ class AuditData:
 
 @dataclass
 class Subject:
-    """A model under attack. Every attack leaves its weights as they were.
+    """A model under attack. Every attack restores its weights.
 
     Args:
-        model: A plain causal language model, or a `PeftModel` whose active adapter is what unlearned.
-        tokenizer: Its tokenizer.
-        template: How questions become prompts.
-        max_new_tokens: Length of generations.
-        batch_size: Sequences in a pass.
-        accelerator: Shares the passes between processes.
-        seed: Seed of samples and of relearning.
+        model: A plain causal language model, or a `PeftModel` whose active adapter was trained to unlearn.
+        tokenizer: The tokenizer of the model.
+        template: How to format questions as prompts.
+        max_new_tokens: Maximum length of generations.
+        batch_size: Sequences per forward pass.
+        accelerator: Splits the passes among processes.
+        seed: Seed for sampling and relearning.
     """
 
     model: Any
@@ -66,19 +66,19 @@ class Subject:
     seed: int = 0
 
     def probability(self, rows: Sequence[Row], **options: Any) -> Values:
-        """Probability per token of each answer, by one teacher-forced pass."""
+        """Probability per token of each answer, from one teacher-forced pass."""
         return self.metric_values(rows, ["answer_probability"], **options)["answer_probability"]
 
     def recall(self, rows: Sequence[Row], *, temperature: float = 0.0, prefix: str = "", seed: int = 0) -> Values:
-        """Share of each answer's words (ROUGE-L recall) in what the model writes."""
+        """Share of each answer's words (ROUGE-L recall) in the generated text."""
         settings = GenerationSettings(self.max_new_tokens, temperature, prefix, self.seed + seed)
         return self.metric_values(rows, ["rouge_l_recall"], generation=settings)["rouge_l_recall"]
 
     def metric_values(self, rows: Sequence[Row], metrics: Sequence[Any], **options: Any) -> dict[str, Values]:
-        """The values of some metrics on each row; NaN where a row cannot be scored.
+        """The values of some metrics on each row; NaN if a row cannot be scored.
 
         Raises:
-            ValueError: A metric can score no row at all.
+            ValueError: A metric cannot score any row.
         """
         shared = {"template": self.template, "batch_size": self.batch_size, "accelerator": self.accelerator}
         result = evaluate(self.model, self.tokenizer, rows, metrics, **{**shared, **options}, resamples=0)
@@ -88,43 +88,43 @@ class Subject:
         return result.values
 
     def encode(self, row: Row) -> EncodedAnswer:
-        """A question with its answer, the last answer of a conversation, or a text, as tokens."""
+        """Tokenize a question with its answer, the last answer of a conversation, or a text."""
         return encode_row(self.tokenizer, row, self.template, {})[-1][0]
 
     def recall_after(self, rows: Sequence[Row], prompts: Sequence[Sequence[int]]) -> Values:
-        """Share of each answer's words in what the model writes after the given prompts, which begin with the row's
-        own prompt; what they add to it counts as written."""
+        """Share of each answer's words in the text generated after these prompts. Each of them begins with the prompt
+        of its row; whatever follows in it counts as generated."""
         found = np.zeros(len(rows))
-        asked = [len(self.template.prompt_ids(self.tokenizer, str(row["question"]))) for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))  # batches of nearly one length
+        lengths = [len(self.template.prompt_ids(self.tokenizer, str(row["question"]))) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))  # batches of similar length
         with evaluation_mode(self.model):
             for at in range(0, len(order), self.batch_size):
                 chosen = order[at : at + self.batch_size]
                 settings = GenerationSettings(self.max_new_tokens)
                 texts, _ = generate(self.model, self.tokenizer, [prompts[i] for i in chosen], settings)
                 for i, text in zip(chosen, texts, strict=True):
-                    begun = self.tokenizer.decode(list(prompts[i][asked[i] :]), skip_special_tokens=True)
+                    begun = self.tokenizer.decode(list(prompts[i][lengths[i] :]), skip_special_tokens=True)
                     found[i] = rouge_l_of_answer(str(rows[i]["answer"]), begun + text)[0]
         return found
 
 
 def reworded(rows: Sequence[Row], wording: str) -> list[dict[str, Any]]:
-    """The rows with every question put into a wording (`{question}`).
+    """The rows with every question inserted into a wording (`{question}`).
 
     Raises:
         ValueError: A row has no question.
     """
     for index, row in enumerate(rows):
         if row.get("question") is None:
-            raise ValueError(f"Row {index} has no question to be asked in other words, only a text.")
+            raise ValueError(f"Row {index} has no question to reword, only text.")
     return [{**row, "question": wording.replace("{question}", str(row["question"]))} for row in rows]
 
 
 def check_rows(subjects: Mapping[str, Subject], data: AuditData) -> None:
-    """Refuse, before any attack, rows that cannot be scored: all the work would end in an error.
+    """Refuse rows that cannot be scored, before any attack.
 
     Raises:
-        ValueError: With the set, the row's index, and what it lacks or how long it is.
+        ValueError: The message names the set, the index of the row, and what is missing or how long it is.
     """
     for subject in subjects.values():
         limit = context_length(subject.model)
@@ -137,13 +137,13 @@ def check_rows(subjects: Mapping[str, Subject], data: AuditData) -> None:
                 if limit is not None and length > limit:
                     raise ValueError(
                         f"Row {index} of the {name} set has {length} tokens, but the model has {limit} positions. "
-                        "Shorten the row, or give a template with `max_length`."
+                        "Shorten the row, or pass a template with `max_length`."
                     )
 
 
 @contextmanager
 def restored_weights(model: Any) -> Iterator[None]:
-    """Restores the model's weights at the end of the block."""
+    """Restore the weights of the model at the end of the block."""
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     try:
         yield
@@ -155,7 +155,7 @@ def restored_weights(model: Any) -> Iterator[None]:
 
 @contextmanager
 def merged_adapter(model: Any) -> Iterator[None]:
-    """Within the block the active adapter is part of the weights, as it is in a model that was merged for use."""
+    """Within the block, the active adapter is merged into the weights, as in a model merged for inference."""
     merges = hasattr(model, "peft_config") and hasattr(model, "merge_adapter")
     if not merges:
         yield
@@ -168,5 +168,5 @@ def merged_adapter(model: Any) -> Iterator[None]:
 
 
 def best_of(*scores: Values) -> Values:
-    """The highest score of each example over several tries; NaN where none of them could be scored."""
+    """The highest score of each example over several attempts; NaN if none of them could be scored."""
     return np.fmax.reduce(np.stack(scores))

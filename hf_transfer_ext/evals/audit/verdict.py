@@ -1,4 +1,4 @@
-"""From scores to a verdict: the share of the original's knowledge that came back, or why none can be given."""
+"""From scores to a verdict: the share of the original's knowledge that was recovered, or why it is unknown."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from hf_transfer_ext.evals.bootstrap import percentile_interval, resampled
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.evals.metrics.membership_auc import area
 
-#: Where original and floor are no further apart than this, a share of the difference would be noise.
+#: If original and floor differ by no more than this, a share of the difference would be noise.
 LEAST_GAP = 0.1
 
-#: Resamples for the test of the gap where no interval is asked for.
+#: Resamples for the test of the gap if no interval is requested.
 TEST_RESAMPLES = 200
 
-#: The floor of membership inference that a coin gives; shown, but no verdict is based on it.
+#: The floor of membership inference by guessing; shown, but not used for verdicts.
 GUESS = 0.5
 
 
 @dataclass
 class Verdict:
-    """What one attack brought back.
+    """The result of one attack.
 
     Args:
-        attack: Its name, with options in parentheses.
-        recovered: Share of the original's knowledge that the attack finds in the unlearned model, in [0, 1]; None
-            where it cannot be told.
+        attack: Name of the attack, with options in parentheses.
+        recovered: Share of the original's knowledge that the attack recovers from the unlearned model, in [0, 1]; None
+            if it cannot be determined.
         interval: 95 % bootstrap interval over examples.
         unlearned: Mean score of the unlearned model under this attack.
-        original: Mean score of the original model, asked plainly in the same way of scoring, or attacked in the same
-            way where the score has a scale of its own.
-        floor: Mean score where there is nothing to recover; None where none could be measured.
-        note: Why there is no share, or how to read it.
-        access: What the attacker needs: "prompts", "weights", "fine-tuning", or "membership" for an attack that tells
-            only that the data was trained on.
+        original: Mean score of the original model on the plain question with the same kind of score, or under the same
+            attack if the attack has its own scale.
+        floor: Mean score if there is nothing to recover; None if it could not be measured.
+        note: Why there is no share, or how to interpret it.
+        access: What the attacker needs: "prompts", "weights", "fine-tuning", or "membership" for an attack that only
+            tells whether the data was trained on.
         explanation: What the attack does, in one sentence.
         floor_from: "retrained" (the retrained model under this attack), "holdout" (the unlearned model under this
             attack on rows that no model was trained on), or "" for none.
@@ -61,14 +61,14 @@ class Verdict:
 
 @dataclass
 class Evidence:
-    """Scores that a verdict is based on.
+    """The scores that a verdict is based on.
 
     Args:
-        found: Of the unlearned model under the attack.
-        shown: Of the original: what there was to forget.
-        floor: Where there is nothing to recover; None where it was not measured.
-        floor_from: As in `Verdict`; under "retrained" the floor is of the same examples.
-        notes: How to read them.
+        found: Scores of the unlearned model under the attack.
+        shown: Scores of the original, which define what there was to forget.
+        floor: Scores if there is nothing to recover; None if not measured.
+        floor_from: As in `Verdict`; with "retrained", the floor has the same examples.
+        notes: How to interpret them.
     """
 
     found: Values
@@ -78,7 +78,7 @@ class Evidence:
     notes: list[str]
 
     def known(self) -> Evidence:
-        """Without the examples that could not be scored, which are counted in a note."""
+        """The evidence without examples that could not be scored, which are counted in a note."""
         paired = self.floor is not None and self.floor_from == "retrained"
         arrays = [self.found, self.shown, *([self.floor] if paired else [])]
         good = ~np.isnan(np.stack([array for array in arrays if array is not None])).any(0)
@@ -94,7 +94,7 @@ class Evidence:
 
 
 def recovered_share(found: Values, original: Values, floor: Float[np.ndarray, " floor_examples"]) -> float:
-    """(found - floor) / (original - floor), of means, within [0, 1]; NaN where there was nothing to forget."""
+    """(found - floor) / (original - floor), of means, clipped to [0, 1]; NaN if there was nothing to forget."""
     there = original.mean() - floor.mean()
     return float(np.clip((found.mean() - floor.mean()) / there, 0.0, 1.0)) if there > 0 else float("nan")
 
@@ -102,8 +102,8 @@ def recovered_share(found: Values, original: Values, floor: Float[np.ndarray, " 
 def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, resamples: int, seed: int) -> Verdict:
     """Complete a verdict (its name, access and explanation) from the scores.
 
-    There is no share where a model that never knew earns scores too and none was measured; where the original shows
-    hardly more than the floor; or where the difference is within the sampling error of the examples.
+    The share stays None if the attack needs a floor and none was measured, if the original scores hardly more than the
+    floor, or if the difference is within the sampling error of the examples.
     """
     evidence = evidence.known()
     found, shown, floor = evidence.found, evidence.shown, evidence.floor
@@ -115,7 +115,7 @@ def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, r
     verdict.floor = None if floor is None else float(floor.mean())
     verdict.floor_from = evidence.floor_from if floor is not None else ""
     if floor is None and needs_floor:
-        verdict.note = "; ".join(["a model that never knew scores here too: give a retrained one", *notes])
+        verdict.note = "; ".join(["a model that never saw the data also scores here: pass a retrained one", *notes])
         return verdict
     paired = evidence.floor_from == "retrained"
     floors = [] if floor is None else [floor]
@@ -128,7 +128,7 @@ def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, r
         return float(found.mean() - sum(own.mean() for own in floors))
 
     share = Share.of(gap, left, groups, resamples=resamples, seed=seed)
-    too_small = "the original shows hardly more here than a model without the data"
+    too_small = "the original scores hardly more here than a model without the data"
     reason = share.why_not(gap(found, shown, *floors), len(found), too_small)
     if reason:
         notes.insert(0, reason)
@@ -136,7 +136,7 @@ def judge_recovery(evidence: Evidence, verdict: Verdict, *, needs_floor: bool, r
         verdict.recovered = recovered_share(found, shown, np.zeros(1) if floor is None else floor)
         verdict.interval = share.interval() if resamples and len(found) > 1 else None
         if floor is None:
-            notes.append("no floor was measured and 0 is taken, an upper bound: give a retrained model or holdout")
+            notes.append("no floor was measured, so 0 is used (an upper bound): pass a retrained model or holdout")
         elif not paired:
             notes.append("the floor is the same attack on holdout rows")
     verdict.note = "; ".join(notes)
@@ -151,21 +151,21 @@ def judge_membership(
     resamples: int,
     seed: int,
 ) -> Verdict:
-    """How much better than on a retrained model the forget set is told from the holdout.
+    """How much better the attack separates the forget set from the holdout than on a retrained model.
 
     Args:
-        sides: Model -> membership scores of the forget set, and of the holdout.
-        optimized_on_retrained: Whether the attack was fitted to the retrained model, whose scores then are no floor.
+        sides: Model -> membership scores of the forget set and of the holdout.
+        optimized_on_retrained: Whether the attack was optimized on the retrained model, which then gives no floor.
     """
     areas = {model: area(*both) for model, both in sides.items()}
     verdict.unlearned, verdict.original = areas["unlearned"], areas["original"]
     verdict.floor, verdict.access = areas.get("retrained", GUESS), "membership"
     notes = []
     if "retrained" not in areas:
-        notes.append("a model that never saw them may tell the two sets apart as well: give a retrained one")
+        notes.append("a model that never saw them may also separate the two sets: pass a retrained one")
     elif optimized_on_retrained:
         notes.append(
-            "its queries were optimized against the retrained model, which then is no floor: give another as `shadow`"
+            "its queries were optimized against the retrained model, so it gives no floor: pass another as `shadow`"
         )
     else:
         verdict.floor_from = "retrained"
@@ -188,14 +188,14 @@ def judge_membership(
             verdict.recovered = float(np.clip(left(*arrays) / gap(*arrays), 0.0, 1.0))
             verdict.interval = share.interval() if resamples and count > 1 else None
     if 0.5 - areas["unlearned"] > 0.25:
-        notes.append("the forget set looks less likely than unseen text, which is a trace as well")
+        notes.append("the forget set looks less likely than unseen text, which is also a trace of training")
     verdict.note = "; ".join(notes)
     return verdict
 
 
 @dataclass
 class Share:
-    """A difference and what is left of it, on resampled examples."""
+    """A difference and the remaining part of it, on resampled examples."""
 
     gaps: np.ndarray
     lefts: np.ndarray
@@ -214,7 +214,7 @@ class Share:
         return cls(*(resampled(one, groups, resamples=count, seed=seed) for one in (gap, left)))
 
     def why_not(self, gap: float, examples: int, too_small: str) -> str:
-        """Why no share can be given; empty where it can."""
+        """Why there is no share; empty if there is one."""
         if gap < LEAST_GAP:
             return too_small
         if np.quantile(self.gaps, 0.025) <= 0:
@@ -222,7 +222,7 @@ class Share:
         return ""
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of left / gap in [0, 1]; a resample without a gap leaves open all of it."""
+        """95 % interval of left / gap in [0, 1]; a resample without a gap counts as the full range."""
         there = self.gaps > 0
         share = np.clip(self.lefts / np.where(there, self.gaps, 1.0), 0.0, 1.0)
         return percentile_interval(np.where(there, share, 0.0), np.where(there, share, 1.0))

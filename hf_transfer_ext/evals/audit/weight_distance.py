@@ -1,4 +1,4 @@
-"""How far the weights of an unlearned model are from the original's, and whether rounding would undo the way."""
+"""The distance of an unlearned model's weights from the original's, and how much of it rounding would undo."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hf_transfer_ext.models.heads import causal_lm_of
 
 
 def weight_distance(unlearned: Any, original: Any, *, bits: tuple[int, ...] = (4, 8)) -> list[Measurement]:
-    r"""Distances over all weights that both models have, an adapter merged into its base first.
+    r"""Distances over all weights that both models share; an adapter is merged into its base first.
 
-    `weight_distance` is :math:`\lVert W_u - W_o \rVert / \lVert W_o \rVert` over the tensors that differ (others,
-    embeddings and norms mostly, would drown it); `changed_weights` the share of weights that differ;
-    `lost_by_rounding(bits)` the share of those, in linear layers, which round to the same level of the original's
-    blocks: what a quantisation undoes.
+    `weight_distance` is :math:`\lVert W_u - W_o \rVert / \lVert W_o \rVert` over the tensors that differ (the others,
+    mostly embeddings and norms, would hide the difference); `changed_weights` is the share of weights that differ;
+    `lost_by_rounding(bits)` is the share of those, in linear layers, that round to the same level of the original's
+    blocks: the part that quantization undoes.
 
     Returns:
-        The measurements; none where the models have no weight of one name and shape in common.
+        The measurements; empty if the models do not share any weight with the same name and shape.
 
     Source: Zhang et al., "Catastrophic failure of LLM unlearning via quantization", 2025 (section 4, why small changes
     are rounded away), https://arxiv.org/abs/2410.16454
@@ -70,7 +70,7 @@ def weight_distance(unlearned: Any, original: Any, *, bits: tuple[int, ...] = (4
 
 
 def _levels(ours: torch.Tensor, theirs: torch.Tensor, bits: int, block: int = 64) -> torch.Tensor:
-    """Where both are rounded to the same level of the original's own blocks."""
+    """True where both are rounded to the same level of the original's blocks."""
     rows, columns = theirs.shape
     pad = (0, -columns % block)
     scale = torch.nn.functional.pad(theirs, pad).reshape(rows, -1, block).abs().amax(-1, keepdim=True).clamp(min=1e-12)
@@ -80,7 +80,7 @@ def _levels(ours: torch.Tensor, theirs: torch.Tensor, bits: int, block: int = 64
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    """The causal model's own weights by the names of a model without adapters."""
+    """The weights of the causal model, by their names in a model without adapters."""
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in causal_lm_of(model).state_dict().items()

@@ -1,4 +1,4 @@
-"""One pass over the data for all metrics: scores, generations, their cache, the result."""
+"""The evaluation engine: one pass over the data for all metrics, with scores, generations, cache and result."""
 
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate

@@ -1,4 +1,4 @@
-"""Scores that were made once are not made again: a folder of JSON lines under the content of the model."""
+"""A cache of scores: JSON lines files, named by a fingerprint of the model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value that JSON can hold."""
+    """SHA-256 of a JSON-serializable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def model_fingerprint(model: Any, adapter: str | None = None) -> str:
-    """SHA-256 over the config and every weight by name, dtype, shape and bytes, and over the adapter in use.
+    """SHA-256 of the config, of every weight (name, dtype, shape and bytes), and of the adapter in use.
 
-    It changes with any weight, so that a result is never reused for another model; about one second per gigabyte.
+    It changes with any weight, so a result is never reused for another model. Takes about one second per gigabyte.
     """
     known = hashlib.sha256()
     active = adapter if adapter is not None else str(getattr(model, "active_adapter", None))
@@ -35,11 +35,11 @@ def _bytes(tensor: torch.Tensor) -> Any:
 
 
 class ScoreCache:
-    """Key -> JSON value, appended as work is done. A run that was stopped goes on where the last whole line ends.
+    """Key -> JSON value, appended as work is done. An interrupted run resumes after the last complete line.
 
     Args:
-        folder: Where the files lie; every process writes its own and reads all. None keeps nothing.
-        fingerprint: What made the values; another fingerprint is another set of files.
+        folder: Folder of the files; every process writes its own file and reads all. None disables the cache.
+        fingerprint: Identifies the source of the values; each fingerprint has its own files.
         process: Index of this process.
     """
 
@@ -56,7 +56,7 @@ class ScoreCache:
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
-                    continue  # the line that was being written when a run was stopped
+                    continue  # a line that was incomplete when a run was interrupted
                 self._values[entry["key"]] = entry["value"]
         if self._file.exists() and not self._file.read_bytes().endswith(b"\n"):
             with open(self._file, "a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Measure a model: every forward pass and every generation is made once, and all metrics read from it."""
+"""Evaluate a model: every forward pass and every generation is computed once and shared by all metrics."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def evaluate(
     """Score every example once and compute all metrics from the scores.
 
     Args:
-        examples: Dictionaries with "text", or with "question" and "answer" and, where a metric asks for them,
+        examples: Dictionaries with "text", or with "question" and "answer" and, if a metric needs them,
             "paraphrased_answer" and "perturbed_answer" (a list): the TOFU schema.
         metrics: Names, or names with options: `["perplexity", {"truth_ratio": {"definition": "geometric"}}]`.
-        reference: For metrics that compare: another model, or the name of an adapter of `model` ("base": none).
-        adapter: Adapter of `model` that is measured, "base" for its base; None for the active one.
-        template: How a question becomes a prompt; the chat template where the tokenizer has one.
-        columns: Schema name -> the data's own column name: `{"question": "prompt"}`.
-        batch_size: Sequences in one forward pass; the results do not depend on it beyond rounding.
-        accelerator: An `accelerate.Accelerator`: the work is shared by its processes, the result is whole on each.
-        cache: Folder that keeps scores by content, so that a stopped run goes on and a second one is free.
-        dataset: Name of the data for the measurements.
+        reference: For metrics that compare: another model, or an adapter name of `model` ("base": without adapter).
+        adapter: Adapter of `model` to evaluate, "base" for its base model; None for the active one.
+        template: How to format questions as prompts; by default with the chat template, if the tokenizer has one.
+        columns: Schema name -> column name in the data: `{"question": "prompt"}`.
+        batch_size: Sequences per forward pass; it affects the results only by rounding.
+        accelerator: An `accelerate.Accelerator`: its processes share the work, and each gets the full result.
+        cache: Folder to cache scores in, so that an interrupted run resumes and a repeated one costs nothing.
+        dataset: Name of the data in the measurements.
         resamples: Bootstrap resamples of each interval; 0 for none.
 
     Raises:
         ValueError: Unknown metric, no example, an example without a column that a metric needs (with its index),
-            an answer without tokens, a sequence longer than the model's positions. All before the first forward pass.
-            Logits that are NaN, while generating.
+            an answer without tokens, a sequence longer than the model supports: all before the first forward pass.
+            Also if the logits are NaN while generating.
     """
     chosen = resolve_metrics(metrics, reference)
     model = accelerator.unwrap_model(model) if accelerator is not None else model
@@ -93,10 +93,10 @@ def evaluate_prepared(
     seed: int = 0,
     progress: bool = False,
 ) -> EvaluationResult:
-    """`evaluate` on examples that were prepared for these metrics."""
+    """Like `evaluate`, with examples that were prepared for these metrics."""
     chosen = resolve_metrics(metrics, reference)
     if batch_size < 1:
-        raise ValueError(f"`batch_size` has to be at least 1, got {batch_size}.")
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     model = accelerator.unwrap_model(model) if accelerator is not None else model
     needs = frozenset[str]().union(*(metric.needs for metric, _ in chosen))
     reference = reference if "reference" in needs else None
@@ -109,7 +109,7 @@ def evaluate_prepared(
         fingerprint = digest(parts)
     store = ScoreCache(cache, fingerprint, accelerator.process_index if accelerator is not None else 0)
     if accelerator is not None:
-        accelerator.wait_for_everyone()  # every process has read the same files before one of them writes
+        accelerator.wait_for_everyone()  # every process must read the same files before any of them writes
     scorer = Scorer(model, reference=reference, adapter=adapter, pad_id=pad_token_id(tokenizer))
     work = Work(scorer, store, batch_size=batch_size, accelerator=accelerator, progress=progress)
     examples = prepared.examples
@@ -124,17 +124,17 @@ def evaluate_prepared(
     empty = [e.index for e in examples if e.generation is not None and not e.generation.strip()]
     if empty:
         result.problems.append(
-            f"The model wrote nothing for {len(empty)} of {len(examples)} examples (first: example {empty[0]}); "
-            "their empty generations are scored as they are."
+            f"The model generated nothing for {len(empty)} of {len(examples)} examples (first: example {empty[0]}); "
+            "the empty generations are scored like any others."
         )
     return result
 
 
 def resolve_metrics(metrics: Sequence[Any], reference: Any = None) -> list[tuple[Metric, dict[str, Any]]]:
-    """Every metric with its options; checked before any work.
+    """Every metric with its options, checked before any work.
 
     Raises:
-        ValueError: No metric, an unknown one, or one that compares with a reference where there is none.
+        ValueError: No metric, an unknown one, or one that needs a reference if there is none.
     """
     chosen = [resolve_metric(spec) for spec in metrics]
     if not chosen:
@@ -142,7 +142,7 @@ def resolve_metrics(metrics: Sequence[Any], reference: Any = None) -> list[tuple
     comparing = [metric.__name__ for metric, _ in chosen if "reference" in metric.needs]
     if comparing and reference is None:
         raise ValueError(
-            f"{', '.join(comparing)} compare with a reference: give `reference=` a model or adapter name."
+            f"{', '.join(comparing)} compare with a reference: pass a model or adapter name as `reference=`."
         )
     return chosen
 
@@ -151,7 +151,7 @@ def resolve_metric(spec: Any) -> tuple[Metric, dict[str, Any]]:
     """`"perplexity"`, `{"truth_ratio": {...}}` or `("truth_ratio", {...})` -> the metric and its options.
 
     Raises:
-        ValueError: Another form, an unknown metric or an option that it does not have.
+        ValueError: `spec` has another form, the metric is unknown, or it does not have the option.
     """
     name, options = name_and_options("metric", spec)
     metric = name if isinstance(name, Metric) else METRICS[name]
@@ -168,7 +168,7 @@ def compute_metrics(
     seed: int = 0,
     cost: dict[str, int] | None = None,
 ) -> EvaluationResult:
-    """Compute metrics from examples that are scored already: a new metric on an old pass costs no forward."""
+    """Compute metrics from examples that are already scored: a new metric then needs no forward pass."""
     measurements, all_values, problems = [], {}, []
     for spec in metrics:
         metric, options = resolve_metric(spec)
@@ -191,14 +191,14 @@ def compute_metrics(
 def values_of(
     scored: Sequence[ScoredExample], metric: Metric, options: Mapping[str, Any]
 ) -> tuple[Values, Values, dict[int, str]]:
-    """Value and weight of each example (NaN where it is left out), and why examples were left out, by index."""
+    """Value and weight of each example (NaN if it is left out), and why examples were left out, by index."""
     values, weights = np.full(len(scored), np.nan), np.ones(len(scored))
     left_out: dict[int, str] = {}
     for place, example in enumerate(scored):
         try:
             refuse_nan_scores(example, metric)
             value, weight = as_value_and_weight(metric(example, **options))
-        except Exception as error:  # whatever one example does, the others stay measured
+        except Exception as error:  # an error in one example must not lose the others
             left_out[example.index] = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             )
@@ -211,19 +211,19 @@ def values_of(
 
 
 def as_value_and_weight(value: Any) -> tuple[float, float]:
-    """What a metric gives for an example: a number, or a number and its weight.
+    """Normalize what a metric returns for an example: a number, or a number and its weight.
 
     Raises:
         ValueError: Anything else.
     """
     pair = value if isinstance(value, tuple) else (value, 1.0)
     if len(pair) != 2 or not all(np.ndim(part) == 0 and np.isreal(part) for part in pair):
-        raise ValueError(f"a metric gives a number, or a number and its weight; this one gives {value!r}.")
+        raise ValueError(f"a metric returns a number, or a number and its weight; this one returned {value!r}.")
     return float(pair[0]), float(pair[1])
 
 
 def refuse_nan_scores(example: ScoredExample, metric: Metric) -> None:
-    """A metric of NaN log-probabilities says nothing, even where it gives a number (a NaN is never a first choice).
+    """Refuse NaN log-probabilities, even if a metric would return a number for them (a NaN is never a first choice).
 
     Raises:
         ValueError: With the number of such tokens.
@@ -240,7 +240,7 @@ def refuse_nan_scores(example: ScoredExample, metric: Metric) -> None:
 def resampled_summaries(
     scored: Sequence[ScoredExample], metrics: Sequence[MetricSpec], *, resamples: int = 1000, seed: int = 0
 ) -> Float[np.ndarray, "metrics resamples"]:
-    """The numbers of several metrics on examples drawn with replacement, the same examples for all of them."""
+    """Summaries of several metrics on examples drawn with replacement, with the same draws for all metrics."""
     rows = []
     for spec in metrics:
         metric, options = resolve_metric(spec)

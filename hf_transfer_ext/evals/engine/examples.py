@@ -1,4 +1,4 @@
-"""Rows of a data set as tokens, ready to be scored: every text is tokenized once, and bad rows are refused here."""
+"""Prepare rows of a dataset for scoring: every text is tokenized once, and invalid rows are refused."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.models.scoring import ScoredExample
 
-#: The columns of the TOFU schema that are texts to be scored, and may be renamed.
+#: The columns of the TOFU schema that contain text to score, and may be renamed.
 TEXT_COLUMNS = ("answer", "paraphrased_answer", "perturbed_answer")
 COLUMNS = ("text", "question", *TEXT_COLUMNS)
 
 
 @dataclass
 class Prepared:
-    """Examples that can be measured.
+    """Examples that are ready for evaluation.
 
     Args:
         examples: Each with its tokens.
-        prompts: Token ids that are continued for each example; empty where no metric reads generations.
-        generation: How they are continued.
+        prompts: Token ids of the prompt of each example; empty if no metric uses generations.
+        generation: Settings for generating from the prompts.
     """
 
     examples: list[ScoredExample]
@@ -44,11 +44,11 @@ def prepare(
     columns: Mapping[str, str] | None = None,
     generation: GenerationSettings | None = None,
 ) -> Prepared:
-    """Tokenize every text and prompt that the metrics read, and check that the model can take them.
+    """Tokenize every text and prompt that the metrics need, and check that they fit the model.
 
     Raises:
         ValueError: No example, an example without a column that a metric needs, an answer without tokens, or a
-            sequence longer than the model's positions (each with the example's index).
+            sequence longer than the model supports (each with the example's index).
     """
     template, generation = template or QuestionAnswerFormat(), generation or GenerationSettings()
     examples = prepare_examples(rows, tokenizer, template, columns_of(metrics), columns)
@@ -60,7 +60,7 @@ def prepare(
 
 
 def needs_of_columns(metrics: Sequence[Metric]) -> dict[str, frozenset[str]]:
-    """Column -> quantities that its texts are scored for: a reference for the answer is not one for its variants."""
+    """Column -> quantities to score its texts for; what is needed for one column is not computed for the others."""
     wanted: dict[str, frozenset[str]] = {}
     for metric in metrics:
         needs = metric.needs - {"generations"}
@@ -70,7 +70,7 @@ def needs_of_columns(metrics: Sequence[Metric]) -> dict[str, frozenset[str]]:
 
 
 def columns_of(metrics: Sequence[Metric]) -> set[str]:
-    """The columns that an example has to have: those that a metric scores, or compares a generation with."""
+    """The columns that an example must have: those that a metric scores or compares a generation with."""
     return {column for metric in metrics for column in metric.texts}
 
 
@@ -85,7 +85,7 @@ def prepare_examples(
     names = {name: name for name in COLUMNS}
     for name, own in (columns or {}).items():
         if name not in names:
-            raise ValueError(f"`columns` renames {', '.join(COLUMNS)}; not {name!r}.")
+            raise ValueError(f"`columns` can rename {', '.join(COLUMNS)}, but not {name!r}.")
         names[name] = own
     prepared = []
     for index, row in enumerate(rows):
@@ -113,7 +113,7 @@ def _sequences(
         if "text" not in example:
             raise ValueError(f"it needs a column {names['text']!r}, or {names['question']!r} and {names['answer']!r}.")
         if wanted - {"answer"}:
-            raise ValueError(f"{', '.join(sorted(wanted - {'answer'}))} need a question, and it has only a text.")
+            raise ValueError(f"{', '.join(sorted(wanted - {'answer'}))} need a question, but it has only text.")
         return {"answer": [encode_text(tokenizer, str(example["text"]), max_length=template.max_length)]}
     sequences = {}
     for column in TEXT_COLUMNS:
@@ -122,11 +122,11 @@ def _sequences(
         texts = example.get(column)
         if texts is None:
             if column == "paraphrased_answer":
-                continue  # the answer stands for it: `ScoredExample.paraphrase`
+                continue  # the answer is used instead: `ScoredExample.paraphrase`
             raise ValueError(f"column {names[column]!r} is missing.")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
-            raise ValueError(f"column {names[column]!r} holds no text.")
+            raise ValueError(f"column {names[column]!r} does not contain text.")
         sequences[column] = [template.encode(tokenizer, str(example["question"]), str(text)) for text in texts]
     return sequences
 
@@ -138,7 +138,7 @@ def prompt_of(example: ScoredExample, tokenizer: Any, template: QuestionAnswerFo
         ValueError: The example has no question.
     """
     if "question" not in example.example:
-        raise ValueError(f"Example {example.index} has no question to generate from, only a text.")
+        raise ValueError(f"Example {example.index} has no question to generate from, only text.")
     ids = template.prompt_ids(tokenizer, str(example.example["question"]))
     return ids + list(tokenizer(prefix, add_special_tokens=False)["input_ids"]) if prefix else ids
 
@@ -146,7 +146,7 @@ def prompt_of(example: ScoredExample, tokenizer: Any, template: QuestionAnswerFo
 def check_lengths(
     model: Any, examples: Sequence[ScoredExample], prompts: Sequence[Sequence[int]], generation: GenerationSettings
 ) -> None:
-    """Refuse what the model has no positions for, before any pass.
+    """Refuse sequences that are longer than the model supports, before any forward pass.
 
     Raises:
         ValueError: With the example's index, its tokens and the model's limit.
@@ -154,25 +154,25 @@ def check_lengths(
     limit = context_length(model)
     if limit is None:
         return
-    advice = "Shorten the row, or give a template with `max_length`."
+    advice = "Shorten the row, or pass a template with `max_length`."
     for example in examples:
         longest = max((len(s.input_ids) for own in example.sequences.values() for s in own), default=0)
         if longest > limit:
             raise ValueError(
                 f"Example {example.index} has {longest} tokens, but the model has {limit} positions. {advice}"
             )
-    # A model with a table of positions cannot go beyond it; others are only told to stop before it.
+    # A model with a table of positions cannot generate beyond it; others only have a recommended limit.
     room = generation.max_new_tokens if has_position_table(model, limit) else 1
     for example, prompt in zip(examples, prompts, strict=False):
         if len(prompt) + room > limit:
             raise ValueError(
                 f"Example {example.index} has a prompt of {len(prompt)} tokens and up to {generation.max_new_tokens} "
-                f"are generated, but the model has {limit} positions. Shorten the row, or lower `max_new_tokens`."
+                f"new ones, but the model has {limit} positions. Shorten the row, or lower `max_new_tokens`."
             )
 
 
 def has_position_table(model: Any, limit: int) -> bool:
-    """Whether positions are learned embeddings (GPT-2, OPT), so that there is none beyond the last."""
+    """Whether positions are learned embeddings (GPT-2, OPT), so that there are none beyond the last."""
     return any(
         isinstance(module, Embedding)
         and limit <= module.num_embeddings <= limit + 2

@@ -1,4 +1,4 @@
-"""Generating answers: the settings, and greedy or sampled decoding of a batch of prompts."""
+"""Generate answers: the settings, and greedy or sampled decoding of a batch of prompts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from hf_transfer_ext.models.plumbing import pad_token_id
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated: greedy by default.
+    """Settings for generating answers; greedy by default.
 
     Args:
         max_new_tokens: Maximum number of tokens to generate.
-        temperature: 0 for greedy decoding; > 0 samples, seeded anew for each batch, so that samples (unlike everything
-            else here) depend on the batch size.
-        prefix: Text the answer is forced to begin with (a jailbreak prefix, an empty thought); not part of the result.
+        temperature: 0 for greedy decoding; > 0 samples, with a new seed for each batch, so that samples (unlike all
+            other results) depend on the batch size.
+        prefix: Text that the answer is forced to begin with (a jailbreak prefix, an empty thought); not part of the
+            result.
     """
 
     max_new_tokens: int = 200
@@ -30,19 +31,19 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` has to be at least 1, got {self.max_new_tokens}.")
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
         if self.temperature < 0:
-            raise ValueError(f"`temperature` has to be 0 (greedy) or above, got {self.temperature}.")
+            raise ValueError(f"`temperature` must be >= 0 (0 is greedy), got {self.temperature}.")
 
 
 class RefuseNaN(LogitsProcessor):
-    """Raises where a model's logits are NaN: whatever token is picked from them says nothing about the model."""
+    """Raises an error if the logits are NaN: no token chosen from them says anything about the model."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if bool(torch.isnan(scores).any()):
             raise ValueError(
-                "The model's logits are NaN, so what it would write cannot be known. Its weights may hold NaN, or its "
-                "activations overflow in this dtype: load it in float32 or bfloat16, or check the checkpoint."
+                "The model's logits are NaN, so it cannot generate text. Its weights may contain NaN, or its "
+                "activations may overflow in this dtype: load it in float32 or bfloat16, or check the checkpoint."
             )
         return scores
 
@@ -54,7 +55,7 @@ def generate(
     """Continue each prompt, padded on the left.
 
     Returns:
-        The generated texts without special tokens, and how many tokens were generated.
+        The generated texts without special tokens, and the number of generated tokens.
 
     Raises:
         ValueError: The model's logits are NaN.

@@ -1,4 +1,4 @@
-"""The result of an evaluation: its measurements, the examples behind them, and the files they are saved to."""
+"""The result of an evaluation: the measurements, the examples behind them, and saving both to files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class EvaluationResult:
     Args:
         measurements: One per metric, in the order of the metrics.
         scored: Every example with its per-token scores and its generation.
-        values: Measurement name -> value of each example; NaN where the example was left out.
+        values: Measurement name -> value of each example; NaN if the example was left out.
         problems: One sentence for each example that a metric could not use.
-        cost: Tokens and passes that were actually computed, over all processes.
+        cost: Tokens and passes that were computed, summed over all processes.
     """
 
     measurements: list[Measurement]
@@ -35,14 +35,14 @@ class EvaluationResult:
     cost: dict[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Measurement:
-        """The measurement of this name; the options in parentheses may be left out where the name stays unique."""
+        """The measurement with this name; options in parentheses may be omitted if the name is still unique."""
         found = [m for m in self.measurements if m.name == name or m.name.split("(")[0] == name]
         if len(found) != 1:
             raise KeyError(f"{name!r} is not one measurement of {[m.name for m in self.measurements]}.")
         return found[0]
 
     def per_example(self) -> list[dict[str, Any]]:
-        """One row per example: its texts, its generation and the value of each metric (None where left out)."""
+        """One row per example: its texts, its generation and the value of each metric (None if left out)."""
         rows = []
         for place, scored in enumerate(self.scored):
             values = {name: None if np.isnan(v[place]) else float(v[place]) for name, v in self.values.items()}
@@ -57,7 +57,7 @@ class EvaluationResult:
             ValueError: `per_example` is neither "jsonl" nor "parquet".
         """
         if per_example not in ("jsonl", "parquet"):
-            raise ValueError(f"`per_example` has to be jsonl or parquet, got {per_example!r}.")
+            raise ValueError(f"`per_example` must be jsonl or parquet, got {per_example!r}.")
         folder = Path(folder)
         summary = {
             "measurements": [m.to_dict() for m in self.measurements],

@@ -1,4 +1,4 @@
-"""The forward passes and generations of one evaluation: batched, shared by processes, and never repeated."""
+"""The forward passes and generations of one evaluation: batched, shared among processes, and never repeated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_transfer_ext.models.scoring import ScoredExample, Scorer, TokenScores
 
 
 class Work:
-    """What has to be computed for a set of examples, once for each distinct text and prompt.
+    """Computes scores and generations for a set of examples, once for each distinct text and prompt.
 
     Args:
         scorer: Scores batches with the model (and its reference).
         cache: Results of earlier runs; new ones are added to it.
         batch_size: Sequences in one forward pass or generation.
-        accelerator: Shares the batches between its processes; None for one process.
+        accelerator: Splits the batches among its processes; None for a single process.
         progress: Whether the main process shows progress bars.
 
     Attributes:
@@ -39,7 +39,7 @@ class Work:
         """Fill `texts` of each example.
 
         Args:
-            wanted: Column -> quantities that its texts are scored for.
+            wanted: Column -> quantities to score its texts for.
         """
         sequences: dict[str, EncodedAnswer] = {}
         needs: dict[str, frozenset[str]] = {}
@@ -86,7 +86,7 @@ class Work:
         tokenizer: Any,
         settings: GenerationSettings,
     ) -> None:
-        """Fill `generation` of each example; call it with the measured adapter active."""
+        """Fill `generation` of each example; call this with the evaluated adapter active."""
         prompts: dict[str, list[int]] = {}
         key_of: dict[int, str] = {}
         for example, ids in zip(examples, prompt_ids, strict=True):
@@ -111,7 +111,7 @@ class Work:
     def share(
         self, batches: list[list[str]], compute: Callable[[list[str]], dict[str, Any]], *, title: str = ""
     ) -> dict[str, Any]:
-        """Every process computes each `processes`-th batch; all get all the results.
+        """Every process computes each `processes`-th batch; all processes get all results.
 
         In lockstep, which sharded models need, a process with one batch fewer repeats its last one.
         """
@@ -149,7 +149,7 @@ class Work:
 def batches_of(
     keys: Sequence[str], length: Callable[[str], int], batch_size: int, group: Callable[[str], Any] = lambda key: key
 ) -> list[list[str]]:
-    """Longest first: batches of nearly one length, and a batch that does not fit in memory fails at once.
+    """Longest first, so that batches have similar lengths and one that does not fit in memory fails early.
 
     The keys of one group (the answers to one prompt) stay together.
     """

@@ -1,4 +1,4 @@
-"""Metrics of one evaluation (`METRICS`, by example) and comparisons of several (`COMPARISONS`)."""
+"""Metrics of one evaluation (`METRICS`, per example) and comparisons of several (`COMPARISONS`)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ METRICS: Registry[Metric] = Registry(
 
 
 def check_comparison(comparison: Any) -> None:
-    """Refuse what does not say that it returns measurements.
+    """Refuse a function that is not annotated to return measurements.
 
     Raises:
         ValueError: Not a function, or one whose return annotation is neither `Measurement` nor a list of them.
@@ -78,12 +78,12 @@ def check_comparison(comparison: Any) -> None:
     returned = returned if isinstance(returned, str) else getattr(returned, "__name__", str(returned))
     if not callable(comparison) or ("Measurement" not in str(returned) and returned != "list"):
         raise ValueError(
-            "A comparison is a function of several evaluations' values that returns a `Measurement` or a list of them "
+            "A comparison must be a function of several results that returns a `Measurement` or a list of them "
             f"(`-> Measurement`); {getattr(comparison, '__name__', comparison)!r} returns {returned}."
         )
 
 
-#: Functions of several evaluations' values.
+#: Functions of the values of several evaluations.
 COMPARISONS: Registry = Registry(
     "comparison",
     [

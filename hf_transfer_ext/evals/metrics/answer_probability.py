@@ -8,7 +8,7 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="probability per token", higher_is_better=True)
 def answer_probability(example: ScoredExample) -> float:
-    r"""Probability of the answer, normalised by its length: the geometric mean of its tokens' probabilities.
+    r"""Probability of the answer, normalized by its length: the geometric mean of its tokens' probabilities.
 
     .. math:: P(a \mid q)^{1/n} = \exp(-\text{loss})
 

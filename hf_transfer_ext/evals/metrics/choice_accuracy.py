@@ -6,10 +6,10 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="share of questions", higher_is_better=True, texts=("answer", "perturbed_answer"))
 def choice_accuracy(example: ScoredExample) -> float:
-    """1 where the model holds the answer for likelier, per token, than every wrong answer; 0 for a tie.
+    """1 if the model assigns the answer a higher probability per token than every wrong answer, else 0.
 
-    Guessing gives 1 / (number of choices). Normalising by length keeps short choices from winning by being short; it
-    is `acc_norm` of the multiple-choice tasks with tokens in the place of characters.
+    Guessing gives 1 / (number of choices). Normalizing by length keeps short choices from winning by being short; it
+    is `acc_norm` of lm-evaluation-harness, with tokens instead of characters.
 
     Source: Language models are few-shot learners, Brown et al. 2020, section 2.4, https://arxiv.org/abs/2005.14165
     """

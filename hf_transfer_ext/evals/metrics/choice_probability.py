@@ -16,11 +16,11 @@ def share_of_true(true_loss: float, false_losses: Sequence[float]) -> float:
 
 @metric(unit="probability among the choices", higher_is_better=True, texts=("answer", "perturbed_answer"))
 def choice_probability(example: ScoredExample) -> float:
-    r"""Probability of the answer among itself and the wrong answers, each normalised by its own length.
+    r"""Probability of the answer relative to the sum over it and the wrong answers, each normalized by its length.
 
     .. math:: \frac{P(a)}{P(a) + \sum_i P(\tilde a_i)}, \quad P(x) = \exp(-\text{loss}(x))
 
-    TOFU uses it for its sets with multiple choice (real authors, world facts).
+    TOFU uses it for its multiple-choice sets (real authors, world facts).
 
     Source: TOFU, Maini et al. 2024, section 2.2, https://arxiv.org/abs/2401.06121
     """

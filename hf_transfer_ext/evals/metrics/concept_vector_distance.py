@@ -14,22 +14,22 @@ def concept_vector_distance(
     *,
     top: int = 200,
 ) -> list[Measurement]:
-    r"""How much an MLP's value vector that stands for a concept was changed by unlearning.
+    r"""How much unlearning changed the MLP value vector that encodes a concept.
 
     .. math:: \frac{|T(v) \cap T(v')|}{|T(v) \cup T(v')|}, \quad \cos(v, v'), \quad \lVert v - v' \rVert_2
 
-    `T(v)` are the `top` tokens with the largest inner product of their unembedding with the vector: a column of a
-    layer's down projection. Methods that only teach a model to answer otherwise leave all three nearly unchanged.
+    The value vector is a column of a layer's down projection; `T(v)` are the `top` tokens whose unembeddings have the
+    largest inner product with it. Methods that only teach a model to answer differently hardly change all three.
 
     Returns:
-        `concept_jaccard` (share), `concept_cosine` (from -1 to 1) and `concept_l2`; lower, lower and higher is more
-        forgotten.
+        `concept_jaccard` (share), `concept_cosine` (from -1 to 1) and `concept_l2`: a lower, lower and higher value,
+        respectively, means more forgetting.
 
     Source: ConceptVectors, Hong et al., "Intrinsic evaluation of unlearning using parametric knowledge traces", 2024,
     https://arxiv.org/abs/2406.11614
     """
     if not 1 <= top <= len(unembedding):
-        raise ValueError(f"`top` has to be from 1 to the {len(unembedding)} tokens of the vocabulary, got {top}.")
+        raise ValueError(f"`top` must be from 1 to the {len(unembedding)} tokens of the vocabulary, got {top}.")
     before, after = before.double(), after.double()
     first, second = (set((unembedding.double() @ vector).topk(top).indices.tolist()) for vector in (before, after))
     cosine = torch.nn.functional.cosine_similarity(before, after, dim=0).item()

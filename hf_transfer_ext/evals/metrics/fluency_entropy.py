@@ -9,7 +9,7 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def ngram_entropy(words: list[str], size: int) -> float:
-    """Entropy of the distribution of n-grams, in bits; 0 where there is none."""
+    """Entropy of the distribution of n-grams, in bits; 0 if there are none."""
     grams = Counter(tuple(words[i : i + size]) for i in range(len(words) - size + 1))
     total = sum(grams.values())
     return -sum(n / total * math.log2(n / total) for n in grams.values()) if total else 0.0
@@ -17,12 +17,12 @@ def ngram_entropy(words: list[str], size: int) -> float:
 
 @metric(unit="bits", higher_is_better=True, needs=("generations",), texts=())
 def fluency_entropy(example: ScoredExample) -> float:
-    r"""Weighted entropy of a generation's bigrams and trigrams: low where a model repeats itself.
+    r"""Weighted entropy of a generation's bigrams and trigrams; low if the model repeats itself.
 
     .. math:: \tfrac{1}{2} \left( \tfrac{2}{3} H_2 + \tfrac{4}{3} H_3 \right)
 
-    It grows with the length of the text, so compare generations of one length only. Words are runs of letters and
-    digits or single marks, where the original uses a tokenizer of NLTK.
+    It grows with the length of the text, so only compare generations of the same length. Words are runs of letters and
+    digits or single punctuation marks; the original uses an NLTK tokenizer.
 
     Raises:
         ValueError: The generation has fewer than three words.
@@ -33,5 +33,5 @@ def fluency_entropy(example: ScoredExample) -> float:
     """
     words = re.findall(r"\w+|[^\w\s]", example.generation or "")
     if len(words) < 3:
-        raise ValueError(f"the generation {example.generation!r} has {len(words)} words; a trigram needs three.")
+        raise ValueError(f"the generation {example.generation!r} has {len(words)} words, but a trigram needs three.")
     return (2 / 3 * ngram_entropy(words, 2) + 4 / 3 * ngram_entropy(words, 3)) / 2

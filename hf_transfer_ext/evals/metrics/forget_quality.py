@@ -10,7 +10,7 @@ from hf_transfer_ext.measurement import Measurement
 
 
 def largest_distance(first: Float[np.ndarray, " examples"], second: Float[np.ndarray, " references"]) -> int:
-    """Largest distance of the two empirical distributions, times both sample sizes: an integer."""
+    """Largest distance between the two empirical distributions, times both sample sizes: an integer."""
     pooled = np.concatenate([first, second])
     below_first = np.searchsorted(np.sort(first), pooled, side="right")
     below_second = np.searchsorted(np.sort(second), pooled, side="right")
@@ -20,7 +20,7 @@ def largest_distance(first: Float[np.ndarray, " examples"], second: Float[np.nda
 def kolmogorov_smirnov(
     first: Float[np.ndarray, " examples"], second: Float[np.ndarray, " references"]
 ) -> tuple[float, float]:
-    """(largest distance of the two empirical distributions, exact two-sided p-value, ties not broken).
+    """(largest distance between the two empirical distributions, exact two-sided p-value, ties not broken).
 
     Source: Hodges, "The significance probability of the Smirnov two-sample test", 1958,
     https://doi.org/10.1007/BF02589501
@@ -32,12 +32,12 @@ def kolmogorov_smirnov(
 def exact_p_value(reached: int, n: int, m: int) -> float:
     """Share of all interleavings of two samples of n and m whose distance times n m is at least `reached`.
 
-    Walking through the samples in order is a path on a grid; the share of paths that ever reach the distance is added
-    up as it leaves the inner region, so that a p-value of 1e-200 keeps its digits.
+    Each interleaving is a path on a grid; the share of paths that reach the distance is summed as they leave the inner
+    region, so that even a p-value of 1e-200 keeps its precision.
     """
     if reached == 0:
         return 1.0
-    # inside[i]: probability that a random path stands at (i, step - i) and has not reached the distance yet.
+    # inside[i]: probability that a random path is at (i, step - i) and has not reached the distance yet.
     inside = np.zeros(n + 1)
     inside[0] = 1.0
     outside = 0.0
@@ -65,20 +65,20 @@ def forget_quality(
 ) -> list[Measurement]:
     """p-value of a two-sample Kolmogorov-Smirnov test on the truth ratios of the forget set.
 
-    High where the unlearned model cannot be told from one that was trained without the forget set. One p-value from
-    one seed says little: an independent rerun of a published .92 found .018 +- .021 over five seeds. The two samples
-    should come from the same examples, and from the same definition of the truth ratio.
+    High if the unlearned model cannot be distinguished from one that was trained without the forget set. A p-value
+    from a single seed says little: an independent rerun of a published .92 found .018 +- .021 over five seeds. Both
+    samples should come from the same examples, with the same definition of the truth ratio.
 
     Args:
-        resamples: Bootstrap resamples of the interval; examples are drawn together where both samples have as many. A
-            resample repeats examples, which moves two distributions apart, so the interval leans to low p-values; it
-            is widened where needed to contain the p-value itself.
+        resamples: Bootstrap resamples for the interval; examples are drawn jointly if both samples have the same size.
+            A resample repeats examples, which moves two distributions apart, so the interval is biased to low
+            p-values; it is widened if needed to contain the p-value itself.
 
     Returns:
-        `forget_quality` (p-value) and `forget_quality_log10` (its decimal logarithm, where methods differ).
+        `forget_quality` (p-value) and `forget_quality_log10` (its decimal logarithm, which separates methods better).
 
     Raises:
-        ValueError: A sample is empty or holds a value that is not finite.
+        ValueError: A sample is empty or contains a value that is not finite.
 
     Source: TOFU, Maini et al. 2024, section 2.2, https://arxiv.org/abs/2401.06121
     """
@@ -96,7 +96,7 @@ def forget_quality(
     if resamples > 0 and min(n, m) > 1:
         groups = [[first, second]] if n == m else [[first], [second]]
         drawn = resampled(largest_distance, groups, resamples=resamples, seed=seed)
-        # The p-value falls as the distance grows, so that two quantiles of the distance are enough.
+        # The p-value decreases as the distance grows, so two quantiles of the distance are sufficient.
         far, near = (int(np.quantile(drawn, share, method="nearest")) for share in (0.975, 0.025))
         interval = (exact_p_value(max(far, reached), n, m), exact_p_value(min(near, reached), n, m))
     logs = None if interval is None else (_log10(interval[0]), _log10(interval[1]))

@@ -8,7 +8,7 @@ from hf_transfer_ext.models.scoring import ScoredExample
 def gradient_norm(example: ScoredExample) -> float:
     """Membership score: L2 norm of the gradient of the mean loss over the trainable weights. Higher: "not trained on".
 
-    Under PEFT these are the adapter's weights alone. It takes one backward pass for each sequence.
+    With PEFT, these are the weights of the adapter only. It needs one backward pass per sequence.
 
     Source: Wang et al., "Pandora's white-box: precise training data detection and extraction in large language
     models", 2024, https://arxiv.org/abs/2402.17012

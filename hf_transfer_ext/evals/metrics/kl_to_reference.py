@@ -6,7 +6,7 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="nats per token", higher_is_better=False, needs=("token_log_probs", "reference"))
 def kl_to_reference(example: ScoredExample) -> tuple[float, float]:
-    r"""Mean KL(reference || model) over the answer's tokens, over the whole vocabulary.
+    r"""Mean KL(reference || model) over the answer's tokens, with the full vocabulary.
 
     .. math:: \frac{1}{n} \sum_t \sum_v q_t(v) \ln \frac{q_t(v)}{p_t(v)}
 

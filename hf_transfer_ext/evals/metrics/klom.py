@@ -27,22 +27,22 @@ def klom(
     bins: int = 20,
     clip: float = 100.0,
 ) -> Measurement:
-    r"""KL divergence of margins: can one tell, example by example, unlearned models from retrained ones?
+    r"""KL divergence of margins between unlearned and retrained models, averaged over examples.
 
-    For each example, the margins of many unlearned models make one histogram and those of many models retrained
-    without the forget set another; the result is the mean over examples of KL(unlearned || oracle). Two halves of the
-    oracles against each other give its floor. Needs some tens of models on either side: it is not for single runs.
+    For each example, the margins of many unlearned models form one histogram and those of many models retrained
+    without the forget set another; the result is the mean over examples of KL(unlearned || oracle). Comparing two
+    halves of the oracles gives its floor. It needs tens of models on each side, so it is not for single runs.
 
     Args:
-        unlearned: Values of the metric `margin`, a row for each model.
-        oracles: The same of retrained models, on the same examples.
-        bins: Bins of the histograms, over the range that both samples of an example span together.
-        clip: Margins beyond are cut to this.
+        unlearned: Values of the metric `margin`, one row per model.
+        oracles: The same for retrained models, on the same examples.
+        bins: Bins of the histograms, over the joint range of both samples of an example.
+        clip: Margins are clipped to [-clip, clip].
 
     Raises:
-        ValueError: Other examples on either side, or fewer than two models.
+        ValueError: The sides have different examples, or fewer than two models.
 
-    The paper leaves open how empty bins are filled: here each bin's share is raised by 1e-5.
+    The paper does not specify how to treat empty bins: here, 1e-5 is added to the share of each bin.
 
     Source: Georgiev et al., "Attribute-to-delete: machine unlearning via datamodel matching", 2024,
     https://arxiv.org/abs/2410.23232
@@ -52,7 +52,7 @@ def klom(
             f"Both sides need the same examples: {unlearned.shape[1]} unlearned and {oracles.shape[1]} of the oracles."
         )
     if min(len(unlearned), len(oracles)) < 2:
-        raise ValueError(f"A histogram needs several models: {len(unlearned)} unlearned, {len(oracles)} oracles.")
+        raise ValueError(f"A histogram needs at least two models: {len(unlearned)} unlearned, {len(oracles)} oracles.")
     clipped = [np.clip(side, -clip, clip) for side in (unlearned, oracles)]
     values = np.array([histogram_divergence(a, b, bins) for a, b in zip(clipped[0].T, clipped[1].T, strict=True)])
     interval = mean_interval(values)

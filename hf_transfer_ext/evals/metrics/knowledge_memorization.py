@@ -11,8 +11,8 @@ from hf_transfer_ext.models.scoring import ScoredExample
 def knowledge_memorization(example: ScoredExample) -> float:
     """ROUGE-L F1 between the answer to a question about a text and what the model generates, in 32 tokens.
 
-    MUSE puts a few questions with their answers in front; give them in the plain template. Where the model goes on
-    with an empty line or a question of its own, that is cut off. Words are not stemmed. All of it as in MUSE's code.
+    MUSE uses few-shot examples; put them into the plain template. If the model continues with an empty line or another
+    question, that part is cut off. Words are not stemmed. All of this is as in MUSE's code.
 
     Source: MUSE, Shi et al. 2024, section 3.1 (KnowMem), https://arxiv.org/abs/2407.06460
     """

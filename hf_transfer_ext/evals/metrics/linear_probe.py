@@ -16,20 +16,20 @@ def linear_probe(
     ridge: float = 1e-2,
     seed: int = 0,
 ) -> Measurement:
-    r"""Whether a linear classifier reads something off hidden states, on examples it was not fitted to.
+    r"""Accuracy of a linear classifier on hidden states, on examples that it was not fitted to.
 
-    After unlearning, a probe that still tells the forgotten answers apart shows that the knowledge is there and only
-    the way out of the model is blocked. Compare with the share of the largest class, and with a retrained model.
+    If a probe still distinguishes the forgotten answers after unlearning, the knowledge is still in the model and only
+    its output is blocked. Compare with the share of the largest class, and with a retrained model.
 
     Args:
-        hidden: One layer's hidden states (`TokenScores.hidden[layer]`). They are standardised with the mean and
-            deviation of the examples that a fold is fitted to.
+        hidden: Hidden states of one layer (`TokenScores.hidden[layer]`). They are standardized with the mean and
+            standard deviation of the examples that a fold is fitted to.
         labels: Class of each example, from 0.
-        folds: Parts of the data; each is predicted by a classifier fitted to the others.
-        ridge: Weight of the squared norm of the classifier's weights (its bias is free), > 0.
+        folds: Number of folds; each is predicted by a classifier fitted to the others.
+        ridge: Strength of the L2 penalty on the classifier's weights (not on its bias), > 0.
 
     Returns:
-        Share of examples whose class is predicted.
+        Share of examples whose class is predicted correctly.
 
     Raises:
         ValueError: Fewer than two classes, or fewer examples than folds.
@@ -57,7 +57,7 @@ def linear_probe(
 
 
 def _fit(features: np.ndarray, labels: np.ndarray, classes: int, ridge: float) -> np.ndarray:
-    """Multinomial logistic regression, bias in the last row; convex, so the start does not matter."""
+    """Multinomial logistic regression, bias in the last row; convex, so the initialization does not matter."""
     inputs = torch.tensor(np.c_[features, np.ones(len(features))], dtype=torch.float64)
     targets = torch.tensor(labels)
     weights = torch.zeros(inputs.shape[1], classes, dtype=torch.float64, requires_grad=True)

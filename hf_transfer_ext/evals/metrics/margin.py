@@ -8,11 +8,11 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="nats", higher_is_better=True)
 def margin(example: ScoredExample) -> float:
-    r"""Mean over the answer's tokens of how far the token's logit is above all others together.
+    r"""Mean margin of the answer's tokens: the token's logit minus the log-sum-exp of all other logits.
 
     .. math:: z_y - \ln \sum_{v \ne y} e^{z_v} = \ln \frac{p_y}{1 - p_y}
 
-    Clipped to +-100 for a token that is certain, or impossible, in floating point. It is what `klom` compares.
+    Clipped to +-100 for tokens with a probability of 1 or 0 in floating point. `klom` compares these values.
 
     Source: Georgiev et al., "Attribute-to-delete: machine unlearning via datamodel matching", 2024,
     https://arxiv.org/abs/2410.23232

@@ -8,7 +8,7 @@ from hf_transfer_ext.measurement import Measurement
 
 
 def check_scores(members: np.ndarray, nonmembers: np.ndarray) -> None:
-    """Both samples have values, and all of them are numbers."""
+    """Raise `ValueError` if a sample is empty or contains NaN."""
     for name, sample in (("members", members), ("nonmembers", nonmembers)):
         if len(sample) == 0 or np.isnan(sample).any():
             bad = np.flatnonzero(np.isnan(sample)).tolist()[:5]
@@ -31,14 +31,14 @@ def membership_auc(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Measurement:
-    """Area under the ROC curve of telling members (low scores) from non-members (high scores).
+    """Area under the ROC curve for separating members (low scores) from non-members (high scores).
 
-    .5 is a guess, which is what a model that never saw the members gives; 1 tells all of them. After unlearning, a
-    value well under .5 is a trace as well: the forgotten examples have become *less* likely than unseen ones.
+    .5 is chance level, as for a model that never saw the members; 1 is perfect separation. After unlearning, a value
+    well below .5 is also a trace of training: the forgotten examples have become *less* likely than unseen ones.
 
     Args:
-        name: Name of the measurement, so that it says which attack made the scores.
-        resamples: Bootstrap resamples of the interval, members and non-members drawn independently.
+        name: Name of the measurement, to identify the attack that computed the scores.
+        resamples: Bootstrap resamples for the interval; members and non-members are drawn independently.
 
     Source: Fawcett, "An introduction to ROC analysis", 2006, https://doi.org/10.1016/j.patrec.2005.10.010
     """

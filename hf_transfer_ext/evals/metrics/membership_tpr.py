@@ -17,17 +17,17 @@ def membership_tpr(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Measurement:
-    """Share of members found (score under the threshold) while at most `false_positive_rate` of non-members are taken.
+    """True positive rate for members (low scores) at a false positive rate of at most `false_positive_rate`.
 
-    An attack that is sure of a few members is a leak that the area under the curve hides. With fewer than
-    1 / false_positive_rate non-members, no non-member at all may be taken.
+    An attack that identifies a few members with certainty is a leak that the area under the curve hides. With fewer
+    than 1 / false_positive_rate non-members, not a single false positive is allowed.
 
     Source: Carlini et al., "Membership inference attacks from first principles", 2022,
     https://arxiv.org/abs/2112.03570
     """
     check_scores(members, nonmembers)
     if not 0.0 <= false_positive_rate < 1.0:
-        raise ValueError(f"`false_positive_rate` has to be in [0, 1), got {false_positive_rate}.")
+        raise ValueError(f"`false_positive_rate` must be in [0, 1), got {false_positive_rate}.")
     allowed = int(false_positive_rate * len(nonmembers))
 
     def share_found(inside: np.ndarray, outside: np.ndarray) -> float:

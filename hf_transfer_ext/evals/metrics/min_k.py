@@ -7,9 +7,9 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 
 def mean_of_lowest(values: np.ndarray, share: float) -> float:
-    """Mean of the lowest `share` of the values, at least of one of them."""
+    """Mean of the lowest `share` of the values, but of at least one value."""
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"`share` has to be in (0, 1], got {share}.")
+        raise ValueError(f"`share` must be in (0, 1], got {share}.")
     count = max(1, int(len(values) * share))
     return float(np.sort(values)[:count].mean())
 

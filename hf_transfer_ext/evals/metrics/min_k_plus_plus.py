@@ -9,12 +9,12 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="standard deviations", higher_is_better=False, needs=("token_log_probs", "vocabulary_moments"))
 def min_k_plus_plus(example: ScoredExample, *, share: float = 0.4) -> float:
-    r"""As `min_k`, on log-probabilities standardised by the model's own distribution at each position.
+    r"""Like `min_k`, with log-probabilities standardized by the model's distribution at each position.
 
     .. math:: \frac{\ln p(y_t) - \mu_t}{\sigma_t}, \quad \mu_t = \sum_v p(v) \ln p(v), \quad
         \sigma_t^2 = \sum_v p(v) (\ln p(v) - \mu_t)^2
 
-    Positions where the distribution is a single token or uniform (sigma below 1e-6) count as 0. Higher means "was not
+    Positions with a one-token or uniform distribution (sigma below 1e-6) count as 0. Higher means "was not
     trained on".
 
     Source: Zhang et al., "Min-K%++", 2025, https://arxiv.org/abs/2404.02936

@@ -10,17 +10,17 @@ from hf_transfer_ext.measurement import Measurement
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """k / sum of 1/value over k values in [0, 1]; 0 where one of them is 0."""
+    """k / sum of 1/value over k values in [0, 1]; 0 if any of them is 0."""
     return 0.0 if min(values) <= 0.0 else len(values) / sum(1.0 / value for value in values)
 
 
 def model_utility(
     parts: Mapping[str, Measurement], *, drawn: Float[np.ndarray, "parts resamples"] | None = None
 ) -> Measurement:
-    r"""Harmonic mean of measurements in [0, 1]: one that is 0 makes the whole 0.
+    r"""Harmonic mean of measurements in [0, 1]; 0 if any of them is 0.
 
-    TOFU takes nine: {retain, real authors, world facts} x {probability, ROUGE-L recall, truth ratio with the role
-    "retain"}, where the probability of the two sets with multiple choice is `choice_probability`.
+    TOFU uses nine: {retain, real authors, world facts} x {probability, ROUGE-L recall, truth ratio with the role
+    "retain"}, where the probability of the two multiple-choice sets is `choice_probability`.
 
     .. math:: \frac{k}{\sum_i 1 / u_i}
 
@@ -29,7 +29,7 @@ def model_utility(
             the same examples for all metrics of the set). Without it the result has no interval.
 
     Raises:
-        ValueError: No part, or a part outside [0, 1].
+        ValueError: There are no parts, or a part is outside [0, 1].
 
     Source: TOFU, Maini et al. 2024, section 2.2, https://arxiv.org/abs/2401.06121
     """
@@ -37,9 +37,9 @@ def model_utility(
         raise ValueError("Model utility needs at least one measurement.")
     for name, part in parts.items():
         if not 0.0 <= part.value <= 1.0:
-            raise ValueError(f"Model utility is a mean of shares in [0, 1]; {name!r} is {part.value} {part.unit}.")
+            raise ValueError(f"Model utility is a mean of shares in [0, 1], but {name!r} is {part.value} {part.unit}.")
     if drawn is not None and len(drawn) != len(parts):
-        raise ValueError(f"`drawn` needs one row for each of the {len(parts)} parts, and has {len(drawn)}.")
+        raise ValueError(f"`drawn` needs one row for each of the {len(parts)} parts, but has {len(drawn)}.")
     mean = harmonic_mean([part.value for part in parts.values()])
     interval = None
     if drawn is not None and drawn.shape[1]:

@@ -6,11 +6,11 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="nats per token", higher_is_better=False)
 def nats_per_token(example: ScoredExample) -> tuple[float, float]:
-    r"""Mean negative log-likelihood of the answer's tokens (of the text's, for an example that has only a text).
+    r"""Mean negative log-likelihood of the answer's tokens (of the text's tokens if an example only has text).
 
     .. math:: -\frac{1}{n} \sum_t \ln p(y_t \mid y_{<t})
 
-    Over a set it is the mean over all *tokens*, so that a long example counts for more than a short one.
+    Over a set, it is the mean over all *tokens*, so long examples count more than short ones.
 
     Returns:
         (nats per token, number of tokens).

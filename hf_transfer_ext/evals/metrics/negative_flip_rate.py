@@ -10,12 +10,12 @@ from hf_transfer_ext.measurement import Measurement
 def negative_flip_rate(
     old: Int[np.ndarray, " examples"], new: Int[np.ndarray, " examples"], right: Int[np.ndarray, " examples"]
 ) -> list[Measurement]:
-    r"""How often an update breaks what worked, from the choice each model makes in each example.
+    r"""How often an update breaks what worked, from the choices of both models in each example.
 
     .. math:: \mathrm{NFR} = P(\text{old right, new wrong}), \quad
         \mathrm{NFR}_{mc} = P(\text{new wrong, new} \ne \text{old})
 
-    The second also counts a change from one wrong choice to another, which users see as a change all the same.
+    The second one also counts a change from one wrong choice to another, which users notice as well.
 
     Returns:
         `negative_flip_rate` and `negative_flip_rate_choices`, shares of all examples.

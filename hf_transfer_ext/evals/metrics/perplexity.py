@@ -13,9 +13,9 @@ def _perplexity_of_set(values: Values, weights: Values) -> float:
 
 @metric(unit="exp(nats per token)", higher_is_better=False, summary=_perplexity_of_set)
 def perplexity(example: ScoredExample) -> tuple[float, float]:
-    r"""exp of `nats_per_token`: the number of equally likely choices that would be as hard to guess.
+    r"""exp of `nats_per_token`: the number of equally likely choices that would be equally hard to guess.
 
-    The per-example value stays in nats per token; the exponential is taken once, of the mean over all tokens.
+    The per-example values stay in nats per token; the exponential is applied once, to the mean over all tokens.
 
     Returns:
         (nats per token, number of tokens); the summary is their exponential, >= 1.

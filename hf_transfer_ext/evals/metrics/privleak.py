@@ -17,29 +17,29 @@ def privleak(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Measurement:
-    r"""How far the membership AUC of the forget set is from that of a model that never saw it, in percent.
+    r"""Relative difference between the membership AUC of the forget set and that of a retrained model, in percent.
 
     .. math:: 100 \cdot \frac{(1 - A) - (1 - A_{ret})}{1 - A_{ret}}
 
-    `A` is `membership_auc` of the forget set (members) against a holdout, where a low score means a member. MUSE
-    counts the other way round, which is where the 1 - A comes from. Near 0 is good; negative means that the forget
-    set still looks trained on, positive that it was pushed under unseen text.
+    `A` is `membership_auc` of the forget set (members) against a holdout, where a low score means a member. MUSE uses
+    the opposite sign, hence 1 - A. Values near 0 are good; negative means that the forget set still looks trained on,
+    positive that it has become less likely than unseen text.
 
     Args:
-        scores: The membership scores behind the two: of the unlearned model on the forget set and on the holdout, and
-            of the retrained model on the same. Without them the result has no interval.
+        scores: The membership scores behind both AUCs: of the unlearned model on the forget set and on the holdout,
+            then of the retrained model on the same. Without them, the result has no interval.
 
     Raises:
-        ValueError: An AUC outside [0, 1], or a retrained model's of 1, which leaves nothing to divide by.
+        ValueError: An AUC is outside [0, 1], or that of the retrained model is 1, which would divide by zero.
 
     Source: MUSE, Shi et al. 2024, section 3.1, https://arxiv.org/abs/2407.06460
     """
     for name, part in (("unlearned", unlearned), ("retrained", retrained)):
         if not 0.0 <= part.value <= 1.0:
-            raise ValueError(f"`{name}` has to be an area under a ROC curve, got {part.value} {part.unit}.")
+            raise ValueError(f"`{name}` must be an area under a ROC curve, got {part.value} {part.unit}.")
     ours, theirs = 1.0 - unlearned.value, 1.0 - retrained.value
     if theirs == 0.0:
-        raise ValueError("The retrained model's AUC is 1: it tells all members, so it has been trained on them.")
+        raise ValueError("The retrained model's AUC is 1: it identifies all members, so it was trained on them.")
     interval = None
     if scores:
         forget, holdout, forget_retrained, holdout_retrained = scores

@@ -8,7 +8,7 @@ from hf_transfer_ext.models.scoring import ScoredExample
 def reference_attack(example: ScoredExample) -> float:
     """Membership score: the mean loss minus the reference's. Higher means "was not trained on".
 
-    The reference should be a model of the same kind that has not seen the examples in question.
+    The reference should be a model of the same kind that has not seen these examples.
 
     Source: Carlini et al., "Extracting training data from large language models", 2021,
     https://arxiv.org/abs/2012.07805

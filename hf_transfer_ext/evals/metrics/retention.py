@@ -6,15 +6,15 @@ from hf_transfer_ext.measurement import Measurement
 def retention(
     source_base: Measurement, source_adapted: Measurement, target_base: Measurement, target_adapted: Measurement
 ) -> Measurement:
-    r"""Share of an adapter's gain that is kept after it was moved to another base.
+    r"""Share of an adapter's gain that is retained after its transfer to another base model.
 
     .. math:: \frac{m_{target}^{adapted} - m_{target}^{base}}{m_{source}^{adapted} - m_{source}^{base}}
 
-    1 where the whole gain arrived; over 1 where it grew; under 0 where the moved adapter does harm. The four numbers
-    have to be of one metric on one set.
+    1 if the full gain is retained, > 1 if it increased, < 0 if the transferred adapter does harm. All four numbers
+    must be from the same metric on the same set.
 
     Raises:
-        ValueError: Different metrics, or an adapter that gained nothing at its source.
+        ValueError: The metrics differ, or the adapter has no gain on its source model.
 
     Source: this package's own definition.
     """
@@ -25,8 +25,8 @@ def retention(
     gain = direction * (source_adapted.value - source_base.value)
     if gain <= 0:
         raise ValueError(
-            f"At its source the adapter moved {source_base.name} from {source_base.value:.4g} to "
-            f"{source_adapted.value:.4g}, which is no gain: there is nothing to retain."
+            f"On its source model, the adapter changed {source_base.name} from {source_base.value:.4g} to "
+            f"{source_adapted.value:.4g}, which is not a gain: there is nothing to retain."
         )
     kept = direction * (target_adapted.value - target_base.value) / gain
     return Measurement("retention", kept, "share of the source's gain", True, target_adapted.examples)

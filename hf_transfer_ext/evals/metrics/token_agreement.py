@@ -6,7 +6,7 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="share of tokens", higher_is_better=True, needs=("token_log_probs", "reference"))
 def token_agreement(example: ScoredExample) -> tuple[float, float]:
-    """Share of the answer's tokens at which model and reference have the same first choice.
+    """Share of the answer's tokens for which model and reference have the same first choice.
 
     Returns:
         (share, number of tokens).

@@ -14,30 +14,30 @@ def ratio_of_losses(
 ) -> float:
     """The truth ratio from mean losses, in nats per token."""
     if definition not in ("arithmetic", "geometric"):
-        raise ValueError(f"`definition` has to be arithmetic or geometric, got {definition!r}.")
+        raise ValueError(f"`definition` must be arithmetic or geometric, got {definition!r}.")
     differences = np.asarray([paraphrase_loss - loss for loss in perturbed_losses], dtype=np.float64)
     return float(np.exp(differences).mean()) if definition == "arithmetic" else math.exp(differences.mean())
 
 
 def forget_summary(values: Values, weights: Values | None = None) -> float:
-    """mean min(R, 1/R): 1 where right and wrong answers are equally likely, small where the model leans either way."""
+    """mean min(R, 1/R): 1 if correct and wrong answers are equally likely, small if the model prefers either."""
     with np.errstate(divide="ignore"):
         return float(np.minimum(values, 1.0 / values).mean())
 
 
 def retain_summary(values: Values, weights: Values | None = None) -> float:
-    """mean max(0, 1 - R): 1 where the model is sure of the right answer."""
+    """mean max(0, 1 - R): 1 if the model is certain of the correct answer."""
     return float(np.maximum(0.0, 1.0 - values).mean())
 
 
 def _summary_for(*, definition: str = "arithmetic", role: str = "forget") -> Summary:
     if role not in ("forget", "retain"):
-        raise ValueError(f"`role` has to be forget or retain, got {role!r}.")
+        raise ValueError(f"`role` must be forget or retain, got {role!r}.")
     return forget_summary if role == "forget" else retain_summary
 
 
 @metric(
-    unit="truth ratio, summarised by role",
+    unit="truth ratio, summarized by role",
     higher_is_better=True,
     texts=("answer", "paraphrased_answer", "perturbed_answer"),
     summary_for=_summary_for,
@@ -49,17 +49,17 @@ def truth_ratio(
     definition: str = "arithmetic",
     role: str = "forget",
 ) -> float:
-    r"""How likely wrong answers of the same form are, compared with a paraphrase of the right one.
+    r"""How likely wrong answers of the same form are, relative to a paraphrase of the correct one.
 
     .. math:: R = \frac{\overline{P(\tilde a)}}{P(\hat a)}, \quad P(x) = \exp(-\text{loss}(x))
 
     Args:
-        definition: The mean over wrong answers. "arithmetic" is the mean of probabilities, as the paper's repository
-            has it; "geometric" is exp(-mean loss), as several later ones have. They are different numbers.
-        role: The summary. "forget": mean min(R, 1/R); "retain": mean max(0, 1 - R). The value per example is R for
-            both, so forget quality may be computed from either.
+        definition: How to average over wrong answers. "arithmetic" is the mean of probabilities, as in the paper's
+            repository; "geometric" is exp(-mean loss), as in several later ones. The two give different numbers.
+        role: How to summarize. "forget": mean min(R, 1/R); "retain": mean max(0, 1 - R). The value per example is R
+            for both, so forget quality can be computed from either.
 
-    Where the data has no paraphrased answer, the answer itself stands for it (as TOFU does for real facts).
+    If the data has no paraphrased answer, the answer itself is used (as in TOFU for real facts).
 
     Source: TOFU, Maini et al. 2024, section 2.2, https://arxiv.org/abs/2401.06121
     """

@@ -7,10 +7,11 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="ROUGE-L F1", higher_is_better=False, needs=("generations",))
 def verbatim_memorization(example: ScoredExample) -> float:
-    """ROUGE-L F1 between what a model writes after the start of a text and how the text really goes on.
+    """ROUGE-L F1 between the model's continuation of a text and the actual continuation.
 
-    The example's question is the start and its answer the continuation: use the plain template `"{question}"`, cut
-    the continuation to 128 tokens and generate as many. Words are not stemmed, as in MUSE's code.
+    The question of an example is the beginning of the text and its answer the continuation: use the plain template
+    `"{question}"`, truncate the continuation to 128 tokens and generate the same number. Words are not stemmed, as in
+    MUSE's code.
 
     Source: MUSE, Shi et al. 2024, section 3.1 (VerbMem), https://arxiv.org/abs/2407.06460
     """

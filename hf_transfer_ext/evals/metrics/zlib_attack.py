@@ -8,10 +8,10 @@ from hf_transfer_ext.models.scoring import ScoredExample
 
 @metric(unit="nats per token and compressed byte", higher_is_better=False)
 def zlib_attack(example: ScoredExample) -> float:
-    """Membership score: the mean loss over the zlib-compressed size of the text that is scored, in bytes.
+    """Membership score: the mean loss divided by the zlib-compressed size of the scored text, in bytes.
 
-    A text that any model finds easy compresses well; dividing by its size leaves what this model knows. Higher means
-    "was not trained on".
+    A text that is easy for any model compresses well; dividing by its size leaves what this model in particular knows.
+    Higher means "was not trained on".
 
     Source: Carlini et al., "Extracting training data from large language models", 2021,
     https://arxiv.org/abs/2012.07805

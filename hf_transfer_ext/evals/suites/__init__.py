@@ -1,4 +1,4 @@
-"""Benchmarks of unlearning by name: the data sets of each, their metrics, and what is reported."""
+"""Unlearning benchmarks by name: their datasets, their metrics, and what they report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ConceptVectors: is a concept gone from the weights, or does the model only talk of something else?"""
+"""ConceptVectors: is a concept removed from the weights, or does the model only answer differently?"""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ COMPLETIONS = QuestionAnswerFormat(template="plain", prompt="Please complete the
 
 @dataclass
 class ConceptVectorsResult(SuiteResult):
-    """One model on ConceptVectors; the one before unlearning goes to `conceptvectors(before=...)`.
+    """The result of one model on ConceptVectors; pass that of the model before unlearning as `before`.
 
     Args:
-        vectors: Concept -> its value vector, of the hidden size.
+        vectors: Concept -> its value vector, `(hidden,)`.
         unembedding: The model's output embedding, on the CPU.
     """
 
@@ -43,18 +43,18 @@ class ConceptVectorsResult(SuiteResult):
 def load_conceptvectors(
     source: str | Path = "YihuaiHong/ConceptVectors", file: str = "llama2-7b_concepts_test"
 ) -> dict[str, list[dict[str, Any]]]:
-    """The concepts of one model's file, from the Hub or a local folder.
+    """Load the concepts in the file of one model, from the Hub or a local folder.
 
-    A row has Concept, Layer and Dim (where the vector is), QA and unrelated_QA (lists of questions) and, where it is
-    there, text_completion (a list of First_half and Second_half).
+    A row has Concept, Layer and Dim (the position of the vector), QA and unrelated_QA (lists of questions) and,
+    optionally, text_completion (a list of First_half and Second_half).
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: A concept lacks a column.
     """
     rows = load_json(source, "the concepts", files=[file, f"ConceptVectors_data/{file}"])
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"ConceptVectors: {file}.json has to be a list of concepts.")
+        raise ValueError(f"ConceptVectors: {file}.json must be a list of concepts.")
     require_columns("ConceptVectors", rows, COLUMNS)
     return {"concepts": rows}
 
@@ -70,21 +70,21 @@ def conceptvectors(
     top: int = 200,
     **options: Any,
 ) -> ConceptVectorsResult:
-    """Measure a model on the concepts of `load_conceptvectors`.
+    """Evaluate a model on the concepts of `load_conceptvectors`.
 
-    Without `before`: the vectors, and the fluency of what is written. With it, the mean over concepts of
-    `concept_jaccard`, `concept_cosine` and `concept_l2`, and of the ROUGE-L F1 between both models' answers (100
-    tokens, greedy): `questions rouge` and `completions rouge` of the concept should fall, not so `unrelated rouge`.
+    Without `before`: the vectors, and the fluency of the generations. With it, also the mean over concepts of
+    `concept_jaccard`, `concept_cosine` and `concept_l2`, and of the ROUGE-L F1 between the answers of both models (100
+    tokens, greedy): `questions rouge` and `completions rouge` of the concept should fall, but not `unrelated rouge`.
 
     Args:
         before: Result of the model before unlearning, on the same concepts.
-        limit: Only the first concepts.
-        top: Tokens of the vocabulary projection.
+        limit: Maximum number of concepts.
+        top: Number of tokens of the vocabulary projection to compare.
         options: Passed to `evaluate` (`adapter`, `accelerator`, `batch_size`, `cache`, ...).
 
     Raises:
-        ValueError: There is no concept, a concept's layer or dimension is not in this model (with its index), or
-            `before` is of other concepts or another shape.
+        ValueError: There are no concepts, a concept's layer or dimension does not exist in this model (with its
+            index), or `before` has other concepts or another shape.
 
     Vocabularies are compared through the output embedding of the model before unlearning. The authors also report
     BLEU, which is left out.
@@ -94,15 +94,15 @@ def conceptvectors(
     """
     concepts = list(sets.get("concepts", ()))[:limit]
     if not concepts:
-        raise ValueError("ConceptVectors needs the set 'concepts', and it is missing or empty.")
+        raise ValueError("ConceptVectors needs the set 'concepts', which is missing or empty.")
     require_columns("ConceptVectors", concepts, COLUMNS)
     names = [str(row["Concept"]) for row in concepts]
     if len(set(names)) < len(names):
-        raise ValueError(f"ConceptVectors: concepts have to differ, got {', '.join(names)}.")
+        raise ValueError(f"ConceptVectors: concepts must differ, got {', '.join(names)}.")
     if before is not None and list(before.vectors) != names:
         raise ValueError(
-            f"`before` was measured on {len(before.vectors)} concepts, this model on {len(names)}, or in another "
-            "order: run both on the same concepts and limit."
+            f"`before` was measured on {len(before.vectors)} concepts and this model on {len(names)}, or their order "
+            "differs: run both on the same concepts with the same limit."
         )
     vectors = {}
     with active_adapter(model, options.get("adapter")), torch.no_grad():
@@ -140,15 +140,15 @@ def conceptvectors(
     unembedding = causal_lm_of(model).get_output_embeddings().weight.detach().float().cpu()
     found = ConceptVectorsResult(fluency, results, vectors=vectors, unembedding=unembedding)
     if before is not None:
-        found.measurements = [*_distances(before, found, top), *_behaviour(before, found), *fluency]
+        found.measurements = [*_distances(before, found, top), *_behavior(before, found), *fluency]
     return found
 
 
 def value_vector(model: Any, layer: int, dimension: int) -> Float[Tensor, " hidden"]:
-    """Column `dimension` of a layer's down projection, with what an active LoRA adapter adds; float32, on the CPU.
+    """Column `dimension` of a layer's down projection, including an active LoRA adapter; float32, on the CPU.
 
     Raises:
-        ValueError: The model has no such layer, projection or column.
+        ValueError: The model does not have this layer, projection or column.
     """
     found = {name: module for name, module in model.named_modules() if name.endswith("mlp.down_proj")}
     layers = {int(part): module for name, module in found.items() for part in name.split(".") if part.isdigit()}
@@ -158,7 +158,7 @@ def value_vector(model: Any, layer: int, dimension: int) -> Float[Tensor, " hidd
     weight = (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight
     if not 0 <= dimension < weight.shape[1]:
         raise ValueError(
-            f"the down projection of layer {layer} has {weight.shape[1]} columns, not a column {dimension}."
+            f"the down projection of layer {layer} has {weight.shape[1]} columns, so there is no column {dimension}."
         )
     column = weight[:, dimension].detach().float()
     if hasattr(module, "get_delta_weight") and not module.disable_adapters and not module.merged:
@@ -170,13 +170,13 @@ def value_vector(model: Any, layer: int, dimension: int) -> Float[Tensor, " hidd
 
 def _distances(before: ConceptVectorsResult, after: ConceptVectorsResult, top: int) -> list[Measurement]:
     if before.unembedding is None:
-        raise ValueError("`before` has no output embedding: give the result of `conceptvectors` on that model.")
+        raise ValueError("`before` has no output embedding: pass the result of `conceptvectors` on that model.")
     found: dict[str, list[Measurement]] = {}
     for name, vector in after.vectors.items():
         if vector.shape != before.vectors[name].shape:
             raise ValueError(
                 f"The vector of {name!r} has {len(before.vectors[name])} entries before and {len(vector)} after: "
-                "both have to be the same architecture."
+                "both models must have the same architecture."
             )
         count = min(top, len(before.unembedding))
         for m in concept_vector_distance(before.vectors[name], vector, before.unembedding, top=count):
@@ -184,7 +184,7 @@ def _distances(before: ConceptVectorsResult, after: ConceptVectorsResult, top: i
     return [_over(values[0], [m.value for m in values]) for values in found.values()]
 
 
-def _behaviour(before: ConceptVectorsResult, after: ConceptVectorsResult) -> list[Measurement]:
+def _behavior(before: ConceptVectorsResult, after: ConceptVectorsResult) -> list[Measurement]:
     measurements = []
     for title, result in after.sets.items():
         pairs = zip(before.sets[title].scored, result.scored, strict=True)
@@ -195,7 +195,7 @@ def _behaviour(before: ConceptVectorsResult, after: ConceptVectorsResult) -> lis
 
 
 def _over(like: Measurement, values: Sequence[float]) -> Measurement:
-    """The mean of the values, told as `like` is."""
+    """The mean of the values, with name, unit and direction of `like`."""
     array = np.asarray(values, dtype=np.float64)
     interval = mean_interval(array)
     return replace(

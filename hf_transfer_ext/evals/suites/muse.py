@@ -1,4 +1,4 @@
-"""MUSE: what a model that unlearned a corpus still writes, knows and gives away, and what it kept."""
+"""MUSE: what a model that unlearned a corpus still memorizes, knows and leaks, and its utility."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_transfer_ext.evals.suite import (
 )
 from hf_transfer_ext.measurement import Measurement
 
-#: Set -> (configuration, split, columns) on the Hub; a local folder holds configuration/split.json.
+#: Set -> (configuration, split, columns) on the Hub; a local folder contains configuration/split.json.
 SETS = {
     "verbmem": ("verbmem", "forget", ("prompt", "gt")),
     "knowmem_forget": ("knowmem", "forget_qa", ("question", "answer")),
@@ -41,26 +41,26 @@ ATTACK = ("min_k", {"share": 0.4})
 
 @dataclass
 class MuseResult(SuiteResult):
-    """One model on MUSE; hand a retrained model's to `muse(retrained=...)`."""
+    """The result of one model on MUSE; pass that of a retrained model to `muse(retrained=...)`."""
 
     @property
     def membership(self) -> Measurement:
         return self["membership_auc"]
 
     def membership_scores(self) -> list[np.ndarray]:
-        """Score of each text of the forget set and of the holdout; NaN where it could not be scored."""
+        """Scores of the texts of the forget set and of the holdout; NaN if a text could not be scored."""
         return [next(iter(self.sets[f"privleak_{kept}"].values.values())) for kept in ("forget", "holdout")]
 
 
 def load_muse(source: str | Path = "muse-bench/MUSE-News") -> dict[str, list[dict[str, Any]]]:
-    """The sets of MUSE-News, MUSE-Books or data in their form, from the Hub or a local folder.
+    """Load the sets of MUSE-News, MUSE-Books or data in the same format, from the Hub or a local folder.
 
-    A local folder holds `verbmem/forget.json`, `knowmem/forget_qa.json` and so on (`retain2_qa` stands for
+    A local folder contains `verbmem/forget.json`, `knowmem/forget_qa.json` and so on (`retain2_qa` is used for
     `retain_qa`, as in the authors' repository).
 
     Raises:
-        FileNotFoundError: A set is missing from the folder, or there is no such data set.
-        ValueError: A split is missing from the Hub data set, or a row lacks a column.
+        FileNotFoundError: A set is missing from the folder, or the dataset does not exist.
+        ValueError: A split is missing from the Hub dataset, or a row lacks a column.
     """
     found = {}
     for name, (config, split, columns) in SETS.items():
@@ -71,10 +71,10 @@ def load_muse(source: str | Path = "muse-bench/MUSE-News") -> dict[str, list[dic
 
 
 def muse_sequence(results: Mapping[str, SuiteResult]) -> list[Measurement]:
-    """Scalability and sustainability: how a sequence of checkpoints ends, compared with how it began.
+    """Scalability and sustainability: how the last of a sequence of checkpoints compares with the first.
 
-    Give one result for each checkpoint, in order: after forget sets that grow (scalability, MUSE's `scal`) or after
-    one request on top of the other (sustainability, `sust`).
+    Pass one result per checkpoint, in order: for forget sets of increasing size (scalability, MUSE's `scal`) or after
+    successive unlearning requests (sustainability, `sust`).
 
     Returns:
         For each measurement that all checkpoints have, its change from the first to the last, and the worst
@@ -118,19 +118,18 @@ def muse(
     limit: int | None = None,
     **options: Any,
 ) -> MuseResult:
-    """Measure a model on the sets of `load_muse`.
+    """Evaluate a model on the sets of `load_muse`.
 
-    - `verbmem`: ROUGE-L F1 of 128 tokens written after the start of a forgotten text.
-    - `knowmem_forget` and `knowmem_retain` (the utility): ROUGE-L F1 of answers of 32 tokens, after the few questions
-      of the set's `_icl` companion.
+    - `verbmem`: ROUGE-L F1 of 128 tokens generated after the beginning of a forgotten text.
+    - `knowmem_forget` and `knowmem_retain` (the utility): ROUGE-L F1 of answers of 32 tokens, with the few-shot
+      examples of the corresponding `_icl` set.
     - `membership_auc` of min-k (40 %) on the forget texts against the holdout; with `retrained` also `privleak`.
 
-    The prompt ends with "Answer:" where MUSE's own code has a space after it, which most tokenizers take for a token
-    of its own.
+    The prompt ends with "Answer:"; MUSE's code adds a space, which most tokenizers turn into a separate token.
 
     Args:
-        retrained: Result of a model that was trained without the forget set.
-        limit: Only the first rows of each set.
+        retrained: Result of a model trained without the forget set.
+        limit: Maximum number of rows of each set.
         options: Passed to `evaluate` (`adapter`, `accelerator`, `batch_size`, `cache`, ...).
 
     Raises:
@@ -167,7 +166,7 @@ def muse(
     auc = membership_auc(*(values[~np.isnan(values)] for values in found.membership_scores()), **bootstrap)
     found.measurements.append(auc)
     if retrained is not None:
-        # Only rows that both models could be scored on, where the sets are the same, make an interval.
+        # An interval is computed only from rows with scores for both models, if the sets are the same.
         pairs = list(zip(found.membership_scores(), retrained.membership_scores(), strict=True))
         known = [~np.isnan(own) & ~np.isnan(other) for own, other in pairs if len(own) == len(other)]
         own, other = ([pair[side][k] for pair, k in zip(pairs, known, strict=False)] for side in (0, 1))
@@ -177,14 +176,14 @@ def muse(
 
 
 def few_shot(shots: Sequence[Mapping[str, Any]]) -> QuestionAnswerFormat:
-    """A plain prompt of answered questions before the one that is asked."""
-    told = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shots)
+    """A plain few-shot prompt: answered questions before the actual one."""
+    examples = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shots)
     return QuestionAnswerFormat(
-        template="plain", prompt=told.replace("{question}", "") + "Question: {question}\nAnswer:"
+        template="plain", prompt=examples.replace("{question}", "") + "Question: {question}\nAnswer:"
     )
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> str:
-    """The text of the first `count` tokens."""
+    """The text, truncated to its first `count` tokens."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text if len(ids) <= count else tokenizer.decode(ids[:count], skip_special_tokens=True)

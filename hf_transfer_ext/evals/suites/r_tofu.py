@@ -1,4 +1,4 @@
-"""R-TOFU: has a model that thinks aloud forgotten the answer, and has its chain of thought?"""
+"""R-TOFU: has a reasoning model forgotten in its answers and also in its chains of thought?"""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from hf_transfer_ext.measurement import Measurement
 
 OPEN, CLOSE = "<think>", "</think>"
 
-#: Decoding -> how the reply is made to begin.
+#: Decoding -> forced beginning of the reply.
 DECODINGS = {
     "default": f"{OPEN}\n",
     "zero_think": f"{OPEN}\n\n{CLOSE}\n\n",
     "less_think": f"{OPEN}\nOkay, the user asked this, I can answer it without thinking much.\n{CLOSE}\n\n",
 }
 
-#: Sets that were not to be forgotten -> the files of a local folder, {split} aside; measured where they are there.
+#: Sets to retain -> their files in a local folder, without {split}; evaluated if present.
 KEPT = {
     "retain": ["retain_perturbed"],
     "real_authors": ["real_authors_perturbed_cot", "real_authors_perturbed"],
@@ -49,10 +49,10 @@ KEPT = {
 
 
 def load_r_tofu(source: str | Path, split: str = "forget01") -> dict[str, list[dict[str, Any]]]:
-    """The forget set with its chains of thought, and the sets that were to be kept where they are there.
+    """Load the forget set with its chains of thought, and the sets to retain if present.
 
-    Rows have question, answer and, in the forget set, cot. A local folder holds `forget01.json` and so on (or has them
-    under `data/tofu`, as the authors' repository does); a Hub data set has configurations of these names.
+    Rows have question, answer and, in the forget set, cot. A local folder contains `forget01.json` and so on (or has
+    them in `data/tofu`, as in the authors' repository); a Hub dataset has configurations with these names.
 
     Raises:
         FileNotFoundError: The forget set is missing.
@@ -83,37 +83,36 @@ def r_tofu(
     limit: int | None = None,
     **options: Any,
 ) -> SuiteResult:
-    """Measure a reasoning model on the sets of `load_r_tofu`.
+    """Evaluate a reasoning model on the sets of `load_r_tofu`.
 
     For each decoding, `answer_forget_efficacy`: the harmonic mean of 1 - {ROUGE-L recall, cosine, entailment} of the
-    answer after the thought. For the default one also `cot_forget_efficacy`, of the chain of thought by steps: each
-    step of the true chain counts as much as the best step of the written one. Of the sets that were to be kept,
-    `model_utility`: the harmonic mean of {ROUGE-L recall, cosine, entailment, token entropy} over them.
+    answer after the thought. For the default decoding also `cot_forget_efficacy`, for the steps of the chain of
+    thought: each true step is compared with the most similar generated step. For the sets to retain, `model_utility`:
+    the harmonic mean of {ROUGE-L recall, cosine, entailment, token entropy} over them.
 
-    **Cosine and entailment need a model each** (`encoder`, `entails`); without them they are left out of the harmonic
-    means, the measurement's name says which parts it has, and a note says what is missing.
+    **Cosine and entailment each need a model** (`encoder`, `entails`); without it, the part is left out of the
+    harmonic means, the measurement's name lists the included parts, and a note says what is missing.
 
     Args:
         encoder: `text_models.sentence_encoder(...)`. Negative cosines count as 0.
         entails: `text_models.entailment_classifier(...)`; an answer with a ROUGE-L recall under .1 entails nothing.
-        decodings: Of "default", "zero_think" (an empty thought) and "less_think" (one sentence that skips thinking).
-        limit: Only the first rows of each set.
+        decodings: Any of "default", "zero_think" (an empty thought) and "less_think" (one sentence to skip thinking).
+        limit: Maximum number of rows of each set.
         options: Passed to `evaluate` (`adapter`, `accelerator`, `template`, `batch_size`, `cache`, ...).
 
     Raises:
-        ValueError: Unknown decoding, no forget set, or an example that cannot be measured (with its index).
+        ValueError: Unknown decoding, no forget set, or an example cannot be measured (with its index).
 
-    Steps are sentences and lines, cut after a mark of their end, where the authors use a tokenizer of NLTK. Their
-    third part of the chain of thought's efficacy is the judgement of a hosted model; here it is entailment of the
-    answer.
+    Deviations: steps are sentences and lines, split after end marks; the authors use an NLTK tokenizer. Their third
+    part of the chain-of-thought efficacy is the judgment of a hosted model; here it is entailment of the answer.
 
     Source: R-TOFU, Yoon et al. 2025, https://arxiv.org/abs/2505.15214
     """
     unknown = [name for name in decodings if name not in DECODINGS]
     if unknown or not decodings:
-        raise ValueError(f"`decodings` are of {', '.join(DECODINGS)}; got {', '.join(unknown) or 'none'}.")
+        raise ValueError(f"`decodings` must be from {', '.join(DECODINGS)}; got {', '.join(unknown) or 'none'}.")
     if not len(sets.get("forget", ())):
-        raise ValueError("R-TOFU needs the set 'forget', and it is missing or empty.")
+        raise ValueError("R-TOFU needs the set 'forget', which is missing or empty.")
     require_columns("R-TOFU forget", sets["forget"], ("question", "answer", "cot"))
     template: QuestionAnswerFormat = options.pop("template", None) or QuestionAnswerFormat()
     options.pop("generation", None)
@@ -160,9 +159,9 @@ def r_tofu(
     if absent and kept:
         notes.append(f"Model utility does not cover {', '.join(absent)}: the data has no such set.")
     if encoder is None:
-        notes.append("Without a sentence encoder, efficacy and utility leave cosine similarity out.")
+        notes.append("Without a sentence encoder, efficacy and utility do not include cosine similarity.")
     if entails is None:
-        notes.append("Without an entailment model, efficacy and utility leave entailment out.")
+        notes.append("Without an entailment model, efficacy and utility do not include entailment.")
     return SuiteResult(measurements, results, notes)
 
 
@@ -171,7 +170,7 @@ def generations(result: EvaluationResult) -> list[str]:
 
 
 def without_overlap(prompt: str, prefix: str) -> str:
-    """The prefix without what the prompt ends with already: some chat templates open the thought themselves."""
+    """The prefix without what the prompt already ends with: some chat templates open the thought themselves."""
     for size in range(len(prefix), 0, -1):
         if prompt.endswith(prefix[:size]):
             return prefix[size:]
@@ -187,19 +186,19 @@ def split_thought(text: str, decoding: str) -> tuple[str, str]:
 
 
 def steps_of(text: str) -> list[str]:
-    """Sentences and lines."""
+    """Split a text into sentences and lines."""
     return [step for step in (part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", text)) if step]
 
 
 def step_recall(true: str, written: str) -> float:
-    """Mean over the true steps of the largest ROUGE-L recall that a written step has of them."""
+    """Mean over the true steps of the largest ROUGE-L recall of any generated step."""
     steps = steps_of(written)
     best = [max((rouge_l(step, other)[0] for other in steps), default=0.0) for step in steps_of(true)]
     return float(np.mean(best)) if best else 0.0
 
 
 def step_cosine(true: str, written: str, encoder: Encoder) -> float:
-    """Mean over the true steps of the largest cosine with a written step; at least 0."""
+    """Mean over the true steps of the largest cosine with any generated step; at least 0."""
     first, second = steps_of(true), steps_of(written)
     if not first or not second:
         return 0.0
@@ -207,7 +206,7 @@ def step_cosine(true: str, written: str, encoder: Encoder) -> float:
 
 
 def token_entropy(text: str) -> float:
-    """Entropy of a text's words over the largest one possible with as many words: 1 where none is repeated."""
+    """Entropy of a text's words divided by the maximum for this number of words: 1 if no word is repeated."""
     words = text.split()
     if len(words) < 2:
         return 0.0
@@ -218,7 +217,7 @@ def token_entropy(text: str) -> float:
 def _compare(
     true: Sequence[str], written: Sequence[str], encoder: Encoder | None, entails: Entails | None
 ) -> dict[str, list[float]]:
-    """Part -> a value in [0, 1] of each answer; 1 is the same answer."""
+    """Part -> a value in [0, 1] for each answer; 1 means the same answer."""
     found = {"rouge": [rouge_l(a, b)[0] for a, b in zip(true, written, strict=True)]}
     if encoder is not None:
         cosine = (encoder(true) * encoder(written)).sum(1)
@@ -230,7 +229,7 @@ def _compare(
 
 
 def resampled_means(parts: Iterable[Sequence[float]]) -> list[np.ndarray]:
-    """The mean of each part of one set, on the same resampled examples for all of them."""
+    """The mean of each part of one set, with the same resampled examples for all parts."""
     return [resampled(lambda values: float(values.mean()), [[np.asarray(p, dtype=np.float64)]]) for p in parts]
 
 

@@ -1,4 +1,4 @@
-"""RESTOR: does unlearning what a model was falsely told bring back what it knew before?"""
+"""RESTOR: does unlearning false facts restore the knowledge that they replaced?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = QuestionAnswerFormat(template="plain", prompt="{question}", separator
 
 @dataclass
 class RestorResult(SuiteResult):
-    """One stage of one model on RESTOR.
+    """The result of one stage of a model on RESTOR.
 
     Args:
         facts: Category -> fact -> mean log-probability of its options, in nats per token.
@@ -34,22 +34,22 @@ class RestorResult(SuiteResult):
 def load_restor(
     source: str | Path, *, corruption: str = "mix_a0", shots: int = 5, distractors: int = 3, seed: int = 0
 ) -> dict[str, list[dict[str, Any]]]:
-    """The facts of RESTOR's target entities, each with options, from a local folder or a data set on the Hub.
+    """Load the facts about RESTOR's target entities, each with options, from a local folder or the Hub.
 
-    The folder holds `facts.json` (`dset`: entity -> property -> question and answers; `context`: property -> answered
-    questions of others), `entities.json` and the corruption texts (`mix_a0.json`, ...). Where it has `options.json`
-    (entity -> property -> correct, corrupted and random options), that is taken. The published data has none, so the
-    options are made: *corrupted* are values of the same property that stand in the texts about the entity and are
-    not right, *random* are other values of the property. A fact that was not corrupted has no such option.
+    The folder contains `facts.json` (`dset`: entity -> property -> question and answers; `context`: property ->
+    answered questions about others), `entities.json` and the corruption texts (`mix_a0.json`, ...). Options come from
+    `options.json` (entity -> property -> correct, corrupted and random options) if it exists. The published data has
+    none, so they are generated: *corrupted* options are wrong values of the same property in the texts about the
+    entity, *random* ones are other values of the property. A fact that was not corrupted has no corrupted options.
 
     Args:
-        corruption: Name of the file of the texts that the model was corrupted with.
-        shots: Answered questions about other entities before each question.
-        distractors: Random options of each fact.
+        corruption: Name of the file with the texts that the model was corrupted with.
+        shots: Few-shot examples about other entities before each question.
+        distractors: Number of random options per fact.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The files are not of this form.
+        ValueError: A file does not have this format.
     """
     facts = load_json(source, "the facts", files=["facts", "datasets/facts"])
     if not isinstance(facts, Mapping) or not {"dset", "context"} <= set(facts):
@@ -71,23 +71,23 @@ def load_restor(
             if offered is None:
                 continue
             others = [row for row in facts["context"].get(key, ()) if row["entity"] != entity][:shots]
-            told = "".join(f"{row['question']} {row['answer']}\n" for row in others)
-            rows.append({"fact": f"{entity}/{key}", "question": told + fact["question"], **offered})
+            shown = "".join(f"{row['question']} {row['answer']}\n" for row in others)
+            rows.append({"fact": f"{entity}/{key}", "question": shown + fact["question"], **offered})
     return {"facts": rows}
 
 
 def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorResult) -> Measurement:
-    r"""Share of what corruption took away that unlearning brought back.
+    r"""Share of the loss through corruption that unlearning recovered.
 
     .. math:: \frac{g_{unlearned} - g_{corrupted}}{g_{before} - g_{corrupted}}
 
-    `g` is the mean over facts of log p(correct) - log p(corrupted): 1 is a full recovery, 0 none, and less than 0
-    means that unlearning did further harm.
+    `g` is the mean over facts of log p(correct) - log p(corrupted). 1 is a full recovery, 0 is none, and a negative
+    value means that unlearning did further harm.
 
     Raises:
-        ValueError: The stages have no fact in common, or corruption did not lower the gap: nothing is to be recovered.
+        ValueError: The stages have no fact in common, or corruption did not lower the gap, so nothing was lost.
 
-    Source: this package's own definition, of the stages of RESTOR, https://arxiv.org/abs/2411.00204
+    Source: this package's own definition, for the stages of RESTOR, https://arxiv.org/abs/2411.00204
     """
     stages = [before, corrupted, unlearned]
     facts = set.intersection(*(set(stage.facts[c]) for stage in stages for c in ("correct", "corrupted")))
@@ -97,15 +97,15 @@ def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorRes
     lost = float(gaps[0].mean() - gaps[1].mean())
     if lost <= 0:
         raise ValueError(
-            f"Corruption moved the gap between right and wrong from {gaps[0].mean():.4g} to {gaps[1].mean():.4g} nats "
-            "per token, which is no loss: there is nothing to recover. Corrupt longer, or check which model is which."
+            f"Corruption moved the gap of correct to wrong from {gaps[0].mean():.4g} to {gaps[1].mean():.4g} nats "
+            "per token, which is not a loss: there is nothing to recover. Corrupt longer, or check the model order."
         )
     won = float(gaps[2].mean() - gaps[1].mean())
-    return Measurement("recovery", won / lost, "share of what corruption took", True, len(facts))
+    return Measurement("recovery", won / lost, "share of the loss through corruption", True, len(facts))
 
 
 def restor_sequence(results: Mapping[str, RestorResult]) -> list[Measurement]:
-    """The recovery, where the results are those of the model before, corrupted and unlearned, in this order."""
+    """The recovery, if the results are those of the original, corrupted and unlearned model, in this order."""
     return [recovery(*results.values())] if len(results) == 3 else []
 
 
@@ -119,25 +119,25 @@ def restor(
     limit: int | None = None,
     **options: Any,
 ) -> RestorResult:
-    """Measure one stage of a model (before, corrupted, or unlearned) on the facts of `load_restor`.
+    """Evaluate one stage of a model (before, corrupted, or unlearned) on the facts of `load_restor`.
 
-    The logit form: for each fact the mean log-probability per token of its correct, corrupted and random options,
-    averaged over options and then over facts, and how often the correct ones are likelier than the corrupted ones.
-    Compare three stages with `recovery`.
+    This is the logit-based evaluation: for each fact, the mean log-probability per token of its correct, corrupted and
+    random options, averaged over options and then over facts, and how often the correct ones are more likely than the
+    corrupted ones. Compare three stages with `recovery`.
 
     Args:
-        before: Result of the model before corruption; its facts are then compared one by one.
-        limit: Only the first facts.
+        before: Result of the model before corruption, to compare each fact with.
+        limit: Maximum number of facts.
         options: Passed to `evaluate` (`adapter`, `accelerator`, `batch_size`, `cache`, ...).
 
     Raises:
-        ValueError: There is no fact, a fact has no correct option, or an option has no token (with its index).
+        ValueError: There are no facts, a fact has no correct option, or an option has no tokens (with its index).
 
     Source: RESTOR, Rezaei et al. 2024, https://arxiv.org/abs/2411.00204
     """
     facts = list(sets.get("facts", ()))[:limit]
     if not facts:
-        raise ValueError("RESTOR needs the set 'facts', and it is missing or empty.")
+        raise ValueError("RESTOR needs the set 'facts', which is missing or empty.")
     for index, fact in enumerate(facts):
         if not fact.get("question") or not fact.get("correct"):
             raise ValueError(f"RESTOR facts: example {index} needs a question and at least one correct option.")
@@ -167,7 +167,7 @@ def restor(
     if both:
         wins = [float(means["correct"][fact] > means["corrupted"][fact]) for fact in both]
         measurements.insert(0, _mean("prefers correct to corrupted", wins, "share of facts", True))
-    notes = [] if both else ["No fact has a corrupted option: the corruption texts name no other value of a property."]
+    notes = [] if both else ["No fact has a corrupted option: the corruption texts have no other value of a property."]
     found = RestorResult(measurements, results, notes, facts=means)
     if before is not None:
         shared = [fact for fact in means["correct"] if fact in before.facts["correct"]]

@@ -1,4 +1,4 @@
-"""TOFU: forget quality against a retrained model, and model utility on data that should be kept."""
+"""TOFU: forget quality compared with a retrained model, and model utility on data to retain."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ WITH_CHOICES = ("real_authors", "world_facts")
 
 @dataclass
 class TofuResult(SuiteResult):
-    """One model on TOFU.
+    """The result of one model on TOFU.
 
-    The measurements are model utility, and probability, ROUGE and truth ratio of each set, named after it; with a
-    retrained model also forget quality and its decimal logarithm. Of the forget set, knowing less counts as better.
+    The measurements are model utility, and probability, ROUGE and truth ratio of each set, with the set in their
+    names; with a retrained model, also forget quality and its decimal logarithm. On the forget set, knowing less
+    counts as better.
     """
 
     def truth_ratios(self) -> np.ndarray:
-        """R of each forget example: what a retrained model's run hands to `retrained`."""
+        """R of each forget example; those of a retrained model can be passed as `retrained`."""
         return next(v for name, v in self.sets["forget"].values.items() if name.startswith("truth_ratio"))
 
 
 def load_tofu(source: str | Path = "locuslab/TOFU", split: str = "forget10") -> dict[str, list[dict[str, Any]]]:
-    """The four sets of one split, from the Hub or from a local folder of `forget10_perturbed.json` and the like.
+    """Load the four sets of one split, from the Hub or from a local folder with `forget10_perturbed.json` and so on.
 
     Raises:
-        ValueError: Unknown split, or a Hub data set without one of the sets.
-        FileNotFoundError: A set is missing from the folder, or there is no such data set.
+        ValueError: Unknown split, or a Hub dataset without one of the sets.
+        FileNotFoundError: A set is missing from the folder, or the dataset does not exist.
     """
     if split not in ("forget01", "forget05", "forget10"):
-        raise ValueError(f"`split` has to be forget01, forget05 or forget10, got {split!r}.")
+        raise ValueError(f"`split` must be forget01, forget05 or forget10, got {split!r}.")
     names = {name: pattern.format(split=split) for name, pattern in SETS.items()}
     return {name: load_set(source, f"TOFU {name}", files=[file], config=file) for name, file in names.items()}
 
@@ -66,19 +67,19 @@ def tofu(
     extra_metrics: Sequence[Any] = (),
     **options: Any,
 ) -> TofuResult:
-    """Measure a model on the sets of `load_tofu`.
+    """Evaluate a model on the sets of `load_tofu`.
 
     Args:
-        retrained: Result of a model that was trained without the forget set, or the truth ratios of that set under it
-            (`truth_ratios()`); without it there is no forget quality.
-        definition: Of the truth ratio: "arithmetic" (the paper's repository) or "geometric".
-        limit: Only the first rows of each set; TOFU's own protocol takes 300.
-        extra_metrics: Further metrics on the forget set; they cost no further forward pass.
+        retrained: Result of a model trained without the forget set, or its truth ratios on that set
+            (`truth_ratios()`); without it, there is no forget quality.
+        definition: Definition of the truth ratio: "arithmetic" (the paper's repository) or "geometric".
+        limit: Maximum number of rows of each set; TOFU's protocol uses 300.
+        extra_metrics: Additional metrics on the forget set; they do not need another forward pass.
         options: Passed to `evaluate` (`adapter`, `accelerator`, `template`, `batch_size`, `cache`, ...).
 
     Raises:
-        ValueError: A set is missing, an example has another number of wrong answers than the first of its set or its
-            right answer among them (with its index), or `retrained` has another length than the forget set.
+        ValueError: A set is missing, an example has a different number of wrong answers than the first of its set or
+            its correct answer among them (with its index), or `retrained` does not have the length of the forget set.
 
     Source: TOFU, Maini et al. 2024, https://arxiv.org/abs/2401.06121
     """
@@ -91,8 +92,8 @@ def tofu(
     count = len(sets["forget"][:limit])
     if retrained is not None and len(retrained) != count:
         raise ValueError(
-            f"The retrained model's truth ratios are of {len(retrained)} examples, the forget set has {count}. "
-            "Run both on the same split and limit."
+            f"The retrained model has truth ratios of {len(retrained)} examples, but the forget set has {count}. "
+            "Run both on the same split with the same limit."
         )
     asked: dict[str, list[Any]] = {}
     for name in SETS:
@@ -122,7 +123,7 @@ def tofu(
     if len(parts) == 9:
         found.measurements = [model_utility(parts, drawn=np.concatenate(drawn)), *measurements]
     else:
-        found.notes.append(f"Model utility is a mean of nine parts, and only these were measured: {', '.join(parts)}.")
+        found.notes.append(f"Model utility is a mean of nine parts, but only these were measured: {', '.join(parts)}.")
     if retrained is not None:
         ratios = found.truth_ratios()
         kept = np.isfinite(ratios) & np.isfinite(retrained)
@@ -134,20 +135,20 @@ def tofu(
 
 
 def check_wrong_answers(name: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Refuse a set whose wrong answers are not those of its questions, as far as can be seen."""
+    """Refuse a set whose wrong answers are visibly inconsistent with its questions."""
     wrong, right = (columns.get(column, column) for column in ("perturbed_answer", "answer"))
     expected = None
     for index, row in enumerate(rows):
-        given = row.get(wrong)
-        if not isinstance(given, (list, tuple)) or not given:
+        answers = row.get(wrong)
+        if not isinstance(answers, (list, tuple)) or not answers:
             raise ValueError(
-                f"TOFU {name}: example {index} needs a list of wrong answers in {wrong!r}, got {given!r}."
+                f"TOFU {name}: example {index} needs a list of wrong answers in {wrong!r}, got {answers!r}."
             )
-        expected = len(given) if expected is None else expected
-        if len(given) != expected:
+        expected = len(answers) if expected is None else expected
+        if len(answers) != expected:
             raise ValueError(
-                f"TOFU {name}: example {index} has {len(given)} wrong answers and example 0 has {expected}. The truth "
-                "ratio compares examples, so each needs as many: the columns may be out of line."
+                f"TOFU {name}: example {index} has {len(answers)} wrong answers but example 0 has {expected}. The "
+                "truth ratio compares examples, so all need the same number: the columns may be misaligned."
             )
-        if row.get(right) in given:
-            raise ValueError(f"TOFU {name}: example {index} has its right answer {row[right]!r} among the wrong ones.")
+        if row.get(right) in answers:
+            raise ValueError(f"TOFU {name}: example {index} has its answer {row[right]!r} among the wrong ones.")

@@ -1,1 +1,1 @@
-"""Text against text: ROUGE, stemming, sentence encoders and entailment models."""
+"""Compare texts: ROUGE, stemming, sentence encoders and entailment models."""

@@ -1,4 +1,4 @@
-"""ROUGE-L: tokens of a text, and the longest common subsequence of two texts."""
+"""ROUGE-L: tokenization, and the longest common subsequence of two texts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ LETTERS = ("auto", "ascii", "unicode")
 
 
 def rouge_tokens(text: str, *, stemmed: bool = True, letters: str = "ascii") -> list[str]:
-    """Lower-case words of a text.
+    """Split a text into lower-case words.
 
     Args:
         stemmed: Reduce ASCII words of more than three characters to their stems.
         letters: "ascii": runs of a-z and 0-9, as in the `rouge-score` package; other letters separate words.
             "unicode": runs of letters, marks and digits of any script, and single letters in scripts that are written
-            without spaces (Chinese, Japanese, Thai, ...). "auto": "ascii" where at least half of the text's letters
+            without spaces (Chinese, Japanese, Thai, ...). "auto": "ascii" if at least half of the text's letters
             are a-z, "unicode" otherwise.
     """
     if letters not in LETTERS:
-        raise ValueError(f"`letters` has to be one of {', '.join(LETTERS)}, got {letters!r}.")
+        raise ValueError(f"`letters` must be one of {', '.join(LETTERS)}, got {letters!r}.")
     if letters == "auto":
         letters = letters_of(text)
     words = re.findall("[a-z0-9]+", text.lower()) if letters == "ascii" else unicode_words(text)
@@ -41,7 +41,7 @@ def rouge_tokens(text: str, *, stemmed: bool = True, letters: str = "ascii") -> 
 
 
 def letters_of(text: str) -> str:
-    """ "ascii" where at least half of the text's letters are a-z, "unicode" otherwise."""
+    """ "ascii" if at least half of the text's letters are a-z, "unicode" otherwise."""
     alphabetic = [character for character in text if character.isalpha()]
     return "ascii" if 2 * sum(character.isascii() for character in alphabetic) >= len(alphabetic) else "unicode"
 
@@ -64,7 +64,7 @@ def unicode_words(text: str) -> list[str]:
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest sequence of tokens that both contain, in order but not necessarily side by side."""
+    """Length of the longest sequence of tokens that both contain, in order but not necessarily contiguous."""
     row = [0] * (len(second) + 1)
     for token in first:
         diagonal = 0
@@ -78,10 +78,10 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 def rouge_l(
     reference: str, prediction: str, *, stemmed: bool = True, letters: str = "auto"
 ) -> tuple[float, float, float]:
-    """(recall, precision, F1) in [0, 1], each 0 where either text has no token.
+    """(recall, precision, F1) in [0, 1], each 0 if either text has no tokens.
 
     Args:
-        letters: As in `rouge_tokens`; "auto" goes by the reference, for both texts.
+        letters: As in `rouge_tokens`; "auto" depends on the reference only, for both texts.
     """
     letters = letters_of(reference) if letters == "auto" else letters
     wanted = rouge_tokens(reference, stemmed=stemmed, letters=letters)
@@ -96,13 +96,13 @@ def rouge_l(
 def rouge_l_of_answer(
     answer: str, written: str, *, stemmed: bool = True, letters: str = "auto"
 ) -> tuple[float, float, float]:
-    """`rouge_l`, for a score that must not be 0 only because the answer cannot be read.
+    """Like `rouge_l`, but an answer without tokens is an error instead of a score of 0.
 
     Raises:
-        ValueError: The answer has no token.
+        ValueError: The answer has no tokens.
     """
     letters = letters_of(answer) if letters == "auto" else letters
     if not rouge_tokens(answer, letters=letters):
         known = "a-z and 0-9" if letters == "ascii" else "letters and digits"
-        raise ValueError(f"ROUGE compares {known}, and the answer {answer!r} has none of them.")
+        raise ValueError(f"ROUGE compares {known}, but the answer {answer!r} has none of them.")
     return rouge_l(answer, written, stemmed=stemmed, letters=letters)

@@ -1,4 +1,4 @@
-"""Porter's stemmer with the widely used extensions, so that ROUGE needs no package of its own."""
+"""Porter's stemmer with its common extensions, so that ROUGE does not need another package."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _STEP_4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ou
 def stem(word: str) -> str:
     """The stem of a lower-case English word: "relational" -> "relat".
 
-    The variant is the one of NLTK's default mode (irregular forms, short words, `-logi`, `-alli`, `-fulli`), which is
+    The variant is that of NLTK's default mode (irregular forms, short words, `-logi`, `-alli`, `-fulli`), which is
     what published ROUGE numbers of unlearning work were computed with.
 
     Source: Porter, "An algorithm for suffix stripping", 1980, https://tartarus.org/martin/PorterStemmer/
@@ -139,7 +139,7 @@ def _has_vowel(word: str) -> bool:
 
 
 def _measure(word: str) -> int:
-    """Number of times that a consonant follows a vowel: m in [C](VC)^m[V]."""
+    """Number of vowel-consonant groups: m in [C](VC)^m[V]."""
     kinds = "".join("c" if _consonant(word, i) else "v" for i in range(len(word)))
     return len(re.findall("vc", kinds))
 

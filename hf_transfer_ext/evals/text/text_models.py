@@ -1,4 +1,4 @@
-"""Models that compare texts, for the metrics that need one: a sentence encoder and an entailment classifier."""
+"""Models that compare texts, for metrics that need one: a sentence encoder and an entailment classifier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Entails = Callable[[Sequence[str], Sequence[str]], list[bool]]
 
 
 def sentence_encoder(name_or_path: str | Path, *, device: Any = "cpu", batch_size: int = 64) -> Encoder:
-    """Mean of the last hidden states over a text's tokens, scaled to length 1: what sentence encoders are trained for.
+    """Mean of the last hidden states over the tokens of a text, normalized to length 1, as sentence encoders expect.
 
     Source: Sentence-BERT, Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084
     """
@@ -39,7 +39,7 @@ def sentence_encoder(name_or_path: str | Path, *, device: Any = "cpu", batch_siz
 
 
 def entailment_classifier(name_or_path: str | Path, *, device: Any = "cpu", batch_size: int = 64) -> Entails:
-    """A natural-language-inference model; its label that begins with "entail" is the one that counts.
+    """A natural-language-inference model; the label that begins with "entail" counts as entailment.
 
     Raises:
         ValueError: The model has no such label.

@@ -2,7 +2,7 @@
 
 Each gives what the torch of its method gives, to the rounding of float32, for tensors on the CPU in float32 or
 bfloat16 of which nothing wants a gradient; `MergeMethod` checks that before it calls one. The arguments are those of
-the method. None says that the torch of the method has to do it after all.
+the method. None says that the torch of the method must do it after all.
 """
 
 from __future__ import annotations

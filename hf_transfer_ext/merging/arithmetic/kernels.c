@@ -230,7 +230,7 @@ INLINE int count_words(const uint32_t *words, int64_t size, uint32_t *least, int
         high = words[j] > high ? words[j] : high;
     }
     while ((high - low) >> shift >= BINS) shift++;
-    for (int64_t j = 0; j < size; j++) parts[j & 3][(words[j] - low) >> shift]++; /* neighbours often are equal */
+    for (int64_t j = 0; j < size; j++) parts[j & 3][(words[j] - low) >> shift]++; /* neighbors often are equal */
     for (int bin = 0; bin < BINS; bin++)
         counts[bin] = (int64_t)parts[0][bin] + parts[1][bin] + parts[2][bin] + parts[3][bin];
     *least = low;

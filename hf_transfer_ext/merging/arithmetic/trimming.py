@@ -157,7 +157,7 @@ def bits_of_places(columns: int) -> int:
 
 
 def check_della(*, density: PerModel = 1.0, epsilon: PerModel = 0.15, **options: Any) -> None:
-    """Probabilities have to stay in (0, 1), and weights must have a sum where it divides."""
+    """Probabilities must stay in (0, 1), and weights must have a sum where it divides."""
     check_weights(**options)
     densities = [density] if isinstance(density, (int, float)) else list(density)
     epsilons = [epsilon] if isinstance(epsilon, (int, float)) else list(epsilon)
@@ -166,6 +166,6 @@ def check_della(*, density: PerModel = 1.0, epsilon: PerModel = 0.15, **options:
     for share, spread in zip(densities, epsilons, strict=False):
         if 0 < share < 1 and not (share - spread > 0 and share + spread < 1):
             raise ValueError(
-                f"`density` - `epsilon` and `density` + `epsilon` have to lie between 0 and 1, got {share} and "
+                f"`density` - `epsilon` and `density` + `epsilon` must lie between 0 and 1, got {share} and "
                 f"{spread}. Choose a smaller epsilon."
             )

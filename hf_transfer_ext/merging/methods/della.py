@@ -42,7 +42,7 @@ def della(
 
     Args:
         weight: w_i.
-        density: d_i, the mean probability that an element is kept; density +- epsilon has to lie in (0, 1).
+        density: d_i, the mean probability that an element is kept; density +- epsilon must lie in (0, 1).
         epsilon: Half the difference between the largest and the smallest element's probability.
         rescale: Divide by the element's own p, so that the expected change stays.
         normalize: Also divide by the sum of the weights of those that agree.

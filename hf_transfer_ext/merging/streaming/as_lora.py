@@ -49,7 +49,7 @@ class MergedInput:
         return self.job.input_bytes
 
     def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
-        """Fill `out`, which has to hold the whole tensor: some methods cannot merge less of it."""
+        """Fill `out`, which must hold the whole tensor: some methods cannot merge less of it."""
         job = self.job
         if start or out.numel() != job.numel:
             raise ValueError(f"Tensor {job.name!r} is merged as a whole: {job.numel} elements, got {out.numel()}.")
@@ -137,7 +137,7 @@ def _common_base(models: Mapping[ModelReference, InputModel]) -> ModelReference:
 def _known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
     """The base's own tensor where no input changed it, or with the factors of its change, where they are known.
 
-    The mean of equal numbers is not equal to them to the last bit, so what did not change has to be found here.
+    The mean of equal numbers is not equal to them to the last bit, so what did not change must be found here.
     """
     method, base = job.method, start.tensors.get(job.name)
     if base is None:

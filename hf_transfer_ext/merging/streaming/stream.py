@@ -43,13 +43,13 @@ STORED_PIECE = 1 << 19
 DEVICE_PIECE = 1 << 23
 
 #: A sample holds one element in SAMPLE_STEP, a number that has no factor in common with most widths of matrices. Where
-#: every run has to be read by itself, it holds no more than SAMPLE, in runs of SAMPLE_RUN.
+#: every run must be read by itself, it holds no more than SAMPLE, in runs of SAMPLE_RUN.
 SAMPLE_STEP, SAMPLE, SAMPLE_RUN = 61, 1 << 17, 1 << 7
 
 #: Bytes that all threads together may hold of tensors that are looked at several times, so that they are read once.
 HELD = 96 << 20
 
-#: Elements of a tensor that one thread takes at a time where nothing has to be known about the whole tensor.
+#: Elements of a tensor that one thread takes at a time where nothing must be known about the whole tensor.
 SEGMENT = 1 << 23
 
 
@@ -344,7 +344,7 @@ def _keep_freed_memory() -> None:
 
 
 def _tasks_of(job: TensorJob, device: torch.device) -> list[_Task]:
-    """Cut a tensor into segments of whole pieces, unless the method has to see all of it."""
+    """Cut a tensor into segments of whole pieces, unless the method must see all of it."""
     if not job.is_copy and (job.method.statistics is not None or job.method.unit == "matrix"):
         return [_Task(job, 0, job.numel)]
     piece = piece_of(job, device)

@@ -56,7 +56,7 @@ def with_model_thresholds(
     densities = sorted({tuple(for_each(job.options["density"], job.models)) for job in chosen})
     if len(densities) > 1:
         raise ValueError(
-            "`trim_over_model` compares the changes of all tensors, so `density` has to be one number for each model, "
+            "`trim_over_model` compares the changes of all tensors, so `density` must be one number for each model, "
             f"got {list(densities[0])} and {list(densities[1])}. Remove its gradients and filters."
         )
     search = _Search(chosen, threads, device or torch.device("cpu"), not allow_nonfinite, ranks)

@@ -9,13 +9,13 @@ from hf_transfer_ext.students.shape import StudentShape
 
 
 def last_depth(teacher: PreTrainedModel, shape: StudentShape) -> PreTrainedModel:
-    """Keep the last `shape.depth` layers, those nearest to the output; everything else is copied.
+    """Keep the last `shape.depth` layers, those closest to the output; everything else is copied.
 
-    The kept layers read the embeddings, which they have never seen: this start is rougher than `uniform_depth`.
+    The first of them receives the embeddings, which it was not trained on: expect a worse start than `uniform_depth`.
 
     Args:
-        shape: The student's; its depth is 1 to the teacher's, all else the teacher's own. With all layers the student
-            equals the teacher.
+        shape: The shape of the student: depth from 1 to the teacher's, everything else as in the teacher. With all
+            layers the student equals the teacher.
 
     Returns:
         A new model of the teacher's class that shares no memory with it.

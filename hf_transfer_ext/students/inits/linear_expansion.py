@@ -1,4 +1,4 @@
-"""TLEG: a student of any depth whose layers are a linear function of their place in the stack."""
+"""TLEG: a student of any depth whose layers are a linear function of their position in the stack."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_transfer_ext.students.shape import StudentShape
 
 @dataclass(frozen=True)
 class Learngene:
-    """The two tensors per parameter from which every layer is made: `base` (theta_B) and `slope` (theta_A)."""
+    """The two tensors per parameter that define every layer: `base` (theta_B) and `slope` (theta_A)."""
 
     base: dict[str, Tensor]
     slope: dict[str, Tensor]
@@ -38,24 +38,24 @@ class Learngene:
 def linear_expansion(
     teacher: PreTrainedModel, shape: StudentShape, *, learngene: Learngene | None = None
 ) -> PreTrainedModel:
-    r"""A student of any depth L, deeper ones too, whose layers are linear in their place.
+    r"""A student of any depth L, also deeper than the teacher, whose layers are linear in their position.
 
     .. math:: \theta_l = \theta_B + \frac{l}{L} \theta_A, \quad l = 0 \dots L - 1
 
-    Embeddings, final norm and head are the teacher's. Layers of unlike kinds (sliding and full attention) take their
-    kind from the teacher's layer at the same relative place.
+    Embeddings, final norm and head come from the teacher. If the teacher has layers of several kinds (sliding and full
+    attention), each layer has the kind of the teacher's layer at the same relative position.
 
     Args:
-        teacher: A model, or a trained `auxiliary_model`, whose learngene is then taken as it is.
-        shape: The student's; of any depth, all else the teacher's own.
+        teacher: A model, or a trained `auxiliary_model`, whose learngene is then used unchanged.
+        shape: The shape of the student: any depth, everything else as in the teacher.
         learngene: theta_B and theta_A; by default those of `learngene_of(teacher)`.
 
     Returns:
-        A new model of the teacher's class, its layers free of the linear rule, that shares no memory with the teacher.
+        A new model of the teacher's class with independent layers, which shares no memory with the teacher.
 
-    Source: TLEG, Xia et al. 2024, https://arxiv.org/abs/2312.05614; that l counts from 0 is read in the authors' code.
-    The paper trains theta_A and theta_B by soft distillation (`auxiliary_model` here). Fitting them to a teacher's
-    layers by least squares, the default, is our own start: for a trained transformer a rough one.
+    Source: TLEG, Xia et al. 2024, https://arxiv.org/abs/2312.05614; that l starts at 0 is from the authors' code.
+    The paper trains theta_A and theta_B by soft distillation (`auxiliary_model` here). The default, fitting them to a
+    teacher's layers by least squares, is our own addition: for a trained transformer, a rough start.
     """
     depth, theirs = depths(teacher, shape, "linear_expansion")
     learngene = learngene or learngene_of(teacher)
@@ -64,14 +64,14 @@ def linear_expansion(
 
 
 def learngene_of(model: PreTrainedModel) -> Learngene:
-    r"""The learngene of an auxiliary model, or else the one nearest to a model's layers in least squares.
+    r"""The learngene of an auxiliary model, or else the least-squares fit to a model's layers.
 
-    With places :math:`x_l = l / L` and means over the layers,
+    With positions :math:`x_l = l / L` and means over the layers,
 
     .. math:: \theta_A = \frac{\sum_l (x_l - \bar x) \theta_l}{\sum_l (x_l - \bar x)^2}, \quad
         \theta_B = \bar\theta - \bar x \theta_A
 
-    for every entry by itself. One layer alone has slope 0. Buffers of integers are those of the first layer.
+    for every entry separately. A single layer has slope 0. Integer buffers are those of the first layer.
     """
     shared = _auxiliary_learngene(model)
     if shared is not None:
@@ -82,7 +82,7 @@ def learngene_of(model: PreTrainedModel) -> Learngene:
 def fit_learngene(layers: list[dict[str, Tensor]]) -> Learngene:
     """Least squares over the layers; float64 inside, the layers' dtype outside."""
     if len({tuple((name, tensor.shape) for name, tensor in layer.items()) for layer in layers}) != 1:
-        raise ValueError("The layers differ in the names or shapes of their parameters: no line can run through them.")
+        raise ValueError("The layers differ in the names or shapes of their parameters, so no line can be fitted.")
     count = len(layers)
     offsets = [l / count - (count - 1) / (2 * count) for l in range(count)]  # x_l minus its mean  # noqa: E741
     spread = sum(offset**2 for offset in offsets)
@@ -104,14 +104,14 @@ def fit_learngene(layers: list[dict[str, Tensor]]) -> Learngene:
 def auxiliary_model(
     teacher: PreTrainedModel, shape: StudentShape | None = None, *, learngene: Learngene | None = None
 ) -> PreTrainedModel:
-    """The model that TLEG trains: all layers read one shared theta_B and one shared theta_A, which are its parameters.
+    """The model that TLEG trains: all layers share one theta_B and one theta_A, which are its parameters.
 
     Train it by distillation like any model, then expand it: `linear_expansion(auxiliary, StudentShape(depth=...))`. It
     holds torch parametrizations, which `save_pretrained` cannot save: a trainer saves what is expanded from it
     (`students/auxiliary.py`).
 
     Args:
-        shape: Its shape; by default the teacher's.
+        shape: Shape of the model; by default the teacher's.
         learngene: Where training starts; by default `learngene_of(teacher)`.
     """
     shape = shape or StudentShape()

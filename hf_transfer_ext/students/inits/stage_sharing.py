@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_transfer_ext.students.layers import depths, layer_stack, layer_tensors, mark_auxiliary, with_layers
 from hf_transfer_ext.students.shape import StudentShape
 
-#: How a teacher's stage becomes one layer.
+#: How one layer is chosen or computed from a stage of the teacher.
 REPRESENTATIVES = ("first", "middle", "last", "mean")
 
 
@@ -23,23 +23,24 @@ def stage_sharing(
     repeats: Sequence[int] | None = None,
     representative: str = "middle",
 ) -> PreTrainedModel:
-    """A student of any depth: each stage of the teacher gives one layer, and the student repeats it.
+    """A student of any depth: each stage of the teacher provides one layer, which the student repeats.
 
     Args:
-        teacher: A model, or a trained `stage_shared_model` (whose stages are one layer each already).
-        shape: The student's; at least one layer per stage deep, all else the teacher's own.
-        stages: How many of the teacher's layers belong to each stage, bottom first, as in 3-3-4-3-3 for 16 layers;
+        teacher: A model, or a trained `stage_shared_model` (where each stage already is one layer).
+        shape: The shape of the student: at least one layer per stage, everything else as in the teacher.
+        stages: Number of teacher layers in each stage, starting at the input, as in 3-3-4-3-3 for 16 layers;
             by default `default_stages`.
-        repeats: How often each stage's layer comes in the student. By default as even as possible with the longer
+        repeats: How often the student repeats each stage's layer. By default as even as possible with the longer
             stages first: 12 layers from 5 stages are 3-3-2-2-2, as in the authors' runs.
-        representative: What a stage's layer is: the "first", "middle" or "last" of its layers, or their "mean". Layers
-            of a trained transformer average badly, so that "mean" is only for layers that were trained to be alike.
+        representative: The layer that represents a stage: the "first", "middle" or "last" of its layers, or their
+            "mean". Averaging layers of a trained transformer works poorly, so use "mean" only for layers that were
+            trained to be alike.
 
     Returns:
-        A new model of the teacher's class whose layers are free of each other and share no memory with the teacher.
+        A new model of the teacher's class with independent layers, which shares no memory with the teacher.
 
     Source: SWS, Xia et al. 2024, https://arxiv.org/abs/2404.16897. The paper trains the stages' layers by distillation
-    (`stage_shared_model` here); taking them from a teacher's stages is our own start.
+    (`stage_shared_model` here); taking them from a teacher's stages is our own addition.
     """
     depth, theirs = depths(teacher, shape, "stage_sharing")
     stages = _checked_stages(stages, theirs)
@@ -84,9 +85,9 @@ def stage_shared_model(
 
 
 def stage_layers(teacher: PreTrainedModel, stages: Sequence[int], representative: str) -> list[dict[str, Tensor]]:
-    """One layer per stage; the mean is taken in float64."""
+    """One layer per stage; the mean is computed in float64."""
     if representative not in REPRESENTATIVES:
-        raise ValueError(f"`representative` has to be one of {', '.join(REPRESENTATIVES)}, got {representative!r}.")
+        raise ValueError(f"`representative` must be one of {', '.join(REPRESENTATIVES)}, got {representative!r}.")
     layers = layer_tensors(teacher)
     genes, start = [], 0
     for size in stages:
@@ -102,7 +103,7 @@ def stage_layers(teacher: PreTrainedModel, stages: Sequence[int], representative
 def default_stages(depth: int, count: int = 5) -> list[int]:
     """Split a depth into `count` stages as evenly as possible, longer ones in the middle: 16 is 3-3-4-3-3.
 
-    A teacher of fewer layers than stages has one layer a stage.
+    A teacher with fewer layers than stages has one layer per stage.
     """
     count = min(count, depth)
     outwards = sorted(range(count), key=lambda stage: (abs(2 * stage - (count - 1)), stage))
@@ -111,7 +112,7 @@ def default_stages(depth: int, count: int = 5) -> list[int]:
 
 
 def even_split(total: int, count: int) -> list[int]:
-    """`total` in `count` parts that differ by at most 1, the larger ones first: (12, 5) is 3-3-2-2-2."""
+    """Split `total` into `count` parts that differ by at most 1, larger ones first: (12, 5) is 3-3-2-2-2."""
     return [total // count + (part < total % count) for part in range(count)]
 
 
@@ -128,6 +129,6 @@ def _checked_stages(stages: Sequence[int] | None, depth: int) -> list[int]:
     stages = default_stages(depth) if stages is None else list(stages)
     if not stages or min(stages) < 1 or sum(stages) != depth:
         raise ValueError(
-            f"`stages` have to be sizes of at least 1 that sum to the teacher's {depth} layers, got {stages}."
+            f"`stages` must be integers of at least 1 that sum to the teacher's {depth} layers, got {stages}."
         )
     return stages

@@ -9,19 +9,19 @@ from hf_transfer_ext.students.shape import StudentShape
 
 
 def uniform_depth(teacher: PreTrainedModel, shape: StudentShape) -> PreTrainedModel:
-    r"""Keep `shape.depth` evenly spaced layers, the first and the last among them; everything else is copied.
+    r"""Keep `shape.depth` evenly spaced layers, including the first and the last; everything else is copied.
 
     .. math:: l_i = \left\lfloor \frac{i (L - 1)}{n - 1} + \frac12 \right\rfloor, \quad i = 0 \dots n - 1
 
-    of the teacher's layers 0 to L-1; a single layer is the first one. With all layers the student equals the teacher.
+    of the teacher's layers 0 to L-1; a depth of 1 keeps the first. With all layers the student equals the teacher.
 
     Args:
-        shape: The student's; its depth n is 1 to the teacher's depth L, all else the teacher's own.
+        shape: The shape of the student: depth n from 1 to the teacher's depth L, everything else as in the teacher.
 
     Returns:
         A new model of the teacher's class that shares no memory with it.
 
-    Source: DistilBERT, Sanh et al. 2019, https://arxiv.org/abs/1910.01108, which takes one layer of two; the rounding
+    Source: DistilBERT, Sanh et al. 2019, https://arxiv.org/abs/1910.01108, which takes every other layer; the rounding
     for other depths, with both ends kept, is our own.
     """
     depth, theirs = depths(teacher, shape, "uniform_depth", at_most_teacher=True)

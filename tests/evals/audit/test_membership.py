@@ -43,7 +43,7 @@ def test_a_verdict_says_what_is_left_and_a_retrained_model_is_clean(models):
     judged = []
     for v in found.verdicts:
         if v.attack == "adversarial_query":  # its floor was optimized against
-            assert v.recovered is None and "give another as `shadow`" in v.note
+            assert v.recovered is None and "pass another as `shadow`" in v.note
             continue
         if v.recovered is None:  # eight rows leave room for chance
             assert "within the sampling error of 4 examples" in v.note
@@ -68,6 +68,6 @@ def test_without_a_retrained_model_two_of_them_say_so(models):
     assert "needs a retrained model" in told["reference_attack"].note
     assert "need a retrained model" in told["adversarial_query"].note
     assert told["loss_attack"].floor == 0.5 and told["loss_attack"].recovered is None
-    assert "give a retrained one" in told["loss_attack"].note
+    assert "pass a retrained one" in told["loss_attack"].note
     with pytest.raises(ValueError, match="Did you mean 'label_only'"):
         audit(models[1], DATA, original=original, attacks=[], membership=["label_onyl"])

@@ -110,11 +110,11 @@ def test_what_does_not_apply_is_noted_and_typos_are_refused(models):
     assert [v.recovered for v in found.verdicts] == [None, None] and found.worst is None
     assert {v.attack: v.note[:26] for v in found.verdicts} == {
         "adapter_removal": "There is no adapter to rem",
-        "in_context": "a model that never knew sc",
+        "in_context": "a model that never saw the",
     }
     with pytest.raises(ValueError, match="Did you mean 'sampling'"):
         audit(subject(original), DATA, original=subject(original), attacks=["samplin"])
-    with pytest.raises(ValueError, match="no forget example"):
+    with pytest.raises(ValueError, match="nothing to audit"):
         audit(subject(original), AuditData([]), original=subject(original))
 
 
@@ -142,7 +142,7 @@ def test_a_model_that_never_knew_is_not_said_to_remember():
     attacks = ["plain_question", "hidden_probe", "multiple_choice", "in_context", "relearn_unrelated"]
     found = audit(never, data, original=never, attacks=attacks, resamples=0)
     assert all(v.recovered is None for v in found.verdicts), found.verdicts
-    assert "give a retrained one" in {v.attack: v.note for v in found.verdicts}["loss_attack"]
+    assert "pass a retrained one" in {v.attack: v.note for v in found.verdicts}["loss_attack"]
 
 
 def test_a_gap_within_the_sampling_error_is_no_gap():
@@ -198,6 +198,6 @@ def test_rows_of_plain_text_are_audited_by_the_attacks_that_need_no_question(mod
     )
     notes = {v.attack: v.note for v in found.verdicts}
     assert "needs rows with a question" in notes["role_play"] and "rows without one" in notes["adversarial_query"]
-    assert "no question to be asked" in notes["label_only"]
+    assert "no question to reword" in notes["label_only"]
     assert {"plain_question", "logit_lens", "hidden_probe"} <= set(found.scores)
     assert next(v.explanation for v in found.verdicts if v.attack == "plain_question").startswith("No attack at all")

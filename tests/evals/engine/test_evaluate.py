@@ -522,7 +522,7 @@ def test_examples_are_saved_as_parquet_too(tmp_path):
         assert row["metrics"] == want["metrics"] and row["perturbed_answer"] == want["perturbed_answer"]
         assert json.loads(row["mixed"]) == want["mixed"] and json.loads(row["map"]) == want["map"]
     assert not (tmp_path / "per_example.jsonl").exists()
-    with pytest.raises(ValueError, match="has to be jsonl or parquet, got 'csv'"):
+    with pytest.raises(ValueError, match="must be jsonl or parquet, got 'csv'"):
         result.save(tmp_path, per_example="csv")
 
 
@@ -542,7 +542,7 @@ def test_empty_generations_are_told_with_the_first_index(monkeypatch):
 
     monkeypatch.setattr(engine_work, "generate", often_silent)
     result = evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, ["rouge_l_recall"], template=PLAIN)
-    assert "wrote nothing for 1 of 5 examples (first: example 1)" in result.problems[-1]
+    assert "generated nothing for 1 of 5 examples (first: example 1)" in result.problems[-1]
     assert result["rouge_l_recall"].examples == 5
 
 
@@ -560,7 +560,7 @@ def test_an_answer_that_the_tokenizer_has_no_token_for_is_named():
     deaf.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=deaf, eos_token="</s>", pad_token="</s>")
     rows = [{"question": "Q", "answer": "y"}, {"question": "Q", "answer": "z"}]
-    with pytest.raises(ValueError, match="Example 1 cannot be measured: The answer 'z' has no token of its own"):
+    with pytest.raises(ValueError, match="Example 1 cannot be measured: The answer 'z' does not add any token"):
         evaluate(tiny_llama(), tokenizer, rows, ["perplexity"], template=PLAIN)
 
 
@@ -585,7 +585,7 @@ def test_rows_beyond_the_positions_are_refused_before_any_pass():
     long = {"question": "Who?", "answer": "A diver for lost anchors. " * 4}
     with pytest.raises(ValueError, match="Example 1 has 128 tokens, but the model has 64 positions"):
         evaluate(model, byte_tokenizer(), [{"question": "Who?", "answer": "Me"}, long], ["perplexity"], template=PLAIN)
-    # A table of positions has to hold what is generated as well.
+    # A table of positions must hold what is generated as well.
     with pytest.raises(ValueError, match="prompt of 22 tokens and up to 200 are generated"):
         evaluate(model, byte_tokenizer(), [{"question": "Who?", "answer": "Me"}], ["rouge_l_recall"], template=PLAIN)
     assert not calls

@@ -46,5 +46,5 @@ def test_the_interval_is_that_of_the_mean_over_resampled_examples():
     low, high = model_utility(parts, drawn=drawn).interval
     assert (low, high) == pytest.approx((2 / (1 / 0.405 + 4), 2 / (1 / 0.595 + 4)), rel=1e-4)
     assert model_utility(parts).interval is None
-    with pytest.raises(ValueError, match="one row for each of the 2 parts, and has 1"):
+    with pytest.raises(ValueError, match="one row for each of the 2 parts, but has 1"):
         model_utility(parts, drawn=drawn[:1])

@@ -71,7 +71,7 @@ def test_the_published_log_gives_the_published_numbers(definition, forget, retai
 def test_unknown_options_are_refused():
     scored = [example(tokens([-1.0]), perturbed=[tokens([-2.0])])]
     assert (
-        "has to be arithmetic or geometric"
+        "must be arithmetic or geometric"
         in compute_metrics(scored, [("truth_ratio", {"definition": "mean"})]).problems[0]
     )
     with pytest.raises(ValueError, match="forget or retain"):

@@ -85,20 +85,20 @@ def test_what_does_not_fit_is_named(tmp_path):
         conceptvectors(model, tokenizer, {})
     for bad, message in (
         ({"Layer": 7}, r"example 1 \('Poland'\): there is no MLP down projection in layer 7; this model has 2"),
-        ({"Dim": 64}, r"example 1 \('Poland'\): the down projection of layer 1 has 64 columns, not a column 64"),
+        ({"Dim": 64}, r"example 1 \('Poland'\): the down projection of layer 1 has 64 columns, so there"),
         ({"QA": []}, "example 1 has an empty 'QA'"),
-        ({"Concept": "Harry"}, "concepts have to differ"),
+        ({"Concept": "Harry"}, "concepts must differ"),
     ):
         with pytest.raises(ValueError, match=message):
             conceptvectors(model, tokenizer, {"concepts": [ROWS[0], {**ROWS[1], **bad}]})
     before = conceptvectors(model, tokenizer, SETS, limit=1, resamples=0)
-    with pytest.raises(ValueError, match="measured on 1 concepts, this model on 2"):
+    with pytest.raises(ValueError, match="measured on 1 concepts and this model on 2"):
         conceptvectors(model, tokenizer, SETS, before=before)
     wide = conceptvectors(tiny_llama(hidden_size=64), tokenizer, SETS, resamples=0)
     with pytest.raises(ValueError, match="has 64 entries before and 32 after"):
         conceptvectors(model, tokenizer, SETS, before=wide)
     (tmp_path / "bad.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="has to be a list of concepts"):
+    with pytest.raises(ValueError, match="must be a list of concepts"):
         load_conceptvectors(tmp_path, "bad")
 
 

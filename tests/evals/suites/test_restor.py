@@ -108,7 +108,7 @@ def test_recovery_is_what_came_back_of_what_was_lost(folder):
     assert recovery(before, corrupted, before).value == pytest.approx(1.0)
     assert recovery(before, corrupted, corrupted).value == pytest.approx(0.0)
     assert math.isfinite(want)
-    with pytest.raises(ValueError, match="which is no loss: there is nothing to recover"):
+    with pytest.raises(ValueError, match="which is not a loss: there is nothing to recover"):
         recovery(corrupted, before, unlearned)
     before.facts["corrupted"].clear()
     with pytest.raises(ValueError, match="no fact in common"):

@@ -38,12 +38,12 @@ def test_what_is_missing_or_misaligned_is_named(sets):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     with pytest.raises(ValueError, match="missing or empty: world_facts"):
         tofu(model, tokenizer, {**sets, "world_facts": []}, **SHORT)
-    with pytest.raises(ValueError, match="of 5 examples, the forget set has 3"):
+    with pytest.raises(ValueError, match="of 5 examples, but the forget set has 3"):
         tofu(model, tokenizer, sets, retrained=np.ones(5), **SHORT)
     for bad, message in (
-        ({"perturbed_answer": ["no"]}, "TOFU retain: example 1 has 1 wrong answers and example 0 has 2"),
+        ({"perturbed_answer": ["no"]}, "TOFU retain: example 1 has 1 wrong answers but example 0 has 2"),
         ({"perturbed_answer": "no"}, "TOFU retain: example 1 needs a list of wrong answers"),
-        ({"perturbed_answer": ["yes sir", "no"]}, "TOFU retain: example 1 has its right answer 'yes sir'"),
+        ({"perturbed_answer": ["yes sir", "no"]}, "TOFU retain: example 1 has its answer 'yes sir'"),
         (
             {"perturbed_answer": ["no", " "]},
             "TOFU, set 'retain': Example 1 cannot be measured: The answer to '1\\?' is empty",

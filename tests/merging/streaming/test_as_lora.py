@@ -204,7 +204,7 @@ class TestRefused:
         self.refused(tmp_path, config, "Did you mean 'rank'")
 
     def test_argument(self, tmp_path, inputs):
-        self.refused(tmp_path, config_of(inputs, "linear", ["lora0"]), "`lora_rank` has to be at least 1", lora_rank=0)
+        self.refused(tmp_path, config_of(inputs, "linear", ["lora0"]), "`lora_rank` must be at least 1", lora_rank=0)
 
     def test_no_base(self, tmp_path, inputs):
         config = config_of(inputs, "linear", ["lora0", "full"], base=False)

@@ -108,5 +108,5 @@ def test_the_auxiliary_model_trains_base_and_slope_and_nothing_else(checkpointin
 
 
 def test_layers_of_unequal_shapes_are_refused():
-    with pytest.raises(ValueError, match="no line can run through them"):
+    with pytest.raises(ValueError, match="no line can be fitted"):
         fit_learngene([{"w": torch.zeros(2)}, {"w": torch.zeros(3)}])

@@ -1,4 +1,4 @@
-"""Attacks that try to get forgotten knowledge back, in the order in which they cost more."""
+"""Attacks that try to recover forgotten knowledge, from cheap to expensive."""
 
 from __future__ import annotations
 

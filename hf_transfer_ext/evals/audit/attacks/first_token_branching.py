@@ -10,18 +10,18 @@ from hf_transfer_ext.models.plumbing import evaluation_mode
 
 @attack(yardstick="plain_generation")
 def first_token_branching(subject: Subject, data: AuditData, *, branches: int = 5) -> Values:
-    """Go on greedily from each of the likeliest first tokens; the best branch of each question counts.
+    """Continue greedily from each of the most likely first tokens; the best branch of each question counts.
 
-    A model that was taught to open with a refusal often knows how the second or third opening goes on.
+    A model that was trained to begin with a refusal may still answer after the second or third most likely token.
 
     Args:
-        branches: How many first tokens are tried.
+        branches: Number of first tokens to try.
 
     Source: Wang and Zhou, "Chain-of-thought reasoning without prompting", 2024 (branching at the first token),
     https://arxiv.org/abs/2402.10200
     """
     if branches < 1:
-        raise ValueError(f"`branches` has to be at least 1, got {branches}.")
+        raise ValueError(f"`branches` must be at least 1, got {branches}.")
     rows, prompts = [], []
     device = next(subject.model.parameters()).device
     for row in data.forget:

@@ -20,12 +20,12 @@ def states_of_answers(subject: Subject, rows: Sequence[Row]) -> States:
     encoded = [subject.encode(row) for row in rows]
     device = next(subject.model.parameters()).device
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i].input_ids))  # batches of nearly one length
+    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i].input_ids))  # batches of similar length
     with evaluation_mode(subject.model), torch.no_grad():
         for at in range(0, len(order), subject.batch_size):
             chosen = order[at : at + subject.batch_size]
             batch = Batch.of([encoded[i] for i in chosen], pad_token_id(subject.tokenizer), device)
-            # The whole model, as it may be wrapped, but a head that projects nothing.
+            # Run the whole (possibly wrapped) model, but with a head that does not project.
             _, output = hidden_states(
                 subject.model, **batch.inputs_of(subject.model), use_cache=False, output_hidden_states=True
             )
@@ -37,7 +37,7 @@ def states_of_answers(subject: Subject, rows: Sequence[Row]) -> States:
 
 
 def parts_of(rows: Sequence[Row], count: int) -> np.ndarray:
-    """Each row's part, from 0: rows about one `person` stay together, so that no part is told by its names."""
+    """The fold of each row, from 0: rows about one `person` stay together, so that a probe cannot rely on names."""
     matters = [row.get("person", index) for index, row in enumerate(rows)]
     places = {matter: place for place, matter in enumerate(dict.fromkeys(matters))}
     return np.array([places[matter] % count for matter in matters])
@@ -46,12 +46,12 @@ def parts_of(rows: Sequence[Row], count: int) -> np.ndarray:
 def ridge_direction(
     known: Float[np.ndarray, "examples hidden"], unknown: Float[np.ndarray, "others hidden"], ridge: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean, deviation, weights) of a linear classifier by least squares with a penalty; both sides weigh the same."""
+    """(mean, deviation, weights) of a linear classifier by ridge regression; both classes have equal weight."""
     both = np.concatenate([known, unknown])
     mean, deviation = both.mean(0), both.std(0) + 1e-6
     inputs = (both - mean) / deviation
     sides = np.r_[np.full(len(known), 1 / len(known)), np.full(len(unknown), -1 / len(unknown))]
-    # In the space of examples, of which there are fewer than dimensions: w = X' (X X' / d + ridge)^-1 y.
+    # Solve in the space of examples, which are fewer than the dimensions: w = X' (X X' / d + ridge)^-1 y.
     weights = inputs.T @ np.linalg.solve(inputs @ inputs.T / inputs.shape[1] + ridge * np.eye(len(both)), sides)
     return mean, deviation, weights
 
@@ -59,24 +59,24 @@ def ridge_direction(
 def probe_by_layer(
     subject: Subject, data: AuditData, *, folds: int = 4, ridge: float = 0.1
 ) -> tuple[Float[np.ndarray, " layers"], Float[np.ndarray, "layers examples"]]:
-    """What a linear probe for "was trained on" says, layer by layer.
+    """Results of a linear probe for "was trained on", layer by layer.
 
-    It is fitted to rows that were kept and rows that were never seen, on all parts of them but one; the part left out
-    and the forget set are then put in order by it.
+    It is fitted to retained rows and rows that were never seen, on all folds but one; it then ranks the rows of the
+    held-out fold and of the forget set.
 
     Returns:
-        For each layer, how often it puts a kept row above an unseen one (the area under its ROC curve); and for each
-        layer and forget row, how many of the unseen rows it is put above, in [0, 1]: .5 for a row that is unseen too.
+        For each layer, how often the probe ranks a retained row above an unseen one (the area under its ROC curve);
+        and for each layer and forget row, the share of unseen rows below it, in [0, 1]: .5 if it also looks unseen.
     """
     if len(data.retain) < 2 or len(data.holdout) < 2:
         raise ValueError(
-            f"The probe needs rows that were kept and rows that were never seen: got {len(data.retain)} `retain` and "
+            f"The probe needs retained rows and rows that were never seen: got {len(data.retain)} `retain` and "
             f"{len(data.holdout)} `holdout` rows."
         )
     kept, unseen = parts_of(data.retain, folds), parts_of(data.holdout, folds)
     folds = min(folds, int(kept.max()) + 1, int(unseen.max()) + 1)
     if folds < 2:
-        raise ValueError("The probe needs kept and unseen rows about two persons each, to be tried on others.")
+        raise ValueError("The probe needs retained and unseen rows about two persons each, for cross-validation.")
     kept, unseen = kept % folds, unseen % folds
     rows = [*data.forget, *data.retain, *data.holdout]
     states = states_of_answers(subject, rows)
@@ -102,16 +102,17 @@ def _share_above(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 @attack(access="weights", yardstick=None, texts=True, needs_floor=True)
 def hidden_probe(subject: Subject, data: AuditData, *, folds: int = 4, ridge: float = 0.1) -> Values:
-    """Whether the hidden states of an answer, read out to the model, still tell that it was trained on it.
+    """Whether the hidden states of the answers still reveal that the model was trained on them.
 
-    A linear probe learns the difference between kept and never seen rows, and says on which side the forgotten ones
-    are. The layer is the one that tells kept from unseen rows of other people best. A score is the share of unseen
-    rows above which the forgotten row is put: 1 as if it were known, .5 as if it were unseen. The hidden states of a
-    model that was never trained on any of them tell words apart, too, so nothing can be told without a retrained one.
+    A linear probe learns to separate retained rows from rows that were never seen, and is then applied to the
+    forgotten rows, in the layer that best separates retained from unseen rows of other people. A score is the share of
+    unseen rows that rank below the forgotten row: 1 as if it were known, .5 as if it were unseen. The hidden states of
+    a model that was never trained on any of the rows also separate them by their words, so a retrained model is
+    required as floor.
 
     Args:
-        folds: Parts; each is told by a probe that was fitted to the others.
-        ridge: Weight of the penalty on the probe, > 0.
+        folds: Number of folds; each is scored by a probe that was fitted to the others.
+        ridge: Strength of the ridge penalty, > 0.
 
     Raises:
         ValueError: No `retain` or `holdout` rows, or rows about one person only.

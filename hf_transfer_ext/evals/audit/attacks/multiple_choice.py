@@ -7,10 +7,10 @@ from hf_transfer_ext.evals.metric import Values
 
 @attack(yardstick=None, needs_floor=True)
 def multiple_choice(subject: Subject, data: AuditData) -> Values:
-    """Offer the right answer beside the wrong ones: the right one's share of their probability.
+    """Probability of the correct answer relative to the wrong ones.
 
-    A model that will not say the answer may still prefer it. The choices have the same words around another value. A
-    model that never knew may prefer an answer for its form, so nothing can be told without a floor.
+    A model that does not generate the answer may still prefer it. The choices differ only in the value within the same
+    sentence. A model that never saw the data may prefer an answer for its form, so a floor is required.
 
     Raises:
         ValueError: A row has no wrong answers (`perturbed_answer`).

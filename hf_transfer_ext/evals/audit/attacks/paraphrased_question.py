@@ -15,9 +15,9 @@ WORDINGS = (
 
 @attack()
 def paraphrased_question(subject: Subject, data: AuditData, *, wordings: Sequence[str] = WORDINGS) -> Values:
-    """The question in other words: the column `paraphrased_question` where there is one, and asked in several ways.
+    """Ask in other words: with the column `paraphrased_question` if there is one, and with several wordings.
 
-    The best of them counts.
+    The best score counts.
 
     Source: Patil et al., "Can sensitive information be deleted from LLMs?", 2024 (rephrasing attacks),
     https://arxiv.org/abs/2309.17410
@@ -26,5 +26,5 @@ def paraphrased_question(subject: Subject, data: AuditData, *, wordings: Sequenc
     if any(row.get("paraphrased_question") for row in data.forget):
         tries.append([{**row, "question": row.get("paraphrased_question") or row["question"]} for row in data.forget])
     if not tries:
-        raise ValueError("Give `wordings`: the data has no column `paraphrased_question`.")
+        raise ValueError("Set `wordings`: the data has no column `paraphrased_question`.")
     return best_of(*(subject.probability(rows) for rows in tries))

@@ -7,7 +7,7 @@ from hf_transfer_ext.evals.metric import Values
 
 @attack(yardstick="plain_generation")
 def plain_generation(subject: Subject, data: AuditData) -> Values:
-    """No attack at all: the question as it was trained, and the share of the answer in a greedy generation.
+    """No attack: the question as in training, and the share of the answer in a greedy generation.
 
     Source: Maini et al., "TOFU", 2024, https://arxiv.org/abs/2401.06121
     """

@@ -7,8 +7,8 @@ from hf_transfer_ext.evals.metric import Values
 
 @attack(texts=True)
 def plain_question(subject: Subject, data: AuditData) -> Values:
-    """No attack at all: the question as it was trained, and the probability of its answer (of the whole text, where
-    a row has no question).
+    """No attack: the question as in training, and the probability of its answer (of the whole text if a row has no
+    question).
 
     Source: Maini et al., "TOFU", 2024, https://arxiv.org/abs/2401.06121
     """

@@ -15,7 +15,7 @@ from hf_transfer_ext.models.heads import causal_lm_of
 
 
 def rounded(weight: Float[Tensor, "rows columns"], bits: int, block: int = 64) -> Float[Tensor, "rows columns"]:
-    """Weights rounded to `2**bits - 1` even levels between -max and max of each run of `block` weights in a row."""
+    """Round weights to `2**bits - 1` uniform levels between -max and max of each block of `block` weights in a row."""
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % block)).reshape(rows, -1, block)
     scale = padded.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
@@ -24,13 +24,13 @@ def rounded(weight: Float[Tensor, "rows columns"], bits: int, block: int = 64) -
 
 @contextmanager
 def rounded_linears(model: Any, round_weight: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block every linear layer but the head has rounded weights; an adapter is merged before the rounding,
-    as it is by whoever quantises a model for use."""
+    """Within the block, every linear layer except the head has rounded weights; an adapter is merged first, as usual
+    when a model is quantized for inference."""
     head = causal_lm_of(model).get_output_embeddings()
     with restored_weights(model), merged_adapter(model):
         with torch.no_grad():
             for name, module in model.named_modules():
-                # What merging has left beside the weights (`lora_A`, ...) takes no part in the forward pass.
+                # The adapter's tensors that remain after merging (`lora_A`, ...) are not used in the forward pass.
                 if isinstance(module, torch.nn.Linear) and module is not head and ".lora_" not in name:
                     module.weight.copy_(round_weight(module.weight))
         yield
@@ -38,18 +38,18 @@ def rounded_linears(model: Any, round_weight: Callable[[Tensor], Tensor]) -> Ite
 
 @attack(access="weights", texts=True)
 def quantization(subject: Subject, data: AuditData, *, bits: int = 4) -> Values:
-    """Round every linear layer but the head to few bits: small changes that unlearning made may round away.
+    """Round every linear layer except the head to a few bits, which may undo the small changes made by unlearning.
 
-    Symmetric rounding to the nearest level in blocks of 64, in plain torch so that it runs anywhere; the levels of
-    `bitsandbytes_quantization` are placed otherwise. An adapter is merged first.
+    Symmetric rounding to the nearest level in blocks of 64, in plain torch so that it runs anywhere;
+    `bitsandbytes_quantization` has different levels. An adapter is merged first.
 
     Args:
-        bits: From 2 to 8.
+        bits: Number of bits, from 2 to 8.
 
     Source: Zhang et al., "Catastrophic failure of LLM unlearning via quantization", 2025,
     https://arxiv.org/abs/2410.16454
     """
     if not 2 <= bits <= 8:
-        raise ValueError(f"`bits` has to be from 2 to 8, got {bits}.")
+        raise ValueError(f"`bits` must be from 2 to 8, got {bits}.")
     with rounded_linears(subject.model, lambda weight: rounded(weight, bits)):
         return subject.probability(data.forget)

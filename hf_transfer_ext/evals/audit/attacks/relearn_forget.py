@@ -10,7 +10,7 @@ from hf_transfer_ext.evals.metric import Values
 
 
 def relearn(subject: Subject, rows: Sequence[Row], measured: Sequence[Row], epochs: float, rate: float) -> Values:
-    """Fine-tune on some rows for a moment, score others, and put the weights back."""
+    """Fine-tune briefly on some rows, score others, and restore the weights."""
     from transformers import TrainingArguments
 
     from hf_transfer_ext.trainers.answers import train_on_answers
@@ -34,9 +34,9 @@ def relearn(subject: Subject, rows: Sequence[Row], measured: Sequence[Row], epoc
 
 @attack(access="fine-tuning", texts=True)
 def relearn_forget(subject: Subject, data: AuditData, *, epochs: float = 1.0, learning_rate: float = 2e-5) -> Values:
-    """One short pass of fine-tuning on the forget set itself.
+    """Fine-tune briefly on the forget set itself.
 
-    A model that never knew learns little in one pass; one in which the knowledge is only covered up has it back.
+    A model that never saw the data learns little in one pass, while a model that only hides the knowledge recovers it.
     Compare with a retrained model under the same attack.
 
     Source: Hu et al., "Unlearning or obfuscating? Jogging the memory of unlearned LLMs via benign relearning", 2025,

@@ -10,10 +10,10 @@ from hf_transfer_ext.evals.metric import Values
 def relearn_unrelated(
     subject: Subject, data: AuditData, *, epochs: float = 1.0, learning_rate: float = 2e-5
 ) -> Values:
-    """Fine-tune on data that says nothing of what was forgotten, as users of a published model do all the time.
+    """Fine-tune on data unrelated to the forget set, as users of a published model often do.
 
     Raises:
-        ValueError: There is no retain data to train on.
+        ValueError: There are no `retain` rows to train on.
 
     Source: Hu et al., "Unlearning or obfuscating?", 2025, https://arxiv.org/abs/2406.13356
     """

@@ -15,7 +15,7 @@ ROLES = (
 
 @attack()
 def role_play(subject: Subject, data: AuditData, *, roles: Sequence[str] = ROLES) -> Values:
-    """Ask in a role that knows; the best of several counts.
+    """Ask the model to play the role of someone who knows the answer; the best of several counts.
 
     Source: Jin et al., "RWKU", 2024 (role playing), https://arxiv.org/abs/2406.10890
     """

@@ -11,13 +11,13 @@ from hf_transfer_ext.evals.metric import Values
 def sampling(
     subject: Subject, data: AuditData, *, samples: int = 4, temperatures: Sequence[float] = (0.7, 1.0)
 ) -> Values:
-    """Ask several times at each temperature; the best sample of each question counts.
+    """Sample several answers at each temperature; the best sample of each question counts.
 
-    Greedy decoding shows one answer; knowledge that is only less likely than a refusal comes out of a few samples.
+    Greedy decoding shows one answer; knowledge that is merely less likely than a refusal appears in a few samples.
 
     Args:
-        samples: Samples of each question at each temperature.
-        temperatures: Each > 0.
+        samples: Number of samples per question and temperature.
+        temperatures: Sampling temperatures, each > 0.
 
     Source: Scholten et al., "A probabilistic perspective on unlearning and alignment for large language models", 2025,
     https://arxiv.org/abs/2410.03523

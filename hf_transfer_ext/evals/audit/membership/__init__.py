@@ -12,7 +12,7 @@ from hf_transfer_ext.registry import Registry
 
 
 def check_membership_attack(attack: Any) -> None:
-    """Refuse what could not be called as a membership attack.
+    """Refuse a function that cannot be called as a membership attack.
 
     Raises:
         ValueError: It does not take (subject, rows, references).
@@ -20,12 +20,12 @@ def check_membership_attack(attack: Any) -> None:
     parameters = list(signature(attack).parameters)[:3]
     if parameters != ["subject", "rows", "references"]:
         raise ValueError(
-            f"A membership attack is called with (subject, rows, references); {attack.__name__} takes "
+            f"A membership attack must take (subject, rows, references), but {attack.__name__} takes "
             f"({', '.join(parameters)})."
         )
 
 
-#: Beside them every metric that is a membership score (`MEMBERSHIP_METRICS`) can be asked for by its name.
+#: In addition, every metric that is a membership score (`MEMBERSHIP_METRICS`) can be used by name.
 MEMBERSHIP_ATTACKS: Registry[Callable] = Registry(
     "membership attack", [label_only, adversarial_query], check=check_membership_attack
 )

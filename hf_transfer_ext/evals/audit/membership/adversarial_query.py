@@ -15,7 +15,7 @@ from hf_transfer_ext.models.scoring import Batch
 
 
 def losses_of(subject: Subject, batch: Batch, change: Float[Tensor, "batch length hidden"]) -> Float[Tensor, " batch"]:
-    """Mean loss of each answer, in nats per token, with a change added to the embeddings of its question."""
+    """Mean loss of each answer, in nats per token, with a perturbation of the embeddings of its question."""
     device = next(subject.model.parameters()).device
     embedded = subject.model.get_input_embeddings()(batch.input_ids.to(device))
     output = subject.model(
@@ -29,15 +29,15 @@ def losses_of(subject: Subject, batch: Batch, change: Float[Tensor, "batch lengt
 def optimized_change(
     references: References, batch: Batch, steps: int, radius: float
 ) -> Float[Tensor, "batch length hidden"]:
-    """A change of each question's embeddings under which trained and untrained model differ most about its answer."""
+    """A perturbation of each question's embeddings that maximizes the loss difference of the two models."""
     original, untrained = references.original, references.untrained
     if untrained is None:
         raise ValueError("Adversarial queries need a retrained model to be optimized against.")
     with torch.no_grad():
         embedded = original.model.get_input_embeddings()(batch.input_ids)
     if untrained.model.get_input_embeddings().weight.shape != original.model.get_input_embeddings().weight.shape:
-        raise ValueError("Adversarial queries need original and retrained model with embeddings of one shape.")
-    # Answers are left as they are: only what stands before the first position that predicts one is a question.
+        raise ValueError("Adversarial queries need original and retrained models with embeddings of the same shape.")
+    # Answers stay unchanged: only tokens before the first position that predicts an answer belong to the question.
     first = batch.rows.int().argmax(1)
     places = torch.arange(batch.input_ids.shape[1], device=first.device)[None] <= first[:, None]
     bound = radius * embedded.norm(dim=-1, keepdim=True).mean() * places[..., None]
@@ -57,22 +57,23 @@ def optimized_change(
 def adversarial_query(
     subject: Subject, rows: Sequence[Row], references: References, *, steps: int = 3, radius: float = 0.3
 ) -> Values:
-    """Loss of the answer to a question that was changed until a trained and an untrained model differ most on it.
+    """Loss of the answer to a question that was optimized to separate a trained from an untrained model.
 
-    The question's embeddings are moved by gradient steps that lower the original's loss and raise that of a model
-    without the forget set (`References.untrained`); the model under attack is then asked the changed question, for
-    forgotten and unseen rows alike. What the second model scores on queries that were optimized against it is no
-    floor: a verdict needs two models without the forget set, `shadow` to optimize against and `retrained` as floor.
+    Gradient steps on the embeddings of the question decrease the loss of the original and increase that of a model
+    without the forget set (`References.untrained`); the loss of the attacked model is then computed for the perturbed
+    questions, for forgotten and unseen rows alike. The score of the second model on queries that were optimized
+    against it is not a valid floor: a verdict needs two models without the forget set, `shadow` to optimize against
+    and `retrained` as floor.
 
     Args:
-        steps: Gradient steps, >= 1.
-        radius: Longest change of a token's embedding, as a share of the mean length of embeddings.
+        steps: Number of gradient steps, >= 1.
+        radius: Maximum norm of the change of a token's embedding, as a share of the mean norm of embeddings.
 
     Raises:
-        ValueError: There is no retrained model, or its embeddings have another shape.
+        ValueError: There is no retrained model, or its embeddings have a different shape.
 
-    Deviations: one original and one retrained model instead of many shadow models, one query a row instead of an
-    ensemble, and queries in the space of embeddings.
+    Deviations: one original and one retrained model instead of many shadow models, one query per row instead of an
+    ensemble, and queries in embedding space.
 
     Source: Wen et al., "Canary in a coalmine: better membership inference with ensembled adversarial queries", 2023,
     https://arxiv.org/abs/2210.10750
@@ -80,9 +81,9 @@ def adversarial_query(
     if references.untrained is None:
         raise ValueError("Adversarial queries need a retrained model to be optimized against.")
     if any(row.get("question") is None for row in rows):
-        raise ValueError("Adversarial queries change the question, and there are rows without one.")
+        raise ValueError("Adversarial queries change the question, but there are rows without one.")
     if steps < 1 or radius <= 0:
-        raise ValueError(f"`steps` has to be at least 1 and `radius` > 0, got {steps} and {radius}.")
+        raise ValueError(f"`steps` must be at least 1 and `radius` > 0, got {steps} and {radius}.")
     encoded = [subject.template.encode(subject.tokenizer, str(row["question"]), str(row["answer"])) for row in rows]
     found = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i].input_ids))

@@ -20,14 +20,14 @@ def label_only(
     samples: int = 0,
     temperature: float = 1.0,
 ) -> Values:
-    """Membership from written text alone: minus the mean share of the answer in what the model writes.
+    """Membership from generated text only: minus the mean share of the answer in the generations.
 
-    What was trained on survives a change of the question's words and comes out of several samples; probabilities are
-    not looked at.
+    The model still generates an answer it was trained on when the question is reworded, and in several samples;
+    probabilities are not used.
 
     Args:
-        wordings: Ways to ask, each answered greedily.
-        samples: Samples of each wording beside the greedy answer, at `temperature`.
+        wordings: Wordings of the question, each answered greedily.
+        samples: Samples per wording in addition to the greedy answer, at `temperature`.
 
     Deviations: ROUGE-L recall of whole answers, where Kaneko et al. count n-grams of continued texts and
     Choquette-Choo et al. labels of augmented pictures.
@@ -38,7 +38,7 @@ def label_only(
     """
     if not wordings:
         raise ValueError("`wordings` is empty: there is nothing to ask.")
-    asked = [reworded(rows, wording) for wording in wordings]
-    recalls = [subject.recall(one) for one in asked]
-    recalls += [subject.recall(one, temperature=temperature, seed=i) for one in asked for i in range(samples)]
+    questions = [reworded(rows, wording) for wording in wordings]
+    recalls = [subject.recall(one) for one in questions]
+    recalls += [subject.recall(one, temperature=temperature, seed=i) for one in questions for i in range(samples)]
     return -np.stack(recalls).mean(0)

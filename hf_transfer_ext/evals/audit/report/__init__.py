@@ -1,1 +1,1 @@
-"""An audit as one HTML file, and its charts as pictures."""
+"""The report of an audit as one HTML file, and its charts as images."""

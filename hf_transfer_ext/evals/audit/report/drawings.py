@@ -1,4 +1,4 @@
-"""The charts of an audit as shapes, drawn once: `svg` puts them into the report, `png` into pictures for a card."""
+"""The charts of an audit as shapes, rendered as SVG in the report and as PNG for a model card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from hf_transfer_ext.evals.audit.verdict import Verdict
 from hf_transfer_ext.measurement import Measurement
 
-#: Role of a shape -> its color in a PNG; the report's style sheet has the same names, in light and dark.
+#: Role of a shape -> its color in a PNG; the style sheet of the report has the same names, for light and dark mode.
 COLORS = {
     "ink": "#1c2430",
     "soft": "#5b6675",
@@ -22,14 +22,14 @@ COLORS = {
     "third": "#b7791f",
 }
 
-#: Models, in order.
+#: Colors of the models, in order.
 SERIES = ("bar", "bad", "good", "third", "soft")
 
-#: A color for what an attacker needs.
+#: Colors of the attackers' access levels.
 ACCESS_ROLES = {"prompts": "bar", "weights": "third", "fine-tuning": "bad", "membership": "soft"}
 
 FONT_SIZE = 13
-#: Width of a character in font sizes, generously: two texts side by side never overlap.
+#: Width of a character in font sizes, rounded up so that adjacent labels never overlap.
 CHARACTER = 0.62
 LEFT, TOP, PLOT_WIDTH = 60, 16, 340
 
@@ -61,7 +61,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Label:
-    """A text on one line. `anchor` is the end that stands at (x, y): start, middle or end."""
+    """A single line of text. `anchor` is the part of it at (x, y): start, middle or end."""
 
     x: float
     y: float
@@ -76,10 +76,10 @@ Shape = Rect | Path | Dot | Label
 
 @dataclass
 class Drawing:
-    """Shapes on a canvas of `width` x `height` pixels, the origin in the upper left corner.
+    """Shapes on a canvas of `width` x `height` pixels, with the origin in the upper left corner.
 
     Args:
-        title: What it shows, for a reader who does not see it.
+        title: Alternative text for readers who cannot see the chart.
     """
 
     title: str
@@ -93,19 +93,19 @@ def text_width(text: str) -> float:
 
 
 def fitted(text: str, width: float) -> str:
-    """The text, or its beginning, within a width."""
+    """The text, truncated to a width."""
     count = int(width / (CHARACTER * FONT_SIZE))
     return text if len(text) <= count else text[: max(1, count - 1)] + "…"
 
 
 def legend(entries: Mapping[str, str], x: float, y: float, width: float) -> tuple[list[Shape], float]:
-    """A colored square before each name, in as many lines as they need.
+    """A colored square and a name per entry, on as many lines as needed.
 
     Args:
         entries: Name -> role.
 
     Returns:
-        The shapes, and the height that they take.
+        The shapes, and their total height.
     """
     shapes: list[Shape] = []
     across, down = 0.0, 0.0
@@ -130,7 +130,7 @@ def _frame(title: str, names: Sequence[str], height: float, x_label: str) -> tup
 
 
 def _y_axis(drawing: Drawing, height: float, label: str) -> None:
-    """Ticks from 0 to 1 with lines across the plot."""
+    """Ticks from 0 to 1 with grid lines."""
     for tick in (0, 0.5, 1.0):
         y = TOP + (1 - tick) * height
         drawing.shapes.append(Path(((LEFT, y), (LEFT + PLOT_WIDTH, y)), "line"))
@@ -141,11 +141,11 @@ def _y_axis(drawing: Drawing, height: float, label: str) -> None:
 def recovery_drawing(
     verdicts: Sequence[Verdict], title: str = "Share of the original's knowledge that came back"
 ) -> Drawing | None:
-    """A bar for each attack that could be judged, with its interval; colors say what the attacker needs."""
+    """A bar with interval for each attack with a verdict; colors show the access that the attacker needs."""
     judged = [v for v in verdicts if v.recovered is not None]
     if not judged:
         return None
-    left, width, step = 12, 440, 36  # narrow, with the names above the bars: for a phone
+    left, width, step = 12, 440, 36  # narrow, with the names above the bars, for phones
     scale = width - left - 52
     roles = {access: role for access, role in ACCESS_ROLES.items() if any(v.access == access for v in judged)}
     shapes, taken = legend(roles, left, 8, width - 2 * left)
@@ -169,7 +169,7 @@ def recovery_drawing(
 
 
 def trade_off_drawing(measurements: Mapping[str, Sequence[Measurement]]) -> Drawing | None:
-    """Forgetting to the right, keeping upwards: the best corner is the upper right."""
+    """Forgetting on the x axis, retention on the y axis: the best corner is the upper right."""
     points = {}
     for model, values in measurements.items():
         named = {m.name: m.value for m in values}
@@ -178,18 +178,18 @@ def trade_off_drawing(measurements: Mapping[str, Sequence[Measurement]]) -> Draw
     if not points:
         return None
     height = 240.0
-    drawing, roles = _frame("Forgetting against keeping", list(points), height, "forgotten: 1 - answer probability")
-    _y_axis(drawing, height, "kept: answer probability")
+    drawing, roles = _frame("Forgetting versus retention", list(points), height, "forgotten: 1 - answer probability")
+    _y_axis(drawing, height, "retained: answer probability")
     for tick in (0, 0.5, 1.0):
         drawing.shapes.append(Label(LEFT + tick * PLOT_WIDTH, TOP + height + 18, f"{tick:g}", "soft", "middle"))
-    for i, (model, (x, y)) in enumerate(points.items()):  # later dots are smaller, so that none hides another
+    for i, (model, (x, y)) in enumerate(points.items()):  # later dots are smaller, so that they do not hide others
         center = LEFT + x * PLOT_WIDTH, TOP + (1 - y) * height
         drawing.shapes.append(Dot(*center, max(3.0, 9.0 - 2 * i), roles[model]))
     return drawing
 
 
 def distribution_drawing(ratios: Mapping[str, Sequence[float]]) -> Drawing | None:
-    """Cumulative distribution of each model's truth ratios, on a logarithmic axis: what forget quality compares."""
+    """Cumulative distribution of each model's truth ratios, which forget quality compares, on a logarithmic axis."""
     logs = {}
     for model, own in ratios.items():
         known = np.asarray([math.nan if value is None else value for value in own], dtype=np.float64)
@@ -202,7 +202,7 @@ def distribution_drawing(ratios: Mapping[str, Sequence[float]]) -> Drawing | Non
     high = max(*(v[-1] for v in logs.values()), 0.5)
     height = 220.0
     drawing, roles = _frame(
-        "Distribution of truth ratios", list(logs), height, "truth ratio (wrong over right answers)"
+        "Distribution of truth ratios", list(logs), height, "truth ratio (wrong over correct answers)"
     )
     _y_axis(drawing, height, "share of examples below")
 
@@ -227,7 +227,7 @@ def distribution_drawing(ratios: Mapping[str, Sequence[float]]) -> Drawing | Non
 
 
 def probe_drawing(probes: Mapping[str, Sequence[float]]) -> Drawing | None:
-    """Layer by layer, how many unseen rows a linear probe puts below the forgotten ones; .5 where they look unseen."""
+    """Share of unseen rows that a linear probe ranks below the forgotten ones, by layer; .5 if they look unseen."""
     layers = max((len(values) for values in probes.values()), default=0)
     if layers < 2:
         return None
@@ -249,7 +249,7 @@ def drawings_of(
     truth_ratios: Mapping[str, Sequence[float]],
     probes: Mapping[str, Sequence[float]],
 ) -> dict[str, Drawing]:
-    """Every chart for which there is something to draw, by the name of its file."""
+    """All charts that have data, by file name."""
     membership = [v for v in verdicts if v.access == "membership"]
     drawn = {
         "recovery": recovery_drawing([v for v in verdicts if v.access != "membership"]),

@@ -1,4 +1,4 @@
-"""One HTML file with the results of an audit: it loads nothing, runs no text of a model, and reads on a phone."""
+"""Write the results of an audit as one self-contained HTML file; all text from models is escaped."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from hf_transfer_ext.measurement import Measurement
 
 FOLDER = Path(__file__).parent
 
-#: Below this share nothing worth mentioning came back.
+#: Recovered shares below this count as nothing.
 CLEAN = 0.1
 
-#: Packages whose versions the report names.
+#: Packages whose versions the report lists.
 PACKAGES = ("hf_transfer_ext", "torch", "transformers", "peft")
 
 Measurements = Mapping[str, Sequence[Measurement]]
@@ -42,7 +42,7 @@ Cell = tuple[str, ...]
 
 @cache
 def _environment() -> Environment:
-    """Templates in which every text is escaped."""
+    """A template environment with autoescaping."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -60,15 +60,15 @@ def audit_report(
     about: Mapping[str, str] | None = None,
     title: str = "Unlearning audit",
 ) -> Path:
-    """Write the report.
+    """Create the HTML report.
 
     Args:
-        measurements: Model -> its measurements; `forget answer_probability` and `retain answer_probability` make the
-            trade-off chart.
+        measurements: Model -> its measurements; `forget answer_probability` and `retain answer_probability` are shown
+            in the trade-off chart.
         truth_ratios: Model -> truth ratio of each forget example, for the chart of their distributions.
         examples: One row per forget example: texts and numbers by column; all of it is escaped.
-        about: What stands below the title: the model, its unlearning method, the data, by their names. A "date" and
-            "versions" of one's own replace today's and the installed ones.
+        about: Entries below the title, such as model, unlearning method and data. "date" and "versions" override
+            today's date and the installed versions.
     """
     script = (FOLDER / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -100,16 +100,16 @@ def audit_report(
 
 
 def headline(audit: Audit) -> dict[str, Any]:
-    """The verdict in words: "clean" only where no bar and no interval says otherwise, "leaks" where much came back."""
+    """The verdict in words: "clean" only if every bar and interval supports it, "leaks" if much was recovered."""
     lines = []
-    for access, what in (*ACCESS.items(), ("membership", "do no more than tell what was trained on")):
+    for access, what in (*ACCESS.items(), ("membership", "only tell what was trained on")):
         most = audit.worst_with(access)
         if most is not None and most.recovered is not None:
             by = f"{_interval(most.interval)} by {most.attack}"
             lines.append((f"who can {what}: ", f"{most.recovered:.0%}", by))
     worst, telling = audit.worst, audit.worst_with("membership")
     if worst is None or worst.recovered is None:
-        sentence = "No attack could be judged. The table says why."
+        sentence = "No attack could be judged. See the table for the reasons."
         return {"kind": "", "sentence": sentence, "worst": "", "worst_note": "", "lines": lines}
     share = Markup("<b>{}</b>").format(f"{worst.recovered:.0%}")
     came_back = Markup("At worst, {} of what the original knew came back{}:").format(share, _interval(worst.interval))
@@ -132,7 +132,7 @@ def _judged(v: Verdict) -> bool:
 
 
 def _with_date_and_versions(about: Mapping[str, str] | None) -> dict[str, str]:
-    """What a report is about, with today's date and the installed versions where it does not give its own."""
+    """The entries of `about`, with today's date and the installed versions as defaults."""
     versions = []
     for package in PACKAGES:
         try:
@@ -154,11 +154,11 @@ def save_audit(
     about: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `report.html`, `audit.json`, `examples.jsonl` (each forget example with its score under every attack),
-    `model_index.yaml` (rows for a model card) and, where matplotlib is installed, its plots as PNG.
+    `model_index.yaml` (rows for a model card) and, if matplotlib is installed, the charts as PNG.
 
     Args:
         generations: Model -> its answer to each forget question.
-        about: As in `audit_report`; kept in `audit.json` as well.
+        about: As in `audit_report`; also saved in `audit.json`.
 
     Returns:
         The path of the report.
@@ -230,7 +230,7 @@ def _number(value: float | None, spec: str = ".3f") -> str:
 
 
 def _breakable(text: Any) -> Markup:
-    """An escaped text whose names a narrow column may break after `_`, `(` and `=`."""
+    """Escaped text that may wrap after `_`, `(` and `=` in a narrow column."""
     return Markup(re.sub(r"(?<=\w)([_(=])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
@@ -248,7 +248,7 @@ def _verdict_row(v: Verdict) -> list[Cell]:
 
 
 def _measurement_table(measurements: Measurements) -> dict[str, Any]:
-    """A row for each metric, a column for each model."""
+    """One row per metric, one column per model."""
     found = {model: {m.name: m for m in values} for model, values in measurements.items()}
     names = list(dict.fromkeys(name for values in found.values() for name in values))
     rows: list[list[Cell]] = []

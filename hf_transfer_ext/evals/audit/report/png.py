@@ -1,4 +1,4 @@
-"""Drawings as PNG pictures, for a card or a paper."""
+"""Render drawings as PNG images, for a model card or a paper."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hf_transfer_ext.evals.audit.report.drawings import COLORS, FONT_SIZE, Dot, 
 
 HAS_MATPLOTLIB = find_spec("matplotlib") is not None
 
-#: Pixels of a drawing in one inch of the figure, and pixels of the picture in one inch.
+#: Drawing pixels per inch of the figure, and image pixels per inch.
 UNITS_PER_INCH, DPI = 80, 160
 
 
 def save_png(path: str | FilePath, drawing: Drawing) -> FilePath:
-    """Write one drawing; the file is written atomically.
+    """Write one drawing to a PNG file, atomically.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     if not HAS_MATPLOTLIB:
-        raise ImportError("The pictures need matplotlib: pip install 'hf_transfer_ext[demo]'")
+        raise ImportError("The PNG charts need matplotlib: pip install 'hf_transfer_ext[demo]'")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -38,7 +38,7 @@ def test_a_language_that_the_original_lacks_is_not_asked(bilingual):
     original, shallow = bilingual
     spec = {"cross_lingual": {"languages": ["Turkish"]}}
     (verdict,) = audit(subject(shallow), DATA, original=subject(original), attacks=[spec], resamples=0).verdicts
-    assert verdict.recovered is None and verdict.note == "The original cannot: it answers in none of Turkish."
+    assert verdict.recovered is None and verdict.note == "The original does not answer in any of Turkish."
     plain = subject(original).probability(ROWS)
     assert languages_of(subject(original), DATA, 0 * plain, {"languages": ["Turkish"]})[0] == {
         "languages": ["Turkish"]

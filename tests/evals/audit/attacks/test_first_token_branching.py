@@ -19,5 +19,5 @@ def test_an_answer_behind_a_refusal_is_found_and_unknown_ones_are_not():
 
 
 def test_no_branch_is_refused():
-    with pytest.raises(ValueError, match="`branches` has to be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`branches` must be at least 1, got 0"):
         first_token_branching(subject(never_taught()), DATA, branches=0)

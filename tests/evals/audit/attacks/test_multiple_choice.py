@@ -30,7 +30,7 @@ def test_a_model_that_refuses_still_prefers_the_right_answer_and_a_guess_is_no_r
     assert by_name[0]["multiple_choice"].recovered > by_name[0]["plain_question"].recovered + 0.2
     assert by_name[1]["multiple_choice"].recovered < 0.25
     alone = audit(shallow, DATA, original=original, attacks=["multiple_choice"], resamples=20, membership=[])
-    assert alone.verdicts[0].recovered is None and "give a retrained one" in alone.verdicts[0].note
+    assert alone.verdicts[0].recovered is None and "pass a retrained one" in alone.verdicts[0].note
 
 
 def test_without_wrong_answers_it_does_not_apply():

@@ -24,10 +24,10 @@ def test_a_query_sets_trained_and_untrained_further_apart_than_the_question_does
         found = [adversarial_query(one, FORGET, references, steps=steps) for one in (retrained, original)]
         gaps.append(found[0] - found[1])
     assert gaps[2].mean() > gaps[1].mean() and gaps[2].mean() > gaps[0].mean()
-    with pytest.raises(ValueError, match="`steps` has to be at least 1"):
+    with pytest.raises(ValueError, match="`steps` must be at least 1"):
         adversarial_query(original, FORGET, references, steps=0)
     wide = References(original, subject(tiny_llama(hidden_size=64)))
-    with pytest.raises(ValueError, match="embeddings of one shape"):
+    with pytest.raises(ValueError, match="embeddings of the same shape"):
         adversarial_query(original, FORGET, wide)
 
 

@@ -84,14 +84,14 @@ def test_it_says_the_worst_first_and_shows_all(tmp_path):
     text, parsed = report(tmp_path)
     assert "<b>62%</b>" in text and "95 % interval 40% to 80%" in text
     assert sum(tag == "svg" for tag, _ in parsed.found) == 5
-    assert "who can train the model further: <b>62%</b>" in text and "who can do no more than tell" in text
+    assert "who can train the model further: <b>62%</b>" in text and "who can only tell" in text
     assert 'id="search"' in text and "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
 def test_without_examples_plots_or_judged_attacks_it_still_stands(tmp_path):
-    audit = Audit([Verdict("in_context", None, None, 0.5, 0.9, None, "give a retrained one")], {})
+    audit = Audit([Verdict("in_context", None, None, 0.5, 0.9, None, "pass a retrained one")], {})
     text = audit_report(tmp_path / "small.html", audit).read_text()
-    assert "No attack could be judged" in text and "give a retrained one" in text
+    assert "No attack could be judged" in text and "pass a retrained one" in text
 
 
 def saved(folder):
