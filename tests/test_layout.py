@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_transfer_ext
+from hf_transfer_ext.edits.methods import EDITS
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS
 from hf_transfer_ext.evals.metrics import COMPARISONS, METRICS
@@ -27,6 +28,7 @@ REGISTRIES = {
     "losses/unlearning": [UNLEARNING_LOSSES, RETAIN_LOSSES],
     "losses/unlearning/methods": [UNLEARNING_METHODS],
     "merging/methods": [MERGE_METHODS],
+    "edits/methods": [EDITS],
     "evals/metrics": [METRICS, COMPARISONS],
     "evals/audit/attacks": [ATTACKS],
     "evals/audit/membership": [MEMBERSHIP_ATTACKS],
@@ -45,7 +47,7 @@ METHODS = [
 FLOORS = [
     "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
     "weights", "data", "models", "losses", "teachers", "students", "trainers",
-    "evals", "hub", "adapters", "merging", "testing", "recipes",
+    "evals", "hub", "adapters", "merging", "edits", "testing", "recipes",
     "catalogue", "doctor", "cli", "__main__",
 ]  # fmt: skip
 
