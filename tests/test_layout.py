@@ -13,6 +13,7 @@ import pytest
 
 import hf_transfer_ext
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
+from hf_transfer_ext.edits.methods import EDITS
 from hf_transfer_ext.evals.audit.attack import ACCESS
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS
@@ -37,6 +38,7 @@ METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
     "losses/unlearning/methods": ([UNLEARNING_METHODS], lambda f: f.forget in UNLEARNING_LOSSES),
     "merging/methods": ([MERGE_METHODS], lambda f: f.unit in ("element", "row", "matrix")),
     "adapters/transfer/methods": ([TRANSFER_METHODS], lambda f: "Returns:" in f.__doc__),
+    "edits/methods": ([EDITS], lambda f: "Returns:" in f.__doc__ or "Yields:" in f.__doc__),
     "evals/metrics": ([METRICS, COMPARISONS], lambda f: bool(f.unit) if isinstance(f, Metric) else True),
     "evals/audit/attacks": ([ATTACKS], lambda f: f.access in ACCESS),
     "evals/audit/membership": ([MEMBERSHIP_ATTACKS], lambda f: "higher" in f.__doc__ or "score" in f.__doc__.lower()),
@@ -83,7 +85,7 @@ def problems_of(path: Path, registries: list[Registry], has_unit: Callable[[Any]
 FLOORS = [
     "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
     "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers",
-    "evals", "adapters", "merging", "testing", "recipes",
+    "evals", "adapters", "merging", "edits", "testing", "recipes",
     "catalogue", "doctor", "cli", "__main__", "moved",
 ]  # fmt: skip
 

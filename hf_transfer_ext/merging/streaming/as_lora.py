@@ -102,7 +102,7 @@ def write_adapter(
     try:
         tensors: dict[str, InputTensor] = {}
         for job in jobs:
-            tensors[job.name] = _known_result(job, start) or MergedInput(job, config.seed, not allow_nonfinite)
+            tensors[job.name] = known_result(job, start) or MergedInput(job, config.seed, not allow_nonfinite)
         result = ModelReference(f"the merge by {config.merge_method}")
         end = InputModel(result, start.folder, start.config, start.checkpoint, tensors)
         return write_change(
@@ -134,7 +134,7 @@ def _common_base(models: Mapping[ModelReference, InputModel]) -> ModelReference:
     return base
 
 
-def _known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
+def known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
     """The base's own tensor where no input changed it, or with the factors of its change, where they are known.
 
     The mean of equal numbers is not equal to them to the last bit, so what did not change must be found here.
