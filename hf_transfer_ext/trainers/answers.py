@@ -24,7 +24,8 @@ def train_on_answers(
     """Minimise the cross-entropy of the answers' tokens (of whole texts, where an example has no question).
 
     The model is trained in place; the trainer is returned for its logs. Whatever tells examples apart is the same as
-    in unlearning and evaluation: one tokenisation of prompt and answer for all three.
+    in unlearning and evaluation: one tokenisation of prompt and answer for all three. `args.resume_from_checkpoint`
+    names a checkpoint to continue from.
     """
     pairs = ForgetRetainPairs(examples, None, tokenizer, template=template, columns=columns)
     collate = forget_retain_collator(pad_token_id(tokenizer))
@@ -36,5 +37,5 @@ def train_on_answers(
 
     args.remove_unused_columns = False
     trainer = Trainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer, data_collator=flat)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer

@@ -21,7 +21,7 @@ from hf_transfer_ext.adapters.transfer.anchors import (
     residual_map,
     shared_token_ids,
 )
-from hf_transfer_ext.adapters.transfer.method import Heads, LinearPair, TransferMethod
+from hf_transfer_ext.adapters.transfer.method import Heads, LinearPair, TransferMethod, product_norm
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.methods.lorasuite import match_heads
 from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
@@ -67,7 +67,7 @@ def transfer_lora(
     target_base: str | Path,
     out: str | Path,
     *,
-    method: str = "cross_lora",
+    method: str | TransferMethod = "cross_lora",
     options: dict[str, Any] | None = None,
     source_base: str | Path | None = None,
     texts: Sequence[str] | None = None,
@@ -80,7 +80,7 @@ def transfer_lora(
         adapter: Folder or Hub id of the source adapter: a LoRA whose change is B A (`adapters.convert` makes one).
         target_base: Folder or Hub id of the new base.
         out: Folder of the new adapter, written atomically.
-        method: A name of `TRANSFER_METHODS`.
+        method: A name of `TRANSFER_METHODS`, or a method that is not registered.
         options: The method's own options.
         source_base: The source base; by default the one that the adapter's config names.
         texts: Plain texts that both models read, for methods that need activations. Where given, layers of models of
@@ -93,14 +93,14 @@ def transfer_lora(
             method cannot carry, or nothing that could be carried at all.
     """
     began = time.perf_counter()
-    chosen = TRANSFER_METHODS[method]
+    chosen = method if isinstance(method, TransferMethod) else TRANSFER_METHODS[method]
     for name in options or {}:
         if name not in chosen.options:
-            raise ValueError(unknown_name(f"option of {method}", name, chosen.options or ["(it has none)"]))
+            raise ValueError(unknown_name(f"option of {chosen.__name__}", name, chosen.options or ["(it has none)"]))
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}.")
     if "activations" in chosen.needs and not texts:
-        raise ValueError(f"{method} reads texts with both models: give `texts`.")
+        raise ValueError(f"{chosen.__name__} reads texts with both models: give `texts`.")
     refuse_existing_output(out, overwrite=overwrite, inputs=[adapter, source_base, target_base])
     found = read_lora(local_folder(adapter))
     named = source_base or found.config.get("base_model_name_or_path")
@@ -186,7 +186,7 @@ class _Carrier:
             factors[module], modules[module] = carried, own
             sizes.append(
                 [
-                    float(_norm(change) / weight.norm())
+                    product_norm(change) / float(weight.norm())
                     for change, weight in (
                         (self.adapter.modules[own], _read(self.source, f"{own}.weight")),
                         (carried, _read(self.target, f"{module}.weight")),
@@ -308,12 +308,6 @@ def _read(model: InputModel, name: str) -> Tensor:
     values = torch.empty(tensor.shape)
     tensor.read(0, values.view(-1), Scratch())
     return values
-
-
-def _norm(factors: LoraFactors) -> Tensor:
-    """Frobenius norm of the product, from two small products."""
-    grams = factors.left.T @ factors.left, factors.right @ factors.right.T
-    return (grams[0] * grams[1]).sum().clamp(min=0).sqrt()
 
 
 def _depth(model: InputModel) -> int:
