@@ -257,9 +257,8 @@ def train_lora(
     resumed = last_checkpoint(checkpoints)
     saved: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
     if teacher is None:
-        arguments = training_arguments(
-            checkpoints, settings, settings.epochs, settings.learning_rate, **saved, **resumed
-        )
+        rates = settings.epochs, settings.learning_rate
+        arguments = training_arguments(checkpoints, settings, *rates, resume_from_checkpoint=resumed, **saved)
         train_on_answers(tuned, tokenizer, rows, arguments, template=template)
         return tuned.eval()
     config = DistillationConfig(

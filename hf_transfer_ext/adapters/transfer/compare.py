@@ -112,8 +112,9 @@ def compare_transfer(
             if not (folder / "adapter_config.json").is_file():
                 options = {"seed": settings.seed} if name == RANDOM else {}
                 transfer_lora(
-                    source_adapter, target_base, folder, method=method, options=options, source_base=source_base
-                )
+                    source_adapter, target_base, folder, method=method, options=options, source_base=source_base,
+                    force=True,
+                )  # fmt: skip
             controls[name] = folder
         except ValueError as error:
             not_measured[name] = str(error)
