@@ -39,7 +39,7 @@ from hf_transfer_ext.adapters.transfer.compare import (
     TARGET_BASE,
     TRUE_DATA,
     TransferRow,
-    answered_exactly,
+    answer_tokens,
     random_of_same_norm,
     transfer_rows,
 )
@@ -180,7 +180,7 @@ def moved(method: str, work: Path, direction: str, seed: int, notes: dict[str, A
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     work, out = options.work, options.out.with_name(options.out.name + ".json")
-    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"correct": {}, "notes": {}}
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"tokens": {}, "notes": {}}
     prepare_bases(work, options.healing_steps)
     test = entries("test")
 
@@ -188,23 +188,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model = load_model(work / base, dtype="bfloat16")
         if adapter is not None:
             model = with_adapters(model, [adapter])[0]
-        found = answered_exactly(model.eval(), load_tokenizer(work / base), test, template=PLAIN)
-        result["correct"][key] = "".join("01"[int(one)] for one in found)
-        print(f"{key}: {found.mean():.1%}", flush=True)
+        found = answer_tokens(model.eval(), load_tokenizer(work / base), test, template=PLAIN)
+        result["tokens"][key] = [round(float(one), 4) for one in found]
+        print(f"{key}: {(found == 1).mean():.1%} of answers, {found.mean():.1%} of tokens", flush=True)
         measure.write_json(out, result)
 
     for seed in options.seeds:
         for direction in options.directions:
             source, target = DIRECTIONS[direction]
             for base in (source, target):
-                if base not in result["correct"]:
+                if base not in result["tokens"]:
                     measured(base, base, None)
-            if f"{source} {seed}" not in result["correct"]:
+            if f"{source} {seed}" not in result["tokens"]:
                 _stop_in_time(options)
                 measured(f"{source} {seed}", source, source_adapter(work, source, seed))
             for method in options.methods:
                 key = f"{direction} {method} {seed}"
-                if key not in result["correct"]:
+                if key not in result["tokens"]:
                     _stop_in_time(options)
                     notes = result["notes"].setdefault(key, {})
                     measured(key, target, moved(method, work, direction, seed, notes))
@@ -212,17 +212,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def runs_of(result: dict[str, Any], direction: str) -> dict[int, dict[str, np.ndarray]]:
-    """Seed -> model -> which test examples it answers correctly, of the seeds that every method has finished."""
+    """Seed -> model -> share of right tokens of each test answer, for the seeds that every method has finished."""
     source, target = DIRECTIONS[direction]
-    correct = {key: np.array([one == "1" for one in bits]) for key, bits in result["correct"].items()}
+    tokens = {key: np.array(shares) for key, shares in result["tokens"].items()}
     found = {}
     for seed in range(100):
         keys = {
             SOURCE_BASE: source, SOURCE_ADAPTED: f"{source} {seed}", TARGET_BASE: target,
             **{method: f"{direction} {method} {seed}" for method in METHODS},
         }  # fmt: skip
-        if all(key in correct for key in keys.values()):
-            found[seed] = {name: correct[key] for name, key in keys.items()}
+        if all(key in tokens for key in keys.values()):
+            found[seed] = {name: tokens[key] for name, key in keys.items()}
     return found
 
 
@@ -255,8 +255,10 @@ def report(result: dict[str, Any], command: str) -> str:
         f"{EXAMPLES['train']} training examples, {len(tasks)} test examples whose family names and cities are new. "
         "*accuracy*: the exact answer is the greedy continuation. *retention*: share of the source adapter's gain. "
         "*negative flips*: share of test examples that the source answers with its adapter and the new model does "
-        "not. Means over the seeds; 95 % bootstrap intervals over the test examples. Closed forms run with their "
-        "defaults; no option was chosen by the test examples. trans_lora sees no training example beyond its five "
+        "not. *tokens*: share of the answer's tokens that are the most probable ones after the right tokens before "
+        "them, which shows what the exact answer hides. Means over the seeds; 95 % bootstrap intervals over the test "
+        "examples. Closed forms run with their defaults; no option was chosen by the test examples. trans_lora sees no "
+        "training example beyond its five "
         f"seeds. Training on Gemma takes {EPOCHS['gemma']:g} epochs and on the student {EPOCHS['student']:g}: in "
         "a first try with 3 epochs its training loss was still falling.\n"
     )
@@ -267,18 +269,22 @@ def report(result: dict[str, Any], command: str) -> str:
         if not runs:
             text.append("Not measured.\n")
             continue
-        rows = transfer_rows(list(runs.values()))
+        rows = transfer_rows([{name: (one == 1) * 1.0 for name, one in run.items()} for run in runs.values()])
+        token_rows = transfer_rows(list(runs.values()))
         text.append(f"Seeds: {', '.join(map(str, runs))}.\n")
         cells = []
-        for row in rows:
+        for row, tokens in zip(rows, token_rows, strict=True):
             seconds = [result["notes"].get(f"{direction} {row.name} {seed}", {}).get("seconds") for seed in runs]
             times = [one for one in seconds if one is not None]
             cells.append([
                 row.name, _share(row.accuracy), _share(row.retention), _share(row.negative_flips),
-                f"{np.mean(times):.0f}" if times else None,
+                _share(tokens.accuracy), _share(tokens.retention), f"{np.mean(times):.0f}" if times else None,
             ])  # fmt: skip
-        text.append(measure.markdown_table(["", "accuracy", "retention", "negative flips", "seconds"], cells))
-        text.append(" ".join(f"{name}: {said}." for name, said in verdicts(rows).items()) + "\n")
+        head = ["", "accuracy", "retention", "negative flips", "tokens", "retention of tokens", "seconds"]
+        text.append(measure.markdown_table(head, cells))
+        for what, measured in (("answers", rows), ("tokens", token_rows)):
+            said = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts(measured).items())
+            text.append(f"Closed forms beside random factors, by {what}: {said}.\n")
         rates = [result["notes"].get(f"{direction} trans_lora {seed}", {}).get("acceptance") for seed in runs]
         known = [rate for rate in rates if rate is not None]
         if known:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Float
 
 from hf_transfer_ext.adapters.transfer.by_training import train_lora
 from hf_transfer_ext.adapters.transfer.method import LinearPair, product_norm, transfer_method
@@ -18,7 +18,7 @@ from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
-from hf_transfer_ext.evals.bootstrap import interval_of, mean_interval
+from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.metrics.retention import retention
 from hf_transfer_ext.measurement import Measurement
@@ -26,8 +26,8 @@ from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.weights.lora import LoraFactors
 from hf_transfer_ext.weights.reference import parse_reference
 
-#: Which of the test examples a model answers correctly.
-Correct = Bool[np.ndarray, " examples"]
+#: Score of each test example, 0 to 1: 1 where the model answers it correctly.
+Scores = Float[np.ndarray, " examples"]
 
 SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE = "source base", "source adapter", "target base"
 #: Names of the controls.
@@ -39,7 +39,7 @@ class TransferRow:
     """One model on the test examples.
 
     Args:
-        accuracy: Share answered correctly, with a 95 % interval.
+        accuracy: Mean score (the share answered correctly, where scores are 0 or 1), with a 95 % interval.
         retention: Share of the source adapter's gain that the target has with this adapter.
         negative_flips: Share of examples that the source answers correctly with its adapter, and this model does not.
     """
@@ -55,16 +55,16 @@ class TransferComparison:
     """What was measured.
 
     Args:
-        correct: Model name -> which examples it answers correctly; the names of both bases and of the source adapter
-            are `SOURCE_BASE`, `SOURCE_ADAPTED` and `TARGET_BASE`.
+        scores: Model name -> score of each example; the names of both bases and of the source adapter are
+            `SOURCE_BASE`, `SOURCE_ADAPTED` and `TARGET_BASE`.
         not_measured: Control -> why it is missing.
     """
 
-    correct: dict[str, Correct]
+    scores: dict[str, Scores]
     not_measured: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[TransferRow]:
-        return transfer_rows([self.correct])
+        return transfer_rows([self.scores])
 
 
 def compare_transfer(
@@ -78,7 +78,7 @@ def compare_transfer(
     true_rows: Sequence[Mapping[str, str]] | None = None,
     settings: TransLoraSettings | None = None,
     template: QuestionAnswerFormat | None = None,
-    score: Callable[[Any, Any], Correct] | None = None,
+    score: Callable[[Any, Any], Scores] | None = None,
     dtype: str = "auto",
     batch_size: int = 32,
 ) -> TransferComparison:
@@ -90,11 +90,11 @@ def compare_transfer(
         work: Folder for the adapters of the controls; those that are there are not made again.
         true_rows: The task's own training data; without it, that control is missing.
         settings: Of the training on the true data: the same as for the transfer, so that the two compare.
-        score: `(model, tokenizer) -> correct`; by default whether greedy decoding gives exactly the answer.
+        score: `(model, tokenizer) -> scores`; by default 1 where greedy decoding gives exactly the answer, else 0.
         dtype: In which the models are measured and the control is trained.
 
     Returns:
-        Which examples each model answers correctly. A copy is refused, and listed as not measured, where shapes
+        The score of every model on each example. A copy is refused, and listed as not measured, where shapes
         differ.
     """
     settings, work = settings or TransLoraSettings(), Path(work)
@@ -129,17 +129,17 @@ def compare_transfer(
             )
             tuned.save_pretrained(str(controls[TRUE_DATA]))
             del tuned
-    correct = {
+    scores = {
         SOURCE_BASE: _measured(source_base, None, measure, dtype),
         SOURCE_ADAPTED: _measured(source_base, source_adapter, measure, dtype),
         TARGET_BASE: _measured(target_base, None, measure, dtype),
     }
     for name, adapter in {**controls, **adapters}.items():
-        correct[name] = _measured(target_base, adapter, measure, dtype)
-    return TransferComparison(correct, not_measured)
+        scores[name] = _measured(target_base, adapter, measure, dtype)
+    return TransferComparison(scores, not_measured)
 
 
-def transfer_rows(runs: Sequence[Mapping[str, Correct]]) -> list[TransferRow]:
+def transfer_rows(runs: Sequence[Mapping[str, Scores]]) -> list[TransferRow]:
     """The table of one run, or of several that differ in the seed and share the test examples.
 
     Numbers are means over the runs. Intervals draw the examples again, the same ones in every run: they do not cover
@@ -149,7 +149,7 @@ def transfer_rows(runs: Sequence[Mapping[str, Correct]]) -> list[TransferRow]:
 
     def over(statistic: Callable[..., float], *names: str) -> tuple[float, tuple[float, float] | None]:
         """Mean of `statistic` over the runs, and its interval over the examples."""
-        columns = [run[name].astype(np.float64) for run in runs for name in names]
+        columns = [run[name] for run in runs for name in names]
 
         def mean(*drawn: np.ndarray) -> float:
             groups = (drawn[i : i + len(names)] for i in range(0, len(drawn), len(names)))
@@ -173,7 +173,7 @@ def transfer_rows(runs: Sequence[Mapping[str, Correct]]) -> list[TransferRow]:
             retention(*(_accuracy(run[one]) for one in (SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE, name)))
         kept, interval = over(gain_kept, SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE, name)
         share = Measurement("retention", kept, "share of the source's gain", True, examples, interval)
-        broken, interval = over(lambda old, new: float(((old == 1) & (new == 0)).mean()), SOURCE_ADAPTED, name)
+        broken, interval = over(lambda old, new: float(((old == 1) & (new < 1)).mean()), SOURCE_ADAPTED, name)
         flips = Measurement("negative_flip_rate", broken, "share of examples", False, examples, interval)
         rows.append(TransferRow(name, accuracy, share, flips))
     return rows
@@ -186,12 +186,25 @@ def answered_exactly(
     *,
     template: QuestionAnswerFormat | None = None,
     batch_size: int = 32,
-) -> Correct:
-    """Whether greedy decoding gives each example's answer word for word, its end included."""
+) -> Scores:
+    """1 where greedy decoding gives an example's answer word for word, its end included, else 0."""
+    found = answer_tokens(model, tokenizer, examples, template=template, batch_size=batch_size)
+    return (found == 1).astype(np.float64)  # every token of the answer is the most probable one
+
+
+def answer_tokens(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Mapping[str, str]],
+    *,
+    template: QuestionAnswerFormat | None = None,
+    batch_size: int = 32,
+) -> Scores:
+    """Share of each answer's tokens that are the most probable ones after the right tokens before them."""
     found = evaluate(
         model, tokenizer, examples, ["exact_memorization"], template=template, resamples=0, batch_size=batch_size
     )
-    return next(iter(found.values.values())) == 1  # every token of the answer is the most probable one
+    return next(iter(found.values.values()))
 
 
 def random_like(factors: LoraFactors, generator: torch.Generator) -> LoraFactors:
@@ -228,14 +241,13 @@ def _with_norm(factors: LoraFactors, norm: float) -> LoraFactors:
     return LoraFactors(factors.left * (norm / own if own > 0 else 0.0), factors.right)
 
 
-def _accuracy(correct: Correct) -> Measurement:
-    values = correct.astype(np.float64)
-    return Measurement("accuracy", float(values.mean()), "share of examples", True, len(values), mean_interval(values))
+def _accuracy(scores: Scores) -> Measurement:
+    return Measurement("accuracy", float(scores.mean()), "share of examples", True, len(scores))
 
 
 def _measured(
-    base: str | Path, adapter: str | Path | None, measure: Callable[[Any, Any], Correct], dtype: str
-) -> Correct:
+    base: str | Path, adapter: str | Path | None, measure: Callable[[Any, Any], Scores], dtype: str
+) -> Scores:
     model = _load(load_model, base, dtype=dtype)
     if adapter is not None:
         model = with_adapters(model, [adapter])[0]

@@ -59,7 +59,7 @@ def test_what_cannot_be_measured_says_why(tmp_path):
     source, target = save(tiny_llama(), tmp_path / "source"), save(tiny_llama(hidden_size=48), tmp_path / "target")
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "lora")
-    right = iter([[False, True], [True, True], [False, False], [False, True]])
+    right = iter([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
     found = compare_transfer(
         source,
         tmp_path / "lora",
@@ -78,7 +78,7 @@ def test_what_cannot_be_measured_says_why(tmp_path):
 def test_numbers_over_two_runs_by_hand():
     def run(*bits):
         names = (SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE, "moved")
-        return {name: np.array([one == "1" for one in own]) for name, own in zip(names, bits, strict=True)}
+        return {name: np.array([float(one) for one in own]) for name, own in zip(names, bits, strict=True)}
 
     runs = [run("0000", "1110", "1000", "1001"), run("0000", "1111", "1000", "1111")]
     row = transfer_rows(runs)[-1]
