@@ -257,8 +257,8 @@ def report(result: dict[str, Any], command: str) -> str:
         "*negative flips*: share of test examples that the source answers with its adapter and the new model does "
         "not. *tokens*: share of the answer's tokens that are the most probable ones after the right tokens before "
         "them, which shows what the exact answer hides. Means over the seeds; 95 % bootstrap intervals over the test "
-        "examples. Closed forms run with their defaults; no option was chosen by the test examples. trans_lora sees no "
-        "training example beyond its five "
+        "examples. Closed forms run with their defaults; no option was chosen by the test examples. trans_lora sees "
+        "no training example beyond its five "
         f"seeds. Training on Gemma takes {EPOCHS['gemma']:g} epochs and on the student {EPOCHS['student']:g}: in "
         "a first try with 3 epochs its training loss was still falling.\n"
     )
