@@ -24,7 +24,7 @@ def train_on_answers(
     """Minimize the cross entropy of the answers' tokens (of the whole text, where an example has no question).
 
     The model is trained in place; the trainer is returned for its logs. Prompts and answers are tokenized as in
-    unlearning and evaluation.
+    unlearning and evaluation. `args.resume_from_checkpoint` names a checkpoint to continue from.
     """
     pairs = ForgetRetainPairs(examples, None, tokenizer, template=template, columns=columns)
     collate = forget_retain_collator(pad_token_id(tokenizer))
@@ -36,5 +36,5 @@ def train_on_answers(
 
     args.remove_unused_columns = False
     trainer = Trainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer, data_collator=flat)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer

@@ -14,18 +14,23 @@ from torch import Tensor
 FEWEST_SHARED_TOKENS = 16
 
 
+def shared_tokens(source: Any, target: Any) -> list[tuple[int, int]]:
+    """Pairs of ids of the tokens that two tokenizers write alike; see `shared_token_ids`."""
+    special = {*source.all_special_tokens, *target.all_special_tokens}
+    theirs = {token.replace("▁", "Ġ"): i for token, i in target.get_vocab().items() if token not in special}
+    return [
+        (i, theirs[token.replace("▁", "Ġ")])
+        for token, i in sorted(source.get_vocab().items(), key=lambda item: item[1])
+        if token not in special and token.replace("▁", "Ġ") in theirs
+    ]
+
+
 def shared_token_ids(source: Any, target: Any) -> tuple[list[int], list[int]]:
     """Ids of the tokens that two tokenizers write alike, in the order of the source's ids.
 
     Special tokens are left out: each model uses its own. The marks of a leading space (`Ġ` and `▁`) count as equal.
     """
-    special = {*source.all_special_tokens, *target.all_special_tokens}
-    theirs = {token.replace("▁", "Ġ"): i for token, i in target.get_vocab().items() if token not in special}
-    found = [
-        (i, theirs[token.replace("▁", "Ġ")])
-        for token, i in sorted(source.get_vocab().items(), key=lambda item: item[1])
-        if token not in special and token.replace("▁", "Ġ") in theirs
-    ]
+    found = shared_tokens(source, target)
     if len(found) < FEWEST_SHARED_TOKENS:
         raise ValueError(
             f"The two vocabularies share {len(found)} tokens; at least {FEWEST_SHARED_TOKENS} are needed to align the "
@@ -172,4 +177,13 @@ def layer_similarities(
     source: Mapping[int, Tensor], target: Mapping[int, Tensor]
 ) -> Float[Tensor, "source_layers target_layers"]:
     """Linear CKA of every two layers."""
-    return torch.tensor([[linear_cka(source[i], target[j]) for j in sorted(target)] for i in sorted(source)])
+    xs, ys = ([one[i].double() - one[i].double().mean(0) for i in sorted(one)] for one in (source, target))
+    norms = [[(x.T @ x).norm() for x in one] for one in (xs, ys)]  # once for each layer, not for each pair
+    found = [
+        [
+            (y.T @ x).square().sum() / (a * b).clamp(min=torch.finfo(torch.float64).tiny)
+            for y, b in zip(ys, norms[1], strict=True)
+        ]
+        for x, a in zip(xs, norms[0], strict=True)
+    ]
+    return torch.tensor(found)

@@ -128,3 +128,9 @@ def polar(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"
     """The nearest matrix with orthonormal rows or columns: U V^T of the singular value decomposition U S V^T."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     return left @ right
+
+
+def product_norm(factors: LoraFactors) -> float:
+    """Frobenius norm of `left @ right`, from two small products."""
+    grams = factors.left.T @ factors.left, factors.right @ factors.right.T
+    return float((grams[0] * grams[1]).sum().clamp(min=0).sqrt())

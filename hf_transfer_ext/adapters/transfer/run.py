@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,23 +20,30 @@ from hf_transfer_ext.adapters.transfer.anchors import (
     residual_map,
     shared_token_ids,
 )
-from hf_transfer_ext.adapters.transfer.method import Heads, LinearPair, TransferMethod
+from hf_transfer_ext.adapters.transfer.lineage import NEEDS_ORIGIN, require_common_origin
+from hf_transfer_ext.adapters.transfer.method import LinearPair, TransferMethod, product_norm
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.methods.lorasuite import match_heads
+from hf_transfer_ext.adapters.transfer.places import (
+    ATTENTION,
+    LAYER,
+    attention_of,
+    depth_of,
+    embedding_of,
+    heads_of,
+    layer_outputs,
+    read_matrix,
+)
 from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.weights.lora import LoraAdapter, LoraFactors, read_lora, save_lora, truncated
-from hf_transfer_ext.weights.opened import InputModel, Scratch, open_model
+from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 from hf_transfer_ext.weights.repository import local_folder
 
 #: What was carried where, and what was left out, in the adapter's folder.
 TRANSFER_FILE = "transfer.json"
-
-_LAYER = re.compile(r"^(?P<before>.*?\.)(?P<layer>\d+)(?P<after>\..+)$")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,12 @@ def transfer_lora(
     target_base: str | Path,
     out: str | Path,
     *,
-    method: str = "cross_lora",
+    method: str | TransferMethod = "cross_lora",
     options: dict[str, Any] | None = None,
     source_base: str | Path | None = None,
     texts: Sequence[str] | None = None,
     rank: int | None = None,
+    force: bool = False,
     overwrite: bool = False,
 ) -> TransferReport:
     """Carry a LoRA to another base model without training, and write a plain PEFT LoRA for it.
@@ -80,27 +87,28 @@ def transfer_lora(
         adapter: Folder or Hub id of the source adapter: a LoRA whose change is B A (`adapters.convert` makes one).
         target_base: Folder or Hub id of the new base.
         out: Folder of the new adapter, written atomically.
-        method: A name of `TRANSFER_METHODS`.
+        method: A name of `TRANSFER_METHODS`, or a method that is not registered.
         options: The method's own options.
         source_base: The source base; by default the one that the adapter's config names.
         texts: Plain texts that both models read, for methods that need activations. Where given, layers of models of
             different depth are matched by what they compute; else by their relative depth.
         rank: Largest rank of a module of the result; by default the rank that the method gives.
+        force: Transfer by `copy` or `project` even where the two bases have no common origin (`lineage.py`).
         overwrite: Replace an adapter that is in `out`.
 
     Raises:
-        ValueError: Unknown method or option, an adapter that does not belong to the source base, layers that the
-            method cannot carry, or nothing that could be carried at all.
+        ValueError: Unknown method or option, an adapter that does not belong to the source base, bases for which the
+            method makes no sense, layers that the method cannot carry, or nothing that could be carried at all.
     """
     began = time.perf_counter()
-    chosen = TRANSFER_METHODS[method]
+    chosen = method if isinstance(method, TransferMethod) else TRANSFER_METHODS[method]
     for name in options or {}:
         if name not in chosen.options:
-            raise ValueError(unknown_name(f"option of {method}", name, chosen.options or ["(it has none)"]))
+            raise ValueError(unknown_name(f"option of {chosen.__name__}", name, chosen.options or ["(it has none)"]))
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}.")
     if "activations" in chosen.needs and not texts:
-        raise ValueError(f"{method} reads texts with both models: give `texts`.")
+        raise ValueError(f"{chosen.__name__} reads texts with both models: give `texts`.")
     refuse_existing_output(out, overwrite=overwrite, inputs=[adapter, source_base, target_base])
     found = read_lora(local_folder(adapter))
     named = source_base or found.config.get("base_model_name_or_path")
@@ -113,6 +121,8 @@ def transfer_lora(
         target = open_model(target_reference)
         try:
             carrier = _Carrier(chosen, options or {}, found, source, target, texts)
+            if not force and chosen.__name__ in NEEDS_ORIGIN:
+                require_common_origin(chosen.__name__, source, target)
             factors, parts = carrier.carry(rank)
             with written_aside(out, overwrite=overwrite, inputs=[adapter, source_base, target_base]) as folder:
                 save_lora(
@@ -162,12 +172,12 @@ class _Carrier:
                 "values are fused. Only `trans_lora` carries those."
             )
         self._check_adapter()
-        self.layers = even_layers(_depth(source), _depth(target))
+        self.layers = even_layers(depth_of(source), depth_of(target))
         self.activations: tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[Tensor, Tensor]]] = ({}, {})
         if texts:
             self._read_texts(texts)
         self.residual_map = self._residual_map() if "residual_map" in method.needs else None
-        self.heads = (_heads(source), _heads(target)) if "heads" in method.needs else None
+        self.heads = (heads_of(source), heads_of(target)) if "heads" in method.needs else None
         self._matched: dict[int, tuple[int | None, ...]] = {}
 
     def carry(self, rank: int | None) -> tuple[dict[str, LoraFactors], dict[str, Any]]:
@@ -186,10 +196,10 @@ class _Carrier:
             factors[module], modules[module] = carried, own
             sizes.append(
                 [
-                    float(_norm(change) / weight.norm())
+                    product_norm(change) / float(weight.norm())
                     for change, weight in (
-                        (self.adapter.modules[own], _read(self.source, f"{own}.weight")),
-                        (carried, _read(self.target, f"{module}.weight")),
+                        (self.adapter.modules[own], read_matrix(self.source, f"{own}.weight")),
+                        (carried, read_matrix(self.target, f"{module}.weight")),
                     )
                 ]
             )
@@ -215,12 +225,12 @@ class _Carrier:
     def _pair(self, module: str, own: str) -> LinearPair:
         inputs_s, outputs_s = self.activations[0].get(own, (None, None))
         inputs_t, outputs_t = self.activations[1].get(module, (None, None))
-        layer = _LAYER.match(module)
+        layer = LAYER.match(module)
         return LinearPair(
             module,
             own,
-            _read(self.source, f"{own}.weight"),
-            _read(self.target, f"{module}.weight"),
+            read_matrix(self.source, f"{own}.weight"),
+            read_matrix(self.target, f"{module}.weight"),
             self.adapter.modules[own],
             self.residual_map,
             inputs_s,
@@ -236,11 +246,11 @@ class _Carrier:
         counterparts: dict[str, str] = {}
         by_place = {}
         for name in self.adapter.modules:
-            match = _LAYER.match(name)
+            match = LAYER.match(name)
             by_place[(int(match["layer"]), match["after"]) if match else (None, name)] = name
         for tensor in self.target.tensors:
             module = tensor.removesuffix(".weight")
-            match = _LAYER.match(module)
+            match = LAYER.match(module)
             if not tensor.endswith(".weight") or len(self.target[tensor].shape) != 2:
                 continue
             place = (self.layers.get(int(match["layer"])), match["after"]) if match else (None, module)
@@ -261,11 +271,11 @@ class _Carrier:
     def _read_texts(self, texts: Sequence[str]) -> None:
         models = tuple(_loaded(model.reference) for model in (self.source, self.target))
         tokenizers = tuple(load_tokenizer(model.folder) for model in (self.source, self.target))
-        if _depth(self.source) != _depth(self.target):
-            outputs = _layer_outputs(self.source), _layer_outputs(self.target)
+        if depth_of(self.source) != depth_of(self.target):
+            outputs = layer_outputs(self.source), layer_outputs(self.target)
             read = paired_activations(models, tokenizers, texts, outputs)  # type: ignore[arg-type]
             own = [
-                {int(_LAYER.match(name)["layer"]): pair[1] for name, pair in one.items()}  # type: ignore[index]
+                {int(LAYER.match(name)["layer"]): pair[1] for name, pair in one.items()}  # type: ignore[index]
                 for one in read
             ]
             self.layers = match_layers(layer_similarities(*own))
@@ -278,7 +288,7 @@ class _Carrier:
         tokenizers = [load_tokenizer(model.folder) for model in (self.source, self.target)]
         ids = shared_token_ids(*tokenizers)
         rows = [
-            _read(model, _embedding(model))[torch.tensor(own)]
+            read_matrix(model, embedding_of(model))[torch.tensor(own)]
             for model, own in zip((self.source, self.target), ids, strict=True)
         ]
         return residual_map(*rows)
@@ -286,10 +296,10 @@ class _Carrier:
     def _matched_heads(self, layer: int) -> tuple[int | None, ...]:
         if layer not in self._matched:
             weights = [
-                _attention(self.source, self.layers[layer]),
-                _attention(self.target, layer),
+                attention_of(self.source, self.layers[layer]),
+                attention_of(self.target, layer),
             ]
-            missing = [kind for kind in _ATTENTION if any(kind not in one for one in weights)]
+            missing = [kind for kind in ATTENTION if any(kind not in one for one in weights)]
             if missing:
                 raise ValueError(
                     f"lorasuite matches attention heads by q_proj, k_proj, v_proj and o_proj; {missing[0]} is not "
@@ -301,63 +311,3 @@ class _Carrier:
 
 def _loaded(reference: ModelReference) -> Any:
     return load_model(reference.path, revision=reference.revision, dtype="float32").eval()
-
-
-def _read(model: InputModel, name: str) -> Tensor:
-    tensor = model[name]
-    values = torch.empty(tensor.shape)
-    tensor.read(0, values.view(-1), Scratch())
-    return values
-
-
-def _norm(factors: LoraFactors) -> Tensor:
-    """Frobenius norm of the product, from two small products."""
-    grams = factors.left.T @ factors.left, factors.right @ factors.right.T
-    return (grams[0] * grams[1]).sum().clamp(min=0).sqrt()
-
-
-def _depth(model: InputModel) -> int:
-    layers = {int(match["layer"]) for name in model.tensors if (match := _LAYER.match(name))}
-    if not layers:
-        raise ValueError(f"{str(model.reference)!r} has no numbered layers, so no layers can be matched.")
-    return max(layers) + 1
-
-
-def _heads(model: InputModel) -> Heads:
-    config = model.text_config
-    queries = config.get("num_attention_heads")
-    if not queries:
-        raise ValueError(f"The config of {str(model.reference)!r} tells no `num_attention_heads`.")
-    return Heads(queries, config.get("num_key_value_heads") or queries)
-
-
-def _embedding(model: InputModel) -> str:
-    name = next((name for name in model.tensors if name.endswith(_EMBEDDINGS)), None)
-    if name is None:
-        raise ValueError(f"{str(model.reference)!r} has no input embeddings among its tensors.")
-    return name
-
-
-def _attention(model: InputModel, layer: int) -> dict[str, Tensor]:
-    """The four projections of a layer's attention, by their names; those that it does not have are left out."""
-    found = {}
-    for name in model.tensors:
-        match = _LAYER.match(name)
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if match and int(match["layer"]) == layer and kind in _ATTENTION and name.endswith(".weight"):
-            found[kind] = _read(model, name)
-    return found
-
-
-def _layer_outputs(model: InputModel) -> list[str]:
-    """The layer in each block that writes its result last: the output of the feed-forward part."""
-    found: dict[int, str] = {}
-    for name in model.tensors:
-        match = _LAYER.match(name)
-        if match and match["after"].endswith((".down_proj.weight", ".fc2.weight", ".dense_4h_to_h.weight")):
-            found[int(match["layer"])] = name.removesuffix(".weight")
-    if len(found) != _depth(model):
-        raise ValueError(
-            f"{str(model.reference)!r}: the feed-forward output of each layer cannot be told by its name."
-        )
-    return [found[i] for i in sorted(found)]

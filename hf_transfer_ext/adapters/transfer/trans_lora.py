@@ -1,13 +1,17 @@
-"""Trans-LoRA: transfer an adapter between any two bases, by synthetic inputs that the source adapter answers.
+"""Trans-LoRA: the stages that turn an adapter into training data for another base.
 
-Four stages, each of which leaves its result in a work folder and is not repeated when a killed run starts again:
-
-1. `train_discriminator` (once, beside the real data): a LoRA on the source base that tells the task's inputs from what
-   the base writes by itself. It travels with the adapter, with a few seed inputs, so that the data need not.
-2. `write_inputs`: a base model writes new inputs in the manner of the seeds; the discriminator keeps those that it
-   takes for real.
+1. `train_discriminator` (once, where the real data is): a LoRA on the source base that tells the task's inputs from
+   what the base writes by itself. It is saved with the adapter, with a few seed inputs, so that the data itself is not
+   needed later.
+2. `write_inputs`: a base model writes new inputs in the style of the seeds; the discriminator keeps those that it
+   classifies as real.
 3. `answer_inputs`: the source base with its adapter answers them.
-4. `train_on_answers`: a new LoRA on the target base learns the answers.
+
+`by_training.transfer_by_training` runs stages 2 and 3 and trains the new LoRA on the answers. Each stage saves its
+progress in a work folder, so an interrupted run continues where it stopped.
+
+When to use: between unrelated bases, or wherever the closed forms lose too much. It needs both bases, a few example
+inputs, and minutes to hours of generation and training, but neither the original data nor a shared tokenizer.
 
 Source: Trans-LoRA, Wang et al. 2024, https://arxiv.org/abs/2405.17258
 """
@@ -18,12 +22,13 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import TrainingArguments
@@ -32,7 +37,7 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.synthesis.few_shot import synthetic_inputs
 from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.files import write_text, written_aside
-from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, pad_token_id
+from hf_transfer_ext.models.plumbing import evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import Scorer
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.trainers.answers import train_on_answers
@@ -43,7 +48,10 @@ logger = logging.getLogger(__name__)
 DISCRIMINATOR_FOLDER = "discriminator"
 SEEDS_FILE = "transfer_seeds.json"
 
-#: A discriminator that orders fewer pairs of real and synthetic inputs rightly than this does not separate them.
+#: Real inputs that a discriminator needs at least.
+FEWEST_INPUTS = 10
+
+#: A discriminator that ranks a smaller share of the pairs of a real and a synthetic input correctly is of no use.
 WEAK_DISCRIMINATOR = 0.6
 
 
@@ -52,11 +60,11 @@ class TransLoraSettings:
     """Sizes and rates of Trans-LoRA; the defaults are the paper's.
 
     Args:
-        rows: Synthetic inputs that are kept, >= 1.
+        rows: Number of synthetic inputs, >= 1.
         shown: Seed inputs in each prompt.
-        seeds: Seed inputs that travel with the adapter.
+        seeds: Seed inputs that are saved with the adapter.
         writer: Which base writes the inputs: "target" or "source".
-        attempts_per_row: The writing stops with an error after so many attempts for each row that is needed.
+        attempts_per_row: Stop with an error after this many attempts for each of `rows`.
         input_tokens: Longest input, in tokens.
         answer_tokens: Longest answer, in tokens.
         sampling_temperature: Of the written inputs, > 0; answers are greedy.
@@ -64,7 +72,7 @@ class TransLoraSettings:
         rank: Of both.
         epochs, learning_rate, batch_size: Of the new LoRA (AdamW without weight decay, linear schedule).
         discriminator_epochs, discriminator_learning_rate: Of the discriminator.
-        task_name: What the discriminator is asked for: "... from the {task_name} dataset?"
+        task_name: Name of the task in the discriminator's question: "... from the {task_name} dataset?"
         seed: Of everything random.
     """
 
@@ -100,12 +108,12 @@ class TransLoraSettings:
 
 @dataclass(frozen=True)
 class Discriminator:
-    """What travels with an adapter: how its task's inputs look.
+    """What is saved with an adapter so that it can be transferred: examples of its task's inputs.
 
     Args:
         seeds: A few real inputs.
         task_name: The name that the discriminator was trained with.
-        separation: Share of pairs of a real and a synthetic input, neither seen in training, that it orders rightly
+        separation: Share of pairs of a real and a synthetic input, neither seen in training, that it ranks correctly
             (the area under the ROC curve); None where it was not measured.
     """
 
@@ -126,39 +134,47 @@ def train_discriminator(
     folder: str | Path,
     settings: TransLoraSettings,
     *,
+    seeds: Sequence[str] | None = None,
     template: QuestionAnswerFormat | None = None,
 ) -> Discriminator:
-    """Train the discriminator on real inputs against what the base writes, and save it beside an adapter.
+    """Train the discriminator on real inputs against what the base writes, and save it next to an adapter.
 
-    A fifth of the inputs is held out to measure how well it separates. The base's weights stay as they are.
+    A fifth of the inputs is held out to measure how well it separates them. The base's weights do not change.
 
     Args:
         model: The source base, without an adapter.
-        inputs: Real inputs of the task, at least 10.
-        folder: The source adapter's folder: gets `discriminator/` and `transfer_seeds.json`.
+        inputs: Real inputs of the task, at least `FEWEST_INPUTS`.
+        folder: The source adapter's folder, to which `discriminator/` and `transfer_seeds.json` are written.
+        seeds: The seed inputs; by default `settings.seeds` of the inputs.
 
     Raises:
-        ValueError: Fewer than 10 inputs.
+        ValueError: Too few inputs, or a base that writes too few different inputs to train against.
     """
-    if len(inputs) < 10:
-        raise ValueError(f"A discriminator needs at least 10 real inputs, got {len(inputs)}.")
+    if len(inputs) < FEWEST_INPUTS:
+        raise ValueError(f"A discriminator needs at least {FEWEST_INPUTS} real inputs, got {len(inputs)}.")
     template = template or QuestionAnswerFormat()
     shuffled = random.Random(settings.seed).sample(list(inputs), len(inputs))
-    seeds = shuffled[: settings.seeds]
-    write = _writer(model, tokenizer, settings)
-    written = synthetic_inputs(write, seeds, shown=settings.shown, batch_size=settings.batch_size, seed=settings.seed)
-    progress = tqdm(islice(written, len(inputs)), total=len(inputs), desc="writing inputs to tell from real ones")
+    seeds = shuffled[: settings.seeds] if seeds is None else list(seeds)
+    most = settings.attempts_per_row * len(inputs)
+    written = _synthetic(model, tokenizer, seeds, settings, attempts=most)
+    progress = tqdm(islice(written, len(inputs)), total=len(inputs), desc="writing counterexamples")
     synthetic = [item for _, item in progress]
-    held_out = len(inputs) // 5
+    if len(synthetic) < FEWEST_INPUTS:
+        raise ValueError(
+            f"The base wrote only {len(synthetic)} different inputs in {most} attempts; "
+            f"a discriminator needs at least {FEWEST_INPUTS}. Raise `input_tokens` or `sampling_temperature`, or give "
+            "other seeds."
+        )
+    held_out = min(len(inputs), len(synthetic)) // 5
     rows = [
         {"question": question_of(item, settings.task_name), "answer": answer}
         for items, answer in ((shuffled[held_out:], "yes"), (synthetic[held_out:], "no"))
         for item in items
     ]
     random.Random(settings.seed).shuffle(rows)
-    tuned = get_peft_model(model, _lora(settings), adapter_name="discriminator")
+    tuned = new_lora(model, settings, DISCRIMINATOR_FOLDER)
     try:
-        arguments = _arguments(
+        arguments = training_arguments(
             Path(folder) / ".training", settings, settings.discriminator_epochs, settings.discriminator_learning_rate
         )
         train_on_answers(tuned, tokenizer, rows, arguments, template=template)
@@ -175,8 +191,8 @@ def train_discriminator(
         tuned.unload()
     if separation < WEAK_DISCRIMINATOR:
         logger.warning(
-            f"The discriminator orders {separation:.0%} of the pairs of real and synthetic inputs rightly, little "
-            "more than chance: it will filter nothing. Give it more inputs or epochs, or a larger base."
+            f"The discriminator ranks only {separation:.0%} of the pairs of a real and a synthetic input correctly, "
+            "little more than chance: it will filter nothing. Give it more inputs or epochs, or use a larger base."
         )
     known = Discriminator(seeds, settings.task_name, separation)
     write_text(Path(folder) / SEEDS_FILE, json.dumps(asdict(known), indent=2, ensure_ascii=False) + "\n")
@@ -184,7 +200,7 @@ def train_discriminator(
 
 
 def read_discriminator(folder: str | Path) -> Discriminator | None:
-    """What travels with the adapter in `folder`; None where it has no seeds."""
+    """The seeds that were saved with the adapter in `folder`; None where it has none."""
     path = Path(folder) / SEEDS_FILE
     if not path.is_file():
         return None
@@ -196,18 +212,27 @@ def read_discriminator(folder: str | Path) -> Discriminator | None:
 
 
 def discriminate(
-    model: Any, tokenizer: Any, items: Sequence[str], task_name: str, *, template: QuestionAnswerFormat | None = None
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[str],
+    task_name: str,
+    *,
+    template: QuestionAnswerFormat | None = None,
+    batch_size: int = 16,
 ) -> list[float]:
-    """log p(yes) - log p(no) of each input under the active adapter: positive for inputs taken for real, in nats."""
+    """log p(yes) - log p(no) of each input under the active adapter, in nats: positive where it looks real."""
     template = template or QuestionAnswerFormat()
     scorer = Scorer(model, pad_id=pad_token_id(tokenizer))
-    found = []
+    found: list[float] = []
     with evaluation_mode(model):
-        for item in items:
-            question = question_of(item, task_name)
-            both = [template.encode(tokenizer, question, answer) for answer in ("yes", "no")]
-            yes, no = scorer.score(both, frozenset({"token_log_probs"}))
-            found.append(float(yes.log_probs.sum() - no.log_probs.sum()))
+        for first in range(0, len(items), batch_size):
+            encoded = [
+                template.encode(tokenizer, question_of(item, task_name), answer)
+                for item in items[first : first + batch_size]
+                for answer in ("yes", "no")
+            ]
+            scores = [float(one.log_probs.sum()) for one in scorer.score(encoded, frozenset({"token_log_probs"}))]
+            found += [yes - no for yes, no in zip(scores[::2], scores[1::2], strict=True)]
     return found
 
 
@@ -221,48 +246,43 @@ def write_inputs(
     judge: Any = None,
     judge_tokenizer: Any = None,
     template: QuestionAnswerFormat | None = None,
-) -> list[str]:
-    """Synthetic inputs that the discriminator takes for real, kept in `folder/inputs.jsonl` as they are found.
+) -> tuple[list[str], int]:
+    """Synthetic inputs that the discriminator classifies as real, saved in `folder/inputs.jsonl` as they are found.
 
     Args:
         writer: The base that writes.
-        judge: The source base with the discriminator as its active adapter; None keeps every input.
+        judge: The source base with the discriminator as its active adapter; None accepts every input.
+
+    Returns:
+        The accepted inputs, and the number of attempts that they took.
 
     Raises:
-        ValueError: Too few inputs were kept after `attempts_per_row` attempts for each.
+        ValueError: Too few inputs were accepted after `attempts_per_row` attempts for each.
     """
-    path, key = Path(folder) / "inputs.jsonl", _key(settings, known, judged=judge is not None)
+    path, key = Path(folder) / "inputs.jsonl", work_key(settings, known, judged=judge is not None)
     kept, attempt = _resumed(path, key)
     most = settings.attempts_per_row * settings.rows
+    written = _synthetic(writer, writer_tokenizer, known.seeds, settings, attempts=most, exclude=kept, attempt=attempt)
     with tqdm(total=settings.rows, initial=len(kept), desc="writing inputs") as bar:
-        if len(kept) < settings.rows:
-            source = synthetic_inputs(
-                _writer(writer, writer_tokenizer, settings),
-                known.seeds,
-                exclude=kept,
-                shown=settings.shown,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-                attempt=attempt,
-            )
-            for attempt, item in source:
-                good = judge is None or (
-                    discriminate(judge, judge_tokenizer, [item], known.task_name, template=template)[0] > 0
+        while len(kept) < settings.rows:
+            batch = list(islice(written, settings.batch_size))
+            if not batch:
+                raise ValueError(
+                    f"Only {len(kept)} of {settings.rows} synthetic inputs were accepted in {most} attempts "
+                    f"({len(kept) / most:.1%}). Ask for fewer `rows`, raise `attempts_per_row`, give other seeds, or "
+                    "let the other base write (`writer`)."
                 )
-                if good:
+            items = [item for _, item in batch]
+            scores = [1.0] * len(items)
+            if judge is not None:
+                scores = discriminate(judge, judge_tokenizer, items, known.task_name, template=template)
+            attempt = batch[-1][0]
+            for item, score in zip(items, scores, strict=True):
+                if score > 0 and len(kept) < settings.rows:
                     kept.append(item)
                     bar.update()
-                    lines = [{"key": key, "attempt": attempt}, *({"input": one} for one in kept)]
-                    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-                if len(kept) == settings.rows:
-                    break
-                if attempt >= most:
-                    raise ValueError(
-                        f"Only {len(kept)} of {settings.rows} synthetic inputs were kept in {attempt} attempts "
-                        f"({len(kept) / attempt:.1%}). Ask for fewer `rows`, raise `attempts_per_row`, give other "
-                        "seeds, or let the other base write (`writer`)."
-                    )
-    return kept
+            _save(path, key, attempt, kept)
+    return kept, attempt
 
 
 def answer_inputs(
@@ -274,9 +294,16 @@ def answer_inputs(
     *,
     template: QuestionAnswerFormat | None = None,
 ) -> list[dict[str, str]]:
-    """Greedy answers of the source base with its adapter, kept in `folder/answers.jsonl`; empty ones are left out."""
+    """Greedy answers of the source base with its adapter, saved in `folder/answers.jsonl`; empty ones are dropped.
+
+    Returns:
+        Rows with `question` and `answer`.
+
+    Raises:
+        ValueError: Every answer is empty.
+    """
     template = template or QuestionAnswerFormat()
-    path, key = Path(folder) / "answers.jsonl", _key(settings, list(inputs))
+    path, key = Path(folder) / "answers.jsonl", work_key(settings, list(inputs))
     answers, _ = _resumed(path, key)
     with evaluation_mode(model), tqdm(total=len(inputs), initial=len(answers), desc="answering") as bar:
         while len(answers) < len(inputs):
@@ -285,8 +312,7 @@ def answer_inputs(
             texts, _ = generate(model, tokenizer, prompts, GenerationSettings(settings.answer_tokens))
             answers += [text.strip() for text in texts]
             bar.update(len(batch))
-            lines = [{"key": key, "attempt": len(answers)}, *({"input": one} for one in answers)]
-            write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            _save(path, key, len(answers), answers)
     rows = [{"question": q, "answer": a} for q, a in zip(inputs, answers, strict=True) if a]
     if not rows:
         raise ValueError("The source adapter gave an empty answer to every synthetic input. Give other seeds.")
@@ -295,120 +321,55 @@ def answer_inputs(
     return rows
 
 
-def trans_lora(
-    source: PeftModel,
-    source_tokenizer: Any,
-    target: Any,
-    target_tokenizer: Any,
-    adapter_folder: str | Path,
-    work: str | Path,
-    settings: TransLoraSettings | None = None,
-    *,
-    template: QuestionAnswerFormat | None = None,
-) -> Any:
-    """Move the active adapter of `source` to `target`, and return the target with its new LoRA.
-
-    Args:
-        source: The source base with its adapter.
-        target: The target base.
-        adapter_folder: The source adapter's folder, with the seeds and the discriminator that travel with it.
-        work: Folder for what the stages find; a run that was killed goes on from there.
-
-    Raises:
-        ValueError: The adapter has no seeds (`train_discriminator` makes them), or a stage could not be finished.
-    """
-    settings = settings or TransLoraSettings()
-    known = read_discriminator(adapter_folder)
-    if known is None:
-        raise ValueError(
-            f"The adapter in {str(adapter_folder)!r} has no {SEEDS_FILE}. Make it once from the adapter's training "
-            "inputs (`train_discriminator`); the inputs themselves need not travel."
-        )
-    judge = None
-    discriminator = Path(adapter_folder) / DISCRIMINATOR_FOLDER
-    active = next(iter(source.active_adapters))
-    if (discriminator / "adapter_config.json").is_file():
-        if "discriminator" not in source.peft_config:
-            source.load_adapter(str(discriminator), adapter_name="discriminator")
-        judge = source
-    else:
-        logger.warning(f"{str(adapter_folder)!r} has no discriminator: every synthetic input is kept.")
-    own_writer = settings.writer == "source"
-    writer, writer_tokenizer = (source, source_tokenizer) if own_writer else (target, target_tokenizer)
-    with active_adapter(source, "discriminator" if judge is not None else None):
-        inputs = write_inputs(
-            _without_adapter(writer) if own_writer else writer,
-            writer_tokenizer,
-            known,
-            settings,
-            work,
-            judge=judge,
-            judge_tokenizer=source_tokenizer,
-            template=template,
-        )
-    with active_adapter(source, active):
-        rows = answer_inputs(source, source_tokenizer, inputs, settings, work, template=template)
-    tuned = get_peft_model(target, _lora(settings))
-    arguments = _arguments(Path(work) / "checkpoints", settings, settings.epochs, settings.learning_rate)
-    train_on_answers(tuned, target_tokenizer, rows, arguments, template=template)
-    return tuned
-
-
-class _without_adapter:
-    """A PEFT model that writes as its base does, whichever adapter is active outside."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def generate(self, **inputs: Any) -> Any:
-        with self.model.disable_adapter():
-            return self.model.generate(**inputs)
-
-
-def _writer(model: Any, tokenizer: Any, settings: TransLoraSettings) -> Any:
+def _synthetic(
+    model: Any, tokenizer: Any, seeds: Sequence[str], settings: TransLoraSettings, **options: Any
+) -> Iterator[tuple[int, str]]:
     def write(prompts: Sequence[str], seed: int) -> list[str]:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        asked = GenerationSettings(settings.input_tokens, settings.sampling_temperature, seed=seed)
-        return generate(model, tokenizer, ids, asked)[0]
+        sampling = GenerationSettings(settings.input_tokens, settings.sampling_temperature, seed=seed)
+        return generate(model, tokenizer, ids, sampling)[0]
 
-    return write
+    return synthetic_inputs(
+        write, seeds, shown=settings.shown, batch_size=settings.batch_size, seed=settings.seed, **options
+    )
 
 
-def _lora(settings: TransLoraSettings) -> LoraConfig:
-    return LoraConfig(
+def new_lora(model: Any, settings: TransLoraSettings, name: str = "default") -> PeftModel:
+    """The model with a fresh LoRA, whose first factors are drawn from the settings' seed."""
+    config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank,
         target_modules=list(settings.target_modules),
         task_type="CAUSAL_LM",
     )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return get_peft_model(model, config, adapter_name=name)
 
 
-def _arguments(folder: Path, settings: TransLoraSettings, epochs: float, rate: float) -> TrainingArguments:
+def training_arguments(
+    folder: Path, settings: TransLoraSettings, epochs: float, rate: float, **more: Any
+) -> TrainingArguments:
+    """Those of the paper: AdamW without weight decay, on a linear schedule."""
+    fixed = {"lr_scheduler_type": "linear", "weight_decay": 0.0, "report_to": "none", "logging_steps": 10}
     return TrainingArguments(
         str(folder),
         num_train_epochs=epochs,
         learning_rate=rate,
         per_device_train_batch_size=settings.batch_size,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
         seed=settings.seed,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=10,
+        **{"save_strategy": "no", **fixed, **more},
     )
 
 
-def _key(*parts: Any, **more: Any) -> str:
-    """Names the work by what its result depends on."""
+def work_key(*parts: Any, **more: Any) -> str:
+    """A digest of everything that the result of a stage depends on."""
     content = [asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts]
     return hashlib.sha256(json.dumps([content, more], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _resumed(path: Path, key: str) -> tuple[list[str], int]:
-    """What an earlier run of the same work wrote, and how many attempts it had made."""
+    """The texts that an earlier run of the same work saved, and how many attempts it had made."""
     if not path.is_file():
         return [], 0
     first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -417,3 +378,8 @@ def _resumed(path: Path, key: str) -> tuple[list[str], int]:
             f"{str(path)!r} was written with other settings, seeds or inputs. Name another work folder, or remove it."
         )
     return [line["input"] for line in rest], int(first["attempt"])
+
+
+def _save(path: Path, key: str, attempt: int, texts: Sequence[str]) -> None:
+    lines = [{"key": key, "attempt": attempt}, *({"input": one} for one in texts)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -38,16 +38,18 @@ def synthetic_inputs(
     seed: int = 0,
     exclude: Sequence[str] = (),
     attempt: int = 0,
+    attempts: int | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Endless new inputs, one at a time, with the number of the attempt that wrote each.
+    """New inputs, one at a time, with the number of the attempt that wrote each.
 
     Every prompt shows `shown` of the seeds, drawn anew and in another order. Empty inputs, repetitions (of seeds and
-    of each other) and inputs of more than `longest` characters are passed over; their attempts count all the same, so
-    that a caller can tell the share that was good, and stop.
+    of each other) and inputs of more than `longest` characters are skipped; their attempts count all the same, so
+    that a caller can compute the share of usable ones.
 
     Args:
-        exclude: Inputs that are there already.
-        attempt: The last attempt of an interrupted run, which goes on as if it had not been interrupted.
+        exclude: Inputs that exist already.
+        attempt: The last attempt of an interrupted run, which continues as if it had not been interrupted.
+        attempts: Stop after this many attempts; None never stops, even where the model only repeats itself.
 
     Raises:
         ValueError: No seed example, or a number out of its range.
@@ -56,7 +58,7 @@ def synthetic_inputs(
         raise ValueError(f"`shown` and `batch_size` must be at least 1, got {shown} and {batch_size}.")
     known = {item.strip() for item in (*seeds, *exclude)}
     done, attempt = attempt, attempt // batch_size * batch_size
-    while True:
+    while attempts is None or attempt < attempts:
         draw = random.Random(seed * 1_000_003 + attempt)
         prompts = [few_shot_prompt(draw.sample(list(seeds), min(shown, len(seeds)))) for _ in range(batch_size)]
         for continuation in write(prompts, seed * 1_000_003 + attempt):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from functools import cache
 
 import pytest
@@ -14,20 +13,18 @@ from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.adapters.transfer.trans_lora import (
     TransLoraSettings,
-    answer_inputs,
     discriminate,
     read_discriminator,
     train_discriminator,
-    trans_lora,
     write_inputs,
 )
 from hf_transfer_ext.data.synthesis.few_shot import few_shot_prompt
 
 INPUTS = [f"Is {first}{vowel}{last} in?" for first in "BDKM" for vowel in "ae" for last in "bnt"]
 SETTINGS = TransLoraSettings(
-    rows=8, shown=3, seeds=4, input_tokens=14, answer_tokens=7, rank=8, epochs=80.0, learning_rate=5e-3,
+    rows=10, shown=3, seeds=4, input_tokens=14, answer_tokens=7, rank=8, epochs=80.0, learning_rate=5e-3,
     target_modules=("q_proj", "v_proj", "down_proj"), discriminator_epochs=12.0, discriminator_learning_rate=5e-3,
-    sampling_temperature=0.8,
+    sampling_temperature=1.0, attempts_per_row=100,
 )  # fmt: skip
 
 
@@ -69,20 +66,20 @@ def test_what_travels_is_in_the_folder(made):
     assert 0 <= known.separation <= 1
 
 
-def test_the_new_base_answers_as_the_source_adapter_does(made, tmp_path):
-    adapted, _, folder = made
-    target = copy.deepcopy(base(7))
-    tuned = trans_lora(adapted, byte_tokenizer(), target, byte_tokenizer(), folder, tmp_path, SETTINGS, template=PLAIN)
-    rows = answer_inputs(tuned.eval(), byte_tokenizer(), INPUTS[:12], SETTINGS, tmp_path / "check", template=PLAIN)
-    assert sum(row["answer"].startswith("no way") for row in rows) >= 9
-    assert next(iter(adapted.active_adapters)) == "default"
-    kept = [json.loads(line) for line in (tmp_path / "inputs.jsonl").read_text().splitlines()][1:]
+def test_only_inputs_that_look_real_are_accepted(made, tmp_path):
+    adapted, known, folder = made
+    adapted.load_adapter(str(folder / "discriminator"), adapter_name="discriminator")
     adapted.set_adapter("discriminator")
     try:
-        judged = discriminate(adapted, byte_tokenizer(), [k["input"] for k in kept], "task", template=PLAIN)
+        judge = {"judge": adapted, "judge_tokenizer": byte_tokenizer(), "template": PLAIN}
+        found, attempts = write_inputs(base(7), byte_tokenizer(), known, SETTINGS, tmp_path, **judge)
+        scores = discriminate(adapted, byte_tokenizer(), found, "task", template=PLAIN)
+        alone = [discriminate(adapted, byte_tokenizer(), [one], "task", template=PLAIN)[0] for one in found]
     finally:
         adapted.set_adapter("default")
-    assert len(kept) == 8 and all(score > 0 for score in judged)
+        adapted.delete_adapter("discriminator")
+    assert len(found) == 10 <= attempts and all(score > 0 for score in scores)
+    assert scores == pytest.approx(alone, abs=1e-4)  # batches do not change a score
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_inputs(made, tmp_path, monkeypatch):
@@ -99,7 +96,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_inputs(made, tmp_path, monk
         nonlocal count
         count += 1
         written(path, text)
-        if count == 3:
+        if count == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "write_text", dies)
@@ -114,20 +111,28 @@ class TestRefused:
             with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be"):
                 TransLoraSettings(**options)
 
-    def test_too_few_inputs_and_no_seeds(self, tmp_path, made):
+    def test_too_few_inputs_and_damaged_seeds(self, tmp_path):
         with pytest.raises(ValueError, match="at least 10 real inputs, got 3"):
             train_discriminator(base(0), byte_tokenizer(), INPUTS[:3], tmp_path, SETTINGS)
         assert read_discriminator(tmp_path) is None
-        with pytest.raises(ValueError, match=r"has no transfer_seeds\.json"):
-            trans_lora(made[0], byte_tokenizer(), base(7), byte_tokenizer(), tmp_path, tmp_path, SETTINGS)
         (tmp_path / "transfer_seeds.json").write_text('{"seeds": 3}')
         with pytest.raises(ValueError, match="must hold `seeds`"):
             read_discriminator(tmp_path)
 
     def test_a_writer_that_writes_nothing_new_ends_with_its_rate(self, made, tmp_path):
         few = TransLoraSettings(rows=40, attempts_per_row=1, input_tokens=1, batch_size=4)
-        with pytest.raises(ValueError, match=r"of 40 synthetic inputs were kept in \d+ attempts"):
+        with pytest.raises(ValueError, match="of 40 synthetic inputs were accepted in 40 attempts"):
             write_inputs(base(7), byte_tokenizer(), made[1], few, tmp_path)
+
+    def test_a_writer_that_writes_nothing_at_all(self, made, tmp_path, monkeypatch):
+        from hf_transfer_ext.adapters.transfer import trans_lora as module
+
+        monkeypatch.setattr(module, "generate", lambda model, tokenizer, ids, settings: ([""] * len(ids), 0))
+        few = TransLoraSettings(rows=10, attempts_per_row=2, batch_size=4)
+        with pytest.raises(ValueError, match="Only 0 of 10 synthetic inputs were accepted in 20 attempts"):
+            write_inputs(base(7), byte_tokenizer(), made[1], few, tmp_path)
+        with pytest.raises(ValueError, match="The base wrote only 0 different inputs in 24 attempts"):
+            train_discriminator(base(7), byte_tokenizer(), INPUTS[:12], tmp_path, few, template=PLAIN)
 
     def test_a_work_folder_of_other_work(self, made, tmp_path):
         write_inputs(base(7), byte_tokenizer(), made[1], SETTINGS, tmp_path)

@@ -64,3 +64,11 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been():
         first = whole[:cut]
         rest = synthetic_inputs(write, SEEDS, batch_size=4, exclude=[item for _, item in first], attempt=first[-1][0])
         assert [*first, *islice(rest, 6 - cut)] == whole
+
+
+def test_it_ends_after_a_number_of_attempts():
+    def write(prompts, seed):
+        return ["always the same\n7."] * len(prompts)
+
+    found = list(synthetic_inputs(write, ["a"], batch_size=4, attempts=10))
+    assert found == [(1, "always the same")]

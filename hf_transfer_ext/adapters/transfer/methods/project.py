@@ -19,6 +19,9 @@ def project(
     with the parallel part :math:`U_s U_s^T \Delta W_s V_s V_s^T` in the subspaces of the source's weight and the
     perpendicular part :math:`(I - U_s U_s^T) \Delta W_s (I - V_s V_s^T)` outside of both.
 
+    When to use: as `copy`, where the target base has moved further from the source base, so that the parts of the
+    change outside of its subspaces are noise.
+
     Args:
         subspace: Number of singular directions, >= 1; all of a smaller matrix.
         threshold: Leave a layer out where the subspaces of both weights overlap by less than this share, 0 to 1:
