@@ -60,6 +60,7 @@ class EditMethod:
         ranges: Option -> the numbers that it may be.
         private: Options that hold data to forget; records get their digest instead.
         lora: Whether the change can also be written as a LoRA.
+        stacks: Whether changes that were calculated apart, each from the same model, add up (`edits.requests`).
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class EditMethod:
         ranges: Mapping[str, Interval] | None = None,
         private: tuple[str, ...] = (),
         lora: bool = True,
+        stacks: bool = True,
     ) -> None:
         functools.update_wrapper(self, function)
         self.__name__: str = function.__name__
         self.function, self.needs, self.optional = function, needs, optional
         self.ranges, self.private, self.lora = dict(ranges or {}), private, lora
+        self.stacks = stacks
         self.options = {
             name: parameter.default
             for name, parameter in inspect.signature(function).parameters.items()

@@ -153,6 +153,7 @@ def _fitted(subject: Subject, head: Tensor, gamma: float, margin: float) -> _Sta
     optional=("retain",),
     ranges={"gamma": Interval(0, open_low=True), "margin": Interval(0)},
     lora=False,
+    stacks=False,
 )
 def acu(subject: Subject, *, gamma: float = 1.0, margin: float = 10.0) -> Edited:
     r"""Analytic continual unlearning: the head is a ridge regression on frozen features, and rows leave it exactly.
