@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import Dataset
 
+from hf_transfer_ext.data import text
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat, encode_text
-from hf_transfer_ext.data import text
 from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import IGNORE_INDEX

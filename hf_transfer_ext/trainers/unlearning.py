@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
-from hf_transfer_ext.losses.needs import UNITS, ForwardPass, Kept, Need, check_options, needs_of, unit_of
+from hf_transfer_ext.losses.needs import NEEDS, UNITS, ForwardPass, Kept, Need, check_options, needs_of, unit_of
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.method import Method, Part, method_from_options
 from hf_transfer_ext.losses.unlearning.methods import METHODS
@@ -30,7 +30,7 @@ from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.method_steps import MethodSteps
-from hf_transfer_ext.trainers.normalization import TokenLossNormalization
+from hf_transfer_ext.trainers.normalization import TokenLossNormalization, require_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,7 @@ class UnlearningConfig(TrainingArguments):
             check_options(RETAIN_LOSSES[self.retain_loss], self.retain_options)
         elif method.requires_retain:
             raise ValueError(f"{self.method!r} needs a retain loss; `retain_loss` is 'none'.")
+        self.published_method().check(self)
         reads_hidden = any(need.keeps == "hidden" for need in self.needs())
         if reads_hidden and (self.hidden_layer is None or self.hidden_layer < 1):
             raise ValueError(
@@ -237,7 +238,6 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         self.add_callback(_EpochOfPairs(train_dataset))
         self._sums: dict[str, Tensor] = {}
         self._step_sums: dict[Part, Tensor] = {}
-        self._gets_gradient = False
         self._sharded = is_sharded(accelerator=self.accelerator)
         self._refusal_ids = processing_class(args.refusal, add_special_tokens=False)["input_ids"]
         self.reference_model: Any = None
@@ -378,10 +378,12 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         own = self.accelerator.unwrap_model(model)
         training = own.training
         own.eval()
+        self.in_reference = True
         try:
             with torch.no_grad(), active_adapter(own, self.args.reference_adapter):
                 yield model
         finally:
+            self.in_reference = False
             own.train(training)
 
     # ---- The loss ----
@@ -395,8 +397,6 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
     ) -> Any:
         weights: dict[Part, float] = dict(zip(get_args(Part), self.weights(), strict=True))
         parts = [weights[part] * self.loss_of(model, inputs, part, num_items_in_batch) for part in self.losses]
-        if model.training:
-            self.require_gradient()
         loss = torch.stack(parts).sum()
         return (loss, {}) if return_outputs else loss
 
@@ -418,23 +418,21 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         if self.noting and model.training and self.learned:
             pair = torch.stack([values.detach()[mask].double().sum(), mask.sum().double()])
             self._step_sums[part] = self._step_sums.get(part, torch.zeros_like(pair)) + pair
-        mean = self.normalize(values, mask, count)
-        if model.training and not self._gets_gradient:
-            self._gets_gradient = self._sharded or _reaches(mean, model)
-        return mean + anchor
+        return self.normalize(values, mask, count) + anchor
 
-    def require_gradient(self) -> None:
-        if not self._gets_gradient:
-            options = f"{self.args.forget_loss} with {self.args.retain_loss}"
-            raise ValueError(
-                f"No trained parameter gets a gradient from {options}, so the run would change nothing. "
-                + (
-                    f"The losses read layer {self.args.hidden_layer}, and what is trained lies above it: raise "
-                    "`hidden_layer`, or let the adapter reach the layers below (`layers_to_transform`)."
-                    if self.args.hidden_layer is not None
-                    else "Check which modules the adapter reaches, and which parameters require a gradient."
-                )
+    def recall_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        found, anchor = self._forward(model, inputs["forget"], [NEEDS["log_probs"]])
+        count = num_items_in_batch[COUNTS["forget", "tokens"]]
+        return self.normalize(-found.log_probs, torch.ones_like(found.log_probs, dtype=torch.bool), count) + anchor
+
+    def no_gradient_advice(self) -> str:
+        options = f"{self.args.forget_loss} with {self.args.retain_loss}"
+        if self.args.hidden_layer is not None:
+            return (
+                f"{options} reads layer {self.args.hidden_layer}, and what is trained lies above it: raise "
+                "`hidden_layer`, or let the adapter reach the layers below (`layers_to_transform`)."
             )
+        return f"The losses are {options}. {super().no_gradient_advice()}"
 
     def mean_losses(self) -> dict[Part, float]:
         sums, self._step_sums = self._step_sums, {}
@@ -634,14 +632,8 @@ def _with_adapter(model: Any, peft_config: Any, args: UnlearningConfig) -> Any:
 
 def _check_trainable(model: Any, reference_model: Any) -> None:
     """Refuse a model without a parameter to train, and one that is its own reference."""
+    require_trainable(model)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trained:
-        advice = (
-            "The adapter was loaded for inference: load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
-            if hasattr(model, "peft_config")
-            else "Call `model.requires_grad_(True)`, or give `peft_config` to train an adapter."
-        )
-        raise ValueError(f"No parameter of the model requires a gradient, so nothing would be trained. {advice}")
     if reference_model is not None and any(id(p) in trained for p in reference_model.parameters()):
         raise ValueError(
             "`reference_model` shares trained parameters with `model`, so it would not stay as it is. Give a copy of "
@@ -652,24 +644,6 @@ def _check_trainable(model: Any, reference_model: Any) -> None:
 def _evaluation_pairs(dataset: Any) -> list[ForgetRetainPairs]:
     sets = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
     return [pairs for pairs in sets if isinstance(pairs, ForgetRetainPairs)]
-
-
-def _reaches(loss: Tensor, model: nn.Module) -> bool:
-    """Whether a gradient of `loss` arrives at some trained parameter: read off its graph, without a backward pass."""
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    seen: set[Any] = set()
-    open_nodes = [loss.grad_fn]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in trained:
-            return True
-        if type(node).__name__.startswith("CheckpointFunction"):  # the reentrant form hides its parameters
-            return True
-        open_nodes += [following for following, _ in node.next_functions]
-    return False
 
 
 def _picked(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
