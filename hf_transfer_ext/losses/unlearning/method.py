@@ -31,6 +31,7 @@ ALTERNATIVES = {
     "refusals": "built-in refusals, or the texts given as `alternatives`; a row's own column 'alternative' goes first",
     "data": "each row's own column 'alternative': a text, or a list of texts",
     "sampled": "answers that the model itself writes before training; a row's own column 'alternative' goes first",
+    "reasoned refusals": "chains of thought about the question that end in a refusal; a row's own column goes first",
     "forget answers": "the answers to other questions of the forget set",
     "retain answers": "the answers to questions of the retain set",
 }
