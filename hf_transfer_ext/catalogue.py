@@ -15,7 +15,7 @@ CATALOGUE = {
     "Distillation losses": ("hf_transfer_ext.losses.distillation", "DISTILLATION_LOSSES"),
     "Student initializations": ("hf_transfer_ext.students", "STUDENT_INITS"),
     "Merge methods": ("hf_transfer_ext.merging.methods", "MERGE_METHODS"),
-    "Unlearning methods": ("hf_transfer_ext.losses.unlearning", "METHODS"),
+    "Unlearning methods": ("hf_transfer_ext.losses.unlearning.methods", "METHODS"),
     "Unlearning losses": ("hf_transfer_ext.losses.unlearning", "UNLEARNING_LOSSES"),
     "Retain losses": ("hf_transfer_ext.losses.unlearning", "RETAIN_LOSSES"),
     "Metrics": ("hf_transfer_ext.evals.metrics", "METRICS"),

@@ -226,6 +226,7 @@ class ForgetRetainPairs(Dataset):
         columns: Schema name -> the data's own name, for the roles of `row_form` and "alternative".
         alternatives: Texts that may be answered instead, drawn by example and epoch; a column "alternative" in the
             forget set (a text, or a list of them) goes first. None leaves the alternative out.
+        retain_alternatives: The same for the retain set.
         allow_overlap: Accept samples that are in both sets; they are counted in a warning.
 
     Raises:
@@ -242,6 +243,7 @@ class ForgetRetainPairs(Dataset):
         template: QuestionAnswerFormat | None = None,
         columns: Mapping[str, str] | None = None,
         alternatives: Sequence[str] | None = None,
+        retain_alternatives: Sequence[str] | None = None,
         allow_overlap: bool = False,
         seed: int = 0,
     ) -> None:
@@ -257,12 +259,16 @@ class ForgetRetainPairs(Dataset):
         turns = self._encode("forget", forget, tokenizer)
         self.forget = [answer for _, (answer, _) in turns]
         self.retain: list[EncodedAnswer] | None = None
+        self.retain_alternatives: list[list[EncodedAnswer]] | None = None
         if retain is not None:
-            self.retain = [answer for _, (answer, _) in self._encode("retain", retain, tokenizer)]
+            retain_turns = self._encode("retain", retain, tokenizer)
+            self.retain = [answer for _, (answer, _) in retain_turns]
             self._check_overlap(self.retain, allow_overlap)
+            if retain_alternatives is not None:
+                self.retain_alternatives = self._alternatives("retain", retain, retain_turns, retain_alternatives)
         self.alternatives: list[list[EncodedAnswer]] | None = None
         if alternatives is not None:
-            self.alternatives = self._alternatives(forget, turns, alternatives)
+            self.alternatives = self._alternatives("forget", forget, turns, alternatives)
 
     def _encode(self, name: str, examples: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[tuple[int, Turn]]:
         """(index of the row, what is learned of it), one or more for each row."""
@@ -295,22 +301,26 @@ class ForgetRetainPairs(Dataset):
         logger.warning(f"{found}; `allow_overlap` keeps them in both.")
 
     def _alternatives(
-        self, forget: Sequence[Mapping[str, Any]], turns: Sequence[tuple[int, Turn]], alternatives: Sequence[str]
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        turns: Sequence[tuple[int, Turn]],
+        alternatives: Sequence[str],
     ) -> list[list[EncodedAnswer]]:
         own = self.columns.get("alternative", "alternative")
         answers_of_row = [index for index, _ in turns]
         encoded = []
         for index, (_, encode) in turns:
-            texts = forget[index].get(own) or list(alternatives)
+            texts = rows[index].get(own) or list(alternatives)
             texts = [texts] if isinstance(texts, str) else texts
             if encode is None or not texts:
                 raise ValueError(
-                    f"Example {index} of the forget set needs a question and an alternative answer to it: a column "
+                    f"Example {index} of the {name} set needs a question and an alternative answer to it: a column "
                     f"{own!r} with a text, or with a list of texts."
                 )
-            if forget[index].get(own) and answers_of_row.count(index) > 1:
+            if rows[index].get(own) and answers_of_row.count(index) > 1:
                 raise ValueError(
-                    f"Example {index} of the forget set is a conversation with {answers_of_row.count(index)} answers, "
+                    f"Example {index} of the {name} set is a conversation with {answers_of_row.count(index)} answers, "
                     f"so it is not clear which one {own!r} belongs to. Give a row for each of them."
                 )
             encoded.append([encode(str(text)) for text in texts])
@@ -321,9 +331,13 @@ class ForgetRetainPairs(Dataset):
         for part, answers in (("forget", self.forget), ("retain", self.retain or [])):
             for index, answer in enumerate(answers):
                 yield part, index, answer
-        for index, choices in enumerate(self.alternatives or []):
-            for answer in choices:
-                yield "alternative", index, answer
+        for part, alternatives in (
+            ("alternative", self.alternatives),
+            ("retain_alternative", self.retain_alternatives),
+        ):
+            for index, choices in enumerate(alternatives or []):
+                for answer in choices:
+                    yield part, index, answer
 
     @property
     def epoch(self) -> int:
@@ -353,12 +367,16 @@ class ForgetRetainPairs(Dataset):
         if self.retain is not None:
             chosen = self.retain_index(index)
             sample["retain"] = _with_labels(self.retain[chosen], chosen)
+            if self.retain_alternatives is not None:
+                sample["retain_alternative"] = self._drawn(self.retain_alternatives[chosen], index)
         if self.alternatives is not None:
-            texts = self.alternatives[index]
-            draw = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch * len(self.forget) + index)
-            chosen = int(torch.randint(len(texts), (), generator=draw))
-            sample["alternative"] = _with_labels(texts[chosen], index)
+            sample["alternative"] = self._drawn(self.alternatives[index], index)
         return sample
+
+    def _drawn(self, alternatives: Sequence[EncodedAnswer], index: int) -> dict[str, Any]:
+        """One of the alternatives, by the place of the sample and the epoch."""
+        draw = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch * len(self.forget) + index)
+        return _with_labels(alternatives[int(torch.randint(len(alternatives), (), generator=draw))], index)
 
 
 def _with_labels(encoded: EncodedAnswer, index: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import MissingSet, load_rows, read_rows
 from hf_transfer_ext.evals.engine.evaluate import MetricSpec, evaluate_prepared, resolve_metrics
 from hf_transfer_ext.evals.engine.examples import prepare
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.engine.result import EvaluationResult
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.reading import read_json
 
 Rows = Sequence[Mapping[str, Any]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -271,27 +271,26 @@ def example_arguments(
     return {need.name: need.example(sizes, generator) for need in needs_of(loss)}
 
 
-def check_loss(loss: Callable, allowed: Iterable[Need] = tuple(NEEDS.values())) -> None:
+def check_loss(loss: Callable) -> None:
     """Refuse a loss that the trainer could not call; registries of losses check this when a loss is registered.
 
     Raises:
-        ValueError: An argument that is neither one of the allowed needs nor an option with a default; a loss that
+        ValueError: An argument that is neither one of `NEEDS` nor an option with a default; a loss that
             asks for nothing through which a gradient reaches the model; or one that is not marked `averaged_over`.
     """
     name = getattr(loss, "__name__", repr(loss))
-    available = {need.name: need for need in allowed}
     for parameter in inspect.signature(loss).parameters.values():
-        if parameter.name in available:
+        if parameter.name in NEEDS:
             continue
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-            meanings = "; ".join(f"{need.name} ({need.meaning})" for need in available.values())
+            meanings = "; ".join(f"{need.name} ({need.meaning})" for need in NEEDS.values())
             raise ValueError(
-                f"The loss {name!r} asks for {parameter.name!r}, which the trainer cannot provide here. "
-                f"{unknown_name('argument', parameter.name, available)} They are: {meanings}. An option of the loss "
+                f"The loss {name!r} asks for {parameter.name!r}, which the trainer cannot provide. "
+                f"{unknown_name('argument', parameter.name, NEEDS)} They are: {meanings}. An option of the loss "
                 "itself has to be keyword-only and have a default."
             )
     if not any(need.differentiable for need in needs_of(loss)):
-        through = ", ".join(need.name for need in available.values() if need.differentiable)
+        through = ", ".join(need.name for need in NEEDS.values() if need.differentiable)
         raise ValueError(
             f"The loss {name!r} asks for nothing that depends on the trained model, so it would train nothing. It "
             f"has to ask for at least one of {through}."
@@ -301,8 +300,3 @@ def check_loss(loss: Callable, allowed: Iterable[Need] = tuple(NEEDS.values())) 
             f"The loss {name!r} has to be marked with what it is averaged over: `@averaged_over(...)` with one of "
             f"{', '.join(map(repr, UNITS))}; got {getattr(loss, 'unit', None)!r}."
         )
-
-
-def check_retain_loss(loss: Callable) -> None:
-    """As `check_loss`; retain samples have no alternative answers."""
-    check_loss(loss, [need for need in NEEDS.values() if not need.of_alternative])

@@ -6,12 +6,13 @@ attributes. One that does more overrides a function below; the trainer calls the
 - Options of its own are fields of the class (`@dataclass(frozen=True)`), set by `method_options` in the config.
 - A schedule, or weights that are learned: `weights`, `start` and `learn`.
 - A step of its own (two gradients combined, moved weights, a mask on gradients): `gradient`.
-- Alternative answers that the data has to bring: `alternatives`.
+- Tensors computed once, such as a mask: `prepare`.
+- Where alternative answers come from: `alternatives`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -24,6 +25,16 @@ from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.registry import unknown_name
 
 Part = Literal["forget", "retain"]
+
+#: Where alternative answers can come from -> what they are.
+ALTERNATIVES = {
+    "refusals": "built-in refusals, or the texts given as `alternatives`; a row's own column 'alternative' goes first",
+    "data": "each row's own column 'alternative': a text, or a list of texts",
+    "sampled": "answers that the model itself writes before training; a row's own column 'alternative' goes first",
+    "reasoned refusals": "chains of thought about the question that end in a refusal; a row's own column goes first",
+    "forget answers": "the answers to other questions of the forget set",
+    "retain answers": "the answers to questions of the retain set",
+}
 
 #: One tensor for each trained parameter, in the order of the model's parameters.
 Gradient: TypeAlias = list[Tensor]
@@ -43,6 +54,19 @@ class Progress:
 
 
 @runtime_checkable
+class Batch(Protocol):
+    """One micro-batch of a step, for what a method does around its forward and backward pass."""
+
+    def recall(self) -> Tensor:
+        """Mean negative log-likelihood of the answers to forget, in nats per token, with its graph."""
+        ...
+
+    def hidden_states_changed(self, layer: int, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Within the block, the trained model's layer gives `change(hidden)`; the reference is as ever."""
+        ...
+
+
+@runtime_checkable
 class Step(Protocol):
     """One optimizer step, as a method with a step of its own sees it: all its micro-batches, on all processes."""
 
@@ -56,12 +80,44 @@ class Step(Protocol):
         """Weight of the retain loss."""
         ...
 
-    def gradient(self, part: Part) -> Gradient:
-        """Gradient of the mean forget or retain loss of the step, not weighted; one more pass over its batches."""
+    @property
+    def progress(self) -> Progress:
+        """How far the training is."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Number of the model's decoder layers."""
+        ...
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trained parameters."""
+        ...
+
+    @property
+    def prepared(self) -> Mapping[str, Tensor]:
+        """What `Method.prepare` gave."""
+        ...
+
+    def gradient(self, part: Part, around: Callable[[Batch], AbstractContextManager] | None = None) -> Gradient:
+        """Gradient of the mean forget or retain loss of the step, not weighted; one more pass over its batches.
+
+        Args:
+            around: Entered around the forward and backward pass of each batch.
+        """
+        ...
+
+    def recall(self) -> Gradient:
+        """Gradient of the mean negative log-likelihood of the answers to forget; relearning goes against it."""
         ...
 
     def moved(self, by: Gradient) -> AbstractContextManager[None]:
         """Within the block, the trained parameters are larger by `by`; afterwards they are exactly as before."""
+        ...
+
+    def rounded(self, bits: int, block: int) -> AbstractContextManager[None]:
+        """Within the block, the trained model computes with rounded weights; gradients pass through the rounding."""
         ...
 
 
@@ -75,8 +131,7 @@ class Method:
         gamma: Weight of the forget loss, >= 0.
         alpha: Weight of the retain loss, >= 0.
         forget_options: Options of the forget loss that differ from its defaults.
-        alternatives: Where the alternative answers of losses that ask for them come from: "refusals" (built-in texts,
-            unless others are given) or "data" (each forget row has to bring its own, in a column "alternative").
+        alternatives: Where the alternative answers of losses that ask for them come from: a name of `ALTERNATIVES`.
         sets: Weights ("gamma", "alpha") that the method computes itself, so that a config cannot set them.
         requires_retain: Whether the method makes no sense without a retain loss.
     """
@@ -86,9 +141,12 @@ class Method:
     gamma: ClassVar[float] = 1.0
     alpha: ClassVar[float] = 1.0
     forget_options: ClassVar[Mapping[str, Any]] = {}
-    alternatives: ClassVar[Literal["refusals", "data"]] = "refusals"
+    alternatives: ClassVar[str] = "refusals"
     sets: ClassVar[tuple[str, ...]] = ()
     requires_retain: ClassVar[bool] = False
+
+    def check(self, config: Any) -> None:
+        """Refuse settings of the config that the method cannot work with, by a ValueError."""
 
     def start(self) -> dict[str, float]:
         """Values that the method learns, before the first step; saved in checkpoints, and logged by these names."""
@@ -106,17 +164,29 @@ class Method:
         """Learned values after a step whose mean losses, over all micro-batches and processes, were `losses`."""
         return dict(learned)
 
+    def prepare(self, whole: Step) -> dict[str, Tensor]:
+        """Tensors computed once before the first step, and saved in checkpoints.
+
+        Args:
+            whole: A step whose batches are all of the forget set, each with its retain samples.
+        """
+        return {}
+
     def gradient(self, step: Step) -> Gradient:
         """What the optimizer gets: the gradient of `gamma * forget + alpha * retain`, unless overridden.
 
         The trainer calls this only where a method overrides it; otherwise both losses share one backward pass.
         """
-        forget, retain = step.gradient("forget"), step.gradient("retain")
-        return [step.gamma * f + step.alpha * r for f, r in zip(forget, retain, strict=True)]
+        return weighted_sum(step, step.gradient("forget"), step.gradient("retain"))
 
     @classmethod
     def has_own_step(cls) -> bool:
         return cls.gradient is not Method.gradient
+
+
+def weighted_sum(step: Step, forget: Gradient, retain: Gradient) -> Gradient:
+    """gamma * forget + alpha * retain."""
+    return [step.gamma * f + step.alpha * r for f, r in zip(forget, retain, strict=True)]
 
 
 def norm(gradient: Gradient) -> Tensor:
@@ -145,10 +215,10 @@ def check_method(method: Any) -> None:
         if (loss is not None or attribute == "forget") and loss not in registry:
             raise ValueError(f"In the unlearning method {name!r}: {unknown_name(registry.kind, loss, registry)}")
     check_options(UNLEARNING_LOSSES[method.forget], method.forget_options)
-    if method.alternatives not in ("refusals", "data"):
+    if method.alternatives not in ALTERNATIVES:
         raise ValueError(
-            f"`alternatives` of the unlearning method {name!r} has to be 'refusals' or 'data', got "
-            f"{method.alternatives!r}."
+            f"In the unlearning method {name!r}: "
+            f"{unknown_name('source of alternatives', method.alternatives, ALTERNATIVES)}"
         )
     if "__annotations__" in vars(method) and "__dataclass_fields__" not in vars(method):
         raise ValueError(f"Mark the unlearning method {name!r} with `@dataclass(frozen=True)`: it has options.")

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.harness import measure_with_lm_eval
 from hf_transfer_ext.evals.metric_run import PEOPLE, MetricRun, load_sets, resolve_all
 from hf_transfer_ext.evals.metrics import METRICS
@@ -21,6 +20,7 @@ from hf_transfer_ext.evals.suite_run import SuiteRun
 from hf_transfer_ext.evals.suites import SUITES
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import describe_dataset, describe_input
+from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED

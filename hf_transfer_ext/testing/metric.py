@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import compute_metrics, evaluate
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.engine.result import EvaluationResult
 from hf_transfer_ext.evals.metric import QUANTITIES, SCORED_COLUMNS, Metric
+from hf_transfer_ext.models.generation import GenerationSettings
 
 #: Rows of different lengths, so that a batch of several has padding.
 ROWS = [

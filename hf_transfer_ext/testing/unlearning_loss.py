@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_transfer_ext.losses.needs import (
     UNITS,
     check_loss,
-    check_retain_loss,
     needs_of,
     options_of,
     unit_of,
@@ -22,7 +21,7 @@ from hf_transfer_ext.losses.needs import (
 LENGTHS = (3, 1, 4, 3)
 
 
-def check_unlearning_loss(loss: Callable, *, part: Literal["forget", "retain"] = "forget", seed: int = 0) -> None:
+def check_unlearning_loss(loss: Callable, *, seed: int = 0) -> None:
     """Check that a loss keeps what the trainer relies on; needs no model, and takes milliseconds.
 
     - Its arguments are needs that the trainer can provide (`losses.needs.NEEDS`) or options with defaults, and it is
@@ -36,7 +35,6 @@ def check_unlearning_loss(loss: Callable, *, part: Literal["forget", "retain"] =
 
     Args:
         loss: The loss, decorated with `averaged_over`.
-        part: "forget" or "retain": retain samples have no alternative answers.
         seed: Of the random example batch.
 
     Raises:
@@ -51,7 +49,7 @@ def check_unlearning_loss(loss: Callable, *, part: Literal["forget", "retain"] =
     """
     name = getattr(loss, "__name__", repr(loss))
     try:
-        (check_retain_loss if part == "retain" else check_loss)(loss)
+        check_loss(loss)
     except ValueError as error:
         raise AssertionError(str(error)) from error
     _promise("Source:" in (inspect.getdoc(loss) or ""), name, "its docstring has to name its source: `Source: ...`")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Part, Progress
+from hf_transfer_ext.models.views import decoder_layers, hidden_states_changed, rounded_weights
+
+#: File of a checkpoint with what a method computed before its first step (`Method.prepare`).
+PREPARED = "method.safetensors"
 
 
 class LearnedValues(TrainerCallback, ExportableState):
@@ -43,12 +49,16 @@ class MethodSteps(Trainer):
 
     method: Method
     args: Any  # with `gamma` and `alpha`
+    #: Whether the reference computes at this moment, perhaps by the very weights of the trained model.
+    in_reference = False
     #: Whether the parts of the loss are added to the means that are logged: once per batch, not at moved weights.
     noting = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._batches: list[Any] = []
+        self._prepared: dict[str, Tensor] | None = None
+        self._resumes_from: Path | None = None
         if self.method.start():
             self.add_callback(LearnedValues(self.method.start()))
         if type(self.method).has_own_step():
@@ -62,8 +72,8 @@ class MethodSteps(Trainer):
         """Mean losses of the step that just ended, over all its batches and processes; each call starts anew."""
         raise NotImplementedError
 
-    def require_gradient(self) -> None:
-        """Raise where no trained parameter takes part in the losses seen so far."""
+    def recall_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """This batch's share of the step's mean negative log-likelihood of the answers to forget."""
         raise NotImplementedError
 
     @property
@@ -98,12 +108,46 @@ class MethodSteps(Trainer):
         optimizer: Any = self.optimizer
         if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers
             optimizer.train()
-        step = _Step(self, model, batches, num_items_in_batch)
+        step = _Step(self, model, batches, num_items_in_batch, self._prepare(model))
         gradient = self.method.gradient(step)
-        self.require_gradient()
         for parameter, value in zip(step.parameters, gradient, strict=True):
             parameter.grad = value.to(parameter.dtype)
         return step.loss()
+
+    # ---- What a method computes once ----
+
+    def _prepare(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the method computes once: now, or as the checkpoint has it."""
+        if self._prepared is None:
+            device, file = self.args.device, self._resumes_from and self._resumes_from / PREPARED
+            if file and file.is_file():
+                self._prepared = {name: tensor.to(device) for name, tensor in load_file(file).items()}
+            elif file and type(self.method).prepare is not Method.prepare:
+                raise ValueError(
+                    f"{str(self._resumes_from)!r} has no {PREPARED}, which holds what "
+                    f"{type(self.method).__name__!r} computed before its first step: it was written with another "
+                    "method. Start anew, or use that method."
+                )
+            else:
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    batches = [self._prepare_inputs(batch) for batch in self.get_train_dataloader()]
+                count = self._get_num_items_in_batch(batches, device)
+                self._prepared = dict(self.method.prepare(_Step(self, model, batches, count, {})))
+        return self._prepared
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._prepared = self._resumes_from = None
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumes_from = Path(resume_from_checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self._prepared and self.args.should_save and folder.is_dir():
+            save_file({name: tensor.contiguous() for name, tensor in self._prepared.items()}, folder / PREPARED)
 
     def _refuse_own_step(self) -> None:
         name = type(self.method).__name__
@@ -125,37 +169,82 @@ class MethodSteps(Trainer):
             )
 
 
+class _Batch:
+    """One micro-batch for a method: see `method.Batch`."""
+
+    def __init__(self, step: _Step, inputs: dict[str, Any]) -> None:
+        self.step, self.inputs = step, inputs
+
+    def recall(self) -> Tensor:
+        step = self.step
+        with step.trainer.compute_loss_context_manager():
+            return step.trainer.recall_of(step.model, self.inputs, step.count)
+
+    @contextmanager
+    def hidden_states_changed(self, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        trainer = self.step.trainer
+        own = trainer.accelerator.unwrap_model(self.step.model)
+        with hidden_states_changed(own, layer, lambda hidden: hidden if trainer.in_reference else change(hidden)):
+            yield
+
+
 class _Step:
     """One optimizer step for a method: see `method.Step`."""
 
-    def __init__(self, trainer: MethodSteps, model: nn.Module, batches: list[Any], num_items_in_batch: Any) -> None:
-        self.trainer, self.model, self.batches, self.count = trainer, model, batches, num_items_in_batch
+    def __init__(
+        self, trainer: MethodSteps, model: nn.Module, batches: list[Any], count: Any, prepared: dict[str, Tensor]
+    ) -> None:
+        self.trainer, self.model, self.batches, self.count = trainer, model, batches, count
         self.gamma, self.alpha = trainer.weights()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.progress, self.prepared = trainer.progress(), prepared
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.losses: dict[Part, Tensor] = {}
 
-    def gradient(self, part: Part) -> Gradient:
-        accelerator = self.trainer.accelerator
-        self._clear()
+    @property
+    def layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    def gradient(self, part: Part, around: Callable[[Any], AbstractContextManager] | None = None) -> Gradient:
         self.trainer.noting = part not in self.losses
-        total = torch.zeros((), device=self.trainer.args.device)
         try:
-            # Processes are averaged below, once: DDP itself would allow only one backward pass per forward pass.
-            with accelerator.no_sync(self.model):
-                for inputs in self.batches:
-                    with self.trainer.compute_loss_context_manager():
-                        loss = self.trainer.loss_of(self.model, inputs, part, self.count)
-                    if loss.requires_grad:
-                        accelerator.backward(loss)
-                    total += loss.detach()
+            found, total = self._gradient(
+                lambda inputs: self.trainer.loss_of(self.model, inputs, part, self.count), around
+            )
         finally:
             self.trainer.noting = True
         self.losses.setdefault(part, total)
+        return found
+
+    def recall(self) -> Gradient:
+        return self._gradient(lambda inputs: self.trainer.recall_of(self.model, inputs, self.count), None)[0]
+
+    def _gradient(
+        self, loss_of: Callable[[Any], Tensor], around: Callable[[Any], AbstractContextManager] | None
+    ) -> tuple[Gradient, Tensor]:
+        """(gradient, loss) over all batches and processes of the step."""
+        accelerator = self.trainer.accelerator
+        self._clear()
+        total = torch.zeros((), device=self.trainer.args.device)
+        # Processes are averaged below, once: DDP itself would allow only one backward pass per forward pass.
+        with accelerator.no_sync(self.model):
+            for inputs in self.batches:
+                with around(_Batch(self, inputs)) if around else nullcontext():
+                    with self.trainer.compute_loss_context_manager():
+                        loss = loss_of(inputs)
+                    if loss.requires_grad:
+                        accelerator.backward(loss)
+                total += loss.detach()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         self._clear()
         if accelerator.num_processes > 1:
             found = [accelerator.reduce(gradient, "mean") for gradient in found]
-        return found
+        return found, total
+
+    @contextmanager
+    def rounded(self, bits: int, block: int) -> Iterator[None]:
+        own = self.trainer.accelerator.unwrap_model(self.model)
+        with rounded_weights(own, bits, block, active=lambda: not self.trainer.in_reference):
+            yield
 
     @contextmanager
     def moved(self, by: Gradient) -> Iterator[None]:
@@ -171,7 +260,7 @@ class _Step:
                     parameter.copy_(value)
 
     def loss(self) -> Tensor:
-        """gamma * forget + alpha * retain, each as first computed, at the weights before the step."""
+        """gamma * forget + alpha * retain, each as first computed."""
         weights: dict[Part, float] = {"forget": self.gamma, "retain": self.alpha}
         return torch.stack([weights[part] * loss for part, loss in self.losses.items()]).sum()
 

@@ -80,9 +80,15 @@ class TokenLossNormalization(SavesResults):
         if self._learns is None and self.accelerator.sync_gradients and self._loss_so_far > 0:
             raise ValueError(
                 f"After the first step, with a loss of {self._loss_so_far:.4g}, the gradient of all {len(gradients)} "
-                "trainable tensors is 0: this run would change nothing. The loss does not depend on what is trained; "
-                "train weights that it reads (layers below the one that it looks at, an adapter that is active)."
+                f"trainable tensors is 0: this run would change nothing. {self.no_gradient_advice()}"
             )
+
+    def no_gradient_advice(self) -> str:
+        """What helps where no gradient reaches what is trained."""
+        return (
+            "The loss does not depend on what is trained; train weights that it reads (layers below the one that it "
+            "looks at, an adapter that is active)."
+        )
 
 
 def require_trainable(model: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from accelerate.utils import broadcast_object_list
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,25 +19,30 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
-from hf_transfer_ext.losses.needs import UNITS, ForwardPass, Kept, Need, check_options, needs_of, unit_of
+from hf_transfer_ext.data.unlearning.alternatives import Write, answers_of_others, reasoned_refusals, written_answers
+from hf_transfer_ext.losses.needs import NEEDS, UNITS, ForwardPass, Kept, Need, check_options, needs_of, unit_of
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.methods import METHODS
-from hf_transfer_ext.losses.unlearning_method import Method, Part, method_from_options
+from hf_transfer_ext.losses.unlearning_method import ALTERNATIVES, Method, Part, method_from_options
+from hf_transfer_ext.models.generation import GenerationSettings, generate
 from hf_transfer_ext.models.heads import causal_lm_of, head_module, run_to_head, vocabulary_size
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
-from hf_transfer_ext.models.plumbing import active_adapter, is_sharded, output_head, pad_token_id
+from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, is_sharded, output_head, pad_token_id
 from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.method_steps import MethodSteps
-from hf_transfer_ext.trainers.normalization import TokenLossNormalization
+from hf_transfer_ext.trainers.normalization import TokenLossNormalization, require_trainable
 
 logger = logging.getLogger(__name__)
 
 #: Below this learning rate a LoRA forgets little in a few epochs; in published comparisons it forgets less than full
 #: fine-tuning in every row at equal settings.
 LORA_LEARNING_RATE = 1e-4
+
+#: Part -> where its alternative answers are in a batch.
+ALTERNATIVE_OF: dict[Part, str] = {"forget": "alternative", "retain": "retain_alternative"}
 
 #: A step's counts are one vector: this is where the number of units (see `UNITS`) of a part is.
 COUNTS = {pair: place for place, pair in enumerate((part, unit) for part in get_args(Part) for unit in UNITS)}
@@ -58,6 +64,11 @@ class UnlearningConfig(TrainingArguments):
         retain_options: The retain loss's own options.
         reference_adapter: Under PEFT, the adapter that is the reference; "base" is the model without any adapter,
             which is right where the base's own weights hold the knowledge to forget.
+        alternatives: Where the alternative answers of losses that ask for them come from: a name of `ALTERNATIVES`
+            ("refusals", "data", "sampled", ...); None is the method's own choice.
+        alternatives_cache: File in which answers that the model writes ("sampled") are kept from run to run; it then
+            holds them in plain text.
+        max_new_tokens: Longest such answer, in tokens.
         hidden_layer: Layer whose output the losses on hidden states read, from 1 to the number of layers.
         refusal: The text that jensun pulls towards, repeated along each answer.
         allow_overlap: Train although rows are in both the forget and the retain set.
@@ -73,6 +84,9 @@ class UnlearningConfig(TrainingArguments):
     forget_options: dict[str, Any] | str | None = field(default_factory=dict)
     retain_options: dict[str, Any] | str | None = field(default_factory=dict)
     reference_adapter: str = "base"
+    alternatives: str | None = None
+    alternatives_cache: str | None = None
+    max_new_tokens: int = 64
     hidden_layer: int | None = None
     refusal: str = " No idea"
     allow_overlap: bool = False
@@ -94,6 +108,7 @@ class UnlearningConfig(TrainingArguments):
         self.forget_loss = self.forget_loss or method.forget
         self.retain_loss = self.retain_loss or method.retain or "none"
         self._fill_in_weights(method)
+        self._fill_in_alternatives(method)
         self.forget_options: dict[str, Any] = {
             **(method.forget_options if same_forget else {}),
             **dict(self.forget_options or {}),  # type: ignore[arg-type]
@@ -104,6 +119,7 @@ class UnlearningConfig(TrainingArguments):
             check_options(RETAIN_LOSSES[self.retain_loss], self.retain_options)
         elif method.requires_retain:
             raise ValueError(f"{self.method!r} needs a retain loss; `retain_loss` is 'none'.")
+        self.published_method().check(self)
         reads_hidden = any(need.keeps == "hidden" for need in self.needs())
         if reads_hidden and (self.hidden_layer is None or self.hidden_layer < 1):
             raise ValueError(
@@ -141,6 +157,23 @@ class UnlearningConfig(TrainingArguments):
         if not (gamma >= 0 and alpha >= 0 and gamma + alpha > 0):
             raise ValueError(f"`gamma` and `alpha` must be >= 0 and not both 0, got {gamma} and {alpha}.")
 
+    def _fill_in_alternatives(self, method: type[Method]) -> None:
+        asked_for = any(need.of_alternative for need in self.needs())
+        if self.alternatives is not None and not asked_for:
+            raise ValueError(
+                f"{self.forget_loss} with {self.retain_loss} reads no alternative answers, so "
+                f"alternatives={self.alternatives!r} would have no effect. Leave it out, or choose a method that does "
+                "(idk, idk_dpo, altpo)."
+            )
+        if self.alternatives not in (None, *ALTERNATIVES):
+            raise ValueError(unknown_name("source of alternatives", str(self.alternatives), ALTERNATIVES))
+        if asked_for:
+            self.alternatives = self.alternatives or method.alternatives
+        if self.alternatives_cache is not None and self.alternatives != "sampled":
+            raise ValueError("`alternatives_cache` keeps sampled answers: set `alternatives` to 'sampled' too.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be >= 1, got {self.max_new_tokens}.")
+
     def published_method(self) -> Method:
         """The method with its options."""
         return method_from_options(METHODS[self.method], dict(self.method_options or {}))  # type: ignore[arg-type]
@@ -172,8 +205,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         peft_config: A PEFT configuration, such as `LoraConfig`: an adapter is added to `model` and trained.
         template: How a question becomes a prompt.
         columns: Schema name -> the data's own column name.
-        alternatives: Texts that may be answered instead, for losses with an alternative; a column "alternative" of a
-            row goes first. By default refusals, or nothing where the method asks for answers of each row's own.
+        alternatives: Texts that may be answered instead, where `alternatives` of the config is "refusals"; a column
+            "alternative" of a row goes first. By default built-in refusals.
         kwargs: Everything else that `Trainer` takes.
 
     Logs `forget_loss`, `retain_loss` and `forget_nll` (nats per token of the forget answers) beside `loss`, and what
@@ -221,7 +254,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             self._prepare_peft(model, args)
         if train_dataset is None:
             train_dataset = self._pairs(
-                args, forget_dataset, retain_dataset, processing_class, template, columns, alternatives
+                args, model, forget_dataset, retain_dataset, processing_class, template, columns, alternatives
             )
         self._check_pairs(args, model, train_dataset, kwargs.get("eval_dataset"))
         self._pad_id = pad_token_id(processing_class)
@@ -237,7 +270,6 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         self.add_callback(_EpochOfPairs(train_dataset))
         self._sums: dict[str, Tensor] = {}
         self._step_sums: dict[Part, Tensor] = {}
-        self._gets_gradient = False
         self._sharded = is_sharded(accelerator=self.accelerator)
         self._refusal_ids = processing_class(args.refusal, add_special_tokens=False)["input_ids"]
         self.reference_model: Any = None
@@ -270,45 +302,85 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
     def _pairs(
         self,
         args: UnlearningConfig,
+        model: Any,
         forget: Any,
         retain: Any,
-        tokenizer: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase,
         template: QuestionAnswerFormat | None,
         columns: Mapping[str, str] | None,
         alternatives: Sequence[str] | None,
     ) -> ForgetRetainPairs:
         if forget is None:
             raise ValueError("There is nothing to forget: give `forget_dataset`, or pairs as `train_dataset`.")
-        own = self.method.alternatives == "data"
-        if own and alternatives is not None:
+        source = args.alternatives
+        if alternatives is not None and source not in ("refusals", "reasoned refusals"):
             raise ValueError(
-                f"{args.method!r} needs an alternative answer for each question; `alternatives` are shared by all "
-                "questions. Give each forget row a column 'alternative' instead, or choose method='idk_dpo'."
+                "`alternatives` are texts that fit every question, but "
+                + (
+                    f"with {args.forget_loss} and {args.retain_loss} nothing reads them. Leave them out."
+                    if source is None
+                    else f"the alternatives of this run are {source!r}: {ALTERNATIVES[source]}. Leave them out, or "
+                    "set `alternatives` of the config to 'refusals'."
+                )
             )
-        if alternatives is None:
-            alternatives = () if own else REFUSALS
+        texts = REFUSALS if alternatives is None else alternatives
+        if self._reads_alternatives(args, "forget"):
+            forget = self._with_alternatives(args, source, model, processing_class, template, columns, forget, retain,
+                                             texts)  # fmt: skip
         return ForgetRetainPairs(
             forget,
             retain if "retain" in self.losses else None,
-            tokenizer,
+            processing_class,
             template=template,
             columns=columns,
-            alternatives=alternatives if self._wants_alternatives(args) else None,
+            alternatives=(texts if source == "refusals" else ()) if self._reads_alternatives(args, "forget") else None,
+            retain_alternatives=texts if self._reads_alternatives(args, "retain") else None,
             allow_overlap=args.allow_overlap,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
 
     @staticmethod
-    def _wants_alternatives(args: UnlearningConfig) -> bool:
-        return any(need.of_alternative for need in args.needs())
+    def _with_alternatives(
+        args: UnlearningConfig,
+        source: str | None,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: QuestionAnswerFormat | None,
+        columns: Mapping[str, str] | None,
+        forget: Any,
+        retain: Any,
+        texts: Sequence[str],
+    ) -> Any:
+        """The rows to forget, with alternatives of their own where the source makes some for each row."""
+        if source == "sampled":
+            if not getattr(model, "hf_device_map", None):
+                model.to(args.device)
+            write = _writer(model, tokenizer, template or QuestionAnswerFormat(), args)
+            cache = args.alternatives_cache if args.process_index == 0 else None
+            rows = written_answers(forget, write, columns=columns, seed=args.seed, cache=cache)
+            return broadcast_object_list([rows])[0] if args.world_size > 1 else rows
+        if source == "reasoned refusals":
+            return reasoned_refusals(forget, texts, columns=columns)
+        if source in ("forget answers", "retain answers"):
+            pool = forget if source == "forget answers" else retain
+            if pool is None:
+                raise ValueError(f"{args.method!r} draws its alternatives from the retain set: give `retain_dataset`.")
+            return answers_of_others(forget, pool, columns=columns, seed=args.seed)
+        return forget
+
+    @staticmethod
+    def _reads_alternatives(args: UnlearningConfig, part: Part) -> bool:
+        return any(need.of_alternative for need in args.needs(part))
 
     def _check_pairs(self, args: UnlearningConfig, model: Any, train: ForgetRetainPairs, evaluation: Any) -> None:
         if "retain" in self.losses and train.retain is None:
             raise ValueError(
                 f"{args.retain_loss} needs a retain set: give `retain_dataset`, or set `retain_loss` to 'none'."
             )
-        if self._wants_alternatives(args) and train.alternatives is None:
+        if self._reads_alternatives(args, "forget") and train.alternatives is None:
             raise ValueError(f"{args.forget_loss} needs pairs with alternatives: give `alternatives` to them.")
+        if self._reads_alternatives(args, "retain") and train.retain_alternatives is None:
+            raise ValueError(f"{args.retain_loss} needs pairs with alternatives: give `retain_alternatives` to them.")
         context = context_length(causal_lm_of(model).config)
         for pairs in (train, *_evaluation_pairs(evaluation)):
             for name, index, answer in pairs.all_answers():
@@ -342,7 +414,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         parts = {
             "forget": any(n.of_reference and not n.of_alternative for n in self.args.needs("forget")),
             "alternative": any(n.of_reference and n.of_alternative for n in self.args.needs("forget")),
-            "retain": any(n.of_reference for n in self.args.needs("retain")),
+            "retain": any(n.of_reference and not n.of_alternative for n in self.args.needs("retain")),
+            "retain_alternative": any(n.of_reference and n.of_alternative for n in self.args.needs("retain")),
         }
         for part, _, answer in pairs.all_answers():
             if parts[part]:
@@ -378,10 +451,12 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         own = self.accelerator.unwrap_model(model)
         training = own.training
         own.eval()
+        self.in_reference = True
         try:
             with torch.no_grad(), active_adapter(own, self.args.reference_adapter):
                 yield model
         finally:
+            self.in_reference = False
             own.train(training)
 
     # ---- The loss ----
@@ -395,8 +470,6 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
     ) -> Any:
         weights: dict[Part, float] = dict(zip(get_args(Part), self.weights(), strict=True))
         parts = [weights[part] * self.loss_of(model, inputs, part, num_items_in_batch) for part in self.losses]
-        if model.training:
-            self.require_gradient()
         loss = torch.stack(parts).sum()
         return (loss, {}) if return_outputs else loss
 
@@ -418,23 +491,21 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         if self.noting and model.training and self.learned:
             pair = torch.stack([values.detach()[mask].double().sum(), mask.sum().double()])
             self._step_sums[part] = self._step_sums.get(part, torch.zeros_like(pair)) + pair
-        mean = self.normalize(values, mask, count)
-        if model.training and not self._gets_gradient:
-            self._gets_gradient = self._sharded or _reaches(mean, model)
-        return mean + anchor
+        return self.normalize(values, mask, count) + anchor
 
-    def require_gradient(self) -> None:
-        if not self._gets_gradient:
-            options = f"{self.args.forget_loss} with {self.args.retain_loss}"
-            raise ValueError(
-                f"No trained parameter gets a gradient from {options}, so the run would change nothing. "
-                + (
-                    f"The losses read layer {self.args.hidden_layer}, and what is trained lies above it: raise "
-                    "`hidden_layer`, or let the adapter reach the layers below (`layers_to_transform`)."
-                    if self.args.hidden_layer is not None
-                    else "Check which modules the adapter reaches, and which parameters require a gradient."
-                )
+    def recall_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        found, anchor = self._forward(model, inputs["forget"], [NEEDS["log_probs"]])
+        count = num_items_in_batch[COUNTS["forget", "tokens"]]
+        return self.normalize(-found.log_probs, torch.ones_like(found.log_probs, dtype=torch.bool), count) + anchor
+
+    def no_gradient_advice(self) -> str:
+        options = f"{self.args.forget_loss} with {self.args.retain_loss}"
+        if self.args.hidden_layer is not None:
+            return (
+                f"{options} reads layer {self.args.hidden_layer}, and what is trained lies above it: raise "
+                "`hidden_layer`, or let the adapter reach the layers below (`layers_to_transform`)."
             )
+        return f"The losses are {options}. {super().no_gradient_advice()}"
 
     def mean_losses(self) -> dict[Part, float]:
         sums, self._step_sums = self._step_sums, {}
@@ -452,7 +523,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         anchor = torch.zeros((), device=self.args.device)
         for of_alternative, of_reference in sorted({(False, False), *(need.source for need in needs)}):
             wanted = [need for need in needs if need.source == (of_alternative, of_reference)]
-            batch = inputs["alternative" if of_alternative else part]
+            batch = inputs[ALTERNATIVE_OF[part] if of_alternative else part]
             if not of_reference:
                 found, own = self._forward(model, batch, wanted)
                 anchor = anchor + own
@@ -632,16 +703,27 @@ def _with_adapter(model: Any, peft_config: Any, args: UnlearningConfig) -> Any:
     return get_peft_model(model, peft_config)
 
 
+def _writer(model: Any, tokenizer: Any, template: QuestionAnswerFormat, args: UnlearningConfig) -> Write:
+    """The model as it is before training, as a function that answers questions."""
+
+    def write(questions: Sequence[str], temperature: float, seed: int) -> list[str]:
+        settings = GenerationSettings(args.max_new_tokens, temperature=temperature, seed=seed)
+        prompts = [template.prompt_ids(tokenizer, question) for question in questions]
+        size = max(1, args.per_device_eval_batch_size)
+        with evaluation_mode(model):
+            return [
+                text
+                for at in range(0, len(prompts), size)
+                for text in generate(model, tokenizer, prompts[at : at + size], settings)[0]
+            ]
+
+    return write
+
+
 def _check_trainable(model: Any, reference_model: Any) -> None:
     """Refuse a model without a parameter to train, and one that is its own reference."""
+    require_trainable(model)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trained:
-        advice = (
-            "The adapter was loaded for inference: load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
-            if hasattr(model, "peft_config")
-            else "Call `model.requires_grad_(True)`, or give `peft_config` to train an adapter."
-        )
-        raise ValueError(f"No parameter of the model requires a gradient, so nothing would be trained. {advice}")
     if reference_model is not None and any(id(p) in trained for p in reference_model.parameters()):
         raise ValueError(
             "`reference_model` shares trained parameters with `model`, so it would not stay as it is. Give a copy of "
@@ -652,24 +734,6 @@ def _check_trainable(model: Any, reference_model: Any) -> None:
 def _evaluation_pairs(dataset: Any) -> list[ForgetRetainPairs]:
     sets = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
     return [pairs for pairs in sets if isinstance(pairs, ForgetRetainPairs)]
-
-
-def _reaches(loss: Tensor, model: nn.Module) -> bool:
-    """Whether a gradient of `loss` arrives at some trained parameter: read off its graph, without a backward pass."""
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    seen: set[Any] = set()
-    open_nodes = [loss.grad_fn]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in trained:
-            return True
-        if type(node).__name__.startswith("CheckpointFunction"):  # the reentrant form hides its parameters
-            return True
-        open_nodes += [following for following, _ in node.next_functions]
-    return False
 
 
 def _picked(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

@@ -5,7 +5,6 @@ from datasets import Dataset
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suite import (
     BARE,
     Part,
@@ -18,6 +17,7 @@ from hf_transfer_ext.evals.suite import (
     require_columns,
 )
 from hf_transfer_ext.evals.suites import SUITES
+from hf_transfer_ext.models.generation import GenerationSettings
 
 ROWS = [{"question": "a?", "answer": "b"}, {"question": "c?", "answer": "d"}]
 

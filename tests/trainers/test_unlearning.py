@@ -241,6 +241,12 @@ def test_one_dataset_of_pairs_will_do(tmp_path):
         ({"train_sampling_strategy": "group_by_length"}, "does not group samples by length"),
         ({"remove_unused_columns": True}, "has to be False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"alternatives": "sampled"}, "reads no alternative answers, so alternatives='sampled' would have no effect"),
+        ({"method": "altpo", "alternatives": "sample"}, "Unknown source of alternatives 'sample'. Did you mean 'samp"),
+        ({"method": "altpo", "alternatives_cache": "x"}, "set `alternatives` to 'sampled' too"),
+        ({"method": "altpo", "alternatives": "sampled", "max_new_tokens": 0}, "`max_new_tokens` must be >= 1"),
+        ({"method": "lat", "forget_loss": "idk"}, "Choose a forget loss without alternatives"),
+        ({"method": "sure", "weight_decay": 0.1}, "Set it to 0"),
     ],
 )
 def test_the_config_refuses_bad_values(tmp_path, options, message):
@@ -292,7 +298,7 @@ def adapter_on_its_reference():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda folder: (frozen(), {}), r"No parameter .* `model.requires_grad_\(True\)`"),
+        (lambda folder: (frozen(), {}), r"Nothing in the LlamaForCausalLM is trainable: .* `requires_grad_\(True\)`"),
         (lambda folder: (for_inference(folder), {}), "loaded for inference: .*is_trainable=True"),
         (lambda folder: its_own_reference(), "shares trained parameters"),
         (lambda folder: adapter_on_its_reference(), "shares trained parameters"),
@@ -309,7 +315,7 @@ def test_a_model_without_a_parameter_to_train_is_refused(tmp_path, make, message
 def test_an_adapter_above_the_layer_that_the_losses_read_is_refused_before_a_step(tmp_path, checkpointing):
     options = {"method": "rmu", "hidden_layer": 1, "gradient_checkpointing": checkpointing}
     made = trainer(tmp_path, lora(layers_to_transform=[1]), **options)
-    with pytest.raises(ValueError, match=r"No trained parameter gets a gradient .* read layer 1"):
+    with pytest.raises(ValueError, match=r"the gradient of all \d+ trainable tensors is 0: .* reads layer 1"):
         made.train()
     assert made.state.global_step == 0
     trainer(tmp_path, lora(layers_to_transform=[0]), **options).train()
@@ -361,10 +367,59 @@ def test_rows_in_both_sets_are_refused_unless_allowed(tmp_path):
 def test_altpo_asks_for_alternatives_of_each_row(tmp_path):
     with pytest.raises(ValueError, match="Example 0 of the forget set needs a question and an alternative answer"):
         trainer(tmp_path, forget=FORGET, method="altpo")
-    with pytest.raises(ValueError, match=r"'altpo' needs an alternative answer for each question.*'idk_dpo'"):
+    with pytest.raises(ValueError, match=r"of this run are 'data': each row's own column"):
         trainer(tmp_path, method="altpo", given={"alternatives": ["no idea"]})
+    with pytest.raises(ValueError, match="with npo and retain_nll nothing reads them"):
+        trainer(tmp_path, method="npo", given={"alternatives": ["no idea"]})
     refusing = trainer(tmp_path, forget=FORGET, method="idk_dpo")
     assert len(refusing.train_dataset.alternatives[0]) == len(REFUSALS)
+
+
+def texts_of(answers):
+    return [byte_tokenizer().decode(a.input_ids[a.answer_start : -1]).strip() for a in answers]
+
+
+def test_alternatives_are_the_answers_to_other_questions(tmp_path):
+    for method, rows in (("random_labels", FORGET), ("llmu", RETAIN)):
+        made = trainer(tmp_path, lora(), forget=FORGET, method=method)
+        for row, alternatives in zip(FORGET, made.train_dataset.alternatives, strict=True):
+            found = texts_of(alternatives)
+            assert found and set(found) <= {other["answer"] for other in rows} - {row["answer"]}
+    with pytest.raises(ValueError, match="'llmu' draws its alternatives from the retain set"):
+        trainer(tmp_path, lora(), forget=FORGET, retain=None, method="llmu", retain_loss="none")
+
+
+def test_the_model_writes_alternatives_itself_and_they_are_cached(tmp_path, monkeypatch):
+    options = {"forget": FORGET, "method": "altpo", "alternatives": "sampled", "max_new_tokens": 6,
+               "alternatives_cache": str(tmp_path / "written.json")}  # fmt: skip
+    first = trainer(tmp_path, lora(), **options)
+    found = [texts_of(alternatives) for alternatives in first.train_dataset.alternatives]
+    assert all(len(set(texts)) == 5 for texts in found)
+    monkeypatch.setattr("hf_transfer_ext.trainers.unlearning.generate", None)  # not needed again
+    again = trainer(tmp_path, lora(), **options)
+    assert [texts_of(alternatives) for alternatives in again.train_dataset.alternatives] == found
+    first.train()
+
+
+def test_idk_ap_prefers_the_answers_to_retain_over_refusals_by_the_definition(tmp_path):
+    made = trainer(tmp_path, lora(), method="idk_ap", forget=FORGET, given={"alternatives": ["no"]}, gamma=0.5)
+    model = copy.deepcopy(made.model).eval()
+    forget = [sequence_nll(model, row["question"], "no") / 4 for row in FORGET]  # a space, two letters, the end
+    retain = [
+        -10 * torch.nn.functional.logsigmoid(
+            0.1 * (sequence_nll(model, row["question"], "no") - sequence_nll(model, row["question"], row["answer"]))
+        )
+        for row in RETAIN
+    ]  # fmt: skip
+    batch = made.data_collator([made.train_dataset[i] for i in range(4)])
+    expected = 0.5 * sum(forget) / 4 + sum(retain) / 4
+    assert made.compute_loss(made.model.eval(), batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_reasoned_refusals_think_about_the_question(tmp_path):
+    made = trainer(tmp_path, lora(), method="reasoned_idk", forget=FORGET)
+    for row, alternatives in zip(FORGET, made.train_dataset.alternatives, strict=True):
+        assert all(row["question"] in text and text.startswith("<think>") for text in texts_of(alternatives))
 
 
 @pytest.mark.parametrize("sets", ["one", "several"])
@@ -495,6 +550,9 @@ def weights_of_process(rank, tmp_path, model, **options):
         (lora, {"method": "npo_kl", "ddp_find_unused_parameters": False, "gradient_checkpointing": True}),
         (lora, {"method": "ce_u", "ddp_find_unused_parameters": False}),
         (lora, {"method": "npo_sam"}),
+        (lora, {"method": "lat", "method_options": {"radius": 0.3}}),
+        (lora, {"method": "qaf"}),
+        (lora, {"method": "sure", "method_options": {"quantile": 0.5}}),
         (lora, {"method": "pdu", "max_steps": 2, "learning_rate": 1e-3, "method_options": {"warmup_epochs": 0}}),
         # All weights of a model with a head of its own.
         (tiny_llama, {"method": "npo", "max_steps": 2, "learning_rate": 1e-3}),

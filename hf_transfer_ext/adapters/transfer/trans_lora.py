@@ -35,8 +35,8 @@ from transformers import TrainingArguments
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.synthesis.few_shot import synthetic_inputs
-from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.files import write_text, written_aside
+from hf_transfer_ext.models.generation import GenerationSettings, generate
 from hf_transfer_ext.models.plumbing import evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import Scorer
 from hf_transfer_ext.reading import read_json

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.engine.evaluate import evaluate
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.forget_retain import forget_retain
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.models.generation import GenerationSettings
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch
 from hf_transfer_ext.data.forget_retain import encode_row
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import evaluate
-from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.evals.text.rouge import rouge_l_of_answer
+from hf_transfer_ext.models.generation import GenerationSettings, generate
 from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.models.plumbing import evaluation_mode
 

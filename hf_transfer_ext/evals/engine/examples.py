@@ -9,8 +9,8 @@ from typing import Any
 from torch.nn import Embedding
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat, encode_text
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.metric import Metric
+from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.models.scoring import ScoredExample
 

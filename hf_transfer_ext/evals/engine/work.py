@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer
 from hf_transfer_ext.evals.engine.cache import ScoreCache, digest
-from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
+from hf_transfer_ext.models.generation import GenerationSettings, generate
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.models.scoring import ScoredExample, Scorer, TokenScores
 

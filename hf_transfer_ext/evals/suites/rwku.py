@@ -8,7 +8,6 @@ from typing import Any
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import compute_metrics
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suite import (
     Part,
     Rows,
@@ -20,6 +19,7 @@ from hf_transfer_ext.evals.suite import (
     require_columns,
     suite,
 )
+from hf_transfer_ext.models.generation import GenerationSettings
 
 #: Set -> columns. The set is named after the configuration on the Hub (split "test") and the file in a local folder.
 SETS = {

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.evals.engine.evaluate import resampled_summaries
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.metrics import forget_quality, model_utility
 from hf_transfer_ext.evals.suite import Part, SuiteResult, evaluate_parts, load_set, renamed, suite
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.models.generation import GenerationSettings
 
 #: Set -> configuration on the Hub, or file in a local folder; {split} is forget01, forget05 or forget10.
 SETS = {

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hf_transfer_ext.losses.needs import check_loss, check_retain_loss
+from hf_transfer_ext.losses.needs import check_loss
 from hf_transfer_ext.losses.unlearning.ce_u import ce_u
 from hf_transfer_ext.losses.unlearning.dpo import dpo
 from hf_transfer_ext.losses.unlearning.flat_logits import flat_logits
 from hf_transfer_ext.losses.unlearning.grad_ascent import grad_ascent
 from hf_transfer_ext.losses.unlearning.idk import idk
 from hf_transfer_ext.losses.unlearning.jensun import jensun
+from hf_transfer_ext.losses.unlearning.llmu import llmu
 from hf_transfer_ext.losses.unlearning.me import me
 from hf_transfer_ext.losses.unlearning.npo import npo
+from hf_transfer_ext.losses.unlearning.retain_ap import retain_ap
 from hf_transfer_ext.losses.unlearning.retain_hidden import retain_hidden
 from hf_transfer_ext.losses.unlearning.retain_jsd import retain_jsd
 from hf_transfer_ext.losses.unlearning.retain_kl import retain_kl
@@ -31,10 +33,10 @@ from hf_transfer_ext.registry import Registry
 
 UNLEARNING_LOSSES: Registry[Callable] = Registry(
     "unlearning loss",
-    [grad_ascent, npo, simnpo, dpo, idk, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, rmu],
+    [grad_ascent, npo, simnpo, dpo, idk, llmu, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, rmu],
     check=check_loss,
 )
 
 RETAIN_LOSSES: Registry[Callable] = Registry(
-    "retain loss", [retain_nll, retain_kl, retain_jsd, retain_hidden], check=check_retain_loss
+    "retain loss", [retain_nll, retain_kl, retain_jsd, retain_hidden, retain_ap], check=check_loss
 )

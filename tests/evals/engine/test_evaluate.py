@@ -17,10 +17,10 @@ from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFo
 from hf_transfer_ext.evals.engine import work as engine_work
 from hf_transfer_ext.evals.engine.cache import ScoreCache
 from hf_transfer_ext.evals.engine.evaluate import compute_metrics, evaluate
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.models import scoring
+from hf_transfer_ext.models.generation import GenerationSettings
 
 EXAMPLES = [
     {

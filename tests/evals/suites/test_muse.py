@@ -3,9 +3,9 @@ import json
 import pytest
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.evals.suites.muse import SETS, few_shot, first_tokens, load_muse, muse, muse_sequence
 from hf_transfer_ext.evals.text.rouge import rouge_l
+from hf_transfer_ext.models.generation import GenerationSettings, generate
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.generation import GenerationSettings, generate
 from hf_transfer_ext.evals.suites.rwku import ATTACKS, SETS, attack_name, load_rwku, prompt, rwku
 from hf_transfer_ext.evals.text.rouge import rouge_l
+from hf_transfer_ext.models.generation import GenerationSettings, generate
 
 PLAIN = QuestionAnswerFormat(template="plain")
 

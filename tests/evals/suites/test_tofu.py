@@ -6,8 +6,8 @@ from evals.shared_tofu import tofu_folder
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.engine.generation import GenerationSettings
 from hf_transfer_ext.evals.suites.tofu import SETS, load_tofu, tofu
+from hf_transfer_ext.models.generation import GenerationSettings
 
 PLAIN = QuestionAnswerFormat(template="plain")
 SHORT = {"generation": GenerationSettings(3), "template": PLAIN, "resamples": 10}

@@ -56,9 +56,8 @@ def test_a_registry_refuses_a_loss_that_the_trainer_could_not_call():
 
     with pytest.raises(ValueError, match="keyword-only and have a default"):
         UNLEARNING_LOSSES.register(averaged_over("tokens")(renamed(lambda log_probs, beta=1.0: None, "positional")))
-
-    with pytest.raises(ValueError, match="asks for 'alternative_nll', which the trainer cannot provide here"):
-        RETAIN_LOSSES.register(averaged_over("sequences")(renamed(lambda alternative_nll: None, "other")))
+    with pytest.raises(ValueError, match="asks for 'other_nll', which the trainer cannot provide"):
+        RETAIN_LOSSES.register(averaged_over("sequences")(renamed(lambda other_nll: None, "other")))
     assert (
         not {"gradients", "unmarked", "fixed", "positional"} & set(UNLEARNING_LOSSES) and "other" not in RETAIN_LOSSES
     )

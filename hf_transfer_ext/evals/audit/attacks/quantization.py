@@ -5,21 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject, merged_adapter, restored_weights
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.models.heads import causal_lm_of
-
-
-def rounded(weight: Float[Tensor, "rows columns"], bits: int, block: int = 64) -> Float[Tensor, "rows columns"]:
-    """Round weights to `2**bits - 1` uniform levels between -max and max of each block of `block` weights in a row."""
-    rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % block)).reshape(rows, -1, block)
-    scale = padded.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
-    return ((padded / scale).round() * scale).reshape(rows, -1)[:, :columns].to(weight.dtype)
+from hf_transfer_ext.models.views import rounded
 
 
 @contextmanager

@@ -7,17 +7,26 @@ from hf_transfer_ext.losses.unlearning.methods.ce_u import ce_u
 from hf_transfer_ext.losses.unlearning.methods.grad_ascent import grad_ascent
 from hf_transfer_ext.losses.unlearning.methods.grad_diff import grad_diff
 from hf_transfer_ext.losses.unlearning.methods.idk import idk
+from hf_transfer_ext.losses.unlearning.methods.idk_ap import idk_ap
 from hf_transfer_ext.losses.unlearning.methods.idk_dpo import idk_dpo
 from hf_transfer_ext.losses.unlearning.methods.jensun import jensun
 from hf_transfer_ext.losses.unlearning.methods.kl_min import kl_min
+from hf_transfer_ext.losses.unlearning.methods.l1_sparse import l1_sparse
+from hf_transfer_ext.losses.unlearning.methods.lat import lat
+from hf_transfer_ext.losses.unlearning.methods.llmu import llmu
 from hf_transfer_ext.losses.unlearning.methods.me_gd import me_gd
 from hf_transfer_ext.losses.unlearning.methods.npo import npo
 from hf_transfer_ext.losses.unlearning.methods.npo_kl import npo_kl
 from hf_transfer_ext.losses.unlearning.methods.npo_sam import npo_sam
 from hf_transfer_ext.losses.unlearning.methods.pdu import pdu
+from hf_transfer_ext.losses.unlearning.methods.qaf import qaf
+from hf_transfer_ext.losses.unlearning.methods.random_labels import random_labels
+from hf_transfer_ext.losses.unlearning.methods.reasoned_idk import reasoned_idk
 from hf_transfer_ext.losses.unlearning.methods.rmu import rmu
 from hf_transfer_ext.losses.unlearning.methods.satimp import satimp
 from hf_transfer_ext.losses.unlearning.methods.simnpo import simnpo
+from hf_transfer_ext.losses.unlearning.methods.sure import sure
+from hf_transfer_ext.losses.unlearning.methods.tar import tar
 from hf_transfer_ext.losses.unlearning.methods.tnpo import tnpo
 from hf_transfer_ext.losses.unlearning.methods.undial import undial
 from hf_transfer_ext.losses.unlearning.methods.wga import wga
@@ -32,8 +41,10 @@ METHODS: Registry[type[Method]] = Registry(
         # Away from the answers.
         grad_ascent, grad_diff, kl_min, wga, satimp,
         npo, npo_kl, simnpo, tnpo, npo_sam, pdu,
+        # Against rounding, relearning and attacks.
+        qaf, lat, tar, sure, l1_sparse,
         # Towards another answer.
-        idk, idk_dpo, altpo, jensun,
+        idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, reasoned_idk,
         # Towards other distributions or hidden states.
         undial, ce_u, me_gd, rmu,
     ],

@@ -10,7 +10,9 @@ class altpo(Method):
         [(\ell_{ref}^{a} - \ell_\theta^{a}) - (\ell_{ref}^f - \ell_\theta^f)]\big) + \text{NLL}_r
 
     Each forget row brings its alternatives `a` in a column "alternative": one text, or a list of which one is drawn in
-    each epoch. The authors sample five for each question from the model. With refusals instead it is `idk_dpo`.
+    each epoch. With `alternatives: sampled` the model writes five for each question before training, as the authors
+    have it; they prompt it for a wrong but plausible answer, here it answers the plain question, hotter where it
+    repeats what it knows. With refusals instead it is `idk_dpo`.
 
     When to use it: where answers should stay fluent and on topic, and no refusal should give the forgetting away.
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_transfer_ext.losses.needs import require_at_least
-from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Step, norm
+from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Step, norm, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,4 @@ class npo_sam(Method):
         move = [self.rho * g / length if length > 0 else g for g in forget]
         with step.moved(move):
             sharp = step.gradient("forget")
-        retain = step.gradient("retain")
-        return [step.gamma * f + step.alpha * r for f, r in zip(sharp, retain, strict=True)]
+        return weighted_sum(step, sharp, step.gradient("retain"))

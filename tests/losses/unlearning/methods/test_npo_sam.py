@@ -1,30 +1,10 @@
 """The step of `npo_sam` on two quadratics, whose gradients are known in closed form."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from losses.unlearning.methods.quadratics import Quadratics
 
 from hf_transfer_ext.losses.unlearning.methods import METHODS
-
-
-class Quadratics:
-    """L_f = sum a x^2 / 2, L_r = sum b x."""
-
-    gamma, alpha = 0.5, 2.0
-
-    def __init__(self):
-        self.x = torch.tensor([1.0, -2.0], dtype=torch.float64)
-        self.a, self.b = torch.tensor([3.0, 1.0]).double(), torch.tensor([1.0, 5.0]).double()
-
-    def gradient(self, part):
-        return [self.a * self.x if part == "forget" else self.b.clone()]
-
-    @contextmanager
-    def moved(self, by):
-        before, self.x = self.x, self.x + by[0]
-        yield
-        self.x = before
 
 
 def test_by_hand():
