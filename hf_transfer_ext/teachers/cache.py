@@ -587,9 +587,10 @@ class CachedTeacher:
     """
 
     def __init__(self, cache: TeacherCache, teacher: Teacher | None = None) -> None:
-        if teacher is not None and teacher.form != "dense":
+        if teacher is not None and teacher.form != "dense" and not hasattr(teacher, "document_rows"):
             raise ValueError(
-                f"A teacher cache is filled from a teacher with dense rows, got one with {teacher.form} rows."
+                f"A teacher cache is filled from a teacher with dense rows, or from a server; got one with "
+                f"{teacher.form} rows."
             )
         if getattr(teacher, "sharded", False):
             raise ValueError(
@@ -623,6 +624,11 @@ class CachedTeacher:
         """
         if self.teacher is None:
             raise ValueError(self.cache.absence(documents[0]))
+        if hasattr(self.teacher, "document_rows"):  # a server, which lists the likeliest tokens itself
+            self.forwards += 1
+            for document, found in self.teacher.document_rows(documents):
+                self.cache.add(document, found)
+            return
         longest = max(len(document.ids) for document in documents)
         ids = torch.zeros(len(documents), longest, dtype=torch.long)
         attended, mask = torch.zeros_like(ids), torch.zeros(len(documents), longest - 1, dtype=torch.bool)
@@ -766,29 +772,46 @@ def cache_teacher(
     Raises:
         ValueError: The folder is a cache of something else, or a number is out of its range.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` has to be >= 1, got {batch_size}.")
     accelerator = accelerator or Accelerator()
     teacher.requires_grad_(False)
     cache = TeacherCache(folder, fingerprint_of(teacher, tokenizer, spec or CacheSpec(), revision=revision))
     cached = CachedTeacher(cache, LiveTeacher(teacher, accelerator))
-    waiting: dict[bytes, Document] = {}
+    return fill_cache(cached, dataset, batch_size=batch_size, accelerator=accelerator, student=teacher)
+
+
+def fill_cache(
+    cached: CachedTeacher,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+    student: nn.Module,
+) -> TeacherCache:
+    """Add the rows of a data set that are missing in a cache; arguments as of `cache_teacher`.
+
+    What was captured before an error is written: the same call goes on.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` has to be >= 1, got {batch_size}.")
+    cache, waiting = cached.cache, dict[bytes, Document]()
 
     def capture() -> None:
         if waiting:
-            cached.capture(teacher, list(waiting.values()), accelerator.device)
+            cached.capture(student, list(waiting.values()), accelerator.device)
             waiting.clear()
 
-    for index, row in enumerate(dataset):
-        if index % accelerator.num_processes != accelerator.process_index:
-            continue
-        for document in documents_of_row(row):
-            if document not in cache:
-                waiting[document.key] = document
-            if len(waiting) == batch_size:
-                capture()
-    capture()
-    cache.flush()
+    try:
+        for index, row in enumerate(dataset):
+            if index % accelerator.num_processes != accelerator.process_index:
+                continue
+            for document in documents_of_row(row):
+                if document not in cache:
+                    waiting[document.key] = document
+                if len(waiting) >= batch_size:
+                    capture()
+        capture()
+    finally:
+        cache.flush()
     accelerator.wait_for_everyone()
     cache.refresh()
     return cache
