@@ -15,7 +15,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hf_transfer_ext.losses.rows import Block, Projection, SparseRows, TeacherRows, TopTokens, head_row_slices
+from hf_transfer_ext.losses.rows import (
+    Block,
+    Projection,
+    SampledRows,
+    SampledTokens,
+    SparseRows,
+    TeacherRows,
+    TopTokens,
+    head_row_slices,
+)
 from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient, require_form, weighted
 from hf_transfer_ext.models.heads import LMHead, LogitFinish
 
@@ -85,8 +94,8 @@ def fused_linear_divergence(
 
     Args:
         student_hidden: Hidden states of the tokens that count, and only these: `hidden[mask]`. No token is fine.
-        teacher: The teacher's rows for the same tokens: `HeadRows`, `LogitRows`, `SparseRows`, or your own. None where
-            `kd_weight` is 0.
+        teacher: The teacher's rows for the same tokens: `HeadRows`, `LogitRows`, `SparseRows`, `SampledRows`, or your
+            own. None where `kd_weight` is 0.
         divergence: A function of `losses.distillation`, or any with its signature; one without a registered slope is
             differentiated by autograd, a few rows at a time.
         weights: Weight of each token's loss: 1 / tokens of the step for a mean.
@@ -101,7 +110,8 @@ def fused_linear_divergence(
 
     With dense rows the divergence is taken over the vocabulary that both models share, the first
     min(V_student, V_teacher) entries: padding rows of the larger head take no part. With sparse rows it is taken over
-    the listed tokens and one bucket for all others. Whether the entries mean the same tokens is the caller's check.
+    the listed tokens and one bucket for all others; with sampled rows it is estimated. Whether the entries mean the
+    same tokens is the caller's check.
 
     Raises:
         ValueError: The divergence does not accept the form of the rows, or an argument is missing or out of range.
@@ -231,15 +241,17 @@ def _check(
             "tokens of both with one mask."
         )
     require_form(objective.divergence, teacher.form)
-    if isinstance(teacher, SparseRows):
+    if isinstance(teacher, (SparseRows, SampledRows)):
         if teacher.temperature != objective.temperature:
             raise ValueError(
-                f"The teacher's sparse rows were taken at temperature {teacher.temperature}, but the loss has "
-                f"`temperature={objective.temperature}`: a tail mass cannot be changed afterwards. Use the same one."
+                f"The teacher's {teacher.form} rows were taken at temperature {teacher.temperature}, but the loss has "
+                f"`temperature={objective.temperature}`: what is not listed cannot be changed afterwards. Use the "
+                "same one."
             )
-        if tokens and int(teacher.top.ids.max()) >= vocab:
+        ids = teacher.top.ids if isinstance(teacher, SparseRows) else teacher.listed.ids
+        if ids.numel() and int(ids.max()) >= vocab:
             raise ValueError(
-                f"The teacher's rows list token {int(teacher.top.ids.max())}, but the student has {vocab} vocabulary "
+                f"The teacher's rows list token {int(ids.max())}, but the student has {vocab} vocabulary "
                 "entries. Both have to share one vocabulary."
             )
 
@@ -454,6 +466,9 @@ def _divergence(
     if isinstance(block, TopTokens):
         value, gradient, log_q = _with_ghost_tail(z, block, objective)
         return value, gradient, log_q if objective.temperature == 1 else None
+    if isinstance(block, SampledTokens):
+        value, gradient, log_q = _estimated(z, block, objective)
+        return value, gradient, log_q if objective.temperature == 1 else None
     vocab, shared = z.shape[1], min(z.shape[1], block.shape[1])
     value, gradient, found = _dense(z[:, :shared], teacher_finish(block[:, :shared].float()), objective)
     if shared < vocab:
@@ -494,6 +509,24 @@ def _with_ghost_tail(z: ZRows, top: TopTokens, objective: _Objective) -> tuple[P
     share = torch.where(log_tail > -torch.inf, (log_q - log_tail).exp(), 0.0)
     slope = share.mul_(bucket_slope[:, -1:]).scatter_(1, top.ids, bucket_slope[:, :-1])
     return value, logit_gradient(log_q, slope, objective.temperature), log_q
+
+
+def _estimated(z: ZRows, listed: SampledTokens, objective: _Objective) -> tuple[PerRow, ZRows, ZRows]:
+    """The divergence as a weighted sum over the listed tokens, each an outcome of its own.
+
+    The gradient is linear in the slopes, so weighted slopes, right in expectation, give one that is.
+    """
+    log_q = _log_softmax(z, objective.temperature)
+    student = log_q.gather(1, listed.ids).reshape(-1, 1)
+    terms, slopes = SLOPES[objective.divergence](student, listed.log_probs.reshape(-1, 1), **objective.options)
+    counts, factors = listed.factors > 0, listed.factors
+    value = torch.where(counts, factors * terms.view_as(factors), 0.0).sum(1)
+    slope = torch.where(counts, factors * slopes.view_as(factors), 0.0)
+    return (
+        value,
+        logit_gradient(log_q, torch.zeros_like(log_q).scatter_add_(1, listed.ids, slope), objective.temperature),
+        log_q,
+    )
 
 
 def _log_softmax(logits: ZRows, temperature: float) -> ZRows:

@@ -1,9 +1,10 @@
 """A teacher as rows: its distribution at each token, read a slice of tokens at a time.
 
-Two forms exist. *Dense* rows are logits or log-probabilities over the vocabulary: `HeadRows` computes them from
+Three forms exist. *Dense* rows are logits or log-probabilities over the vocabulary: `HeadRows` computes them from
 hidden states, `LogitRows` has them already, and any other source (a mixture of several teachers, say) is a subclass of
 `DenseRows` with `__len__`, `vocab_size` and `__call__`. *Sparse* rows, `SparseRows`, are the log-probabilities of some
-tokens and the mass of all others. A divergence declares which forms it accepts (`losses.slopes`).
+tokens and the mass of all others. *Sampled* rows, `SampledRows`, are tokens drawn at random, weighted so that the
+expected gradient is that of dense rows. A divergence declares which forms it accepts (`losses.slopes`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,29 @@ class TopTokens:
         return TopTokens(self.ids.to(device), self.log_probs.to(device), self.tail.to(device))
 
 
-Block = Tensor | TopTokens
+@dataclass(frozen=True)
+class SampledTokens:
+    """Some tokens of each row with their log-probabilities and their factors.
+
+    Args:
+        ids: Tokens; one may occur several times within a row.
+        log_probs: Natural logarithms of the teacher's probability.
+        factors: What a token's term counts for: the number of its draws over their expected number, and 1 for a token
+            that is always listed. 0 for an entry that only fills up the row.
+    """
+
+    ids: Int[Tensor, "rows listed"]
+    log_probs: Float[Tensor, "rows listed"]
+    factors: Float[Tensor, "rows listed"]
+
+    def __getitem__(self, part: slice) -> SampledTokens:
+        return SampledTokens(self.ids[part], self.log_probs[part], self.factors[part])
+
+    def to(self, device: torch.device) -> SampledTokens:
+        return SampledTokens(self.ids.to(device), self.log_probs.to(device), self.factors.to(device))
+
+
+Block = Tensor | TopTokens | SampledTokens
 
 
 class TeacherRows(ABC):
@@ -178,6 +201,85 @@ class SparseRows(TeacherRows):
     @property
     def row_elements(self) -> int:
         return self.top.ids.shape[1]
+
+
+class SampledRows(TeacherRows):
+    r"""The likeliest tokens of each row, and some others drawn at random: unbiased, in little memory.
+
+    A divergence that is a sum over the vocabulary, :math:`D = \sum_v f(q_v, p_v)`, is estimated by
+
+    .. math:: \hat D = \sum_{v \in top} f(q_v, p_v) + \sum_{v \in drawn} \frac{c_v}{m \pi_v} f(q_v, p_v)
+
+    with m draws from :math:`\pi` over the tokens outside the list, :math:`c_v` of which gave v. Value and gradient are
+    right in expectation wherever the teacher's probability is not 0. How much they vary depends on f: little for
+    forward_kl, whose terms are proportional to p; much for a divergence that charges the student for tokens that the
+    teacher hardly ever gives (reverse_kl), as these are hardly ever drawn.
+
+    When to use it: a cache of teacher outputs whose gradient is not biased towards the head of the distribution.
+
+    Source: Sparse Logit Sampling, Anshumann et al. 2025, https://arxiv.org/abs/2503.16870
+    """
+
+    form: ClassVar[Form] = "sampled"
+
+    def __init__(self, listed: SampledTokens, *, temperature: float = 1.0) -> None:
+        self.listed = SampledTokens(listed.ids, listed.log_probs.detach().float(), listed.factors.detach().float())
+        self.temperature = temperature
+
+    @staticmethod
+    def from_logits(
+        logits: Float[Tensor, "tokens vocab"],
+        top: int,
+        samples: int,
+        *,
+        temperature: float = 1.0,
+        tau: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> SampledRows:
+        """The `top` likeliest tokens of each row of logits, and `samples` draws from the others.
+
+        Args:
+            top: >= 0; with 0 every token is drawn, which is random-sampling KD.
+            samples: Number of draws, with replacement, >= 1.
+            temperature: That of the teacher's softmax, > 0.
+            tau: Tokens are drawn with probability proportional to p**tau; 1 draws from the teacher itself.
+
+        Raises:
+            ValueError: A number is out of its range.
+        """
+        vocab = logits.shape[1]
+        if not 0 <= top <= vocab:
+            raise ValueError(f"`top` has to lie between 0 and the {vocab} vocabulary entries, got {top}.")
+        if samples < 1 or not temperature > 0 or not tau > 0:
+            raise ValueError(
+                f"`samples` has to be >= 1, `temperature` and `tau` > 0, got {samples}, {temperature} and {tau}."
+            )
+        log_probs = (logits.detach().float() / temperature).log_softmax(-1)
+        first = log_probs.topk(top, dim=-1)
+        proposal = (tau * log_probs).scatter(-1, first.indices, -torch.inf)
+        # A row without a tail has nothing to draw: its draws are of weight 0.
+        empty = ~(proposal > -torch.inf).any(-1, keepdim=True)
+        log_pi = proposal.masked_fill(empty, 0.0).log_softmax(-1)
+        drawn = torch.multinomial(log_pi.exp(), samples, replacement=True, generator=generator)
+        factors = (-log_pi.gather(1, drawn)).exp().div_(samples).masked_fill_(empty, 0.0)
+        return SampledRows(
+            SampledTokens(
+                torch.cat([first.indices, drawn], 1),
+                torch.cat([first.values, log_probs.gather(1, drawn)], 1),
+                torch.cat([torch.ones_like(first.values), factors], 1),
+            ),
+            temperature=temperature,
+        )
+
+    def __len__(self) -> int:
+        return self.listed.ids.shape[0]
+
+    def __call__(self, part: slice) -> SampledTokens:
+        return self.listed[part]
+
+    @property
+    def row_elements(self) -> int:
+        return self.listed.ids.shape[1]
 
 
 class Projection:

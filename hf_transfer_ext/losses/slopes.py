@@ -9,9 +9,10 @@ A divergence therefore states its value and its *slope* s, once, for any number 
 formula ties the two together. A formula without a slope works all the same: autograd then differentiates it, a few
 rows at a time.
 
-A divergence also declares which forms of a teacher it accepts: "dense" rows over the vocabulary, and "sparse" ones,
-some tokens and one bucket for all the others (`losses.rows`). Any sum over outcomes of a function of (q, p) accepts
-both, for a bucket is an outcome; one that ranks single tokens accepts dense rows alone.
+A divergence also declares which forms of a teacher it accepts: "dense" rows over the vocabulary; "sparse" ones, some
+tokens and one bucket for all the others; and "sampled" ones, some tokens drawn at random (`losses.rows`). Any sum over
+outcomes of a function of (q, p) accepts all three: a bucket is an outcome, and a sum can be estimated from some of its
+terms. One that ranks single tokens accepts dense rows alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ PerRow = Float[Tensor, " rows"]
 Slope = Callable[..., tuple[PerRow, Rows]]
 Formula = TypeVar("Formula", bound=Callable)
 #: "dense": logits or log-probabilities over the vocabulary. "sparse": some tokens, and the mass of all the others.
-Form = Literal["dense", "sparse"]
+#: "sampled": tokens drawn at random, each weighted so that a sum over them estimates the sum over the vocabulary.
+Form = Literal["dense", "sparse", "sampled"]
+#: The forms that a sum over the vocabulary accepts.
+ALL_FORMS: tuple[Form, ...] = get_args(Form)
 
 SLOPES: dict[Callable, Slope] = {}
 _FORMS: dict[Callable, tuple[Form, ...]] = {}
@@ -40,7 +44,8 @@ def fused_by(slope: Slope, *, forms: tuple[Form, ...] = ("dense",)) -> Callable[
     """Decorator of a divergence on logits: `slope` gives the same value, and s as defined above.
 
     Args:
-        forms: The forms of a teacher that the divergence accepts.
+        forms: The forms of a teacher that the divergence accepts. "sparse" and "sampled" say that the divergence is a
+            sum over tokens of a function of (q, p) alone.
     """
 
     def tie(formula: Formula) -> Formula:
@@ -52,11 +57,16 @@ def fused_by(slope: Slope, *, forms: tuple[Form, ...] = ("dense",)) -> Callable[
 
 def accepts(*forms: Form) -> Callable[[Formula], Formula]:
     """Decorator of a divergence without a slope: the forms of a teacher that it accepts; dense ones without it."""
-    unknown = [form for form in forms if form not in get_args(Form)]
+    unknown = [form for form in forms if form not in ALL_FORMS]
     if unknown or not forms:
-        raise ValueError(f"A divergence accepts one or more of {', '.join(get_args(Form))}, got {list(forms)}.")
+        raise ValueError(f"A divergence accepts one or more of {', '.join(ALL_FORMS)}, got {list(forms)}.")
 
     def note(formula: Formula) -> Formula:
+        if "sampled" in forms and formula not in SLOPES:
+            raise ValueError(
+                f"{getattr(formula, '__name__', formula)!r} accepts sampled rows, which needs its slope: state it "
+                "with `@fused_by(slope, forms=...)`."
+            )
         _FORMS[formula] = forms
         return formula
 

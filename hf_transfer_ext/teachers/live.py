@@ -27,11 +27,11 @@ from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import Mask, predicting_rows
 
 #: What the student is called with that says how it is to run, and not what it reads.
-_HOW_TO_RUN = (
+HOW_TO_RUN = (
     "labels", "shift_labels", "use_cache", "output_router_logits", "return_dict", "num_items_in_batch",
 )  # fmt: skip
 #: Text of a batch told in another way, which a model may do without: a mask made of these reaches all layers.
-_OPTIONAL = (
+OPTIONAL_INPUTS = (
     "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "token_type_ids",
     "mm_token_type_ids",
 )  # fmt: skip
@@ -141,9 +141,9 @@ def inputs_for(teacher: nn.Module, student: nn.Module, inputs: dict[str, Any]) -
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     shared, unread = {}, []
     for name, value in inputs.items():
-        if name in _HOW_TO_RUN:
+        if name in HOW_TO_RUN:
             continue
-        if name in read_by_student and name not in parameters and name not in _OPTIONAL:
+        if name in read_by_student and name not in parameters and name not in OPTIONAL_INPUTS:
             unread.append(name)
         elif name in parameters or takes_more:
             shared[name] = value

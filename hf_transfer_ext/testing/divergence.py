@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
-from hf_transfer_ext.losses.rows import HeadRows, LogitRows, SparseRows, TeacherRows
-from hf_transfer_ext.losses.slopes import Form, check_signature, forms_of
+from hf_transfer_ext.losses.rows import HeadRows, LogitRows, SampledRows, SampledTokens, SparseRows, TeacherRows
+from hf_transfer_ext.losses.slopes import ALL_FORMS, check_signature, forms_of
 from hf_transfer_ext.models.heads import LMHead
 
 CHUNKS = (1, 2, 4, 7, 100)
@@ -27,6 +27,7 @@ def check_divergence(divergence: Callable[..., Tensor], *, minimum: float = 0.0,
     - `temperature` divides both models' logits.
     - Value and gradient are those of the formula in float64, in both ways through the fused core and for every form;
       so a slope that does not belong to its formula is found.
+    - With sampled rows they have the expectation that dense rows give, over all draws that can occur.
     - They are the same for all sizes of a chunk.
     - They are finite for wide logits, and a token that both models exclude (-inf) changes nothing.
 
@@ -43,8 +44,8 @@ def check_divergence(divergence: Callable[..., Tensor], *, minimum: float = 0.0,
     except ValueError as error:
         raise AssertionError(str(error)) from error
     forms = forms_of(divergence)
-    if not forms or any(form not in get_args(Form) for form in forms):
-        raise AssertionError(f"{name} declares the forms {forms}; there are {', '.join(get_args(Form))}.")
+    if not forms or any(form not in ALL_FORMS for form in forms):
+        raise AssertionError(f"{name} declares the forms {forms}; there are {', '.join(ALL_FORMS)}.")
 
     student, teacher = _logits(0), _logits(1)
     value = divergence(student[None], teacher[None], **options)
@@ -62,6 +63,8 @@ def check_divergence(divergence: Callable[..., Tensor], *, minimum: float = 0.0,
     _close(warm, divided, f"`temperature` of {name} has to divide both models' logits")
     for temperature in (1.0, 1.7):
         _check_numbers(name, divergence, temperature, options)
+    if "sampled" in forms:
+        _check_expectation(name, divergence, options)
     _check_extremes(name, divergence, options)
 
 
@@ -123,6 +126,31 @@ def _by_definition(
         value = divergence(leaf[None], teacher_logits[None], temperature=temperature, **options)[0]
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach(), gradient
+
+
+def _check_expectation(name: str, divergence: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    """Value and gradient of one draw, averaged over every token that can be drawn, against dense rows."""
+    student, teacher = _logits(4, 1, 6), _logits(5, 1, 6)
+    log_p = teacher.log_softmax(-1)[0]
+    listed, others = log_p.argsort(descending=True).split([2, 4])
+    value, gradient = torch.zeros(1), torch.zeros_like(student)
+    chances = log_p[others].softmax(-1)
+    for drawn, chance in zip(others, chances, strict=True):
+        ids = torch.cat([listed, drawn[None]])
+        rows = SampledRows(
+            SampledTokens(ids[None], log_p[ids][None], torch.stack([*chances.new_ones(2), 1 / chance])[None])
+        )
+        leaf = student.clone().requires_grad_()
+        fused = divergence_of_logits(leaf, rows, divergence, weights=torch.ones(1), **options)
+        fused.loss.backward()
+        assert leaf.grad is not None
+        value += chance * fused.divergence
+        gradient += chance * leaf.grad
+    leaf = student.clone().requires_grad_()
+    dense = divergence(leaf[None], teacher[None], **options)[0]
+    (expected,) = torch.autograd.grad(dense.sum(), leaf)
+    _close(value, dense, f"The expected value of {name} over all draws differs from that of dense rows")
+    _close(gradient, expected, f"The expected gradient of {name} over all draws differs from that of dense rows")
 
 
 def _check_extremes(name: str, divergence: Callable[..., Tensor], options: dict[str, Any]) -> None:

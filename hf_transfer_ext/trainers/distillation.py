@@ -31,6 +31,7 @@ from hf_transfer_ext.models.heads import causal_lm_of, head_of, head_rows, run_t
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
 from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, open_cache, planned_spec
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
@@ -69,6 +70,9 @@ class DistillationConfig(SFTConfig):
         drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
             refusing them.
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
+        teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
+            are computed once and added, so that later epochs need no teacher forward; without, it is the teacher.
+        teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
 
     `bf16` left alone is on where the hardware computes in bfloat16; on a CPU without such instructions it is off, as
     emulating them is several times slower than float32.
@@ -88,8 +92,15 @@ class DistillationConfig(SFTConfig):
     disable_dropout: bool = False
     drop_unlabelled: bool = False
     stop_on_nan: bool = True
+    teacher_cache: str | None = None
+    teacher_cache_options: dict[str, Any] | str | None = field(default_factory=dict)
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "loss_options", "teacher_model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *SFTConfig._VALID_DICT_FIELDS,
+        "loss_options",
+        "teacher_model_init_kwargs",
+        "teacher_cache_options",
+    ]
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
@@ -107,6 +118,9 @@ class DistillationConfig(SFTConfig):
             raise ValueError(
                 "Name one teacher: `teacher_adapter` (on the student's own model) or `teacher_model_name_or_path`."
             )
+        self.teacher_cache_options: dict[str, Any] = dict(self.teacher_cache_options or {})  # type: ignore[arg-type]
+        if self.teacher_cache is None and self.teacher_cache_options:
+            raise ValueError("`teacher_cache_options` are given, but no `teacher_cache`. Name its folder.")
         if self.teacher_form is not None:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
         refuse_without_effect(self)
@@ -114,6 +128,8 @@ class DistillationConfig(SFTConfig):
     @property
     def teacher_form(self) -> Form | None:
         """The form of the rows of the teacher that the config names; None where it names none."""
+        if self.teacher_cache is not None:
+            return planned_spec(self.teacher_cache, self.distill_temperature, self.teacher_cache_options).form  # type: ignore[arg-type]
         return "dense" if self.teacher_adapter or self.teacher_model_name_or_path else None
 
 
@@ -145,7 +161,8 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     """The same training on cross entropy alone: a teacher's own fine-tuning, or a student's twin to compare with."""
     plain = between_stages(args)
     plain.kd_weight, plain.ce_weight = 0.0, 1.0
-    plain.teacher_model_name_or_path = plain.teacher_adapter = None
+    plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
+    plain.teacher_cache_options = {}
     forget_loading(plain)
     return plain
 
@@ -275,13 +292,32 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         return {"student": self.model, **named}
 
     def _teacher_of(self, teacher: Any) -> Teacher:
+        live: LiveTeacher | None = None
         if self.args.teacher_adapter is not None:
-            return AdapterTeacher(self.model, self.args.teacher_adapter, self.accelerator, fused=self.args.fused)
-        if isinstance(teacher, nn.Module):
+            live = AdapterTeacher(self.model, self.args.teacher_adapter, self.accelerator, fused=self.args.fused)
+        elif isinstance(teacher, nn.Module):
             refuse_shared_weights(self.model, teacher)
-            return LiveTeacher(teacher, self.accelerator, fused=self.args.fused)
-        require_form(self.divergence, teacher.form)
-        return teacher
+            live = LiveTeacher(teacher, self.accelerator, fused=self.args.fused)
+        found: Teacher = live or teacher
+        if self.args.teacher_cache is not None:
+            found = self._cached(live, teacher)
+        require_form(self.divergence, found.form)
+        return found
+
+    def _cached(self, live: LiveTeacher | None, teacher: Any) -> CachedTeacher:
+        if live is None and teacher is not None:
+            raise ValueError(
+                f"`teacher_cache` stores the outputs of a model, got a teacher of type {type(teacher).__name__}. "
+                "Leave one of them out."
+            )
+        tokenizer: Any = self.processing_class
+        options: Any = self.args.teacher_cache_options
+        cached = open_cache(
+            str(self.args.teacher_cache), live, tokenizer, temperature=self.args.distill_temperature,
+            options=options, revision=self.args.teacher_revision,
+        )  # fmt: skip
+        self.add_callback(FlushCallback(cached.cache, self.accelerator))
+        return cached
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
@@ -439,9 +475,9 @@ def one_teacher(teacher: Any, args: DistillationConfig) -> Any:
             f"{named or args.teacher_adapter!r}. Leave one of them out."
         )
     teacher = named if teacher is None else teacher
-    if teacher is None and args.teacher_adapter is None and args.kd_weight > 0:
+    if teacher is None and args.teacher_adapter is None and args.teacher_cache is None and args.kd_weight > 0:
         raise ValueError(
-            "Distillation needs a teacher: pass `teacher=`, or set `teacher_model_name_or_path` or "
+            "Distillation needs a teacher: pass `teacher=`, or set `teacher_model_name_or_path`, `teacher_cache` or "
             "`teacher_adapter`. (With `kd_weight=0` there is none, and this is plain fine-tuning.)"
         )
     if teacher is not None and args.kd_weight == 0:

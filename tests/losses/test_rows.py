@@ -10,8 +10,8 @@ from test_fused import gradients, problem
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
-from hf_transfer_ext.losses.rows import DenseRows, HeadRows, LogitRows, SparseRows, TopTokens
-from hf_transfer_ext.losses.slopes import accepts, forms_of
+from hf_transfer_ext.losses.rows import DenseRows, HeadRows, LogitRows, SampledRows, SparseRows, TopTokens
+from hf_transfer_ext.losses.slopes import accepts, forms_of, fused_by
 
 SPARSE = [(name, options) for name, options in oracles.CASES if "sparse" in forms_of(DISTILLATION_LOSSES[name])]
 TOP = 5
@@ -199,5 +199,68 @@ def test_pairs_that_cannot_be_are_refused():
         SparseRows(TopTokens(rows.top.ids, rows.top.log_probs, rows.top.tail.clamp(min=1e-9).log()))
     with pytest.raises(ValueError, match="`top` has to lie between 1 and the 23 vocabulary entries, got 24"):
         SparseRows.from_logits(logits, 24)
-    with pytest.raises(ValueError, match="accepts one or more of dense, sparse, got"):
+    with pytest.raises(ValueError, match="accepts one or more of dense, sparse, sampled, got"):
         accepts()
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+@pytest.mark.parametrize("top, samples", [(0, 8), (6, 4)])
+@pytest.mark.parametrize("name", ["forward_kl", "generalized_jsd", "skew_kl"])
+def test_the_mean_gradient_of_many_draws_is_the_full_gradient(name, top, samples, tau):
+    """Within 5 standard errors of its own, in every logit; and those errors are small enough to tell a bias."""
+    loss, draws = DISTILLATION_LOSSES[name], 4000
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (2 * torch.randn(1, 30, generator=generator) for _ in range(2))
+    leaf = student.clone().requires_grad_()
+    dense = divergence_of_logits(leaf, LogitRows(teacher), loss, weights=torch.ones(1), temperature=1.5)
+    (full,) = torch.autograd.grad(dense.loss, leaf)
+    rows = SampledRows.from_logits(
+        teacher.expand(draws, -1), top, samples, temperature=1.5, tau=tau, generator=generator
+    )
+    many = student.expand(draws, -1).clone().requires_grad_()
+    found = divergence_of_logits(many, rows, loss, weights=torch.ones(draws), temperature=1.5)
+    (each,) = torch.autograd.grad(found.loss, many)
+    for got, want in ((each, full[0]), (found.divergence[:, None], dense.divergence)):
+        error = got.std(0) / draws**0.5
+        assert ((got.mean(0) - want).abs() <= 5 * error + 1e-6).all()
+    assert (each.mean(0) - full[0]).norm() < 0.05 * full.norm()
+    # Top-k alone, renormalized, is off by more than that.
+    ids = teacher.topk(max(top, 3)).indices
+    biased = torch.zeros_like(teacher).scatter(1, ids, (teacher.gather(1, ids) / 1.5).softmax(-1))
+    if name == "forward_kl":
+        wrong = ((student / 1.5).softmax(-1) - biased) / 1.5
+        assert (wrong - full).norm() > 0.05 * full.norm()
+
+
+def test_sampled_rows_of_a_whole_vocabulary_or_without_a_tail_are_dense():
+    hidden, student, teacher_hidden, teacher, labels, weights = problem()
+    logits = teacher.logits(teacher_hidden)
+    kl = DISTILLATION_LOSSES["reverse_kl"]
+    found = []
+    for rows in (LogitRows(logits), SampledRows.from_logits(logits, logits.shape[1], 3)):
+        fused = fused_linear_divergence(
+            hidden, student, rows, kl, weights=weights, labels=labels, ce_weight=0.5, chunk_tokens=2
+        )
+        found.append((fused.divergence, *gradients(fused.loss, hidden, student)))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_sampled_is_refused():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    logits = teacher.logits(teacher_hidden)
+    rows = SampledRows.from_logits(logits, 2, 3)
+    with pytest.raises(ValueError, match="adaptive_kl needs dense teacher rows, but this teacher gives sampled ones"):
+        fused_linear_divergence(hidden, student, rows, DISTILLATION_LOSSES["adaptive_kl"], weights=weights)
+    with pytest.raises(ValueError, match=r"sampled rows were taken at temperature 1.0, but the loss has"):
+        fused_linear_divergence(
+            hidden, student, rows, DISTILLATION_LOSSES["forward_kl"], weights=weights, temperature=2.0
+        )
+    with pytest.raises(ValueError, match="`top` has to lie between 0 and the 23 vocabulary entries, got 24"):
+        SampledRows.from_logits(logits, 24, 3)
+    for bad in ({"samples": 0}, {"samples": 1, "temperature": 0.0}, {"samples": 1, "tau": 0.0}):
+        with pytest.raises(ValueError, match="`samples` has to be >= 1, `temperature` and `tau` > 0"):
+            SampledRows.from_logits(logits, 2, **bad)
+    with pytest.raises(ValueError, match="accepts sampled rows, which needs its slope"):
+        accepts("sampled")(lambda student_logits, teacher_logits, *, temperature=1.0: None)
+    assert forms_of(fused_by(lambda log_q, log_p: None, forms=("sampled",))(lambda a, b: None)) == ("sampled",)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
@@ -9,7 +9,7 @@ def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
     return weighted(p, log_p - log_q).sum(-1), -p
 
 
-@fused_by(slope, forms=("dense", "sparse"))
+@fused_by(slope, forms=ALL_FORMS)
 def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
     r"""KL(teacher || student) for each token, summed over the vocabulary: the student covers the teacher.
 

@@ -1,0 +1,855 @@
+"""A teacher's outputs on disk: computed once for each text, read in every later epoch, run and batch order.
+
+A cache is a folder of `teacher_cache.json`, which says of which teacher it is, and `rows-*.safetensors`. Rows are
+found by the token ids of their text (its document, where several are packed into one row) and the position in it, so
+neither shuffling nor packing matters. Every process writes files of its own, each atomically: a run that is killed
+loses the rows since its last file, and the next one goes on from there. The folder is plain files; `push_cache` and
+`pull_cache` move it through a data set repository of the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from hf_transfer_ext.files import write_text
+from hf_transfer_ext.losses.rows import DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
+from hf_transfer_ext.losses.slopes import Form
+from hf_transfer_ext.models.heads import causal_lm_of, head_rows
+from hf_transfer_ext.reading import parse_json, read_text
+from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.teachers.live import HOW_TO_RUN, OPTIONAL_INPUTS, AdapterTeacher, LiveTeacher
+from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
+from hf_transfer_ext.tensors import IGNORE_INDEX, Mask
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_FILE = "teacher_cache.json"
+SHARDS = "rows-*.safetensors"
+#: A higher number makes older caches unreadable.
+FORMAT = 1
+#: Rows wait in memory until they fill a file of this size, or for this long.
+SHARD_BYTES = 32_000_000
+FLUSH_SECONDS = 300.0
+#: Tokens whose logits exist at once while rows are captured.
+CAPTURE_TOKENS = 256
+
+Kind = Literal["top", "top_and_samples", "samples"]
+#: kind -> (default of `top`, default of `samples`, form of the rows)
+KINDS: dict[str, tuple[int, int, Form]] = {
+    "top": (64, 0, "sparse"),
+    "top_and_samples": (32, 8, "sampled"),
+    "samples": (0, 50, "sampled"),
+}
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a cache stores of the teacher's distribution at each token.
+
+    Args:
+        kind: "top_and_samples": the likeliest tokens, and weighted draws from the others: unbiased, the default.
+            "top": the likeliest tokens and the mass of all others (a *ghost tail*): the smallest error of a single
+            row, but a systematic one. "samples": draws alone (random-sampling KD): unbiased, and the smallest file.
+        top: Likeliest tokens, >= 1; 0 for "samples". None: 64, 32 and 0 for the three kinds.
+        samples: Draws, >= 1; 0 for "top". None: 0, 8 and 50 for the three kinds.
+        temperature: Of the teacher's softmax, > 0: the `distill_temperature` of the training.
+        tau: Draws have probability proportional to p**tau, > 0.
+    """
+
+    kind: str = "top_and_samples"
+    top: int | None = None
+    samples: int | None = None
+    temperature: float = 1.0
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(unknown_name("kind of teacher cache", self.kind, KINDS))
+        top, samples, _ = KINDS[self.kind]
+        for name, value, default in (("top", self.top, top), ("samples", self.samples, samples)):
+            chosen = default if value is None else value
+            if (chosen < 1) if default else (chosen != 0):
+                raise ValueError(
+                    f"`{name}` of a cache of kind {self.kind!r} has to be {'>= 1' if default else '0'}, got {chosen}."
+                )
+            object.__setattr__(self, name, chosen)
+        if not (self.temperature > 0 and math.isfinite(self.temperature)) or not self.tau > 0:
+            raise ValueError(
+                f"`temperature` and `tau` of a cache have to be > 0, got {self.temperature} and {self.tau}."
+            )
+        if self.kind == "top" and self.tau != 1:
+            raise ValueError(f"`tau` is {self.tau}, but a cache of kind 'top' draws nothing. Leave it at 1.")
+
+    @property
+    def form(self) -> Form:
+        """The form of the rows, which a divergence has to accept."""
+        return KINDS[self.kind][2]
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse more likeliest tokens than the teacher has."""
+        if int(self.top or 0) > size:
+            raise ValueError(
+                f"`top` is {self.top}, but the teacher has {size} vocabulary entries. Choose {size} or less."
+            )
+
+    def rows(self, logits: Tensor, generator: torch.Generator | None = None) -> SparseRows | SampledRows:
+        """`(tokens, vocab)` logits -> the rows that are stored."""
+        top, samples = int(self.top or 0), int(self.samples or 0)
+        if self.form == "sparse":
+            return SparseRows.from_logits(logits, top, temperature=self.temperature)
+        return SampledRows.from_logits(
+            logits, top, samples, temperature=self.temperature, tau=self.tau, generator=generator
+        )
+
+
+def fingerprint_of(
+    teacher: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec, *, revision: str | None = None
+) -> dict[str, Any]:
+    """What a cache has to agree on with the training that reads it.
+
+    Args:
+        teacher: Its frozen tensors are hashed as a whole (about 1 s per GB), for a name says little: two fine-tunes
+            may lie in one folder in turn.
+        revision: Of the teacher on the Hub; None: as its config has it.
+    """
+    causal = causal_lm_of(teacher)
+    spec.check_vocabulary(head_rows(teacher))
+    if all(parameter.requires_grad for parameter in teacher.parameters()):
+        raise ValueError("All weights of the teacher are trainable. Freeze it with `teacher.requires_grad_(False)`.")
+    return {
+        "format": FORMAT,
+        "teacher": Path(causal.config.name_or_path).name or type(causal).__name__,
+        "revision": revision or getattr(causal.config, "_commit_hash", None),
+        "weights": weights_digest(teacher),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "vocab_size": head_rows(teacher),
+        **asdict(spec),
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex digest of a model's frozen parameters and its buffers: of a teacher's adapter's base, not of the student."""
+    found = hashlib.blake2b(digest_size=16)
+    frozen = [(name, value) for name, value in model.named_parameters() if not value.requires_grad]
+    for name, value in sorted([*frozen, *model.named_buffers()], key=lambda pair: pair[0]):
+        if value.is_meta:
+            raise ValueError(
+                f"The teacher's tensor {name!r} is not in memory (offloaded, or not loaded), so its cache cannot be "
+                "told from another one's. Fill the cache on a device that holds the whole teacher."
+            )
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex digest of a tokenizer's token -> id map, which is what gives rows their meaning."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a batch, and the tokens in it that the student predicts.
+
+    Args:
+        ids: `(length,)`, its token ids.
+        positions: Positions that predict a labeled token, increasing.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+
+    @property
+    def key(self) -> bytes:
+        """What its rows are found by."""
+        return hashlib.blake2b(self.ids.astype("<i8").tobytes(), digest_size=16).digest()
+
+
+def documents_of(inputs: Mapping[str, Any], mask: Mask) -> list[Document]:
+    """The documents of a batch, in the reading order of its labeled tokens.
+
+    Padding is left out, on either side. Packed rows are split where `position_ids` start anew, or at `cu_seq_lens_q`.
+
+    Raises:
+        ValueError: The student reads more than text (images, say), of which the token ids do not tell everything.
+    """
+    known = {"input_ids", "attention_mask", *HOW_TO_RUN, *OPTIONAL_INPUTS}
+    more = sorted(name for name, value in inputs.items() if name not in known and value is not None)
+    if more or inputs.get("input_ids") is None:
+        raise ValueError(
+            "A teacher cache finds its rows by `input_ids`, but the student reads "
+            f"{', '.join(more) or 'no such ids'}. Leave these columns out of the data, or use the teacher without a "
+            "cache."
+        )
+    ids = inputs["input_ids"].cpu().numpy()
+    chosen = np.zeros(ids.shape, dtype=bool)
+    chosen[:, :-1] = mask.cpu().numpy()
+    attended = inputs.get("attention_mask")
+    real = (
+        np.ones(ids.shape, dtype=bool) if attended is None else _two_dimensional(attended).cpu().numpy().astype(bool)
+    )
+    starts = np.zeros(ids.shape, dtype=bool)
+    if inputs.get("position_ids") is not None:
+        places = inputs["position_ids"]
+        if places.shape != inputs["input_ids"].shape:
+            raise ValueError(
+                f"A teacher cache needs `position_ids` of the shape of `input_ids`, {tuple(ids.shape)}, got "
+                f"{tuple(places.shape)}."
+            )
+        starts = (places.cpu().numpy() == 0) & real
+    elif inputs.get("cu_seq_lens_q") is not None:
+        bounds = inputs["cu_seq_lens_q"].cpu().numpy()
+        starts.reshape(-1)[bounds[bounds < starts.size]] = True
+    found = []
+    for row, kept, begins, predicts in zip(ids, real, starts, chosen, strict=True):
+        cuts = np.flatnonzero(begins[kept])
+        for text, predicted in zip(
+            np.split(row[kept], cuts[cuts > 0]), np.split(predicts[kept], cuts[cuts > 0]), strict=True
+        ):
+            if predicted.any():
+                found.append(Document(text, np.flatnonzero(predicted)))
+    return found
+
+
+def _two_dimensional(attention_mask: Any) -> Tensor:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        raise ValueError(
+            "A teacher cache needs the usual attention mask, 0 and 1 of shape (batch, length), got "
+            f"{getattr(attention_mask, 'shape', type(attention_mask).__name__)}. Packed rows are told apart by "
+            "`position_ids`."
+        )
+    return attention_mask
+
+
+@dataclass
+class _Rows:
+    """Stored rows, flat: row i has `lengths[i]` entries.
+
+    Args:
+        positions: Position in its document of each row.
+        lengths: Entries of each row.
+        mass: Logarithm of the mass outside the list: of the tail, or of p**tau over all tokens that can be drawn.
+        ids, log_probs: Of each entry; log-probabilities in float16.
+        counts: How often an entry was drawn; 0 for one that is always listed. Empty for kind "top".
+    """
+
+    positions: np.ndarray
+    lengths: np.ndarray
+    mass: np.ndarray
+    ids: np.ndarray
+    log_probs: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values())
+
+    @staticmethod
+    def joined(several: list[_Rows]) -> _Rows:
+        names = _Rows.__dataclass_fields__
+        return _Rows(*(np.concatenate([getattr(one, name) for one in several]) for name in names))
+
+    def at(self, positions: np.ndarray) -> _Rows | None:
+        """The rows at these positions, or None where one of them is missing."""
+        if np.array_equal(positions, self.positions):
+            return self
+        places = np.searchsorted(self.positions, positions)
+        if (places >= len(self.positions)).any() or (self.positions[places] != positions).any():
+            return None
+        kept = np.zeros(len(self.positions), dtype=bool)
+        kept[places] = True
+        entries = np.repeat(kept, self.lengths)
+        counts = self.counts[entries] if len(self.counts) else self.counts
+        return _Rows(
+            positions, self.lengths[kept], self.mass[kept], self.ids[entries], self.log_probs[entries], counts
+        )
+
+
+def _stored(rows: SparseRows | SampledRows, positions: np.ndarray, spec: CacheSpec, vocab_size: int) -> _Rows:
+    id_type = np.uint16 if vocab_size <= 1 << 16 else np.int32
+    if isinstance(rows, SparseRows):
+        tokens, top = rows.top.ids.shape
+        return _Rows(
+            positions.astype(np.int32),
+            np.full(tokens, top, dtype=np.uint16),
+            rows.top.tail.log().cpu().numpy(),
+            rows.top.ids.cpu().numpy().astype(id_type).reshape(-1),
+            rows.top.log_probs.half().cpu().numpy().reshape(-1),
+            np.zeros(0, dtype=np.uint8),
+        )
+    top, listed = int(spec.top or 0), rows.listed
+    ids, log_probs = listed.ids.cpu().numpy(), listed.log_probs.cpu().numpy()
+    factors = listed.factors.cpu().numpy()
+    with np.errstate(divide="ignore"):
+        mass = np.log(factors[:, top] * int(spec.samples or 1)) + spec.tau * log_probs[:, top]
+    order = np.argsort(ids[:, top:], axis=1, kind="stable") + top  # equal draws side by side
+    ids = np.concatenate([ids[:, :top], np.take_along_axis(ids, order, 1)], 1)
+    log_probs = np.concatenate([log_probs[:, :top], np.take_along_axis(log_probs, order, 1)], 1)
+    keep = np.ones(ids.shape, dtype=bool)
+    keep[:, top + 1 :] = ids[:, top + 1 :] != ids[:, top:-1]
+    keep[:, top:] &= np.isfinite(mass)[:, None]  # a row without a tail has no draws
+    # A draw's count reaches to the next kept entry of its row.
+    counts = np.zeros(ids.shape, dtype=np.int64)
+    for row in range(len(ids)):
+        first = np.flatnonzero(keep[row, top:])
+        counts[row, top + first] = np.diff(np.append(first, ids.shape[1] - top))
+    return _Rows(
+        positions.astype(np.int32),
+        keep.sum(1).astype(np.uint16),
+        mass.astype(np.float32),
+        ids[keep].astype(id_type),
+        log_probs[keep].astype(np.float16),
+        counts[keep].astype(np.uint16 if int(spec.samples or 0) > 255 else np.uint8),
+    )
+
+
+def _opened(stored: _Rows, spec: CacheSpec, device: torch.device) -> SparseRows | SampledRows:
+    """Rows as a loss reads them: every row filled up to the longest."""
+    width = int(stored.lengths.max(initial=1))
+    filled = np.arange(width) < stored.lengths[:, None]
+
+    def spread(values: np.ndarray, rest: float, dtype: Any) -> Tensor:
+        out = np.full(filled.shape, rest, dtype=dtype)
+        out[filled] = values
+        return torch.from_numpy(out).to(device)
+
+    ids = spread(stored.ids, 0, np.int64)
+    log_probs = spread(stored.log_probs, -np.inf, np.float32)
+    mass = torch.from_numpy(stored.mass).to(device)
+    if spec.form == "sparse":
+        whole = torch.cat([log_probs, mass[:, None]], 1).log_softmax(1)  # what float16 took from the sum of 1
+        return SparseRows(TopTokens(ids, whole[:, :-1], whole[:, -1].exp()), temperature=spec.temperature)
+    counts = spread(stored.counts, 0, np.float32)
+    drawn = (mass[:, None] - spec.tau * log_probs).exp() * counts / int(spec.samples or 1)
+    listed = (counts == 0) & torch.from_numpy(filled).to(device)
+    factors = torch.where(counts > 0, drawn, listed.float())
+    return SampledRows(SampledTokens(ids, log_probs, factors), temperature=spec.temperature)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of a document lie: in a file from one row and entry to another."""
+
+    shard: Path
+    rows: tuple[int, int]
+    entries: tuple[int, int]
+
+
+class TeacherCache:
+    """A folder of teacher rows, for reading and adding.
+
+    Args:
+        folder: Made where it is missing and `fingerprint` is given.
+        fingerprint: What the cache has to be of (`fingerprint_of`). None: whatever it is of.
+
+    Raises:
+        FileNotFoundError: There is no cache in the folder, and no fingerprint to make one for.
+        ValueError: The cache is of another teacher, revision, tokenizer or kind; the message shows both.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        path = self.folder / FINGERPRINT_FILE
+        if not path.is_file():
+            if fingerprint is None:
+                raise FileNotFoundError(
+                    f"There is no teacher cache in {str(folder)!r} ({FINGERPRINT_FILE} is missing). Fix the path, or "
+                    "make one with `cache_teacher`."
+                )
+            _refuse_foreign(self.folder)
+            write_text(path, json.dumps(dict(fingerprint), indent=2) + "\n")
+        found = parse_json(read_text(path), f"{FINGERPRINT_FILE} of the teacher cache {str(folder)!r}", kind=dict)
+        if fingerprint is not None:
+            require_same_fingerprint(found, fingerprint, self.folder)
+        if found.get("format") != FORMAT:
+            raise ValueError(
+                f"The teacher cache {str(folder)!r} has format {found.get('format')!r}, this version reads {FORMAT}. "
+                "Make it again with `cache_teacher`."
+            )
+        self.fingerprint: dict[str, Any] = found
+        fields = CacheSpec.__dataclass_fields__
+        missing = [name for name in (*fields, "vocab_size") if name not in found]
+        if missing:
+            raise ValueError(f"{FINGERPRINT_FILE} of the teacher cache {str(folder)!r} lacks {', '.join(missing)}.")
+        self.spec = CacheSpec(**{name: found[name] for name in fields})
+        self._places: dict[bytes, list[_Place]] = {}
+        self._files: dict[Path, Any] = {}
+        self._waiting: dict[bytes, list[_Rows]] = {}
+        self._waiting_bytes, self._flushed = 0, time.monotonic()
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Documents with rows."""
+        return len(self._places.keys() | self._waiting.keys())
+
+    def __contains__(self, document: Document) -> bool:
+        """Whether all rows of a document are there."""
+        return self._find(document) is not None
+
+    def refresh(self) -> bool:
+        """Look for files that other processes have written; True where there was one."""
+        new = sorted(set(self.folder.glob(SHARDS)) - self._files.keys())
+        for shard in new:
+            self._index(shard)
+        return bool(new)
+
+    def _index(self, shard: Path) -> None:
+        expected = digest_of(self.fingerprint)
+        try:
+            file = safe_open(shard, framework="numpy")
+            if (file.metadata() or {}).get("fingerprint") != expected:
+                raise ValueError(
+                    f"{shard.name} in the teacher cache {str(self.folder)!r} belongs to another cache: its "
+                    f"fingerprint is {(file.metadata() or {}).get('fingerprint')}, that of the folder {expected}. "
+                    "Move the file away."
+                )
+            keys = file.get_tensor("keys")
+            rows, entries = (np.cumsum(file.get_tensor(name)) for name in ("rows", "entries"))
+            sizes = {name: file.get_slice(name).get_shape()[0] for name in ("positions", "lengths", "mass", "ids")}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shard.name} in the teacher cache {str(self.folder)!r} cannot be read ({error}). Delete it: its "
+                "rows are computed again."
+            ) from error
+        ends = (int(rows[-1]), int(entries[-1])) if len(keys) else (0, 0)
+        if (sizes["positions"], sizes["ids"]) != ends or {sizes["lengths"], sizes["mass"]} != {ends[0]}:
+            raise ValueError(f"{shard.name} in the teacher cache {str(self.folder)!r} is damaged: its sizes differ.")
+        self._files[shard] = file
+        for i, key in enumerate(keys):
+            before = (int(rows[i - 1]), int(entries[i - 1])) if i else (0, 0)
+            place = _Place(shard, (before[0], int(rows[i])), (before[1], int(entries[i])))
+            self._places.setdefault(key.tobytes(), []).append(place)
+
+    def _read(self, place: _Place) -> _Rows:
+        file = self._files[place.shard]
+        per_row = slice(*place.rows)
+        per_entry = slice(*place.entries)
+        slices = {name: per_row for name in ("positions", "lengths", "mass")}
+        slices |= {name: per_entry for name in ("ids", "log_probs")}
+        found = {name: file.get_slice(name)[part] for name, part in slices.items()}
+        counts = np.zeros(0, np.uint8) if self.spec.form == "sparse" else file.get_slice("counts")[per_entry]
+        return _Rows(**found, counts=counts)
+
+    def _find(self, document: Document) -> _Rows | None:
+        for rows in self._waiting.get(document.key, ()):
+            if (found := rows.at(document.positions)) is not None:
+                return found
+        for place in self._places.get(document.key, ()):
+            if (found := self._read(place).at(document.positions)) is not None:
+                return found
+        return None
+
+    def rows(self, documents: Iterable[Document], device: torch.device) -> SparseRows | SampledRows:
+        """The rows of some documents, one after the other.
+
+        Raises:
+            ValueError: A document is not in the cache.
+        """
+        found = []
+        for document in documents:
+            rows = self._find(document)
+            if rows is None:
+                raise ValueError(self.absence(document))
+            found.append(rows)
+        if not found:
+            ids = np.uint16 if self.fingerprint["vocab_size"] <= 1 << 16 else np.int32
+            empty = [np.zeros(0, dtype) for dtype in (np.int32, np.uint16, np.float32, ids, np.float16, np.uint8)]
+            return _opened(_Rows(*empty), self.spec, device)
+        return _opened(_Rows.joined(found), self.spec, device)
+
+    def absence(self, document: Document) -> str:
+        """Why a document cannot be answered."""
+        known = document.key in self._places or document.key in self._waiting
+        what = (
+            "other tokens of it were labeled when the cache was filled"
+            if known
+            else f"its fingerprint is {document.key.hex()}, and the cache holds {len(self)} other texts"
+        )
+        return (
+            f"The teacher cache {str(self.folder)!r} (fingerprint {digest_of(self.fingerprint)}) has no rows for a "
+            f"text of {len(document.ids)} tokens, {document.ids[:8].tolist()} ...: {what}. The data, its "
+            "tokenization, `max_length` and mask have to be those that the cache was filled with; or give the "
+            "teacher, too, and what is missing is added."
+        )
+
+    def add(self, document: Document, *parts: SparseRows | SampledRows) -> None:
+        """Store the rows of a document, in one or several parts.
+
+        They can be read at once, and by other processes after `flush`.
+
+        Raises:
+            ValueError: The rows are of another form or temperature, or not one for each position.
+        """
+        if sum(len(part) for part in parts) != len(document.positions):
+            raise ValueError(
+                f"A document with {len(document.positions)} labeled tokens needs as many rows, got "
+                f"{sum(len(part) for part in parts)}."
+            )
+        stored_parts, start = [], 0
+        for part in parts:
+            if part.form != self.spec.form or part.temperature != self.spec.temperature:
+                raise ValueError(
+                    f"The cache stores {self.spec.form} rows at temperature {self.spec.temperature}, got {part.form} "
+                    f"rows at {part.temperature}."
+                )
+            positions = document.positions[start : start + len(part)]
+            stored_parts.append(_stored(part, positions, self.spec, self.fingerprint["vocab_size"]))
+            start += len(part)
+        stored = _Rows.joined(stored_parts)
+        self._waiting.setdefault(document.key, []).append(stored)
+        self._waiting_bytes += stored.nbytes
+        if self._waiting_bytes >= SHARD_BYTES or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits in memory as one file, atomically."""
+        self._flushed = time.monotonic()
+        if not self._waiting:
+            return
+        several = [(key, rows) for key, found in self._waiting.items() for rows in found]
+        tensors = vars(_Rows.joined([rows for _, rows in several]))
+        tensors = {
+            **({name: value for name, value in tensors.items() if name != "counts" or self.spec.form == "sampled"}),
+            "keys": np.frombuffer(b"".join(key for key, _ in several), np.uint8).reshape(len(several), -1),
+            "rows": np.array([len(rows.positions) for _, rows in several], np.int64),
+            "entries": np.array([len(rows.ids) for _, rows in several], np.int64),
+        }
+        name = f"rows-{secrets.token_hex(8)}.safetensors"
+        aside = self.folder / f".{name}.partial"
+        try:
+            save_file(tensors, aside, metadata={"fingerprint": digest_of(self.fingerprint)})
+            os.replace(aside, self.folder / name)
+        finally:
+            aside.unlink(missing_ok=True)
+        self._waiting, self._waiting_bytes = {}, 0
+        self._index(self.folder / name)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder with files of something else. What another process has begun there is fine."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    foreign = sorted(name for name in names if not name.startswith(".") and name != FINGERPRINT_FILE)
+    if foreign:
+        raise FileExistsError(
+            f"{str(folder)!r} holds files that are not a teacher cache ({foreign[0]}). Name a new folder for it."
+        )
+
+
+def digest_of(fingerprint: Mapping[str, Any]) -> str:
+    """A short name of a fingerprint."""
+    return hashlib.blake2b(json.dumps(dict(fingerprint), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def require_same_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a cache that is of something else.
+
+    Raises:
+        ValueError: They differ; the message shows both.
+    """
+    differ = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if differ == ["teacher"]:  # the same weights in a folder of another name
+        return
+    if differ:
+        lines = "; ".join(f"{name} is {found.get(name)!r}, needed is {wanted.get(name)!r}" for name in differ)
+        raise ValueError(
+            f"The teacher cache {str(folder)!r} (fingerprint {digest_of(found)}) is not of this teacher and setting "
+            f"(fingerprint {digest_of(wanted)}): {lines}. Name another folder, or change the setting back."
+        )
+
+
+class CachedTeacher:
+    """Reads a teacher's rows from a cache; what is missing is computed once, and added.
+
+    Args:
+        cache: Where rows are read and written.
+        teacher: Gives dense rows for texts that are missing. None: a missing text is an error.
+
+    When to use it: whenever more than one epoch, or more than one student, learns from one teacher on fixed data.
+    """
+
+    def __init__(self, cache: TeacherCache, teacher: Teacher | None = None) -> None:
+        if teacher is not None and teacher.form != "dense" and not hasattr(teacher, "document_rows"):
+            raise ValueError(
+                f"A teacher cache is filled from a teacher with dense rows, or from a server; got one with "
+                f"{teacher.form} rows."
+            )
+        if getattr(teacher, "sharded", False):
+            raise ValueError(
+                "The teacher is split across processes (FSDP, ZeRO-3), which have to run it together, but with a "
+                "cache each process runs it for its own missing texts. Fill the cache first with `cache_teacher` on "
+                "processes that hold the whole teacher, then train without the teacher."
+            )
+        self.cache, self.teacher = cache, teacher
+        #: How often the teacher ran.
+        self.forwards = 0
+
+    @property
+    def form(self) -> Form:
+        return self.cache.spec.form
+
+    def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
+        """The stored rows at the student's labeled tokens; see `Teacher.signal`."""
+        documents = documents_of(inputs, mask)
+        missing = [document for document in documents if document not in self.cache]
+        if missing and self.cache.refresh():  # another process may have written them
+            missing = [document for document in missing if document not in self.cache]
+        if missing:
+            self.capture(student, missing, inputs["input_ids"].device)
+        return TeacherSignal(self.cache.rows(documents, inputs["input_ids"].device))
+
+    def capture(self, student: nn.Module, documents: list[Document], device: torch.device) -> None:
+        """Run the teacher on some documents, each on its own in a padded batch, and store its rows.
+
+        Raises:
+            ValueError: There is no teacher.
+        """
+        if self.teacher is None:
+            raise ValueError(self.cache.absence(documents[0]))
+        if hasattr(self.teacher, "document_rows"):  # a server, which lists the likeliest tokens itself
+            self.forwards += 1
+            for document, found in self.teacher.document_rows(documents):
+                self.cache.add(document, found)
+            return
+        longest = max(len(document.ids) for document in documents)
+        ids = torch.zeros(len(documents), longest, dtype=torch.long)
+        attended, mask = torch.zeros_like(ids), torch.zeros(len(documents), longest - 1, dtype=torch.bool)
+        for i, document in enumerate(documents):
+            ids[i, : len(document.ids)] = torch.from_numpy(document.ids)
+            attended[i, : len(document.ids)] = 1
+            mask[i, document.positions] = True
+        inputs = {"input_ids": ids.to(device), "attention_mask": attended.to(device), "use_cache": False}
+        rows = self.teacher.signal(student, inputs, mask.to(device)).rows
+        self.forwards += 1
+        assert isinstance(rows, DenseRows)
+        self.cache.spec.check_vocabulary(rows.vocab_size)
+        read, start = rows.reader(), 0
+        for document in documents:
+            # Draws depend on the text alone, whatever the order, the batch and the number of processes.
+            generator = torch.Generator(device=device).manual_seed(int.from_bytes(document.key[:7], "little"))
+            parts, end = [], start + len(document.positions)
+            for first in range(start, end, CAPTURE_TOKENS):
+                block = read(slice(first, min(first + CAPTURE_TOKENS, end)))
+                assert isinstance(block, Tensor)
+                parts.append(self.cache.spec.rows(rows.finish(block.float()), generator))
+            self.cache.add(document, *parts)
+            start = end
+
+
+def planned_spec(folder: str | Path, temperature: float, options: Mapping[str, Any] | None = None) -> CacheSpec:
+    """What a cache is going to store: `options`; without them what the one in the folder does, or the defaults.
+
+    Raises:
+        ValueError: An option is unknown or out of its range.
+    """
+    known = [name for name in CacheSpec.__dataclass_fields__ if name != "temperature"]
+    for name in options or ():
+        if name not in known:
+            raise ValueError(unknown_name("option of a teacher cache", name, known))
+    if options or not (Path(folder) / FINGERPRINT_FILE).is_file():
+        return CacheSpec(**{**(options or {}), "temperature": temperature})
+    return replace(TeacherCache(folder).spec, temperature=temperature)
+
+
+def open_cache(
+    folder: str | Path,
+    teacher: LiveTeacher | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    temperature: float,
+    options: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+) -> CachedTeacher:
+    """A teacher behind its cache, or the cache alone.
+
+    Args:
+        folder: A cache, or with a teacher, where one is made.
+        teacher: None: rows are read, and a missing one is an error.
+        tokenizer: The student's.
+        temperature: Of the loss.
+        options: Arguments of `CacheSpec`. Left out: those of the cache in the folder, or the defaults.
+
+    Raises:
+        FileNotFoundError: There is no cache in the folder, and no teacher to make one with.
+        ValueError: The cache is of another teacher, tokenizer, temperature or kind.
+    """
+    spec = planned_spec(folder, temperature, options)
+    if teacher is not None:
+        model = getattr(teacher, "peft", None) or teacher.model
+        wanted = fingerprint_of(model, tokenizer, spec, revision=revision)
+        if isinstance(teacher, AdapterTeacher):
+            wanted["adapter"] = teacher.adapter
+        return CachedTeacher(TeacherCache(folder, wanted), teacher)
+    cache = TeacherCache(folder)
+    wanted = {**cache.fingerprint, **asdict(spec), "tokenizer": tokenizer_digest(tokenizer)}
+    require_same_fingerprint(cache.fingerprint, wanted, cache.folder)
+    return CachedTeacher(cache)
+
+
+class FlushCallback(TrainerCallback):
+    """Writes what a cache holds in memory at the end of each epoch, and with each checkpoint."""
+
+    def __init__(self, cache: TeacherCache, accelerator: Accelerator) -> None:
+        self.cache, self.accelerator = cache, accelerator
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.flush()
+        self.accelerator.wait_for_everyone()  # in the next epoch each process meets texts of the others
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.flush()
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.flush()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.flush()
+
+
+def documents_of_row(row: Mapping[str, Any]) -> list[Document]:
+    """The documents of a tokenized row, several where it is packed (`seq_lengths`), with the tokens to predict.
+
+    Args:
+        row: `input_ids`, and perhaps `labels` (-100: not learned), a 0/1 `completion_mask` or `assistant_masks`, and
+            `seq_lengths`.
+    """
+    ids = np.asarray(row["input_ids"], dtype=np.int64)
+    learned = np.ones(len(ids), dtype=bool)
+    if row.get("labels") is not None:
+        learned &= np.asarray(row["labels"]) != IGNORE_INDEX
+    for name in ("completion_mask", "assistant_masks"):
+        if row.get(name) is not None:
+            learned &= np.asarray(row[name]).astype(bool)
+    cuts = np.cumsum(row.get("seq_lengths") or [len(ids)])[:-1]
+    pieces = zip(np.split(ids, cuts), np.split(learned, cuts), strict=True)
+    found = [Document(text, np.flatnonzero(predicted[1:])) for text, predicted in pieces]
+    return [document for document in found if len(document.positions)]
+
+
+def cache_teacher(
+    teacher: nn.Module,
+    dataset: Iterable[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: CacheSpec | None = None,
+    batch_size: int = 8,
+    revision: str | None = None,
+    accelerator: Accelerator | None = None,
+) -> TeacherCache:
+    """Store a teacher's rows for a whole data set. Texts that are in the folder already are passed over.
+
+    Under `accelerate launch` each process takes its share of the rows; all may write into one folder. After a kill,
+    the same call goes on.
+
+    Args:
+        teacher: Causal language model, whole on each process; it is frozen and placed on the device.
+        dataset: Tokenized rows, as `documents_of_row` reads them.
+        folder: A new folder, or a cache of the same teacher and `spec`.
+        batch_size: Texts that the teacher reads at once.
+
+    Returns:
+        The cache, with the rows of all processes.
+
+    Raises:
+        ValueError: The folder is a cache of something else, or a number is out of its range.
+    """
+    accelerator = accelerator or Accelerator()
+    teacher.requires_grad_(False)
+    cache = TeacherCache(folder, fingerprint_of(teacher, tokenizer, spec or CacheSpec(), revision=revision))
+    cached = CachedTeacher(cache, LiveTeacher(teacher, accelerator))
+    return fill_cache(cached, dataset, batch_size=batch_size, accelerator=accelerator, student=teacher)
+
+
+def fill_cache(
+    cached: CachedTeacher,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+    student: nn.Module,
+) -> TeacherCache:
+    """Add the rows of a data set that are missing in a cache; arguments as of `cache_teacher`.
+
+    What was captured before an error is written: the same call goes on.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` has to be >= 1, got {batch_size}.")
+    cache, waiting = cached.cache, dict[bytes, Document]()
+
+    def capture() -> None:
+        if waiting:
+            cached.capture(student, list(waiting.values()), accelerator.device)
+            waiting.clear()
+
+    try:
+        for index, row in enumerate(dataset):
+            if index % accelerator.num_processes != accelerator.process_index:
+                continue
+            for document in documents_of_row(row):
+                if document not in cache:
+                    waiting[document.key] = document
+                if len(waiting) >= batch_size:
+                    capture()
+        capture()
+    finally:
+        cache.flush()
+    accelerator.wait_for_everyone()
+    cache.refresh()
+    return cache
+
+
+def push_cache(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """Upload a cache to a data set repository of the Hub, which is made where it is missing; returns its address.
+
+    The rows show which words a text probably consists of, so a cache is as private as its texts: by default the
+    repository is private.
+    """
+    from huggingface_hub import HfApi
+
+    TeacherCache(folder)  # what cannot be read is not published
+    api = HfApi(token=token)
+    address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo_id, repo_type="dataset", folder_path=str(folder), allow_patterns=[FINGERPRINT_FILE, SHARDS],
+        commit_message="Add teacher rows",
+    )  # fmt: skip
+    return str(address)
+
+
+def pull_cache(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder of a cache on the Hub, downloaded where it is not there yet.
+
+    It belongs to the Hub's own cache of files: `TeacherCache` reads it; copy it to add rows.
+
+    Raises:
+        ValueError: The repository is not a teacher cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=[FINGERPRINT_FILE, SHARDS]
+        )
+    )
+    if not (folder / FINGERPRINT_FILE).is_file():
+        raise ValueError(f"The data set {repo_id!r} is not a teacher cache: {FINGERPRINT_FILE} is missing in it.")
+    return folder

@@ -1,0 +1,103 @@
+"""`hf-transfer-ext cache-teacher TEACHER DATASET FOLDER`: store a teacher's outputs on a data set."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+from hf_transfer_ext.data.text import load_text_dataset
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.settings import arguments_for
+from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
+from hf_transfer_ext.teachers.server import ServerTeacher, cache_server
+from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
+
+#: The environment variable with the key of a server; a key on the command line would stay in the shell's history.
+KEY = "TEACHER_API_KEY"
+
+
+def cache_for_distillation(
+    teacher: str,
+    dataset: str,
+    folder: str,
+    *,
+    kind: str | None = None,
+    top: int | None = None,
+    samples: int | None = None,
+    temperature: float = 1.0,
+    split: str = "train",
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    max_length: int | None = 1024,
+    revision: str | None = None,
+    dtype: str = "auto",
+    batch_size: int = 8,
+    student: str | None = None,
+    server_model: str | None = None,
+) -> TeacherCache:
+    """Tokenize a data set as the distillation trainer does, and store the teacher's rows for it.
+
+    Training with `teacher_cache=FOLDER` and the same data, `max_length` and masks then needs no teacher.
+
+    Args:
+        teacher: Folder, Hub id, or address of an OpenAI-compatible server (http://...).
+        dataset: File, folder or Hub id.
+        folder: A new folder, or an unfinished cache of the same teacher, which is continued.
+        kind: top_and_samples (the default), top or samples; a server can only give top.
+        top: Likeliest tokens; of a server, 20 by default.
+        samples: Draws from the others.
+        temperature: The distill_temperature of the training.
+        split: Split of the data set.
+        dataset_config: Configuration of a Hub data set.
+        dataset_revision: Hub revision of the data set.
+        max_length: Longest text in tokens; longer ones are cut.
+        revision: Hub revision of the teacher.
+        dtype: Of the teacher's weights: auto, float32, bfloat16, ...
+        batch_size: Texts that the teacher reads at once.
+        student: With a server: folder or Hub id of the student, whose tokenizer the server's has to be.
+        server_model: With a server: the model's name on it.
+
+    Raises:
+        ValueError: A setting does not fit the teacher.
+    """
+    is_server = teacher.startswith(("http://", "https://"))
+    if [student is not None, server_model is not None] != [is_server, is_server]:
+        raise ValueError(
+            "A server needs `student` (for its tokenizer) and `server_model`; a teacher from a folder or the Hub "
+            f"needs neither. Got teacher {teacher!r}, student {student!r} and server_model {server_model!r}."
+        )
+    if is_server and (kind not in (None, "top") or samples or temperature != 1 or revision):
+        raise ValueError(
+            "A server lists its likeliest tokens at temperature 1: `kind` can only be top, `samples` and `revision` "
+            f"have to be left out; got kind {kind!r}, samples {samples}, temperature {temperature}, revision "
+            f"{revision!r}."
+        )
+    options: dict[str, Any] = {"kind": kind, "top": top, "samples": samples, "temperature": temperature}
+    spec = CacheSpec(**{name: value for name, value in options.items() if value is not None})
+    data = load_text_dataset(dataset, split=split, config_name=dataset_config, revision=dataset_revision)
+    source = str(student) if is_server else teacher
+    model = load_model(source, revision=None if is_server else revision, dtype=dtype)
+    tokenizer = load_tokenizer(source, revision=None if is_server else revision)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = DistillationConfig(
+            output_dir=scratch, kd_weight=0.0, ce_weight=1.0, max_length=max_length, report_to="none",
+        )  # fmt: skip
+        trainer = DistillationTrainer(model, None, args, data, tokenizer)
+        rows: Any = trainer.train_dataset
+        if is_server:
+            key = os.environ.get(KEY)
+            server = ServerTeacher(teacher, str(server_model), tokenizer, top=top or 20, api_key=key)
+            return cache_server(server, rows, folder, batch_size=batch_size, accelerator=trainer.accelerator)
+        return cache_teacher(
+            model, rows, folder, tokenizer=tokenizer, spec=spec, batch_size=batch_size, revision=revision,
+            accelerator=trainer.accelerator,
+        )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    about = f"Store a teacher's outputs on a data set, so that distillation runs without it. A server's key: ${KEY}."
+    arguments = arguments_for(cache_for_distillation, argv, program="hf-transfer-ext cache-teacher", about=about)
+    cache = cache_for_distillation(**arguments)
+    print(f"{len(cache)} texts in {cache.folder}")
+    return 0

@@ -1,0 +1,319 @@
+"""A teacher cache: rows are the teacher's, found in any batch, once computed; and foreign caches are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from processes import on_two_ranks
+from tiny import byte_tokenizer, tiny_llama
+from tiny_tokenizers import byte_level
+
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.fused import divergence_of_logits
+from hf_transfer_ext.losses.rows import SampledRows, SparseRows
+from hf_transfer_ext.teachers.cache import (
+    FINGERPRINT_FILE,
+    CachedTeacher,
+    CacheSpec,
+    Document,
+    TeacherCache,
+    cache_teacher,
+    documents_of,
+    documents_of_row,
+    fingerprint_of,
+    open_cache,
+    pull_cache,
+    push_cache,
+    weights_digest,
+)
+from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
+from hf_transfer_ext.teachers.signal import Teacher
+
+TEXTS = [[5, 7, 9, 11, 2], [3, 2, 1], [8, 8, 4, 6]]
+SPECS = [CacheSpec("top", 5), CacheSpec("top_and_samples", 5, 3), CacheSpec("samples", samples=6), CacheSpec(tau=0.8)]
+
+
+def frozen(seed=2):
+    return tiny_llama(seed).requires_grad_(False)
+
+
+def batch(texts, *, left=False):
+    """Padded inputs and the mask of all predicted tokens."""
+    longest = max(map(len, texts))
+    ids, attended = torch.full((len(texts), longest), 257), torch.zeros(len(texts), longest, dtype=torch.long)
+    for i, text in enumerate(texts):
+        part = slice(longest - len(text), None) if left else slice(len(text))
+        ids[i, part], attended[i, part] = torch.tensor(text), 1
+    return {"input_ids": ids, "attention_mask": attended}, (attended[:, :-1] * attended[:, 1:]).bool()
+
+
+def packed(texts):
+    ids = torch.tensor([[token for text in texts for token in text]])
+    places = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    return {"input_ids": ids, "position_ids": places}, places[:, 1:] != 0
+
+
+def expected(model, texts):
+    """Logits at each predicted token, text by text."""
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([text])).logits[0, :-1] for text in texts])
+
+
+def made(folder, model=None, spec=SPECS[0], texts=TEXTS):
+    model = model or frozen()
+    return cache_teacher(
+        model, [{"input_ids": text} for text in texts], folder, tokenizer=byte_tokenizer(), spec=spec,
+        accelerator=Accelerator(cpu=True), batch_size=2,
+    )  # fmt: skip
+
+
+def loss_of(rows, student, name="forward_kl"):
+    leaf = student.clone().requires_grad_()
+    found = divergence_of_logits(
+        leaf, rows, DISTILLATION_LOSSES[name], weights=torch.ones(len(leaf)), temperature=rows.temperature
+    )
+    (gradient,) = torch.autograd.grad(found.loss, leaf)
+    return found.divergence, gradient
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.kind}-{spec.tau}")
+def test_stored_rows_are_the_rows_in_float16(tmp_path, spec):
+    model = frozen()
+    cache = made(tmp_path / "cache", model, spec)
+    student = torch.randn(5, 258, generator=torch.Generator().manual_seed(0))
+    document = documents_of_row({"input_ids": TEXTS[0] + [1]})[0]
+    again = TeacherCache(tmp_path / "cache")
+    assert document not in again
+    document = documents_of_row({"input_ids": TEXTS[0]})[0]
+    generator = torch.Generator().manual_seed(int.from_bytes(document.key[:7], "little"))
+    wanted = spec.rows(expected(model, TEXTS[:1]), generator)
+    for one in (cache, again):
+        rows = one.rows([document], torch.device("cpu"))
+        assert type(rows) is (SparseRows if spec.kind == "top" else SampledRows)
+        for got, want in zip(loss_of(rows, student[:4]), loss_of(wanted, student[:4]), strict=True):
+            torch.testing.assert_close(got, want, rtol=3e-3, atol=3e-3)
+
+
+@pytest.mark.parametrize(
+    "make", [batch, lambda texts: batch(texts, left=True), packed], ids=["right", "left", "packed"]
+)
+def test_rows_are_found_in_any_order_padding_and_packing(tmp_path, make):
+    model = frozen()
+    cached = CachedTeacher(made(tmp_path / "cache", model, CacheSpec("top", 258)))
+    assert isinstance(cached, Teacher)
+    for order in ([0, 1, 2], [2, 0], [1], [0, 2, 1]):
+        texts = [TEXTS[i] for i in order]
+        rows = cached.signal(model, *make(texts)).rows
+        dense = torch.full((len(rows), 258), -torch.inf).scatter(1, rows.top.ids, rows.top.log_probs)
+        torch.testing.assert_close(dense.exp(), expected(model, texts).softmax(-1), rtol=2e-3, atol=1e-4)
+
+
+def test_the_labeled_positions_alone_are_stored_and_any_part_of_them_is_found(tmp_path):
+    model, labels = frozen(), [-100, -100, 9, 11, 2]
+    cache = cache_teacher(
+        model, [{"input_ids": TEXTS[0], "labels": labels}], tmp_path / "c", tokenizer=byte_tokenizer(),
+        spec=CacheSpec("top", 4), accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+    ids = np.array(TEXTS[0])
+    assert Document(ids, np.array([1, 2, 3])) in cache and Document(ids, np.array([1, 3])) in cache
+    assert Document(ids, np.array([0, 1])) not in cache and Document(ids, np.array([3, 4])) not in cache
+    rows = cache.rows([Document(ids, np.array([1, 3]))], torch.device("cpu"))
+    wanted = SparseRows.from_logits(expected(model, TEXTS[:1])[[1, 3]], 4)
+    assert rows.top.ids.equal(wanted.top.ids)
+    with pytest.raises(ValueError, match="other tokens of it were labeled when the cache was filled"):
+        cache.rows([Document(ids, np.array([0]))], torch.device("cpu"))
+
+
+def test_a_live_teacher_runs_once_for_each_text(tmp_path):
+    model = frozen()
+    live = LiveTeacher(model, Accelerator(cpu=True))
+    cached = open_cache(tmp_path / "c", live, byte_tokenizer(), temperature=1.0, options={"kind": "top", "top": 5})
+    for epoch in ([[0, 1], [2]], [[2, 0], [1]], [[1, 2, 0]]):
+        for order in epoch:
+            cached.signal(model, *batch([TEXTS[i] for i in order]))
+    assert cached.forwards == 2 and len(cached.cache) == 3
+    cached.cache.flush()
+    alone = open_cache(tmp_path / "c", None, byte_tokenizer(), temperature=1.0)
+    first, second = (one.signal(model, *batch(TEXTS)).rows for one in (cached, alone))
+    assert first.top.ids.equal(second.top.ids) and first.top.log_probs.equal(second.top.log_probs)
+    with pytest.raises(ValueError, match=r"has no rows for a text of 2 tokens, \[1, 1\].*holds 3 other texts"):
+        alone.signal(model, *batch([[1, 1]]))
+
+
+def test_no_labeled_token_is_no_row(tmp_path):
+    for spec in SPECS[:2]:
+        cached = CachedTeacher(made(tmp_path / spec.kind, spec=spec))
+        inputs, mask = batch(TEXTS)
+        assert len(cached.signal(frozen(), inputs, mask & False).rows) == 0
+
+
+def test_an_adapter_and_its_base_teach_through_a_cache_that_the_student_does_not_change(tmp_path):
+    torch.manual_seed(3)
+    model = get_peft_model(tiny_llama(1), LoraConfig(r=2, init_lora_weights=False), adapter_name="teacher")
+    model.add_adapter("student", LoraConfig(r=2, init_lora_weights=False))
+    model.set_adapter("student")
+    live = AdapterTeacher(model, "teacher", Accelerator(cpu=True))
+    cached = open_cache(tmp_path / "c", live, byte_tokenizer(), temperature=1.0)
+    cached.signal(model, *batch(TEXTS))
+    digest = weights_digest(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".student." in name:
+                parameter.add_(1)
+    assert weights_digest(model) == digest
+    with pytest.raises(ValueError, match="adapter is 'teacher', needed is 'base'"):
+        open_cache(
+            tmp_path / "c", AdapterTeacher(model, "base", Accelerator(cpu=True)), byte_tokenizer(), temperature=1
+        )
+
+
+def test_a_cache_of_something_else_is_refused_with_both_fingerprints(tmp_path):
+    made(tmp_path / "c")
+    other = byte_level()
+    cases = {
+        "weights is": fingerprint_of(frozen(5), byte_tokenizer(), SPECS[0]),
+        "revision is None, needed is 'abc'": fingerprint_of(frozen(), byte_tokenizer(), SPECS[0], revision="abc"),
+        "tokenizer is": fingerprint_of(frozen(), other, SPECS[0]),
+        "top is 5, needed is 6": fingerprint_of(frozen(), byte_tokenizer(), CacheSpec("top", 6)),
+        "temperature is 1.0, needed is 2.0": fingerprint_of(
+            frozen(), byte_tokenizer(), CacheSpec("top", 5, temperature=2.0)
+        ),
+    }
+    for message, fingerprint in cases.items():
+        with pytest.raises(ValueError, match=r"\(fingerprint [0-9a-f]{16}\) is not of this .*\(fingerprint") as error:
+            TeacherCache(tmp_path / "c", fingerprint)
+        assert message in str(error.value)
+    with pytest.raises(ValueError, match=r"temperature is 1.0, needed is 3.0"):
+        open_cache(tmp_path / "c", None, byte_tokenizer(), temperature=3.0)
+    with pytest.raises(ValueError, match="tokenizer is"):
+        open_cache(tmp_path / "c", None, other, temperature=1.0)
+    with pytest.raises(FileNotFoundError, match="There is no teacher cache in"):
+        open_cache(tmp_path / "none", None, other, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kind": "topp"}, "Unknown kind of teacher cache 'topp'. Did you mean 'top'"),
+        ({"kind": "top", "top": 0}, "`top` of a cache of kind 'top' has to be >= 1, got 0"),
+        ({"kind": "top", "samples": 3}, "`samples` of a cache of kind 'top' has to be 0, got 3"),
+        ({"kind": "samples", "top": 3}, "`top` of a cache of kind 'samples' has to be 0, got 3"),
+        ({"temperature": 0.0}, "`temperature` and `tau` of a cache have to be > 0, got 0.0"),
+        ({"tau": -1.0}, "`temperature` and `tau` of a cache have to be > 0"),
+        ({"kind": "top", "tau": 0.5}, "a cache of kind 'top' draws nothing"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CacheSpec(**options)
+
+
+def test_more_tokens_than_the_vocabulary_has_and_unfrozen_teachers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`top` is 300, but the teacher has 258 vocabulary entries"):
+        made(tmp_path / "c", spec=CacheSpec("top", 300))
+    with pytest.raises(ValueError, match="Freeze it"):
+        fingerprint_of(tiny_llama(), byte_tokenizer(), CacheSpec())
+    with pytest.raises(ValueError, match="`batch_size` has to be >= 1"):
+        cache_teacher(frozen(), [], tmp_path / "c", tokenizer=byte_tokenizer(), batch_size=0)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    made(tmp_path / "one")
+    shard = next((tmp_path / "one").glob("rows-*"))
+    made(tmp_path / "two", frozen(6))
+    (tmp_path / "two" / "rows-aa.safetensors").write_bytes(shard.read_bytes())
+    with pytest.raises(ValueError, match=r"rows-aa.safetensors .* belongs to another cache"):
+        TeacherCache(tmp_path / "two")
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cannot be read .*Delete it"):
+        TeacherCache(tmp_path / "one")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds files that are not a teacher cache"):
+        made(tmp_path / "mine")
+    stated = json.loads((tmp_path / "two" / FINGERPRINT_FILE).read_text())
+    (tmp_path / "two" / FINGERPRINT_FILE).write_text(json.dumps({**stated, "format": 99}))
+    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+        TeacherCache(tmp_path / "two")
+
+
+def test_what_token_ids_do_not_tell_is_refused():
+    inputs, mask = batch(TEXTS)
+    with pytest.raises(ValueError, match="the student reads pixel_values"):
+        documents_of({**inputs, "pixel_values": torch.zeros(1)}, mask)
+    with pytest.raises(ValueError, match=r"needs the usual attention mask.*got torch.Size\(\[1, 1, 2, 2\]\)"):
+        documents_of({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 1, 2, 2)}, mask[:1, :1])
+    with pytest.raises(ValueError, match="needs `position_ids` of the shape"):
+        documents_of({"input_ids": torch.ones(1, 2).long(), "position_ids": torch.ones(3, 1, 2)}, mask[:1, :1])
+
+
+def test_packed_rows_of_a_data_set_are_split_as_their_batches_are():
+    inputs, mask = packed(TEXTS)
+    row = {"input_ids": inputs["input_ids"][0].tolist(), "seq_lengths": [5, 3, 4]}
+    row["labels"] = [-100, 7, 9, -100, 2, 3, 2, 1, 8, 8, 4, 6]
+    mask[0, 2] = False  # the label of token 3
+    one, two = documents_of_row(row), documents_of(inputs, mask)
+    assert [d.key for d in one] == [d.key for d in two]
+    assert [d.positions.tolist() for d in one] == [d.positions.tolist() for d in two] == [[0, 1, 3], [0, 1], [0, 1, 2]]
+    lengths = {"input_ids": inputs["input_ids"], "cu_seq_lens_q": torch.tensor([0, 5, 8, 12])}
+    assert [d.key for d in documents_of(lengths, mask)] == [d.key for d in one]
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    def fill(rank):
+        cache = cache_teacher(
+            frozen(), [{"input_ids": text} for text in TEXTS], tmp_path / "c", tokenizer=byte_tokenizer(),
+            spec=SPECS[1], batch_size=1,
+        )  # fmt: skip
+        return len(cache)
+
+    (tmp_path / "ranks").mkdir()
+    assert on_two_ranks(fill, tmp_path / "ranks") == [3, 3]
+    both, alone = TeacherCache(tmp_path / "c"), made(tmp_path / "alone", spec=SPECS[1])
+    documents = [documents_of_row({"input_ids": text})[0] for text in TEXTS]
+    one, two = (cache.rows(documents, torch.device("cpu")).listed for cache in (both, alone))
+    assert one.ids.equal(two.ids)  # draws depend on the text alone
+    torch.testing.assert_close(one.factors, two.factors, rtol=1e-3, atol=1e-3)
+
+
+def test_a_killed_capture_goes_on_where_it_was(tmp_path):
+    """Killed while it writes its third file: two are whole, and the next call computes the rest alone."""
+    program = f"""
+        import os, signal, sys
+        sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
+        import hf_transfer_ext.teachers.cache as cache
+        from teachers.test_cache import TEXTS, made
+        written = []
+        own = cache.save_file
+        def save(tensors, path, **kwargs):
+            own(tensors, path, **kwargs)
+            written.append(path)
+            if len(written) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+        cache.save_file, cache.SHARD_BYTES = save, 1
+        made({str(tmp_path / "c")!r})
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert len(TeacherCache(tmp_path / "c")) == 2
+    cache = made(tmp_path / "c")
+    assert len(cache) == 3 and len(list((tmp_path / "c").glob("rows-*"))) == 3
+
+
+def test_a_cache_is_pushed_and_pulled(tmp_path, hub):
+    made(tmp_path / "c")
+    push_cache(tmp_path / "c", "tester/rows", token=hub.token)
+    folder = pull_cache("tester/rows", token=hub.token)
+    assert len(TeacherCache(folder)) == 3
+    hub_files = {path.name for path in folder.iterdir()}
+    assert hub_files == {path.name for path in (tmp_path / "c").iterdir()}
+    with pytest.raises(FileNotFoundError, match="There is no teacher cache"):
+        push_cache(tmp_path, "me/other")
