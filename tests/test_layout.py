@@ -45,7 +45,7 @@ METHODS = [
 
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
 FLOORS = [
-    "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
+    "registry", "tensors", "files", "reading", "measurement", "launch", "settings", "recipe",
     "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers",
     "evals", "adapters", "merging", "testing", "recipes",
     "catalogue", "doctor", "cli", "__main__",
