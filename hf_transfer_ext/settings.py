@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from hf_transfer_ext.launch import prepare_processes
+
 #: The default of a setting that has to be given.
 REQUIRED: Any = object()
 #: Settings in which the word `none` is a value of its own; `null` is None there too.
@@ -468,6 +470,7 @@ def run_program(program: str, run: Callable[[list[str]], Any], argv: Sequence[st
     words = [word for word in words if word != "--debug"]
     before = COMMAND.set([program, *words])
     try:
+        prepare_processes()
         status = run(words)
     except MISTAKES as error:
         if debug:

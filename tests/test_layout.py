@@ -83,7 +83,7 @@ def problems_of(path: Path, registries: list[Registry], has_unit: Callable[[Any]
 
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
 FLOORS = [
-    "registry", "tensors", "files", "reading", "measurement", "settings", "recipe",
+    "registry", "tensors", "files", "reading", "measurement", "launch", "settings", "recipe",
     "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers",
     "evals", "adapters", "merging", "edits", "testing", "recipes",
     "catalogue", "doctor", "cli", "__main__", "moved",

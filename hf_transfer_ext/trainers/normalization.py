@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hf_transfer_ext.launch import require_processes
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.tensors import masked_sum
 from hf_transfer_ext.trainers.results import SavesResults, refuse_published_states
@@ -29,6 +30,7 @@ class TokenLossNormalization(SavesResults):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        require_processes(self.accelerator.num_processes)
         refuse_published_states(self.args)
         self.model_accepts_loss_kwargs = True  # the Trainer then counts num_items_in_batch, whatever the model takes
         # Our losses shift the labels: the first token of a row is predicted by nothing, whatever transformers believes

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.hub.record import read_record
@@ -32,15 +33,34 @@ def arguments(folder, **more):
     return [str(word) for name, value in {**options, **more}.items() for word in (f"--{name}", value)]
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def environment(on_cpu=True):
+    return {**os.environ, "OMP_NUM_THREADS": "1", **({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})}
 
 
-def test_two_processes_share_one_run(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", RECIPE]
+def test_a_launcher_that_starts_fewer_processes_is_refused(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", RECIPE]
     run = subprocess.run(
-        [*command, *arguments(tmp_path, max_steps=3, save_strategy="no")], env=environment(), cwd=ROOT,
-        capture_output=True, text=True, timeout=300,
+        [*command, *arguments(tmp_path)], env=environment(False), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode != 0 and "distill: The launcher was asked for 2 processes, but 1 came" in run.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+        ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+@pytest.mark.parametrize("stated", [True, False], ids=["ACCELERATE_USE_CPU", "plain"])
+def test_two_processes_share_one_run(tmp_path, launcher, stated):
+    if not stated and torch.accelerator.is_available():
+        pytest.skip("a GPU is there, and takes the processes")
+    run = subprocess.run(
+        [sys.executable, "-m", *launcher, RECIPE, *arguments(tmp_path, max_steps=3, save_strategy="no")],
+        env=environment(stated), cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Saved to") == 1
