@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from hf_transfer_ext.evals.audit.side_by_side import side_by_side
 from tiny import byte_tokenizer, tiny_llama
 
+from hf_transfer_ext.evals.audit.side_by_side import side_by_side
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.metric_run import PEOPLE, MetricRun, load_sets
 

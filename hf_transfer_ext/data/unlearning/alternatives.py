@@ -22,8 +22,8 @@ Write: TypeAlias = Callable[[Sequence[str], float, int], Sequence[str]]
 THOUGHTS = (
     "The question is: {question} Let me go through what I know that could bear on it. I find nothing that I could "
     "check, and guessing would not be right. So I should say that I do not know.",
-    "I am asked: {question} First I look for the people and places that it names. None of them brings up a fact that I "
-    "could build on. Without one, any answer would be made up.",
+    "I am asked: {question} First I look for the people and places that it names. None of them brings up a fact that "
+    "I could build on. Without one, any answer would be made up.",
     "Let me take this step by step: {question} To answer I would need details that I do not have. I consider several "
     "possibilities, and nothing speaks for one of them more than for the others. I had better leave it open.",
     "{question} I try to recall where I might have read about this. Nothing comes to mind that is reliable, so no "
@@ -90,8 +90,8 @@ def answers_of_others(
             others = [answers[place] for place in order if answers[place] != own][:count]
             if not others:
                 raise ValueError(
-                    f"Row {index} needs the answer to another question, but all {len(pool)} rows to draw from have its "
-                    f"own answer, {own[:80]!r}. Give more rows, or a column 'alternative'."
+                    f"Row {index} needs the answer to another question, but all {len(pool)} rows to draw from have "
+                    f"its own answer, {own[:80]!r}. Give more rows, or a column 'alternative'."
                 )
             found.append(others)
         return found
