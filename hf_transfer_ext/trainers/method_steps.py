@@ -94,9 +94,19 @@ class MethodSteps(Trainer):
             loss = self._own_step(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.learned:
-            self.learned.update(self.method.learn(self.learned, self.mean_losses(), self.progress()))
+        if self.accelerator.sync_gradients and self.measures_steps:
+            self.after_batches(self.mean_losses())
         return loss
+
+    @property
+    def measures_steps(self) -> bool:
+        """Whether something reads the mean losses of each step."""
+        return bool(self.learned)
+
+    def after_batches(self, losses: dict[Part, float]) -> None:
+        """Called with the mean losses of a step, before its update."""
+        if self.learned:
+            self.learned.update(self.method.learn(self.learned, losses, self.progress()))
 
     def _own_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Keep the micro-batches of a step until its last one; then let the method make the gradient of them all."""

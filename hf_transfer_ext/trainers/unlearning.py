@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
@@ -34,6 +36,7 @@ from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.method_steps import MethodSteps
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization, require_trainable
+from hf_transfer_ext.trainers.retain_bound import RetainBound
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,11 @@ class UnlearningConfig(TrainingArguments):
         hidden_layer: Layer whose output the losses on hidden states read, from 1 to the number of layers.
         refusal: The text that jensun pulls towards, repeated along each answer.
         allow_overlap: Train although rows are in both the forget and the retain set.
+        retain_bound: The retain loss that is allowed, in the loss's own unit (nats per token for retain_nll). Where a
+            run evaluates while it trains (`eval_strategy`), the bound is on `eval_retain_loss`; else on the retain
+            loss of each training step, at the weights before its update. None for no bound.
+        on_bound: What ends the run above the bound: "stop" keeps the weights as they are then, "restore" goes back to
+            the last ones that were within it (a copy of the trained weights in memory).
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
     """
 
@@ -90,6 +98,8 @@ class UnlearningConfig(TrainingArguments):
     hidden_layer: int | None = None
     refusal: str = " No idea"
     allow_overlap: bool = False
+    retain_bound: float | None = None
+    on_bound: str = "stop"
     stop_on_nan: bool = True
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Has to stay False: samples are nested, and the model takes none of them."}
@@ -126,6 +136,7 @@ class UnlearningConfig(TrainingArguments):
                 f"{self.forget_loss} with {self.retain_loss} reads hidden states: set `hidden_layer` to a layer, "
                 f"counted from 1; got {self.hidden_layer}. Common is a quarter to a half of the model's depth."
             )
+        self._check_bound()
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` has to be False: forget/retain samples are nested.")
         if self.label_smoothing_factor:
@@ -156,6 +167,20 @@ class UnlearningConfig(TrainingArguments):
         gamma, alpha = self.gamma or 0.0, self.alpha or 0.0
         if not (gamma >= 0 and alpha >= 0 and gamma + alpha > 0):
             raise ValueError(f"`gamma` and `alpha` must be >= 0 and not both 0, got {gamma} and {alpha}.")
+
+    def _check_bound(self) -> None:
+        if self.on_bound not in ("stop", "restore"):
+            raise ValueError(f"`on_bound` has to be 'stop' or 'restore', got {self.on_bound!r}.")
+        if self.retain_bound is None:
+            return
+        if not math.isfinite(self.retain_bound):
+            raise ValueError(f"`retain_bound` must be a finite number, got {self.retain_bound}.")
+        if self.retain_loss == "none":
+            raise ValueError("`retain_bound` bounds the retain loss, and `retain_loss` is 'none'.")
+        if self.on_bound == "restore" and self.load_best_model_at_end:
+            raise ValueError(
+                "`on_bound='restore'` and `load_best_model_at_end` both choose the weights that stay. Set one of them."
+            )
 
     def _fill_in_alternatives(self, method: type[Method]) -> None:
         asked_for = any(need.of_alternative for need in self.needs())
@@ -268,9 +293,18 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         )
         self.can_return_loss = True
         self.add_callback(_EpochOfPairs(train_dataset))
+        self.retain_bound = None
+        if args.retain_bound is not None:
+            self.retain_bound = RetainBound(args.retain_bound, args.on_bound, self.model)
+            self.add_callback(self.retain_bound)
+            if args.on_bound == "restore" and (self._is_sharded() or self.is_deepspeed_enabled):
+                raise ValueError(
+                    "`on_bound='restore'` copies the trained weights, which FSDP and DeepSpeed hold elsewhere. Set "
+                    "`on_bound` to 'stop', or train on one process or with plain data parallelism (DDP)."
+                )
         self._sums: dict[str, Tensor] = {}
         self._step_sums: dict[Part, Tensor] = {}
-        self._sharded = is_sharded(accelerator=self.accelerator)
+        self._sharded = self._is_sharded()
         self._refusal_ids = processing_class(args.refusal, add_special_tokens=False)["input_ids"]
         self.reference_model: Any = None
         self._reference_log_probs: dict[tuple[int, ...], list[float]] | None = None
@@ -278,6 +312,9 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             self._prepare_reference(reference_model, [train_dataset, *_evaluation_pairs(kwargs.get("eval_dataset"))])
 
     # ---- What fits together ----
+
+    def _is_sharded(self) -> bool:
+        return is_sharded(accelerator=self.accelerator)
 
     @staticmethod
     def check_layer(model: Any, args: UnlearningConfig) -> None:
@@ -488,7 +525,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         if part == "forget":
             answers = passes[False, False]
             self._note("forget_nll", -answers.log_probs.detach().sum(), answers.lengths.sum())
-        if self.noting and model.training and self.learned:
+        if self.noting and model.training and self.measures_steps:
             pair = torch.stack([values.detach()[mask].double().sum(), mask.sum().double()])
             self._step_sums[part] = self._step_sums.get(part, torch.zeros_like(pair)) + pair
         return self.normalize(values, mask, count) + anchor
@@ -506,6 +543,19 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
                 "`hidden_layer`, or let the adapter reach the layers below (`layers_to_transform`)."
             )
         return f"The losses are {options}. {super().no_gradient_advice()}"
+
+    @property
+    def measures_steps(self) -> bool:
+        return super().measures_steps or self._bounds_steps
+
+    @property
+    def _bounds_steps(self) -> bool:
+        return self.retain_bound is not None and self.args.eval_strategy == IntervalStrategy.NO
+
+    def after_batches(self, losses: dict[Part, float]) -> None:
+        super().after_batches(losses)
+        if self.retain_bound is not None and self._bounds_steps:
+            self.retain_bound.measured(losses["retain"], self.state.global_step)
 
     def mean_losses(self) -> dict[Part, float]:
         sums, self._step_sums = self._step_sums, {}
@@ -663,6 +713,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             for name in sorted(n for n in self._sums if n.startswith("eval_") == evaluating):
                 total, count = self.accelerator.gather(self._sums.pop(name)[None].float()).sum(0).tolist()
                 logs[name] = total / max(count, 1.0)
+        if evaluating and self.retain_bound is not None and "eval_retain_loss" in logs:
+            self.retain_bound.evaluated = logs["eval_retain_loss"]
         if "loss" in logs:
             logs.update(self.learned)
         super().log(logs, start_time)
