@@ -46,7 +46,12 @@ from hf_transfer_ext.adapters.transfer.compare import (
 )
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
-from hf_transfer_ext.adapters.transfer.trans_lora import SEEDS_FILE, TransLoraSettings, train_discriminator
+from hf_transfer_ext.adapters.transfer.trans_lora import (
+    SEEDS_FILE,
+    TransLoraSettings,
+    read_discriminator,
+    train_discriminator,
+)
 from hf_transfer_ext.data.facts import fact_texts, facts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
@@ -153,7 +158,6 @@ def moved(method: str, work: Path, direction: str, seed: int, notes: dict[str, A
     adapter, settings = source_adapter(work, source, seed), settings_of(target, seed)
     # Gemma writes the inputs: the student's training on sentences left it little of a sense for lists.
     settings = replace(settings, writer="source" if source == "gemma" else "target")
-    began = time.perf_counter()
     if method == "trans_lora":
         report = transfer_by_training(
             adapter, work / target, folder, settings=settings, template=PLAIN, dtype="bfloat16", discriminator="copy",
@@ -174,7 +178,6 @@ def moved(method: str, work: Path, direction: str, seed: int, notes: dict[str, A
             adapter, work / target, folder, method=random_of_same_norm if random_one else method,
             options={"seed": seed} if random_one else None, texts=texts,
         )  # fmt: skip
-    notes["seconds"] = time.perf_counter() - began
     return folder
 
 
@@ -202,6 +205,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if f"{source} {seed}" not in result["tokens"]:
                 _stop_in_time(options)
                 measured(f"{source} {seed}", source, source_adapter(work, source, seed))
+            known = read_discriminator(work / f"{source}-{seed}")
+            result["notes"][f"{source} {seed}"] = {"separation": known.separation if known is not None else None}
             for method in options.methods:
                 key = f"{direction} {method} {seed}"
                 if key not in result["tokens"]:
@@ -227,17 +232,17 @@ def runs_of(result: dict[str, Any], direction: str) -> dict[int, dict[str, np.nd
 
 
 def verdicts(rows: Sequence[TransferRow]) -> dict[str, str]:
-    """Closed form -> what its interval says beside that of random factors."""
-    by_name = {row.name: row for row in rows}
-    limit = by_name["random"].retention
+    """Closed form -> whether its 95 % interval lies above, below or across that of random factors."""
+    by_name = {row.name: row.accuracy.interval for row in rows}
+    limit = by_name["random"]
     said = {}
     for name in CLOSED_FORMS:
-        own = by_name[name].retention
-        if own is None or limit is None or own.interval is None or limit.interval is None:
+        own = by_name[name]
+        if own is None or limit is None:
             said[name] = "not decided"
-        elif own.interval[0] > limit.interval[1]:
+        elif own[0] > limit[1]:
             said[name] = "better than random"
-        elif own.interval[1] < limit.interval[0]:
+        elif own[1] < limit[0]:
             said[name] = "worse than random"
         else:
             said[name] = "no better than random"
@@ -272,23 +277,21 @@ def report(result: dict[str, Any], command: str) -> str:
         rows = transfer_rows([{name: (one == 1) * 1.0 for name, one in run.items()} for run in runs.values()])
         token_rows = transfer_rows(list(runs.values()))
         text.append(f"Seeds: {', '.join(map(str, runs))}.\n")
-        cells = []
-        for row, tokens in zip(rows, token_rows, strict=True):
-            seconds = [result["notes"].get(f"{direction} {row.name} {seed}", {}).get("seconds") for seed in runs]
-            times = [one for one in seconds if one is not None]
-            cells.append([
-                row.name, _share(row.accuracy), _share(row.retention), _share(row.negative_flips),
-                _share(tokens.accuracy), _share(tokens.retention), f"{np.mean(times):.0f}" if times else None,
-            ])  # fmt: skip
-        head = ["", "accuracy", "retention", "negative flips", "tokens", "retention of tokens", "seconds"]
+        cells = [
+            [row.name, *map(_share, (row.accuracy, row.retention, row.negative_flips, tokens.accuracy))]
+            for row, tokens in zip(rows, token_rows, strict=True)
+        ]
+        head = ["", "accuracy", "retention", "negative flips", "tokens"]
         text.append(measure.markdown_table(head, cells))
         for what, measured in (("answers", rows), ("tokens", token_rows)):
             said = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts(measured).items())
             text.append(f"Closed forms beside random factors, by {what}: {said}.\n")
-        rates = [result["notes"].get(f"{direction} trans_lora {seed}", {}).get("acceptance") for seed in runs]
-        known = [rate for rate in rates if rate is not None]
-        if known:
-            text.append(f"The discriminator accepted {np.mean(known):.0%} of the synthetic inputs.\n")
+        accepted = [result["notes"][f"{direction} trans_lora {seed}"]["acceptance"] for seed in runs]
+        areas = [result["notes"][f"{source} {seed}"]["separation"] for seed in runs]
+        text.append(
+            f"The discriminator ranks {np.mean(areas):.0%} of the pairs of a real and a synthetic input correctly and "
+            f"accepted {np.mean(accepted):.0%} of the synthetic inputs.\n"
+        )
     text.append(
         "Both bases are one family: the student's layers come from Gemma. Transfer to another family, with another "
         "tokenizer, is not measured here.\n"

@@ -39,20 +39,16 @@ def result(seeds):
             tokens[f"down {method} {seed}"] = {"copy": half, "true data": right, "trans_lora": right}.get(
                 method, wrong
             )
-    return {"tokens": tokens, "notes": {"down trans_lora 0": {"acceptance": 0.5, "seconds": 7.0}}}
+    notes = {f"down trans_lora {seed}": {"acceptance": 0.5} for seed in seeds}
+    return {"tokens": tokens, "notes": notes | {f"gemma {seed}": {"separation": 0.75} for seed in seeds}}
 
 
 def test_the_table():
     text = report(result([0, 1]), "command")
-    assert "Seeds: 0, 1." in text and "accepted 50% of the synthetic inputs" in text
+    assert "Seeds: 0, 1." in text and "ranks 75% of the pairs" in text and "accepted 50% of" in text
     row = next(line for line in text.splitlines() if line.startswith("| copy"))
-    assert [cell.split(" (")[0].strip() for cell in row.split("|")[2:7]] == [
-        "50.0%",
-        "50.0%",
-        "50.0%",
-        "75.0%",
-        "75.0%",
-    ]
+    cells = [cell.split(" (")[0].strip() for cell in row.split("|")[2:6]]
+    assert cells == ["50.0%", "50.0%", "50.0%", "75.0%"]
     assert "copy: better than random" in text and "project: no better than random" in text
     assert text.count("Not measured.") == 1  # the other direction
 

@@ -72,7 +72,7 @@ def paired_activations(
 
     Args:
         modules: Names of the layers of the source and of the target.
-        max_tokens: Positions that are kept, over all texts.
+        max_tokens: Largest number of positions, over all texts.
         max_length: Tokens of a text that are read.
 
     Returns:
@@ -104,7 +104,7 @@ def paired_activations(
 
 def _encoded(tokenizer: Any, text: str, max_length: int) -> tuple[Tensor, list[int]]:
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} tells no character offsets; a fast tokenizer is needed.")
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
     batch = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_length)
     return torch.tensor([batch["input_ids"]]), [end for _, end in batch["offset_mapping"]]
 

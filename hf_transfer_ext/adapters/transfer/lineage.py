@@ -63,6 +63,8 @@ class Lineage:
 def lineage(source_base: str | Path, target_base: str | Path) -> Lineage:
     """Compare two base models and recommend how to transfer an adapter between them.
 
+    When to use: first of all, before any transfer; it reads two models from disk and runs neither.
+
     The weights are read piece by piece from their files; nothing is loaded whole.
 
     Args:
@@ -120,7 +122,11 @@ def judged(
             relation, recommended = "related", "copy"
             reasons.append("That suggests a common origin.")
             if depths[0] != depths[1]:
-                reasons.append(f"Depths differ ({depths[0]} and {depths[1]}): layers are paired by relative depth.")
+                recommended = "trans_lora"
+                reasons.append(
+                    f"But depths differ ({depths[0]} and {depths[1]}, paired by relative depth): what a change does "
+                    "depends on the layers around it. A copy can be the start of the training."
+                )
         else:
             relation, recommended = "unrelated", "trans_lora"
             reasons.append(f"Above {RELATED} the weights show no common origin (independent ones are at about 1.4).")

@@ -70,6 +70,6 @@ def layer_outputs(model: InputModel) -> list[str]:
             found[int(match["layer"])] = name.removesuffix(".weight")
     if len(found) != depth_of(model):
         raise ValueError(
-            f"{str(model.reference)!r}: the feed-forward output of each layer cannot be told by its name."
+            f"{str(model.reference)!r}: the feed-forward output of each layer cannot be identified by its name."
         )
     return [found[i] for i in sorted(found)]

@@ -212,7 +212,7 @@ class _Carrier:
             if own not in modules.values():
                 left_out.setdefault(own, "no layer of the target corresponds to it")
         for name in self.adapter.replaced:
-            left_out[name] = "stored whole in the adapter, which no closed form carries"
+            left_out[name] = "stored in full in the adapter; closed forms carry low-rank changes only"
         source_size, target_size = torch.tensor(sizes).mean(0).tolist()
         return factors, {
             "method": self.method.__name__,

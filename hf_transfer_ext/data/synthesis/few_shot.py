@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-#: `(prompts, seed) -> continuations`: how a caller's model goes on with each prompt, sampled.
+#: `(prompts, seed) -> continuations`: how a caller's model continues each prompt, sampled.
 Continue = Callable[[Sequence[str], int], list[str]]
 
 _NEXT_NUMBER = re.compile(r"\n\s*\d+[.)]")

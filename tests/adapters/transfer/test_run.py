@@ -88,14 +88,16 @@ def test_a_smaller_rank(source):
     assert json.loads((folder / "out" / "adapter_config.json").read_text())["r"] == 2
 
 
-def test_what_is_stored_whole_is_reported(tmp_path):
+def test_modules_that_are_stored_in_full_are_reported(tmp_path):
     base(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "lora")
     report = transfer_lora(
         tmp_path / "lora", tmp_path / "base", tmp_path / "out", method="copy", source_base=tmp_path / "base"
     )
-    assert report.left_out == {"lm_head.weight": "stored whole in the adapter, which no closed form carries"}
+    assert report.left_out == {
+        "lm_head.weight": "stored in full in the adapter; closed forms carry low-rank changes only"
+    }
 
 
 class TestRefused:
