@@ -111,7 +111,7 @@ def test_a_registry_refuses_at_the_door_what_could_not_be_used():
         (METRICS, plain, "Declare a metric with `@metric"),
         (COMPARISONS, plain, "returns a `Measurement` or a list of them"),
         (ATTACKS, plain, "Declare an attack with `@attack"),
-        (MEMBERSHIP_ATTACKS, plain, r"called with \(subject, rows, references\); plain takes \(example\)"),
+        (MEMBERSHIP_ATTACKS, plain, r"must take \(subject, rows, references\), but plain takes \(example\)"),
         (SUITES, plain, "Declare a suite with `@suite"),
         (SUITES, Suite(plain, load=plain), "needs the argument 'model'"),
     ):
