@@ -1,4 +1,4 @@
-"""One pass for all metrics beside a pass for each: forward tokens, time and memory of the TOFU and membership metrics.
+"""One pass for all metrics versus one pass per metric: tokens, time and memory of the TOFU and membership metrics.
 
     python -m benchmarks.evaluation --out benchmarks/results/evaluation
 
@@ -86,7 +86,7 @@ def step_of(way: str, vocabulary: int, people: int, few: bool) -> Any:
 
 
 def plain_loop(model: Any, reference: Any, tokenizer: Any, rows: Sequence[Any], metrics: Sequence[Any]) -> dict:
-    """Every metric by a loop of its own over batches of whole logits."""
+    """Every metric in a separate loop over batches of full logits."""
     import numpy as np
     import torch
 

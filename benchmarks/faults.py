@@ -98,7 +98,7 @@ def make_models(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One way of making a result from `base`, `one` and `two`."""
+    """One way of creating a result from `base`, `one` and `two`."""
 
     name: str
     run: Callable[[Path, Path, bool], object]
@@ -135,7 +135,7 @@ JOBS = {
 
 @dataclass
 class Tally:
-    """How often a job met a fault, and what was lost.
+    """How often a job was hit by a fault, and what was lost.
 
     Args:
         count: Disturbed runs.
@@ -151,7 +151,7 @@ class Tally:
 
 
 class Bench:
-    """Tiny models, and the bytes that each job makes of them undisturbed."""
+    """Tiny models, and the bytes that each job creates from them without faults."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -178,7 +178,7 @@ class Bench:
 
 
 def forked(function: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
-    """Run a function in a process of its own; its status, negative for a signal, 1 for an error."""
+    """Run a function in a separate process; returns its status, negative for a signal, 1 for an error."""
     return os.waitstatus_to_exitcode(os.waitpid(started(function, prepare), 0)[1])
 
 
@@ -204,7 +204,7 @@ def content_of(folder: Path) -> Content:
 def judge(
     tally: Tally, bench: Bench, job: Job, box: Path, *, models: Path | None = None, old: Content | None = None
 ) -> None:
-    """Look at what a disturbed run left in `box`, run the job again, and look again."""
+    """Check what a disturbed run left in `box`, run the job again, and check again."""
     out, expected = box / "out", bench.expected[job.name]
     now = content_of(out) if out.exists() else None
     if now not in (None, expected) if old is None else now not in (old, expected):
@@ -245,7 +245,7 @@ def kill(bench: Bench, job: Job, count: int) -> Tally:
 
 
 def kill_at_call(bench: Bench, job: Job, count: int) -> Tally:
-    """At all calls, or `count` of them evenly spread."""
+    """At all calls, or at `count` evenly spaced ones."""
     tally = Tally(job.name, "kill at a call")
 
     def counted(stop: int, report: Path | None = None) -> Callable[[], None]:
@@ -285,7 +285,7 @@ def kill_at_call(bench: Bench, job: Job, count: int) -> Tally:
 
 
 def old_job(bench: Bench, job: Job, box: Path) -> Content:
-    """An older result, which the run replaces."""
+    """An older result that the run replaces."""
     shutil.copytree(bench.models / "one", box / "out")
     (box / "out" / "README.md").write_text("an older result")
     return content_of(box / "out")
@@ -324,7 +324,7 @@ def full_disk(bench: Bench, job: Job, count: int) -> Tally:
 
 @contextlib.contextmanager
 def mounted(box: Path, options: str) -> Iterator[Path | None]:
-    """A small file system of its own in `box`, or None without the right to mount."""
+    """A small separate file system in `box`, or None without permission to mount."""
     place = box / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True).returncode:
@@ -427,7 +427,7 @@ def input_deleted(bench: Bench, job: Job, count: int) -> Tally:
 
 
 def two_runs(bench: Bench, job: Job, count: int) -> Tally:
-    """Which one wins is open: the other one is refused, and one result stands."""
+    """Either run may win: the other one is refused, and one result remains."""
     tally, moments = Tally(job.name, "two runs"), random.Random(job.name)
     for _ in range(count):
         with box_of(bench) as box:
@@ -464,7 +464,7 @@ def table_of(tallies: list[Tally]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What faults do to a job.")
-    parser.add_argument("--out", type=Path, required=True, help="written are OUT.md and OUT.json")
+    parser.add_argument("--out", type=Path, required=True, help="writes OUT.md and OUT.json")
     parser.add_argument("--count", type=int, default=20, help="disturbed runs per job and fault (default: 20)")
     parser.add_argument("--calls", type=int, default=60, help="calls that a kill is aimed at (default: 60)")
     options = parser.parse_args(argv)

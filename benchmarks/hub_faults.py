@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 from hub_server import HubServer, _Handler  # noqa: E402
 
-#: The requests of a push and a pull, by what stands in their address.
+#: The requests of a push and a pull, by a part of their URL.
 PLACES = ("whoami", "repos/create", "api/models", "preupload", "objects/batch", "lfs/", "commit/", "resolve")
 
 
@@ -33,7 +33,7 @@ class Faults:
         self.kind, self.place, self.left, self.seen = kind, place, times, 0
 
     def __call__(self, handler: Any) -> bool:
-        """True where the request was answered with the fault."""
+        """True if the request was answered with the fault."""
         if self.place not in handler.path or self.left <= 0:
             return False
         self.left -= 1
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measured(server: HubServer) -> list[dict[str, Any]]:
-    """One row for each kind of fault: runs, how they ended, and how many repositories were neither old nor new."""
+    """One row per kind of fault: runs, how they ended, and how many repositories were neither old nor new."""
     from huggingface_hub.utils import _http
     from tiny import byte_tokenizer, tiny_llama
 
@@ -131,7 +131,7 @@ def _judge(row: dict[str, Any], server: HubServer, states: list[Any], repo: str)
 
 
 def _others_commit(server: HubServer, folders: list[Path], states: list[Any]) -> dict[str, Any]:
-    """Somebody commits between the look at the repository and our commit: what was looked at is stale."""
+    """Someone commits between our check of the repository and our commit, so that the check is stale."""
     from hf_transfer_ext.hub.publish import push
 
     row = {"fault": "stale parent", "runs": 0, "struck": 0, "old": 0, "new": 0, "half": 0, "raw": 0, "seconds": 0.0}
@@ -151,7 +151,7 @@ def _others_commit(server: HubServer, folders: list[Path], states: list[Any]) ->
 
 
 def _at_once(server: HubServer, folders: list[Path], states: list[Any]) -> dict[str, Any]:
-    """16 pushes into one repository: each a commit of its own, and each commit one whole result."""
+    """16 pushes to one repository: each is a separate commit, and each commit is one complete result."""
     from hf_transfer_ext.hub.publish import push
 
     row = {"fault": "16 at once", "runs": 16, "struck": 16, "old": 0, "new": 0, "half": 0, "raw": 0, "seconds": 0.0}
@@ -178,7 +178,7 @@ def _at_once(server: HubServer, folders: list[Path], states: list[Any]) -> dict[
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table in Markdown."""
+    """The rows as a Markdown table."""
     lines = [
         "# Faults of the Hub\n",
         "`python benchmarks/hub_faults.py`: a result is pushed over an older one with the real client, and the "

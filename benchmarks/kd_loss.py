@@ -150,7 +150,7 @@ def liger_triton(x: Problem, divergence: str) -> Tensor:
 
 
 def products(x: Problem) -> tuple[Tensor, Tensor]:
-    """The four products on all tokens, a slice of the vocabulary at a time, into buffers that are used again."""
+    """The four products on all tokens, one slice of the vocabulary at a time, into reused buffers."""
     rows = 8_192
     with torch.no_grad():
         logits, teacher_logits = x.hidden.new_empty(2, x.tokens, rows)
@@ -243,7 +243,7 @@ def cases_of(methods: Sequence[str], divergences: Sequence[str]) -> list[tuple[s
 
 
 def summarise(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each shape, dtype, divergence and method: medians, and ratios within a round."""
+    """One row per shape, dtype, divergence and method: medians, and ratios within a round."""
     records, accuracy = result["records"], result["agreement"]
 
     def select(shape: str, dtype: str, method: str, divergence: str) -> list[dict[str, Any]]:
@@ -298,7 +298,7 @@ _COLUMNS = [
 
 
 def report(result: dict[str, Any]) -> str:
-    """The Markdown text of a result: how it was made, and a table for each shape and dtype."""
+    """The Markdown report of a result: how it was measured, and one table per shape and dtype."""
     rows, made_on = result["rows"], result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in made_on["versions"].items())
     text = [
@@ -385,7 +385,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def save(result: dict[str, Any], out: Path) -> None:
-    """Write the measurements, the table and the plot beside each other: `out` with .json, .md and .png."""
+    """Write the measurements, the table and the plot: `out` with .json, .md and .png."""
     result["rows"] = summarise(result)
     measure.write_json(_beside(out, ".json"), result)
     write_text(_beside(out, ".md"), report(result))
@@ -424,8 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True, help="path without ending; .json, .md and .png are written")
-    parser.add_argument("--append", action="store_true", help="keep the measurements that --out already holds")
+    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json, OUT.md and OUT.png")
+    parser.add_argument("--append", action="store_true", help="keep the measurements that are already in --out")
     options = parser.parse_args(arguments)
 
     out = options.out

@@ -1,4 +1,4 @@
-"""Time and memory of one step, each measurement in a process of its own, methods side by side in rounds.
+"""Time and memory of one step, each measurement in a separate process, methods side by side in rounds.
 
 A benchmark writes one function that builds the inputs of a method and returns the step to measure:
 
@@ -52,7 +52,7 @@ OK, OUT_OF_MEMORY, FAILED, TIMED_OUT = "ok", "out of memory", "failed", "timed o
 def measure(step: Callable[[], Any], device: str = "cpu", repeats: int = 7) -> Record:
     """Run `step`, here: wall and CPU seconds, bytes taken before it, bytes by which they grew at the peak.
 
-    What the step returns is kept alive until all is read; a returned dict of numbers joins the record.
+    The return value of the step is kept alive until all is measured; a dict of numbers is added to the record.
     """
     if device != "cpu":
         return _measure_on_gpu(step, repeats)
@@ -134,7 +134,7 @@ def measure_in_child(
 
 
 def rounds_of(cases: Sequence[Case], rounds: int, first: int = 0) -> Iterator[tuple[int, Case]]:
-    """Every case once a round, in an order that turns by one each round: no case always runs first.
+    """Every case once per round, in an order that rotates by one each round, so that no case always runs first.
 
     `first` is the number of the first round, where earlier sittings have had some.
     """
@@ -145,7 +145,7 @@ def rounds_of(cases: Sequence[Case], rounds: int, first: int = 0) -> Iterator[tu
 
 
 def median(records: Iterable[Record], field: str) -> float | None:
-    """Median of a field over the records that ran to the end; None where none did."""
+    """Median of a field over the completed records; None if there are none."""
     values = [record[field] for record in records if record["status"] == OK and record[field] is not None]
     return statistics.median(values) if values else None
 
@@ -162,7 +162,7 @@ def paired_ratio(records: Iterable[Record], reference: Iterable[Record], field: 
 
 
 def memory_limit(share: float = 0.85, ceiling: float = 19 * GB) -> float:
-    """Resident bytes that a child may take: `share` of what is free now, at most `ceiling`."""
+    """Resident bytes that a child may use: `share` of what is free now, at most `ceiling`."""
     return min(ceiling, share * psutil.virtual_memory().available)
 
 
@@ -191,7 +191,7 @@ def machine(packages: Sequence[str] = ()) -> Record:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; the first column is text, the others are set to the right. None is a dash."""
+    """A Markdown table; the first column is text, the others are right-aligned. None is shown as a dash."""
     lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
     lines += [["–" if cell is None else str(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,4 +1,4 @@
-"""What is left of three tasks when the models that learned them are merged, by every method.
+"""How much of three tasks remains when the models that learned them are merged, for every method.
 
     python -m benchmarks.merged_tasks --work runs/merged_tasks --out benchmarks/results/merged_tasks
 
@@ -52,11 +52,11 @@ LAMBDAS = (0.3, 0.6, 1.5)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method joins the three models.
+    """How a method merges the three models.
 
     Args:
         options: Options of the merge as published; `weight` is 1 for each model where the method has weights.
-        strength: The option that is tuned, and the values that are tried beside that of `options`.
+        strength: The option to tune, and the values to try in addition to that of `options`.
         pairwise: The method takes two models: the third joins the result of the first two.
     """
 
@@ -131,7 +131,7 @@ def prepare(work: Path, seeds: Sequence[int], options: argparse.Namespace) -> No
 
 
 def accuracy(folder: Path, split: str) -> dict[str, float]:
-    """Task -> share of its questions that are answered word for word by greedy decoding."""
+    """Task -> share of its questions that greedy decoding answers verbatim."""
     model, tokenizer = load_model(folder, dtype="bfloat16"), load_tokenizer(folder)
     found = {}
     for task in TASKS:
@@ -173,7 +173,7 @@ def merged(method: str, options: dict[str, Any], work: Path, seed: int) -> Path:
 
 
 def _scaled(method: str, options: dict[str, Any], work: Path, seed: int, shared: dict[str, Any]) -> Path:
-    """As `merged`, for methods on whole matrices: `lambda` scales their change, which is calculated once and kept."""
+    """Like `merged`, for methods on whole matrices: `lambda` scales their change, which is computed only once."""
     base, others = str(work / "base"), {name: value for name, value in options.items() if name != "lambda"}
     kept = work / f"merged-{method}-{seed}"
     if not (kept / "config.json").exists():
@@ -236,7 +236,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(result: dict[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each method and setting: accuracy by task, and the normalised average over tasks, over the seeds."""
+    """One row per method and setting: accuracy per task, and the normalized average over tasks, over the seeds."""
     accuracies = result["accuracies"]
     fine_tuned = {seed: {t: accuracies[f"{t} {seed} | test"][t] for t in TASKS} for seed in seeds}
 
@@ -275,10 +275,10 @@ def report(result: dict[str, Any], seeds: Sequence[int], command: str) -> str:
     head = ["method", "options", *TASKS, "normalised", "± over seeds"]
     cells = []
     for one in rows:
-        told = ", ".join(f"{name} {value:g}" for name, value in (one["options"] or {}).items())
-        told = " ".join(filter(None, (one["setting"] + (":" if told else ""), told)))
+        setting = ", ".join(f"{name} {value:g}" for name, value in (one["options"] or {}).items())
+        setting = " ".join(filter(None, (one["setting"] + (":" if setting else ""), setting)))
         cells.append([
-            one["method"], told, *(f"{one[t]:.1%}" for t in TASKS), f"{one['normalised']:.1%}",
+            one["method"], setting, *(f"{one[t]:.1%}" for t in TASKS), f"{one['normalised']:.1%}",
             None if one["deviation"] is None else f"{one['deviation']:.1%}",
         ])  # fmt: skip
     sizes = ", ".join(f"{len(questions(t, 'test'))} of {t}" for t in TASKS)
@@ -338,18 +338,18 @@ def _stop_in_time(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
     parser.add_argument("--work", type=Path, default=Path("runs/merged_tasks"), help="folder for models")
-    parser.add_argument("--out", type=Path, required=True, help="path without ending; .json, .md and .png are written")
+    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json, OUT.md and OUT.png")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--minutes", type=float, default=None, help="stop after so many; the same command goes on")
+    parser.add_argument("--minutes", type=float, default=None, help="stop after this time; the same command resumes")
     options = parser.parse_args(arguments)
     options.began = time.monotonic()
     try:
         result = run(options)
     except _OutOfTime:
-        print("The time is up; the same command goes on from here.")
+        print("The time is up; run the same command again to resume.")
         return
     result["rows"] = rows_of(result, options.seeds)
     measure.write_json(options.out.with_name(options.out.name + ".json"), result)

@@ -1,4 +1,4 @@
-"""Wall, CPU and memory of merges, ours beside mergekit's, on models of real shapes with random weights.
+"""Time, CPU and memory of merges, ours compared with mergekit's, on models of real shapes with random weights.
 
     HF_TRANSFER_EXT_MERGEKIT_PYTHON=/path/to/python python -m benchmarks.merging --shapes qwen2-0.5b \
         --methods linear ties della --out benchmarks/results/merging
@@ -203,7 +203,7 @@ def configuration(method: str, folders: Sequence[Path]) -> Record:
 def run_engine(
     engine: str, config: Path, out: Path, threads: int, timeout_s: float, *, dry_run: bool = False
 ) -> Record:
-    """Run one merge as a child; wall and CPU seconds and peak resident bytes."""
+    """Run one merge in a child process; returns wall and CPU seconds and peak resident bytes."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     if engine == "ours":
         command = [sys.executable, "-m", "hf_transfer_ext.cli", "merge", str(config), str(out), "--quiet"]
@@ -347,7 +347,7 @@ def key_of(record: Record) -> tuple[str, ...]:
 
 
 def rows_of(records: Sequence[Record]) -> list[Record]:
-    """One row for each shape, state and method: medians over the rounds."""
+    """One row per shape, state and method: medians over the rounds."""
     keys = dict.fromkeys((r["shape"], r["state"], r["method"]) for r in records)
     rows = []
     for shape, state, method in keys:
@@ -402,7 +402,7 @@ def markdown(records: Sequence[Record], command: str) -> str:
 
 
 def processor() -> str:
-    """The CPU's name, where the system tells it."""
+    """The name of the CPU, if the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -450,7 +450,7 @@ def write_results(records: Sequence[Record], out: Path, command: str) -> None:
 
 
 def without_folders(argv: Sequence[str]) -> list[str]:
-    """The arguments that change what is measured."""
+    """The arguments that affect what is measured."""
     local = {i + shift for i, word in enumerate(argv) if word in ("--models", "--work") for shift in (0, 1)}
     return [word for i, word in enumerate(argv) if i not in local]
 
@@ -463,11 +463,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="of one merge")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="time limit of one merge")
     parser.add_argument("--work", type=Path, help="folder for the models (default: a temporary one)")
-    parser.add_argument("--models", type=Path, help="folder to keep the models in, for a next run")
+    parser.add_argument("--models", type=Path, help="folder to keep the models in, for the next run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merging"))
-    parser.add_argument("--append", action="store_true", help="keep the records in OUT.json but those measured again")
+    parser.add_argument("--append", action="store_true", help="keep other records in OUT.json")
     arguments = parser.parse_args(argv)
     if "mergekit" in arguments.engines and not os.environ.get(VARIABLE):
         parser.error(f"mergekit needs {VARIABLE}, the interpreter of an environment with mergekit 0.1.5")

@@ -61,9 +61,9 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, capsys):
         (["push", "absent", "you/name", "--token", "x"], "Unknown option 'token'"),
         (["methods", "tise"], "Did you mean 'ties'"),
         (["merge", "a", "b", "--allow-crimes"], "--allow-crimes: models of different architectures are never merged"),
-        (["merge", "a", "b", "--trust-remote-code"], "no code of a repository is run"),
-        (["merge", "a", "b", "--random-seed", "3"], "write `seed: N` into the configuration"),
-        (["merge", "a", "b", "--out-shard-size", "big"], "has to be a number of parameters such as 5B"),
+        (["merge", "a", "b", "--trust-remote-code"], "code from repositories is never run"),
+        (["merge", "a", "b", "--random-seed", "3"], "set `seed: N` in the configuration"),
+        (["merge", "a", "b", "--out-shard-size", "big"], "must be a number of parameters such as 5B"),
         (["moe", "a", "b", "--cuda"], "gates are computed"),
     ],
 )

@@ -20,8 +20,8 @@ def main(argv: list[str] | None = None) -> int:
         merge,
         argv,
         program="hf-transfer-ext merge",
-        about="Merge models as a YAML configuration says (the grammar of mergekit). A merge that was killed goes on "
-        "when the same command is given again.",
+        about="Merge models according to a YAML configuration (in mergekit's format). A merge that was killed resumes "
+        "when the same command is run again.",
         hidden=["progress", "alone"],
         extra=[QUIET],
         foreign=MERGE_FLAGS,
@@ -36,16 +36,16 @@ def main(argv: list[str] | None = None) -> int:
         require_free_space(report.folder, report.written_bytes)
     elif not quiet:
         speed = (report.read_bytes + report.written_bytes) / 1e9 / report.seconds
-        resumed = f", {report.resumed_tensors} of them by an earlier run" if report.resumed_tensors else ""
+        resumed = f", {report.resumed_tensors} of them from an earlier run" if report.resumed_tensors else ""
         if report.adapter is not None:
-            lost = f"{report.adapter.residual_energy:.2%} of the update's energy is left out"
+            lost = f"{report.adapter.residual_energy:.2%} of the update's energy is lost"
             print(f"LoRA of rank {report.adapter.rank} on {len(report.adapter.modules)} modules; {lost}")
         print(f"{report.tensors} tensors{resumed} in {report.seconds:.1f} s, {speed:.2f} GB/s read and written")
     return 0
 
 
 def summary(report: MergeReport) -> str:
-    """The plan in a few lines."""
+    """A summary of the plan in a few lines."""
     lines = [f"{report.method} -> {report.folder}"]
     lines += [f"  {model}" for model in report.models]
     lines.append(
@@ -56,7 +56,7 @@ def summary(report: MergeReport) -> str:
 
 
 def time_floor(report: MergeReport, config: str, *, allow_pickle: bool = False) -> str:
-    """The least time of the merge: its bytes at the speed at which this machine reads and writes a sample of them."""
+    """A lower bound on the time of the merge, from the measured read and write speed of a sample."""
     reference = load_config(config).references[0]
     model = open_model(reference, allow_pickle=allow_pickle)
     try:
@@ -66,8 +66,8 @@ def time_floor(report: MergeReport, config: str, *, allow_pickle: bool = False) 
     write = _write_speed(Path(report.folder).absolute())
     seconds = report.read_bytes / read + report.written_bytes / write
     return (
-        f"at {read / 1e9:.2f} GB/s read and {write / 1e9:.2f} GB/s write (a sample, with what is cached) no merge can "
-        f"take less than {seconds:.1f} s"
+        f"at {read / 1e9:.2f} GB/s read and {write / 1e9:.2f} GB/s write (a sample, with caching), a merge "
+        f"takes at least {seconds:.1f} s"
     )
 
 

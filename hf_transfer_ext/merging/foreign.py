@@ -1,4 +1,4 @@
-"""The flags of mergekit's commands, which people paste: each is translated, has nothing to do, or is refused."""
+"""The flags of mergekit's commands, so that they can be pasted: each is translated, ignored, or refused."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from hf_transfer_ext.settings import ForeignFlag
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-_NO_CODE = "no code of a repository is run, and none is needed. Leave it out."
-_STREAMED = "tensors are streamed, so memory does not grow with the model anyway."
+_NO_CODE = "code from repositories is never run, and not needed. Remove the flag."
+_STREAMED = "tensors are always streamed, so memory does not grow with the model."
 
 
 def _shard_bytes(text: str) -> Mapping[str, Any]:
-    """mergekit counts parameters ("5B"); at two bytes each, as in bfloat16."""
+    """Convert mergekit's number of parameters ("5B") to bytes, at two bytes each, as in bfloat16."""
     unit = text[-1:].upper() if text[-1:].isalpha() else ""
     try:
         count = float(text.removesuffix(text[-1:]) if unit else text) * _UNITS[unit]
@@ -28,25 +28,25 @@ MERGEKIT_FLAGS = {
     "out-shard-size": ForeignFlag(_shard_bytes, takes_value=True),
     "num-threads": ForeignFlag(lambda text: {"threads": text}, takes_value=True),
     "copy-tokenizer": ForeignFlag(note="the tokenizer is always copied."),
-    "write-model-card": ForeignFlag(note="the card is always written."),
+    "write-model-card": ForeignFlag(note="the model card is always written."),
     "safe-serialization": ForeignFlag(note="the result is always safetensors."),
     "low-cpu-memory": ForeignFlag(note=_STREAMED),
-    "clone-tensors": ForeignFlag(note="every tensor is written by itself anyway."),
-    "async-write": ForeignFlag(note="files are written while others are read anyway."),
+    "clone-tensors": ForeignFlag(note="every tensor is always written separately."),
+    "async-write": ForeignFlag(note="files are always written while others are read."),
     "lazy-unpickle": ForeignFlag(note="tensors are always read lazily; pickles need --allow-pickle."),
     "lora-merge-cache": ForeignFlag(takes_value=True, note="adapters are applied while streaming; nothing is cached."),
     "verbose": ForeignFlag(note="the progress bar is on unless --quiet is given."),
     "allow-crimes": ForeignFlag(
         refused="models of different architectures are never merged, and those of one architecture need no flag. "
-        "Leave it out."
+        "Remove the flag."
     ),
     "trust-remote-code": ForeignFlag(refused=_NO_CODE),
-    "lora-merge-dtype": ForeignFlag(takes_value=True, refused="adapters are applied in float32. Leave it out."),
-    "random-seed": ForeignFlag(takes_value=True, refused="write `seed: N` into the configuration, which is recorded."),
+    "lora-merge-dtype": ForeignFlag(takes_value=True, refused="adapters are applied in float32. Remove the flag."),
+    "random-seed": ForeignFlag(takes_value=True, refused="set `seed: N` in the configuration, which is recorded."),
     "transformers-cache": ForeignFlag(takes_value=True, refused="set HF_HUB_CACHE to that folder instead."),
 }
 
-#: Flags of mergekit-yaml alone.
+#: Flags of mergekit-yaml only.
 MERGE_FLAGS = {
     **MERGEKIT_FLAGS,
     "cuda": ForeignFlag({"device": "cuda"}),
@@ -57,9 +57,9 @@ MERGE_FLAGS = {
     ),
 }
 
-_GATES = "gates are computed from the base model in its own dtype on the CPU. Leave it out."
+_GATES = "gates are computed from the base model in its dtype on the CPU. Remove the flag."
 
-#: Flags of mergekit-moe alone.
+#: Flags of mergekit-moe only.
 MOE_FLAGS = {
     **MERGEKIT_FLAGS,
     "i-understand-this-is-not-useful-without-training": ForeignFlag({"allow_same_experts": True}),

@@ -1,16 +1,16 @@
-"""What a merge method is: arithmetic on tensors, with a declaration of what the stream must give it.
+"""Define merge methods: arithmetic on tensors, with a declaration of what they need from the stream.
 
-A method is a pure function `method(base, models, **options) -> tensor` on tensors of one shape, in float32 at least.
-Its file shows the whole algorithm in torch; that is the reference, the form for GPUs and the form with gradients.
-The stream calls it with pieces of tensors, so it declares:
+A method is a pure function `method(base, models, **options) -> tensor` on tensors of equal shape, in at least float32.
+Its file contains the complete algorithm in torch: this is the reference implementation, and the one that is used on
+GPUs and for gradients. The stream calls it with pieces of tensors, so it declares:
 
 - `unit`: what a piece is. `"element"`: any run of elements; `"row"`: whole rows (last dimension); `"matrix"`: the
-  tensor as it is.
-- `statistics`: a function `(pieces, **options) -> dict` that reads the tensor once or more and returns what holds for
-  all of it (a threshold, a Gram matrix); it arrives in the method as keyword arguments. `pieces` can be iterated over
-  again and again, and gives `(base, models)` for one piece after the other.
-- `fast`: the same method in one compiled pass (`arithmetic.fast`), for tensors on the CPU that want no gradients.
-- `extra`: further tensors of each model that are read beside the weights, such as a Fisher diagonal.
+  whole tensor.
+- `statistics`: a function `(pieces, **options) -> dict` that reads the tensor one or more times and returns values for
+  all of it (a threshold, a Gram matrix), which are passed to the method as keyword arguments. `pieces` can be iterated
+  over repeatedly, and yields `(base, models)` for each piece.
+- `fast`: the same method in one compiled pass (`arithmetic.fast`), for tensors on the CPU that do not need gradients.
+- `extra`: additional tensors of each model that are read together with the weights, such as a Fisher diagonal.
 - a keyword argument `noise`: random numbers by position, so that a mask does not depend on the pieces.
 
 Coefficients (options annotated as `Coefficient` or `PerModelCoefficient`) may be 0-d tensors that require gradients.
@@ -30,27 +30,27 @@ from torch import Tensor
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 
-#: One number for all models, or one for each in the order of `models`. In YAML such an option belongs to a model.
+#: One number for all models, or one per model in the order of `models`. In YAML, such an option belongs to a model.
 PerModel: TypeAlias = float | Sequence[float]
 
-#: A number that the result is smooth in: it may be a tensor, and then it gets a gradient.
+#: A number that the result is differentiable in: if it is a tensor, it gets a gradient.
 Coefficient: TypeAlias = float | Float[Tensor, ""]
 
-#: One coefficient for all models, or one for each.
+#: One coefficient for all models, or one per model.
 PerModelCoefficient: TypeAlias = Coefficient | Sequence[Coefficient] | Float[Tensor, " models"]
 
-#: What a piece is: any run of elements, whole rows, or the tensor as it is.
+#: What a piece is: any run of elements, whole rows, or the whole tensor.
 Unit: TypeAlias = Literal["element", "row", "matrix"]
 
 BaseModel: TypeAlias = Literal["none", "member", "optional", "required"]
 
-#: Options that mergekit knows and that change nothing: masks take no memory here, and task arithmetic trims nothing.
+#: Options of mergekit that have no effect here: masks take no memory, and task arithmetic does not trim.
 WITHOUT_EFFECT = ("int8_mask", "task_arithmetic.density", "task_arithmetic.rescale")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The values that an option may take, bounds included unless said otherwise."""
+    """The range of an option, including its bounds unless `open_low` is set."""
 
     low: float = float("-inf")
     high: float = float("inf")
@@ -67,7 +67,7 @@ class Interval:
         return f"between {self.low:g}{' (excluded)' if self.open_low else ''} and {self.high:g}"
 
 
-#: An option's name means the same in all methods, so it has one range.
+#: An option has the same meaning in all methods, so it has one range.
 RANGES: dict[str, Interval] = {
     "density": Interval(0, 1),
     "gamma": Interval(0, 1),
@@ -85,12 +85,13 @@ RANGES: dict[str, Interval] = {
 
 @dataclass(frozen=True)
 class Extra:
-    """A further tensor of each model, read beside the weight of the same name.
+    """An additional tensor of each model, read together with the weight of the same name.
 
     Args:
-        shape: "weight": the shape of the weight, and read in the same pieces. "columns": a square matrix with a row
-            and a column for each column of the weight, read as a whole; only for `unit="matrix"`.
-        required: Every weight needs one. Otherwise the method gets None for weights of which no model has one.
+        shape: "weight": the shape of the weight, read in the same pieces. "columns": a square matrix with one row and
+            one column per column of the weight, read as a whole; only for `unit="matrix"`.
+        required: Whether every weight needs one. Otherwise the method gets None for weights for which no model has
+            one.
     """
 
     shape: Literal["weight", "columns"] = "weight"
@@ -98,11 +99,11 @@ class Extra:
 
 
 class Piece(NamedTuple):
-    """A piece of one tensor of all models.
+    """A piece of one tensor, for all models.
 
     Args:
-        start: Place of its first element in the flat tensor.
-        extra: name -> the extra tensors of the models, in their order; None where they are not there.
+        start: Index of its first element in the flattened tensor.
+        extra: name -> the extra tensors of the models, in their order; None if there are none.
     """
 
     start: int
@@ -113,7 +114,7 @@ class Piece(NamedTuple):
 
 @runtime_checkable
 class Pieces(Protocol):
-    """One tensor of all models, piece by piece; every iteration starts again. Pieces are overwritten by the next."""
+    """One tensor of all models in pieces. Every iteration restarts; the next piece overwrites the previous one."""
 
     @property
     def numel(self) -> int: ...
@@ -124,19 +125,19 @@ class Pieces(Protocol):
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]: ...
     def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
-        """Short runs (whole rows for `unit="row"`) from all over the tensor; all of a small tensor."""
+        """Short runs (whole rows for `unit="row"`) from across the tensor; all of a small tensor."""
         ...
 
 
 class PlacedPieces(Pieces, Protocol):
-    """Pieces that also say where they begin, and bring the extra tensors."""
+    """Pieces that also have their start index and the extra tensors."""
 
     def placed(self) -> Iterator[Piece]: ...
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The pieces of a tensor that is in memory: itself."""
+    """A tensor that is in memory, as its only piece."""
 
     base: Tensor | None
     models: list[Tensor]
@@ -162,10 +163,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a method, as its signature declares it.
+    """An option of a method, as declared by its signature.
 
     Args:
-        differentiable: The result has a gradient with respect to it.
+        differentiable: Whether the result has a gradient with respect to it.
     """
 
     name: str
@@ -177,13 +178,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Promises:
-    """Identities that hold for a method beside its definition; `testing.check_merge_method` tests them.
+    """Identities that a method satisfies in addition to its definition; tested by `testing.check_merge_method`.
 
     Args:
-        alone: Options with which a single model comes back unchanged; None where there are none.
-        equal: Options with which models that are all equal give that model; None where there are none. Methods that
-            require a base always give it back for models equal to it.
-        any_order: Permuting the models, with their options, does not change the result beyond rounding.
+        alone: Options with which merging a single model returns it unchanged; None if there are none.
+        equal: Options with which merging equal models returns that model; None if there are none. Methods that require
+            a base always return it if all models equal it.
+        any_order: Permuting the models, with their options, only changes the result by rounding.
     """
 
     alone: Mapping[str, Any] | None = None
@@ -191,23 +192,22 @@ class Promises:
     any_order: bool = True
 
     def give_back_equal(self, options: Mapping[str, Any]) -> bool:
-        """Whether models that are all equal give that model, with these options."""
+        """Whether merging equal models returns that model, with these options."""
         return self.equal is not None and all(options.get(name) == value for name, value in self.equal.items())
 
 
 class MergeMethod:
-    """A merge method: callable like the function it wraps, with what the stream must know about it.
+    """A merge method: callable like the function it wraps, with its declaration for the stream.
 
     Args:
-        base: "required": changes against a base model; "optional": with or without one; "none": a base model only
-            lends its configuration; "member": a base model is one more of the models.
-        count: Smallest and largest number of models beside the base.
-        unit, statistics, fast, extra: See the top of this file.
-        check: Called with the options before any work; raises `ValueError` where they contradict each other.
-        change_factors: Where the result is theta_0 + sum_i c_i t_i: a function from the options to the factors c_i,
-            or to None for options that make it something else. Such a method can merge low-rank changes by their
-            factors.
-        promises: Identities that the method keeps.
+        base: "required": merges changes relative to a base model; "optional": with or without one; "none": a base
+            model only provides its configuration; "member": a base model is treated as another model.
+        count: Minimum and maximum number of models, without the base.
+        unit, statistics, fast, extra: See the module docstring.
+        check: Called with the options before any work; raises `ValueError` if they contradict each other.
+        change_factors: If the result is theta_0 + sum_i c_i t_i: a function from the options to the factors c_i, or to
+            None for options with which it is not. Such a method can merge low-rank changes by their factors.
+        promises: Identities that the method satisfies.
     """
 
     def __init__(
@@ -232,17 +232,17 @@ class MergeMethod:
         parameters = inspect.signature(function).parameters
         self._check_declaration(parameters)
         self.takes_noise = "noise" in parameters
-        given = getattr(statistics, "gives", ())
+        provided = getattr(statistics, "gives", ())
         #: YAML name -> option
         self.options: dict[str, Option] = {
             _yaml_name(name): _option(name, parameter)
             for name, parameter in parameters.items()
-            if name not in ("base", "models", "noise", *given, *self.extra)
+            if name not in ("base", "models", "noise", *provided, *self.extra)
         }
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Values of the options that have one of their own."""
+        """Default values of the options that have one."""
         return {option.name: option.default for option in self.options.values() if not option.required}
 
     def __call__(self, base: Tensor | None, models: Sequence[Tensor], **options: Any) -> Tensor:
@@ -265,7 +265,7 @@ class MergeMethod:
         return merged.reshape(shape)
 
     def over(self, pieces: PlacedPieces, *, noise: Noise = Noise(), **options: Any) -> Iterator[tuple[int, Tensor]]:  # noqa: B008
-        """The merged pieces of one tensor, one after the other, each with the place of its first element."""
+        """Yield the merged pieces of one tensor in order, each with the index of its first element."""
         options = {**self.defaults, **options}
         if self.statistics is not None:
             options |= self.statistics(pieces, **options)
@@ -275,7 +275,7 @@ class MergeMethod:
             yield start, self._merged(base, models, {**options, **extra})
 
     def _merged(self, base: Tensor | None, models: Sequence[Tensor], options: dict[str, Any]) -> Tensor:
-        """One piece: by the fast form where there is one that takes these tensors, else by the method itself."""
+        """One merged piece, from the fast form if there is one for these tensors, else from the method itself."""
         if (
             self.fast is not None
             and kernels.can_take(base, *models)
@@ -290,15 +290,15 @@ class MergeMethod:
         return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1) if self.unit == "row" else tensor
 
     def _extra_of(self, options: dict[str, Any], count: int) -> dict[str, list[Tensor] | None]:
-        """Take the extra tensors out of the keyword arguments of a call."""
+        """Remove the extra tensors from the keyword arguments of a call and return them."""
         found: dict[str, list[Tensor] | None] = {}
         for name, declared in self.extra.items():
-            given = options.pop(name, None)
-            if given is None and declared.required:
+            tensors = options.pop(name, None)
+            if tensors is None and declared.required:
                 raise TypeError(f"`{self.__name__}` needs `{name}`: one tensor for each model.")
-            if given is not None and len(given) != count:
-                raise ValueError(f"`{name}` needs one tensor for each model: got {len(given)} for {count} models.")
-            found[name] = given if given is None else list(given)
+            if tensors is not None and len(tensors) != count:
+                raise ValueError(f"`{name}` needs one tensor for each model: got {len(tensors)} for {count} models.")
+            found[name] = tensors if tensors is None else list(tensors)
         return found
 
     def _check_gradients(self, options: Mapping[str, Any]) -> None:
@@ -307,8 +307,8 @@ class MergeMethod:
         for name in plain & options.keys():
             if _wants_gradient(options[name]):
                 raise TypeError(
-                    f"Option {name!r} of `{self.__name__}` has no gradient: the result changes in steps with it. Give "
-                    f"a number. Options that may require gradients: {', '.join(sorted(smooth)) or 'none'}."
+                    f"Option {name!r} of `{self.__name__}` has no gradient: the result is not differentiable in it. "
+                    f"Pass a number. Options that may require gradients: {', '.join(sorted(smooth)) or 'none'}."
                 )
 
     def _check_declaration(self, parameters: Mapping[str, inspect.Parameter]) -> None:
@@ -320,7 +320,7 @@ class MergeMethod:
                 raise TypeError(f"Option {other!r} of `{name}` must be keyword-only: put a `*` after `models`.")
         missing = [one for one in (*getattr(self.statistics, "gives", ()), *self.extra) if one not in parameters]
         if missing:
-            raise TypeError(f"`{name}` declares {missing[0]!r}, but has no keyword argument of that name.")
+            raise TypeError(f"`{name}` declares {missing[0]!r}, but has no keyword argument with that name.")
         if self.unit != "matrix" and any(extra.shape == "columns" for extra in self.extra.values()):
             raise TypeError(f'`{name}` reads square extra tensors as a whole, so it needs `unit="matrix"`.')
 
@@ -331,7 +331,7 @@ def merge_method(**declared: Any) -> Callable[[Callable[..., Tensor]], MergeMeth
 
 
 def check_is_merge_method(function: object) -> None:
-    """What the registry of merge methods accepts.
+    """Check that the registry of merge methods can accept a function.
 
     Raises:
         ValueError: It is not a `MergeMethod`.
@@ -340,7 +340,7 @@ def check_is_merge_method(function: object) -> None:
         name = getattr(function, "__name__", repr(function))
         raise ValueError(
             f"{name!r} is not a merge method: put `@merge_method(...)` between `@MERGE_METHODS.register` and the "
-            "function, which says what it needs to be given (hf_transfer_ext.merging.method)."
+            "function, to declare what it needs (see hf_transfer_ext.merging.method)."
         )
 
 
@@ -355,15 +355,15 @@ def gives(*names: str) -> Callable[[Callable[..., dict[str, Any]]], Any]:
 
 
 def in_float(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """As float32 if it has fewer bits; the tensor itself otherwise."""
+    """Convert to float32 if the tensor has fewer bits; otherwise return it unchanged."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def for_each(value: PerModelCoefficient, models: Sequence[Any] | int) -> list[Any]:
-    """One value for each model, or for each of that many: tensors as they are, numbers as floats.
+    """One value per model (given as a list or a count): tensors unchanged, numbers as floats.
 
     Raises:
-        ValueError: The number of values is not that of the models.
+        ValueError: The number of values is not the number of models.
     """
     count = models if isinstance(models, int) else len(models)
     if isinstance(value, Tensor) and value.dim() == 1:
@@ -371,7 +371,7 @@ def for_each(value: PerModelCoefficient, models: Sequence[Any] | int) -> list[An
     if not isinstance(value, Sequence):
         return [value if isinstance(value, Tensor) else float(value)] * count
     if len(value) != count:
-        raise ValueError(f"One value for each model is needed: got {len(value)} values for {count} models.")
+        raise ValueError(f"One value per model is needed: got {len(value)} values for {count} models.")
     return [one if isinstance(one, Tensor) else float(one) for one in value]
 
 
@@ -382,7 +382,7 @@ def _wants_gradient(value: Any) -> bool:
 
 
 def _yaml_name(name: str) -> str:
-    """`lambda_` is called `lambda` in YAML; Python reserves that word."""
+    """`lambda_` is called `lambda` in YAML, which is a reserved word in Python."""
     return name.rstrip("_")
 
 

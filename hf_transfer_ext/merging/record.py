@@ -1,4 +1,4 @@
-"""The record of a merge or a mixture: the models by content, the configuration, what an adapter leaves out."""
+"""The record of a merge or a mixture of experts: hashes of the models, the configuration, losses of an adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def inputs_of(references: Iterable[ModelReference], base: ModelReference | None) -> list[Wanted]:
-    """The folders and repositories behind references, each once; `base+lora` is its adapter, and the base too."""
+    """The folders and repositories behind references, without duplicates; `base+lora` gives both adapter and base."""
     wanted: dict[tuple[str, str | None], str] = {}
     for one in references:
         role = "base" if one == base else "model"
@@ -39,13 +39,13 @@ def finish_merge(
     script: str,
     adapter: ExtractionReport | None = None,
 ) -> None:
-    """Put card and record into the folder of a result.
+    """Write model card and record into the folder of a result.
 
     Args:
         command: "merge" or "moe".
-        text: The configuration in YAML, without local folders.
-        script: File of the code that made it.
-        adapter: What the adapter leaves out, where the result is one.
+        text: The configuration as YAML, without local paths.
+        script: Source file of the code that created the result.
+        adapter: The report of the adapter, if the result is one.
     """
     config: dict[str, Any] = parse_yaml(text, "the configuration of the merge")
     record = RunRecord("merging", f"hf-transfer-ext {command}", config, seed=seed, recipe_sha256=sha256_of(script))
@@ -53,5 +53,5 @@ def finish_merge(
     inputs.put_into(record)
     if adapter is not None:
         record.metrics.append(adapter.measurement())
-    record.not_measured.insert(0, "The result: a merge alone measures nothing.")
+    record.not_measured.insert(0, "The result: a merge does not evaluate it.")
     finish_run(folder, record, quiet=True)

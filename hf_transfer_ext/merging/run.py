@@ -1,4 +1,4 @@
-"""A merge from its configuration to a model folder that is written atomically."""
+"""Run a merge, from its configuration to a model folder that is written atomically."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from hf_transfer_ext.weights.resume import resumable_folder, work_of
 
 logger = logging.getLogger(__name__)
 
-#: Puts card and record into the folder of a result before it is published.
+#: Adds model card and record to the folder of a result before it is published.
 Complete = Callable[..., None]
 
-#: Threads that keep a GPU busy while others read and write; each takes memory on it.
+#: Number of threads that keeps a GPU busy while others read and write; each needs GPU memory.
 GPU_THREADS = 4
 
 
@@ -56,15 +56,15 @@ class MergeReport:
     Args:
         folder: The output folder.
         method: Name of the merge method.
-        models: The models, the base first.
+        models: The models, starting with the base.
         tensors: Number of tensors of the result.
-        parameters: Number of its parameters.
+        parameters: Number of parameters of the result.
         read_bytes: Bytes of all input tensors, each counted once.
         written_bytes: Bytes of the result's tensors.
         resumed_tensors: Tensors that an earlier run had finished before it was killed.
         seconds: Wall time; 0 for a dry run.
-        adapter: What the adapter represents and what it leaves out, if the result is one.
-        notes: Tensors that were copied or left out, and filters that match nothing; one sentence each.
+        adapter: What the adapter represents and what it loses, if the result is an adapter.
+        notes: One sentence for each group of copied or omitted tensors, and for each filter that matches nothing.
     """
 
     folder: str
@@ -97,32 +97,33 @@ def merge(
 ) -> MergeReport:
     """Merge the models of a configuration into `out_dir`.
 
-    Under `accelerate launch` or `torchrun` all processes call this, and the tensors are split across them. The result
-    has the bytes of a single process, an error of one is raised in all, and the first one publishes the folder.
+    Under `accelerate launch` or `torchrun`, all processes call this function, and the tensors are split across them.
+    The result is byte-for-byte that of a single process, an error in one process is raised in all, and the first one
+    publishes the folder.
 
-    A run that was killed leaves a hidden folder beside `out_dir`; the same merge started again resumes from there, and
-    ends with the same bytes.
+    A run that is killed leaves a hidden folder next to `out_dir`; running the same merge again resumes from there, and
+    gives the same bytes.
 
     Args:
         config: A mapping in the grammar of `planning.config`, or the path of a YAML file.
-        overwrite: Replace a model that is in `out_dir` already.
+        overwrite: Replace a model that already is in `out_dir`.
         threads: Number of tensors that are merged at the same time; all cores if None, and at most four on a GPU.
         device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one. Results of a GPU agree with those of
             the CPU to the rounding of float32. A LoRA is calculated on the CPU.
-        lora_rank: Write a LoRA adapter of this rank on the base model instead of a model; wins over `output.lora`.
+        lora_rank: Write a LoRA adapter of this rank on the base model instead of a model; overrides `output.lora`.
         dry_run: Validate everything except free disk space; write nothing.
-        max_shard_bytes: Largest size of a file of the result.
-        allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
+        max_shard_bytes: Maximum size of each file of the result.
+        allow_pickle: Also accept `pytorch_model.bin`, loaded with `weights_only=True`.
         allow_nonfinite: Accept NaN and infinity in the inputs.
         progress: Show a bar with bytes per second and the time left.
-        alone: Work as one process although a launcher started several, since only one of them calls this.
+        alone: Run as a single process even if a launcher started several, for when only one of them calls this.
 
     Returns:
-        What was done.
+        A report of the merge.
 
     Raises:
-        ValueError: The configuration or the models do not allow the merge; nothing has been written.
-        FileExistsError: `out_dir` holds a model, or another merge into it is running.
+        ValueError: The configuration or the models do not allow the merge; nothing was written.
+        FileExistsError: `out_dir` contains a model, or another merge is writing to it.
         OSError: A file cannot be read or written, or the disk is full.
     """
     began = time.perf_counter()
@@ -175,7 +176,7 @@ def merge(
 
 @dataclass(frozen=True)
 class _Settings:
-    """How a merge is carried out; its arguments beside the configuration."""
+    """The arguments of a merge other than its configuration."""
 
     target: Path
     overwrite: bool
@@ -191,7 +192,7 @@ class _Settings:
 
     @property
     def workers(self) -> int:
-        """Threads of this process: by default all cores, split across the processes of the machine."""
+        """Number of threads of this process: by default all cores, split across the processes of the machine."""
         if self.threads is not None:
             return self.threads
         return GPU_THREADS if self.device.type == "cuda" else max(1, (os.cpu_count() or 1) // local_ranks()[1])
@@ -199,14 +200,14 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What will be written: the tensors, and what goes with them.
+    """What will be written: the tensors and the files that accompany them.
 
     Args:
-        text: The configuration, as it goes into the result.
-        lora_rank: Rank of the adapter that the result becomes; None for a whole model.
-        chat_template: Of the result; None leaves that of the donor.
-        extra: The opened files of extra tensors.
-        notes: What is not merged as the configuration may lead one to expect.
+        text: The configuration as written to the result.
+        lora_rank: Rank of the adapter if the result is one; None for a full model.
+        chat_template: Chat template of the result; None for that of the donor.
+        extra: The open files of extra tensors.
+        notes: What is not merged as one might expect from the configuration.
     """
 
     config: MergeConfig
@@ -221,12 +222,12 @@ class _Plan:
 
     @property
     def donor(self) -> InputModel:
-        """The base model, or the first one: its config and tokenizer go with the result."""
+        """The base model, or else the first model: its config and tokenizer are copied to the result."""
         return self.models[self.config.references[0]]
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """Everything that tensors are read from."""
+        """All checkpoints that tensors are read from."""
         return [one for model in self.models.values() for one in model.opened] + list(self.extra.checkpoints.values())
 
     def report(self, target: Path) -> MergeReport:
@@ -243,7 +244,7 @@ class _Plan:
         )
 
     def content(self, settings: _Settings) -> dict[str, Any]:
-        """Everything that the bytes of the result depend on, beside the input files."""
+        """Everything that the bytes of the result depend on, except the input files."""
         return {
             "config": repr(self.config),
             "layout": [(job.name, job.shape, str(job.dtype)) for job in self.jobs],
@@ -257,7 +258,7 @@ class _Plan:
 def _plan(
     config: Mapping[str, Any] | str | Path, lora_rank: int | None, allow_pickle: bool, inputs: ExitStack
 ) -> _Plan:
-    """Check the configuration, open the models (until `inputs` is left) and list the tensors of the result."""
+    """Check the configuration, open the models (until `inputs` is closed) and list the tensors of the result."""
     parsed = load_config(config)
     rank = parsed.lora_rank if lora_rank is None else lora_rank
     if rank is not None and rank < 1:
@@ -284,7 +285,7 @@ def _plan(
 
 
 def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Complete) -> dict[str, Any]:
-    """Write the result as a model folder; returns what the report says about it."""
+    """Write the result as a model folder; returns fields for the report."""
     work = work_of(plan.content(settings), plan.checkpoints)
     with resumable_folder(settings.target, work, ranks, overwrite=settings.overwrite) as folder:
         own_bytes = sum(job.input_bytes for job in ranks.share_of(plan.jobs))
@@ -308,7 +309,7 @@ def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Compl
 
 
 def _write_files(plan: _Plan, folder: Path) -> None:
-    """Write what goes with the tensors: config, tokenizer, and the configuration of the merge."""
+    """Write the files that accompany the tensors: config, tokenizer, and the configuration of the merge."""
     config = output_config(plan.config, plan.models, plan.donor)
     if plan.vocabulary is not None:
         set_vocabulary_size(config, plan.vocabulary.size)
@@ -322,7 +323,7 @@ def _write_files(plan: _Plan, folder: Path) -> None:
 
 
 def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Complete) -> dict[str, Any]:
-    """Write the result as a LoRA on the base model, by the first rank; returns what the report says about it."""
+    """Write the result as a LoRA on the base model, on the first rank; returns fields for the report."""
     adapter: ExtractionReport | None = None
     with ranks.together():
         if ranks.is_first and plan.lora_rank is not None:
@@ -348,7 +349,7 @@ def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Com
 
 
 def _own_device(device: str | torch.device, ranks: Ranks) -> torch.device:
-    """The device of this process: those of one machine take its GPUs in turn, unless one is named."""
+    """The device of this process: processes on a machine are assigned its GPUs in turn, unless one is specified."""
     found = resolve_device(device)
     if found.type == "cuda" and ranks.count > 1 and torch.device(device if device != "auto" else "cuda").index is None:
         return torch.device("cuda", local_ranks()[0] % torch.cuda.device_count())

@@ -85,7 +85,7 @@ def test_a_result_that_overflows_is_named(tmp_path, caplog, dtype, value, weight
 def test_a_copy_of_what_is_not_finite_is_named(tmp_path, caplog, value):
     model, _ = models_of(tmp_path, torch.bfloat16, value)
     config = {"merge_method": "passthrough", "models": [{"model": model}]}
-    with pytest.raises(ValueError, match=rf"{NAME}.*The input holds it"):
+    with pytest.raises(ValueError, match=rf"{NAME}.*The input contains it"):
         merge(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merge(config, tmp_path / "out", allow_nonfinite=True)

@@ -276,7 +276,7 @@ VALID = {
     [
         ({"gate_mod": "random"}, "Did you mean 'gate_mode'"),
         ({"gate_mode": "hiden"}, "Did you mean 'hidden'"),
-        ({"base_model": None}, "`base_model` has to name a model"),
+        ({"base_model": None}, "`base_model` must name a model"),
         ({"experts": []}, "at least one expert"),
         ({"experts": [{"source": "x"}]}, "Did you mean 'source_model'"),
         ({"experts": [{"source_model": "x"}]}, r"experts\[0\]` has no `positive_prompts`|from 1 to 1"),

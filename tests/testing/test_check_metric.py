@@ -75,7 +75,7 @@ def swallows(example):
         (of_the_answer, "is not a `Metric`"),
         (declared(of_the_answer, source="Says nothing."), "has no `Source:`"),
         (declared(undeclared_column), "leaves out examples .* KeyError"),
-        (declared(undeclared_need), "leaves out examples .*has to declare the need"),
+        (declared(undeclared_need), "leaves out examples .*must declare the need"),
         (declared(not_finite), "leaves out examples .*not finite"),
         (declared(a_list), "a metric returns a number"),
         (declared(no_weight), "a weight is > 0"),
@@ -98,7 +98,7 @@ def test_what_the_engine_cannot_give_is_refused_with_what_it_can():
         metric(unit="share", higher_is_better=True, texts=("title",))(lambda example: 1.0)
     with pytest.raises(ValueError, match="declare its unit"):
         metric(unit=" ", higher_is_better=True)(lambda example: 1.0)
-    with pytest.raises(ValueError, match="declare `needs`"):
+    with pytest.raises(ValueError, match="declares no `needs`"):
         metric(unit="share", higher_is_better=True, needs=())(lambda example: 1.0)
 
 
@@ -108,11 +108,11 @@ def plain(example):
 
 def test_a_registry_refuses_at_the_door_what_could_not_be_used():
     for registry, thing, message in (
-        (METRICS, plain, "declared with `@metric"),
+        (METRICS, plain, "Declare a metric with `@metric"),
         (COMPARISONS, plain, "returns a `Measurement` or a list of them"),
-        (ATTACKS, plain, "declared with `@attack"),
-        (MEMBERSHIP_ATTACKS, plain, r"called with \(subject, rows, references\); plain takes \(example\)"),
-        (SUITES, plain, "declared with `@suite"),
+        (ATTACKS, plain, "Declare an attack with `@attack"),
+        (MEMBERSHIP_ATTACKS, plain, r"must take \(subject, rows, references\), but plain takes \(example\)"),
+        (SUITES, plain, "Declare a suite with `@suite"),
         (SUITES, Suite(plain, load=plain), "needs the argument 'model'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -75,7 +75,7 @@ def test_bad_input_is_told_by_both(tmp_path):
     config = config_of("linear", base, [*tuned[:2], write_model(tmp_path / "bad", tensors)])
 
     def refused(rank):
-        with pytest.raises(ValueError, match=r"up_proj.*holds NaN or infinity, first at element 35"):
+        with pytest.raises(ValueError, match=r"up_proj.*contains NaN or infinity, first at element 35"):
             merge(config, tmp_path / "out")
         with pytest.raises(ValueError, match="Did you mean 'merge_method'"):
             merge({**config, "merge_metod": "linear"}, tmp_path / "out")

@@ -1,1 +1,1 @@
-"""The arithmetic that merge methods are written in, and its compiled form."""
+"""Building blocks of the merge methods, and their compiled versions."""

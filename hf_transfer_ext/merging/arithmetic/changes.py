@@ -1,4 +1,4 @@
-"""Arithmetic that the methods on changes share: subtract the base, sum with weights, elect a sign."""
+"""Shared arithmetic for methods on changes (task vectors): subtract the base, weighted sums, sign election."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Weights = Float[Tensor, "*shape"]
 
 
 def changes_of(base: Weights, models: Sequence[Weights]) -> list[Weights]:
-    """t_i = theta_i - theta_0, in float32 at least."""
+    """t_i = theta_i - theta_0, in at least float32."""
     base = in_float(base)
     return [in_float(model) - base for model in models]
 
@@ -31,10 +31,10 @@ def sum_of(tensors: Iterable[Weights]) -> Weights:
 
 
 def weighted_sum(tensors: Sequence[Weights], weights: Sequence[Any] | Float[Tensor, " models"]) -> Weights:
-    """sum_i w_i x_i; in one compiled pass where nothing wants a gradient.
+    """sum_i w_i x_i; in one compiled pass if no gradient is needed.
 
     Args:
-        weights: Numbers or tensors of one element; those in float64 are rounded to the dtype of the x_i.
+        weights: Numbers or one-element tensors; float64 tensors are rounded to the dtype of the x_i.
     """
     factors = list(weights)
     if kernels.can_take(*tensors) and not any(isinstance(one, Tensor) and one.requires_grad for one in factors):
@@ -43,35 +43,35 @@ def weighted_sum(tensors: Sequence[Weights], weights: Sequence[Any] | Float[Tens
 
 
 def elect_sign(votes: Sequence[Weights]) -> Weights:
-    """The sign of sum_i v_i, element by element: +1, also where the sum is 0, or -1 (TIES, "elect")."""
-    total = sum_of(votes).detach() + 0.0  # which makes 0 of -0
+    """The sign of sum_i v_i, element by element: +1 (also for a sum of 0) or -1 (TIES, "elect")."""
+    total = sum_of(votes).detach() + 0.0  # turns -0 into 0
     return torch.ones_like(total).copysign(total)
 
 
 def one_for_zero(divisor: Weights) -> Weights:
-    """The divisor, with 1 in the place of 0."""
+    """The divisor, with 0 replaced by 1."""
     return divisor + (divisor == 0)
 
 
 def check_weights(*, weight: PerModelCoefficient, normalize: bool = False, **others: object) -> None:
-    """Refuse weights that sum to 0 where the result is divided by that sum; all 0 leaves the base as it is."""
+    """Refuse weights that sum to 0 if the result is divided by their sum; if all are 0, the base stays unchanged."""
     if any(_numbers(weight)):
         check_mean_weights(weight=weight, normalize=normalize)
 
 
 def check_multislerp(*, weight: PerModelCoefficient, normalize_weights: bool = True, **others: object) -> None:
-    """As `check_mean_weights`, for the option's name in `multislerp`."""
+    """Like `check_mean_weights`, with the option name of `multislerp`."""
     check_mean_weights(weight=weight, normalize=normalize_weights)
 
 
 def check_mean_weights(*, weight: PerModelCoefficient, normalize: bool = True, **others: object) -> None:
-    """As `check_weights`, for means of models, where weights that are all 0 have no meaning either."""
+    """Like `check_weights`, for means of models, where weights that are all 0 are also invalid."""
     weights = _numbers(weight)
     if normalize and abs(sum(weights)) < 1e-8:
-        raise ValueError(f"`normalize` divides by the sum of the weights, but {weights} sum to 0. Change a weight.")
+        raise ValueError(f"`normalize` divides by the sum of the weights, but {weights} sum to 0. Change the weights.")
 
 
 def _numbers(weight: PerModelCoefficient) -> list[float]:
-    """The weights as numbers. One weight for all models counts once: their number is not known here."""
+    """The weights as numbers. A single weight for all models counts once, since their number is unknown here."""
     count = 1 if isinstance(weight, (int, float)) or (isinstance(weight, Tensor) and not weight.dim()) else len(weight)
     return [float(one.detach() if isinstance(one, Tensor) else one) for one in for_each(weight, count)]

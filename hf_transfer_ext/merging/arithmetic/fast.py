@@ -1,8 +1,8 @@
-"""Methods in one compiled pass over memory: the fast forms that the methods' files declare.
+"""Merge methods in one compiled pass over memory: the fast forms that the method files declare.
 
-Each gives what the torch of its method gives, to the rounding of float32, for tensors on the CPU in float32 or
-bfloat16 of which nothing wants a gradient; `MergeMethod` checks that before it calls one. The arguments are those of
-the method. None says that the torch of the method must do it after all.
+Each returns the same as the torch implementation of its method, up to float32 rounding, for tensors on the CPU in
+float32 or bfloat16 without gradients; `MergeMethod` checks this before it calls one. The arguments are those of the
+method. If it returns None, the torch implementation must be used.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _sum_of_agreeing(
 
 
 def _strength(weights: Sequence[float], normalize: bool, lambda_: float) -> float:
-    """lambda, divided by the sum of the weights with `normalize`; 0 where all of them are 0."""
+    """lambda, divided by the sum of the weights with `normalize`; 0 if all of them are 0."""
     if not normalize:
         return float(lambda_)
     total = sum(weights)

@@ -1,9 +1,8 @@
-"""Methods that move on a sphere: all of them end in a linear combination whose factors follow from scalar products.
+"""Spherical methods: each is a linear combination whose factors follow from scalar products.
 
-So one pass gives the Gram matrix of a tensor's models, arithmetic on that small matrix gives the factors, and a second
-pass combines. Scalar products are summed in float64, those of long vectors from blocks
-in float32: the angle between two fine-tunes of one base is small, and its cosine needs more digits than a sum in
-float32 leaves.
+One pass computes the Gram matrix of a tensor over the models, arithmetic on that small matrix gives the factors, and a
+second pass combines. Scalar products are summed in float64, for long vectors over float32 blocks: the angle between
+two fine-tunes of the same base is small, and its cosine needs more digits than a float32 sum provides.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ BLOCK = 1024
 
 @gives("gram")
 def gram_of_models(pieces: Pieces, **options: Any) -> dict[str, Any]:
-    """G_ij = <theta_i, theta_j>; of the changes from the base where there is one."""
+    """G_ij = <theta_i, theta_j>; of the changes from the base if there is one."""
     return {"gram": _gram(pieces, with_base=False)}
 
 
 @gives("gram")
 def gram_with_base(pieces: Pieces, **options: Any) -> dict[str, Any]:
-    """G_ij = <theta_i, theta_j> with the base as number 0."""
+    """G_ij = <theta_i, theta_j>, with the base at index 0."""
     return {"gram": _gram(pieces, with_base=True)}
 
 
@@ -50,7 +49,7 @@ def _gram(pieces: Pieces, *, with_base: bool) -> Gram:
 def _products(vectors: Sequence[Tensor]) -> Gram:
     rows = torch.stack([in_float(vector).reshape(-1) for vector in vectors])
     length = rows.shape[1]
-    # A block's error is that of float32, but many blocks err in both directions; short vectors have too few.
+    # A block has float32 error, but errors of many blocks cancel; short vectors have too few blocks for this.
     whole = length - length % BLOCK if length >= 64 * BLOCK else 0
     blocks = rows[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1)
     rest = rows[:, whole:].double()
@@ -63,25 +62,25 @@ def norm_of(factors: Float[Tensor, " models"], gram: Gram) -> Scalar:
 
 
 def unit_gram(gram: Gram) -> tuple[Float[Tensor, " models"], Gram]:
-    """Norms of the vectors, and the Gram matrix of the vectors divided by them; 0 stays 0."""
+    """Norms of the vectors, and the Gram matrix of the normalized vectors; 0 stays 0."""
     norms = root(gram.diagonal())
     safe = one_in_place_of_0(norms)
     return norms, gram / safe / safe[:, None]
 
 
 def root(squares: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Square roots, of what rounding made negative too; the gradient at 0 is 0, where that of a norm is undefined."""
+    """Square roots; values that rounding made negative count as 0. The gradient at 0 is 0 (undefined for a norm)."""
     positive = squares > 0
     return torch.where(positive, squares, torch.ones_like(squares)).sqrt() * positive
 
 
 def one_in_place_of_0(norms: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Norms to divide by: a vector without a direction stays as it is."""
+    """Norms to divide by: 1 for a vector of 0, which then stays unchanged."""
     return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
 def cosines_of(gram: Float[Tensor, "*rows models models"]) -> Float[Tensor, "*rows models models"]:
-    """Cosines between vectors; 0 for vectors without a direction."""
+    """Cosines between vectors; 0 for vectors of 0."""
     norms = root(gram.diagonal(dim1=-2, dim2=-1))
     products = norms[..., :, None] * norms[..., None, :]
     return torch.where(products > 0, gram / products.clamp(min=1e-300), torch.zeros_like(gram)).clamp(-1, 1)
@@ -91,16 +90,16 @@ def cosines_of(gram: Float[Tensor, "*rows models models"]) -> Float[Tensor, "*ro
 def cosine_sums(
     pieces: Pieces, *, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """<x_1, x_1>, <x_1, x_2> and <x_2, x_2> of two models (or changes): of the tensor, or of each column."""
+    """<x_1, x_1>, <x_1, x_2> and <x_2, x_2> of two models (or changes), for the tensor or for each column."""
     if not nuslerp_flatten and not nuslerp_row_wise:
-        return {"products": torch.ones(3, 1, dtype=torch.float64)}  # pieces have whole rows, which find their own
+        return {"products": torch.ones(3, 1, dtype=torch.float64)}  # unused: pieces have whole rows, with their own
     total, rows = torch.zeros(3, 1, dtype=torch.float64), 0
     for base, models in pieces:
         vectors = models if base is None else changes_of(base, models)
         one, two = (vector.reshape(-1, vector.shape[-1]).double() for vector in vectors)
         total = total + torch.stack([(one * one).sum(0), (one * two).sum(0), (two * two).sum(0)]).cpu()
         rows += len(one)
-    # A tensor of one dimension is one vector in every reading of the options.
+    # A one-dimensional tensor is a single vector under every combination of options.
     return {"products": total if rows > 1 and not nuslerp_flatten else total.sum(1, keepdim=True)}
 
 
@@ -112,7 +111,7 @@ def slerp_factors(
     *,
     parallel: float = 1.0,
 ) -> tuple[Float[Tensor, "*vectors"], Float[Tensor, "*vectors"]]:
-    r"""Factors of two vectors for the point at t on the arc between them.
+    r"""Factors of two vectors for the point at position t on the arc between them.
 
     .. math::
         \frac{\sin((1 - t) \Omega)}{\sin \Omega}, \quad \frac{\sin(t \Omega)}{\sin \Omega}, \quad
@@ -120,7 +119,7 @@ def slerp_factors(
 
     Args:
         first, both, second: <x_1, x_1>, <x_1, x_2> and <x_2, x_2>.
-        parallel: From this |cos Omega| on, the factors are those of a straight line: 1 - t and t.
+        parallel: For |cos Omega| above this, the factors are those of a straight line: 1 - t and t.
 
     Returns:
         The factors, in float64.
@@ -129,7 +128,7 @@ def slerp_factors(
     line = (cosine.abs() > parallel) | (1 - cosine * cosine < 1e-16)
     angle = torch.where(
         line, torch.zeros_like(cosine), cosine
-    ).arccos()  # of a right angle, whose factors are not used
+    ).arccos()  # a right angle for parallel vectors, where these factors are not used
     start = torch.where(line, 1 - t, ((1 - t) * angle).sin() / angle.sin())
     end = torch.where(line, t, (t * angle).sin() / angle.sin())
     return start, end

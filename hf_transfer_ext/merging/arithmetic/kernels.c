@@ -1,15 +1,15 @@
 /* The arithmetic of merging in one pass over memory, for tensors on the CPU in float32 or bfloat16.
  *
- * Each function does what a few functions in Python define with torch (kernels.py names them), block by block, so that
- * intermediate results stay in the first cache. Sums are taken in the order of the models, and products are fused with
- * them only where it says so (-ffp-contract=off), so the result is the same on every machine. Everything is calculated
- * in float32.
+ * Each function does the same as a few torch functions (named in kernels.py), block by block, so that intermediate
+ * results stay in the L1 cache. Sums are computed in the order of the models, and multiply-adds are fused only where
+ * written explicitly (-ffp-contract=off), so the result is the same on every machine. Everything is computed in
+ * float32.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-/* With gcc and glibc each function is compiled for three generations of x86, and the machine chooses. */
+/* With gcc and glibc, each function is compiled for three generations of x86 and selected at run time. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -26,7 +26,7 @@
 #error "the flags in `collect` are read as little-endian words; without the kernels torch does their work"
 #endif
 
-/* Increased here and in kernels.py with every change of the functions' arguments. */
+/* Increase this here and in kernels.py whenever the arguments of a function change. */
 #define VERSION 2
 #define BLOCK 512
 #define MAX_MODELS 32
@@ -40,7 +40,7 @@ typedef struct {
     int64_t is_bfloat16;
 } Tensor;
 
-/* What is kept of a change, see `kernels.Kept`: random where limit < 2**32 - 1. */
+/* Which elements of a change are kept, see `kernels.Kept`: random if limit < 2**32 - 1. */
 typedef struct {
     float low, high, scale;
     uint32_t limit, key, second_key;
@@ -102,9 +102,9 @@ INLINE void apply(Mask mask, uint32_t counter, int count, float *restrict change
 
 /* theta_0 + lambda sum_i w_i m_i (theta_i - theta_0).
  *
- * Without `subtract` the tensors are the changes already. `masks` may be NULL. With `variance` > 0 elements that vary
- * less over the models are 0. With `votes` only those changes count whose vote_i t_i has the sign of sum_i vote_i t_i
- * (plus for 0), and with `normalize` their sum is divided by that of their w_i.
+ * Without `subtract`, the tensors already are the changes. `masks` may be NULL. With `variance` > 0, elements with a
+ * smaller variance over the models are 0. With `votes`, only changes count whose vote_i t_i has the sign of
+ * sum_i vote_i t_i (plus for 0), and with `normalize`, their sum is divided by that of their w_i.
  */
 FOR_EACH_CPU void merge_changes(
     Tensor base, const Tensor *tensors, int64_t models, int64_t subtract, const Mask *masks, uint32_t counter,
@@ -147,7 +147,7 @@ FOR_EACH_CPU void merge_changes(
     }
 }
 
-/* Place of the first element that is NaN or infinite, or -1. */
+/* Index of the first element that is NaN or infinite, or -1. */
 FOR_EACH_CPU int64_t first_nonfinite(Tensor tensor, int64_t size) {
     for (int64_t start = 0; start < size; start += BLOCK) {
         int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
@@ -161,12 +161,12 @@ FOR_EACH_CPU int64_t first_nonfinite(Tensor tensor, int64_t size) {
     return -1;
 }
 
-/* Put the numbers between two others one after the other; `kept` has room for eight more than there are. */
+/* Collect the numbers between two bounds; `kept` has room for eight more than there are. */
 INLINE int collect(const float *numbers, int count, float from, float to, float *kept) {
     uint8_t flags[BLOCK] = {0};
     int end = 0;
     for (int j = 0; j < count; j++) flags[j] = (numbers[j] > from) & (numbers[j] < to);
-    for (int first = 0; first < count; first += 8) { /* few are inside: eight flags of 0 or 1 at once */
+    for (int first = 0; first < count; first += 8) { /* few are inside: test eight 0/1 flags at once */
         uint64_t eight;
         memcpy(&eight, flags + first, 8);
         for (; eight; eight &= eight - 1) kept[end++] = numbers[first + (__builtin_ctzll(eight) >> 3)];
@@ -176,9 +176,9 @@ INLINE int collect(const float *numbers, int count, float from, float to, float 
 
 /* Count the magnitudes |x_i - base| below, up to and above the edges of brackets, and collect those inside.
  *
- * Every tensor has the same number of brackets; what belongs to a bracket stands at `i * brackets + k` in low, high,
- * counts (three numbers each: magnitudes < low, > low and > high), inside and collected (how many are in `inside`).
- * positive: for each tensor the number of magnitudes above 0.
+ * Every tensor has the same number of brackets; bracket k of tensor i has index `i * brackets + k` in low, high,
+ * counts (three numbers each: magnitudes < low, > low and > high), inside and collected (the number in `inside`).
+ * positive: for each tensor, the number of magnitudes above 0.
  */
 FOR_EACH_CPU void take_magnitudes(
     Tensor base, const Tensor *tensors, int64_t models, int64_t size, int64_t brackets, const float *low,
@@ -213,7 +213,7 @@ FOR_EACH_CPU void take_magnitudes(
     }
 }
 
-/* The bits of a number in the order of the numbers: those of negative ones fall as they grow. -0 becomes 0. */
+/* Order-preserving bits of a number (the bits of negative ones are inverted). -0 becomes 0. */
 INLINE uint32_t sortable(float number) {
     uint32_t bits;
     number += 0.0f;
@@ -221,7 +221,7 @@ INLINE uint32_t sortable(float number) {
     return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
 }
 
-/* Count words by their leading bits between the least and the greatest; returns the bits that are left out. */
+/* Count words by their leading bits between the least and the greatest; returns the number of ignored bits. */
 INLINE int count_words(const uint32_t *words, int64_t size, uint32_t *least, int64_t counts[BINS]) {
     uint32_t low = UINT32_MAX, high = 0, parts[4][BINS] = {{0}};
     int shift = 0;
@@ -230,14 +230,14 @@ INLINE int count_words(const uint32_t *words, int64_t size, uint32_t *least, int
         high = words[j] > high ? words[j] : high;
     }
     while ((high - low) >> shift >= BINS) shift++;
-    for (int64_t j = 0; j < size; j++) parts[j & 3][(words[j] - low) >> shift]++; /* neighbors often are equal */
+    for (int64_t j = 0; j < size; j++) parts[j & 3][(words[j] - low) >> shift]++; /* neighbors are often equal */
     for (int bin = 0; bin < BINS; bin++)
         counts[bin] = (int64_t)parts[0][bin] + parts[1][bin] + parts[2][bin] + parts[3][bin];
     *least = low;
     return shift;
 }
 
-/* The numbers at some places of the sorted sequence, without sorting it; `words` and `spare` have its size. */
+/* The numbers at some positions of the sorted sequence, without sorting it; `words` and `spare` have its size. */
 FOR_EACH_CPU void values_at(
     const float *numbers, int64_t size, const int64_t *places, int64_t count, uint32_t *words, uint32_t *spare,
     float *out
@@ -281,7 +281,7 @@ FOR_EACH_CPU void variances(const Tensor *tensors, int64_t models, int64_t size,
     }
 }
 
-/* For each model the sum of its squared changes where the variance reaches the threshold, added to `energies`. */
+/* Per model, add the sum of its squared changes where the variance reaches the threshold to `energies`. */
 FOR_EACH_CPU void add_energies(
     Tensor base, const Tensor *tensors, int64_t models, int64_t size, float threshold, double *energies
 ) {
@@ -307,7 +307,7 @@ FOR_EACH_CPU void add_energies(
     }
 }
 
-/* Words of 64 bits, or of 32 where not wide. */
+/* 64-bit words, or 32-bit words if not wide. */
 INLINE uint64_t get(const void *words, int wide, int64_t j) {
     return wide ? ((const uint64_t *)words)[j] : ((const uint32_t *)words)[j];
 }
@@ -317,7 +317,7 @@ INLINE void put(void *words, int wide, int64_t j, uint64_t word) {
     else ((uint32_t *)words)[j] = (uint32_t)word;
 }
 
-/* From the numbers of words in each bucket to the places where these begin. */
+/* Turn the number of words in each bucket into the bucket's start index. */
 INLINE uint32_t begins_of(uint32_t *counts, int64_t first, int64_t last, uint32_t before) {
     for (int64_t bucket = first; bucket <= last; bucket++) {
         uint32_t here = counts[bucket];
@@ -327,13 +327,13 @@ INLINE uint32_t begins_of(uint32_t *counts, int64_t first, int64_t last, uint32_
     return before;
 }
 
-/* Multiply each element of a row by the factor of its rank by magnitude, equal magnitudes ranked by place.
+/* Multiply each element of a row by the factor of its rank by magnitude; equal magnitudes are ranked by position.
  *
- * A word is the leading bits of the magnitude and, in its last `low` bits, the place. Words are sorted by radix, first by
- * the bits after the first TOP ones in `rounds` rounds, then by these, when an element's rank is known and its word is
- * not needed any more. Differences of bfloat16 numbers have few bits and exponents. So most words are 0 after the first
- * TOP bits and only the others take part in the first rounds; and most buckets of the last round are empty, and only
- * those from the least to the greatest that occur are looked at, beside that of 0.
+ * A word consists of the leading bits of the magnitude and, in its last `low` bits, the position. Words are radix
+ * sorted, first by the bits after the first TOP ones in `rounds` rounds, then by the first TOP bits; then the rank of
+ * an element is known and its word is no longer needed. Differences of bfloat16 numbers have few bits and exponents.
+ * So most words are 0 after the first TOP bits, and only the others take part in the first rounds; and most buckets of
+ * the last round are empty, so only those from the least to the greatest used one are visited, plus that of 0.
  */
 INLINE void scale_by_rank(
     float *restrict row, int64_t columns, const float *factors, int wide, int rounds, int low, void *words,
@@ -341,14 +341,14 @@ INLINE void scale_by_rank(
 ) {
     uint32_t counts[1 << 11], top_counts[1 << TOP];
     int bits = wide ? 64 : 32, top = bits - TOP, digit = (top - low + rounds - 1) / rounds;
-    uint32_t greatest = 0, least = UINT32_MAX; /* of the buckets above 0 */
+    uint32_t greatest = 0, least = UINT32_MAX; /* range of the used buckets above 0 */
     uint64_t places = ((uint64_t)1 << low) - 1, last_digit = ((uint64_t)1 << digit) - 1;
     for (int64_t j = 0; j < columns; j++) {
         uint32_t magnitude, bucket, before;
         memcpy(&magnitude, row + j, 4);
         magnitude <<= 1;
         bucket = magnitude >> (32 - TOP);
-        before = bucket - 1; /* the largest number for 0 */
+        before = bucket - 1; /* wraps to the largest number for 0 */
         greatest = bucket > greatest ? bucket : greatest;
         least = before < least ? before : least;
         put(words, wide, j, (wide ? (uint64_t)magnitude << 32 : magnitude & ~places) | (uint64_t)j);

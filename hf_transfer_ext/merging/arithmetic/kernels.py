@@ -1,9 +1,9 @@
 """Compiled arithmetic for tensors on the CPU, from which `fast` builds the fast forms of methods.
 
-The methods write a merge as a chain of torch's operations, each of which goes through memory once. `kernels.c` does
-the same in one pass, and reads tensors as they lie in files, in float32 or bfloat16. It is built with the package
-where there is a C compiler; without it, on a GPU and for other tensors, torch does the work: the same results to the
-rounding of float32, in several times the time.
+The methods implement a merge as a sequence of torch operations, each with one pass over memory. `kernels.c` does the
+same in a single pass, and reads tensors as stored in the files, in float32 or bfloat16. It is built with the package
+if there is a C compiler; without it, on a GPU and for other tensors, torch is used: the results are the same up to
+float32 rounding, but it takes several times as long.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Of the functions in `kernels.c`, and increased there too with every change of their arguments: a library of another
-#: version, left by an old installation, is not used.
+#: Version of the functions in `kernels.c`. Increase it in both files whenever their arguments change: a library with
+#: another version, from an old installation, is not used.
 VERSION = 2
 
-#: Models that the kernels have room for.
+#: Maximum number of models that the kernels support.
 MAX_MODELS = 32
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -46,7 +46,7 @@ class _Mask(ctypes.Structure):
 
 _TYPES = {"t": _Tensor, "p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint32, "f": ctypes.c_float}
 
-#: The arguments of each function in `kernels.c`, a letter for each.
+#: The arguments of each function in `kernels.c`, one letter each.
 _ARGUMENTS = {
     "merge_changes": "tpiipufppifip",
     "first_nonfinite": "ti",
@@ -78,10 +78,10 @@ LIBRARY = _load()
 
 
 def can_take(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and take these tensors; None stands for no tensor.
+    """Whether the kernels are available and support these tensors; None means no tensor.
 
-    They read all tensors as one length and give no gradients. Tensors of different shapes are left to torch, which
-    broadcasts or refuses them.
+    They treat all tensors as having the same length and do not compute gradients. Tensors of different shapes are left
+    to torch, which broadcasts or refuses them.
     """
     there = [tensor for tensor in tensors if tensor is not None]
     alike = len({tensor.shape for tensor in there}) <= 1
@@ -94,14 +94,14 @@ def _fits(tensor: Tensor) -> bool:
 
 
 class Kept(NamedTuple):
-    """What is kept of a change t.
+    """Which elements of a change t are kept, and their scale.
 
     Args:
         low: The smallest |t| that is kept.
         high: The largest |t| that is kept.
-        scale: Factor of what is kept.
-        limit: Random words below it keep an element (`noise.limit_of`); the largest word keeps all.
-        keys: Of the sequence of random words (`Noise.keys`).
+        scale: Factor of the kept elements.
+        limit: An element is kept if its random word is below this (`noise.limit_of`); the largest word keeps all.
+        keys: Keys of the sequence of random words (`Noise.keys`).
     """
 
     low: float = 0.0
@@ -124,16 +124,16 @@ def merge_changes(
     votes: Sequence[float] | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """theta_0 + lambda sum_i w_i m_i t_i, in float32 and in the shape of the tensors.
+    """theta_0 + lambda sum_i w_i m_i t_i, in float32, with the shape of the tensors.
 
     Args:
         base: theta_0; 0 if None.
-        tensors: The changes t_i; with `subtract` the models.
-        masks: What is kept of each change.
+        tensors: The changes t_i; with `subtract`, the models.
+        masks: Which elements of each change are kept.
         counter: Place of the first element in the sequences of random words, modulo 2**32.
-        variance: Elements that vary less over the models are dropped.
+        variance: Elements with a smaller variance over the models are dropped.
         votes: Only changes with the sign of sum_i vote_i t_i count.
-        normalize: With `votes`, divide by the sum of the weights that count.
+        normalize: With `votes`, divide by the sum of the weights of the changes that count.
     """
     out = torch.empty(tensors[0].shape, dtype=torch.float32)
     kept = masks and (_Mask * len(masks))(*(_Mask(m.low, m.high, m.scale, m.limit, *m.keys) for m in masks))
@@ -145,14 +145,14 @@ def merge_changes(
 
 
 def first_nonfinite(tensor: Tensor) -> int:
-    """The place of the first element that is NaN or infinite; -1 if there is none."""
+    """Index of the first element that is NaN or infinite; -1 if there is none."""
     place: int = _library().first_nonfinite(_described(tensor), tensor.numel())
     return place
 
 
 class Taken(NamedTuple):
-    """What one piece of a tensor tells about brackets: for each the numbers of magnitudes < low, > low and > high, and
-    the magnitudes between; and the number of those above 0."""
+    """Counts from one piece of a tensor: for each bracket, the numbers of magnitudes < low, > low and > high, and the
+    magnitudes between; and the number of magnitudes above 0."""
 
     counts: np.ndarray
     inside: list[np.ndarray]
@@ -160,10 +160,10 @@ class Taken(NamedTuple):
 
 
 def take_magnitudes(tensors: Sequence[Tensor], base: Tensor | None, edges: np.ndarray) -> list[Taken]:
-    """Count |tensor - base| by the edges of brackets, and collect what lies inside of them.
+    """Count |tensor - base| relative to the edges of brackets, and collect the values inside.
 
     Args:
-        edges: float32, (2, tensors, brackets): lower and upper edges.
+        edges: `(2, tensors, brackets)`, float32: lower and upper edges.
     """
     size = tensors[0].numel()
     _, models, brackets = edges.shape
@@ -187,7 +187,7 @@ _LOCAL = threading.local()
 
 
 def _room(rows: int, size: int) -> np.ndarray:
-    """Buffers of this thread for what is collected; new memory costs more than the work on it."""
+    """Per-thread buffers for the collected values; allocating memory costs more than the work on it."""
     kept: np.ndarray | None = getattr(_LOCAL, "room", None)
     if kept is None or kept.shape[0] < rows or kept.shape[1] < size:
         kept = _LOCAL.room = np.empty((rows, size), dtype=np.float32)
@@ -195,7 +195,7 @@ def _room(rows: int, size: int) -> np.ndarray:
 
 
 def values_at(numbers: np.ndarray, places: Sequence[int]) -> list[float]:
-    """The numbers (float32) that stand at some places when they are sorted."""
+    """The float32 numbers at some positions of the sorted sequence."""
     words, out = np.empty((2, len(numbers)), dtype=np.uint32), np.empty(len(places), dtype=np.float32)
     wanted = np.array(places, dtype=np.int64)
     _library().values_at(
@@ -206,14 +206,14 @@ def values_at(numbers: np.ndarray, places: Sequence[int]) -> list[float]:
 
 
 def variances(models: Sequence[Tensor]) -> Tensor:
-    """The variance over the models, element by element."""
+    """The elementwise variance over the models."""
     out = torch.empty(models[0].shape, dtype=torch.float32)
     _library().variances(_array(models), len(models), out.numel(), out.data_ptr())
     return out
 
 
 def energies(base: Tensor, models: Sequence[Tensor], threshold: float) -> np.ndarray:
-    """For each model the sum of its squared changes where the variance over the models reaches the threshold."""
+    """Per model, the sum of its squared changes where the variance over the models reaches the threshold."""
     out = np.zeros(len(models))
     _library().add_energies(
         _described(base), _array(models), len(models), base.numel(), threshold, out.ctypes.data
@@ -232,13 +232,13 @@ def drop_by_rank(
     counter: int,
     keys: tuple[int, int],
 ) -> Tensor:
-    """The changes of a model, each times the factor of its rank in its row.
+    """The changes of a model, each multiplied by the factor of its rank in its row.
 
     Args:
-        limits: uint32, for each rank the share of random words that keep an element.
-        scales: float32, the factor of each rank.
-        width: Bits for the place in a row.
-        wide: Sort by all bits of a magnitude, in words of 64 bits.
+        limits: uint32, for each rank the bound below which a random word keeps an element.
+        scales: float32, factor of each rank.
+        width: Number of bits for the position in a row.
+        wide: Sort by all bits of a magnitude, in 64-bit words.
         counter: Place of the first element in the sequence of random words, modulo 2**32.
     """
     rows, columns = model.shape

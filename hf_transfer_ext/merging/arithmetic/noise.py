@@ -1,7 +1,7 @@
-"""Random numbers by position: the number of an element depends on the seed, the tensor, the model and its place only.
+"""Random numbers by position: they depend only on the seed, the tensor, the model and the index of the element.
 
-A mask that is drawn from a running generator changes with the order of the work. Here each element's number is a hash
-of its place, so a merge gives the same bytes whatever the pieces, the threads and the machine.
+A mask drawn from a stateful generator would depend on the order of the work. Here, each element's number is a hash of
+its position, so a merge gives the same bytes for any pieces, threads and machine.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Noise:
     """The random numbers of one tensor.
 
     Args:
-        seed: Of the merge.
-        tensor: Name of the output tensor; other tensors get other numbers.
-        start: Place of the piece's first element in the flat tensor.
+        seed: Seed of the merge.
+        tensor: Name of the output tensor; each tensor has its own numbers.
+        start: Index of the piece's first element in the flattened tensor.
     """
 
     seed: int = 0
@@ -38,7 +38,7 @@ class Noise:
     start: int = 0
 
     def at(self, place: int) -> Noise:
-        """The numbers from a place on, counted from this one's first element."""
+        """The numbers starting at a position, counted from the first element of this one."""
         return replace(self, start=self.start + place)
 
     def words(self, model: int, count: int) -> np.ndarray:
@@ -53,7 +53,7 @@ class Noise:
         return words
 
     def words_on(self, device: torch.device, model: int, count: int) -> Int64[Tensor, " count"]:
-        """The same words as numbers of 64 bits on a device."""
+        """The same words as 64-bit integers on a device."""
         parts = []
         done = 0
         while done < count:
@@ -64,17 +64,17 @@ class Noise:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
     def counter(self, count: int) -> int | None:
-        """Where the words of the next `count` elements begin in their sequence; None if they lie in two sequences."""
+        """Start of the words of the next `count` elements in their sequence; None if they are in two sequences."""
         low = self.start % _WORD
         return low if low + count <= _WORD else None
 
     def keys(self, model: int) -> tuple[int, int]:
-        """The two words that tell one sequence from the others."""
+        """The two words that identify a sequence."""
         first, second = self._key(model, self.start // _WORD)
         return int(first), int(second)
 
     def keep(self, model: int, like: Tensor, share: float) -> Bool[Tensor, "*shape"]:
-        """A mask in the shape of `like`, each element True with probability `share` (resolution 2**-32)."""
+        """A mask with the shape of `like`; each element is True with probability `share` (resolution 2**-32)."""
         if share >= 1:
             return torch.ones(like.shape, dtype=torch.bool, device=like.device)
         limit = limit_of(share)
@@ -90,7 +90,7 @@ class Noise:
 
 
 def limit_of(share: float) -> int:
-    """Words below this one keep an element with probability `share`."""
+    """The bound below which a random word keeps an element, with probability `share`."""
     return max(0, min(round(share * _WORD), _WORD - 1))
 
 
@@ -113,12 +113,12 @@ def _mix(low: int, key: np.ndarray, out: np.ndarray) -> None:
 
 
 def _rounds(key: np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    """Shift, summand and factor of each round."""
+    """Shift, addend and factor of each round."""
     return ((16, 0, 0x7FEB352D), (15, int(key[1]), 0x846CA68B))
 
 
 def _mix_on(device: torch.device, low: int, key: np.ndarray, count: int) -> Tensor:
-    """What `_mix` gives, in 64 bits of which the upper half is cut off: torch does not calculate with uint32."""
+    """The same as `_mix`, in 64 bits with the upper half masked off: torch has no uint32 arithmetic."""
     mask = _WORD - 1
     words = torch.arange(count, dtype=torch.int64, device=device)
     words.mul_(_WEYL).add_((low * _WEYL + int(key[0])) % _WORD).bitwise_and_(mask)
@@ -129,7 +129,7 @@ def _mix_on(device: torch.device, low: int, key: np.ndarray, count: int) -> Tens
 
 @functools.lru_cache(maxsize=4)
 def _weyl_sequence(count: int) -> np.ndarray:
-    """i * _WEYL modulo 2**32, cached: a merge needs the same few lengths again and again."""
+    """i * _WEYL modulo 2**32, cached: a merge needs the same few lengths repeatedly."""
     sequence = np.arange(count, dtype=np.uint32)
     sequence *= np.uint32(_WEYL)
     sequence.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Trimmed changes rescaled to the L1 norm they had before: mergekit's `rescale` for methods that trim by magnitude."""
+"""Rescale trimmed changes to their original L1 norm: mergekit's `rescale` for methods that trim by magnitude."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
 from hf_transfer_ext.merging.arithmetic.trimming import inner_magnitudes, smallest_kept
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
 
-#: Sums of magnitudes below this one leave a change as it is.
+#: A change with a smaller sum of magnitudes is not rescaled.
 SMALLEST_SUM = 1e-7
 
 
@@ -21,9 +21,9 @@ SMALLEST_SUM = 1e-7
 def smallest_kept_and_scales(
     pieces: Pieces, *, density: PerModel = 1.0, rescale: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """`smallest_kept`, and with `rescale` the factors of the kept changes.
+    """`smallest_kept`, and, with `rescale`, the factors of the kept changes.
 
-    A density above 0 keeps the largest element of each tensor at least, as in mergekit.
+    A density above 0 keeps at least the largest element of each tensor, as in mergekit.
     """
     shares = [
         max(share, 1.5 / max(1, pieces.numel)) if share > 0 else 0.0 for share in for_each(density, pieces.count)
@@ -37,14 +37,14 @@ def smallest_kept_and_scales(
 def inner_magnitudes_and_scales(
     pieces: Pieces, *, density: PerModel = 1.0, gamma: PerModel = 0.01, rescale: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """`inner_magnitudes`, and with `rescale` the factors of the kept changes."""
+    """`inner_magnitudes`, and, with `rescale`, the factors of the kept changes."""
     found = inner_magnitudes(pieces, density=density, gamma=gamma, **options)
     bounds = found["bounds"]
     return {**found, "scales": _scales(pieces, bounds) if rescale else [1.0] * len(bounds)}
 
 
 def _scales(pieces: Pieces, bounds: Sequence[tuple[float, float]]) -> list[Tensor]:
-    """Sum of |t_i| over sum of |t_i| among the kept, for each model; 1 where one of them is (nearly) 0."""
+    """Sum of |t_i| divided by the sum of kept |t_i|, for each model; 1 if either is (nearly) 0."""
     sums = torch.zeros(len(bounds), 2, dtype=torch.float64)
     for base, models in pieces:
         if base is None:

@@ -1,8 +1,9 @@
-"""Exact order statistics of a tensor that is only seen in pieces: what value has rank k?
+"""Exact order statistics of a tensor that is read in pieces: which value has rank k?
 
-A sample brackets the value; one pass counts what lies outside the bracket and collects what lies inside, and a
-selection among the collected gives the answer. If the value lies outside (a sample can mislead), two passes of
-histograms over the bits of the numbers give it. Both ways are exact, and neither sorts the tensor or holds all of it.
+A sample brackets the value; one pass counts the values outside the bracket and collects those inside, and a selection
+among the collected values gives the answer. If the value is outside the bracket (a sample can be misleading), two
+passes of histograms over the bits of the numbers find it. Both ways are exact, and neither sorts the tensor or holds
+all of it in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_transfer_ext.weights.devices import on_host
 
 @dataclass(frozen=True)
 class Distances:
-    """|one - other| as scores, or |one|: kernels count them without storing them."""
+    """|one - other| as scores, or |one|: the kernels count them without storing them."""
 
     one: Tensor
     other: Tensor | None = None
@@ -36,26 +37,26 @@ class Distances:
 
 Series: TypeAlias = Tensor | Distances
 
-#: From one piece to the numbers of each series; a series is, for example, the magnitudes of one model's change.
+#: Maps one piece to the numbers of each series; a series is, for example, the magnitudes of one model's change.
 Scores: TypeAlias = Callable[[Tensor | None, list[Tensor]], Sequence[Series]]
 
 
 def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> list[list[float]]:
-    """The values of given ranks in each series of scores.
+    """The values at given ranks in each series of scores.
 
     Args:
-        scores: Gives for one piece one tensor (float32, as many elements as the piece), or what it is calculated from,
-            for each series.
-        ranks: Counted from the smallest, 0 .. numel - 1.
+        scores: Returns, for one piece, one tensor per series (float32, with as many elements as the piece), or what it
+            is computed from.
+        ranks: Ranks from the smallest, 0 .. numel - 1.
 
     Returns:
-        One list for each series, with one value for each rank.
+        One list per series, with one value per rank.
     """
     if not ranks:
         return []
     bad = [rank for rank in ranks if not 0 <= rank < pieces.numel]
     if bad:
-        raise ValueError(f"Ranks go from 0 to {pieces.numel - 1}, got {bad[0]}.")
+        raise ValueError(f"Ranks must be from 0 to {pieces.numel - 1}, got {bad[0]}.")
     sample = _sample(pieces, scores)
     if len(sample[0]) == pieces.numel:
         return [values_at(one, ranks) for one in sample]
@@ -71,17 +72,17 @@ def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> li
 
 
 def smallest_of_largest(pieces: Pieces, scores: Scores, share: float) -> float:
-    """The smallest among the largest int(share * n) of the n scores above 0; inf if these are none.
+    """The smallest of the largest int(share * n) of the n scores above 0; inf if there are none.
 
     Args:
-        scores: Gives for one piece one series of numbers that are at least 0.
+        scores: Returns, for one piece, one series of numbers >= 0.
     """
     (sample,) = _sample(pieces, scores)
     some = int(np.count_nonzero(sample > 0))
     if len(sample) == pieces.numel:
         kept = int(some * share)
         return values_at(sample, [len(sample) - kept])[0] if kept else float("inf")
-    # The sample tells about where to look; how many scores are above 0 is counted in the same pass.
+    # The sample gives an approximate bracket; the number of scores above 0 is counted in the same pass.
     bracket = Bracket.around(sample, 1 - some * share / len(sample))
     above_zero = 0
     for base, models in pieces:
@@ -95,9 +96,9 @@ def smallest_of_largest(pieces: Pieces, scores: Scores, share: float) -> float:
 
 @dataclass
 class Bracket:
-    """Counts of the numbers around two edges, between which the value of a rank is expected.
+    """Counts of the numbers around two edges, between which the value at a rank is expected.
 
-    The numbers in their order, with the three counts from the left; those equal to an edge are counted and not
+    The numbers in sorted order, with the three counts from the left; those equal to an edge are counted but not
     collected, since often a tenth of all changes are exactly 0::
 
         x x x x x x | low low low | i i i i i i i i | high high | x x x x
@@ -115,7 +116,7 @@ class Bracket:
 
     @classmethod
     def around(cls, sample: np.ndarray, place: float) -> Bracket:
-        """The bracket of the value at a place (0: the smallest, 1: the largest), from a sample.
+        """The bracket of the value at a relative position (0: smallest, 1: largest), from a sample.
 
         The margin is 8 standard deviations of a sample of independent elements, since neighbors in a tensor are alike.
         """
@@ -133,7 +134,7 @@ class Bracket:
         self.inside.append(inside)
 
     def value(self, rank: int) -> float | None:
-        """The value of the rank, or None if it lies outside."""
+        """The value at the rank, or None if it is outside the bracket."""
         if self.below <= rank < self.up_to_low:
             return float(self.low)
         inside = np.concatenate(self.inside) if self.inside else np.empty(0, dtype=np.float32)
@@ -145,14 +146,14 @@ class Bracket:
 
 
 def values_at(numbers: np.ndarray, places: Sequence[int]) -> list[float]:
-    """The numbers that stand at some places when they are sorted; kernels find them without sorting all."""
+    """The numbers at some positions of the sorted sequence; the kernels find them without sorting everything."""
     if numbers.dtype == np.float32 and kernels.can_take():
         return kernels.values_at(numbers, places)
     return np.sort(numbers)[list(places)].tolist()
 
 
 def _count(brackets: Sequence[Sequence[Bracket]], series: Sequence[Series]) -> list[int]:
-    """Add one piece to the brackets of each series; returns how many numbers of each series are above 0."""
+    """Add one piece to the brackets of each series; returns the count of numbers above 0 in each series."""
     if _is_for_kernels(series):
         return _count_by_kernels(brackets, [one for one in series if isinstance(one, Distances)])
     positive = []
@@ -166,7 +167,7 @@ def _count(brackets: Sequence[Sequence[Bracket]], series: Sequence[Series]) -> l
 
 
 def _is_for_kernels(series: Sequence[Series]) -> bool:
-    """Whether all series are distances from one tensor, of a kind that the kernels read."""
+    """Whether all series are distances from one tensor, of a type that the kernels support."""
     distances = [one for one in series if isinstance(one, Distances)]
     if len(distances) < len(series) or len({id(one.other) for one in distances}) > 1:
         return False
@@ -232,8 +233,8 @@ def _by_histograms(pieces: Pieces, scores: Scores, series: int, ranks: Sequence[
 
 
 def _sortable(values: np.ndarray) -> np.ndarray:
-    """float32 -> uint32 in the same order: bits of positive numbers grow with them, those of negative ones fall."""
-    bits = (values + np.float32(0)).view(np.uint32)  # which makes 0 of -0
+    """Order-preserving float32 -> uint32: the bits of positive numbers grow with them, those of negative ones fall."""
+    bits = (values + np.float32(0)).view(np.uint32)  # turns -0 into 0
     return bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
 
 
@@ -245,7 +246,7 @@ def _from_sortable(word: int) -> float:
 def keep_magnitudes(change: Tensor, low: float, high: float = float("inf")) -> Tensor:
     """x where low <= |x| <= high, and 0 elsewhere.
 
-    Written with `hardshrink`, which keeps |x| > its argument: on CPUs torch selects by a mask thirty times slower.
+    Uses `hardshrink`, which keeps |x| > its argument: on CPUs, selecting by a mask in torch is thirty times slower.
     """
     if high < float("inf"):
         change = change - hardshrink(change, high)

@@ -1,4 +1,4 @@
-"""What the methods on singular vectors share. They see a tensor as a whole; only matrices have singular vectors."""
+"""Shared code for methods on singular vectors, which need whole tensors; only matrices have singular vectors."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ Matrix = Float[Tensor, "rows columns"]
 
 
 def add_mean(base: Weights, changes: Sequence[Weights], lambda_: Coefficient) -> Weights:
-    """theta_0 + lambda * mean of the changes: what the methods do with tensors that are not matrices."""
+    """theta_0 + lambda * mean of the changes, for tensors that are not matrices."""
     return base + lambda_ * torch.stack(list(changes)).mean(0)
 
 
 def svd(
     matrix: Matrix,
 ) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "rank columns"]]:
-    """U, S and V^T with min(rows, columns) singular values, calculated in float64, in the dtype of the matrix."""
+    """U, S and V^T with min(rows, columns) singular values, computed in float64, returned in the matrix's dtype."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)
 
 
 def nearest_orthogonal(matrix: Matrix) -> Matrix:
-    """The matrix with orthonormal columns (or rows) that is nearest: U V^T of its singular value decomposition."""
+    """The nearest matrix with orthonormal columns (or rows): U V^T of the singular value decomposition."""
     orthogonal: Tensor = _NearestOrthogonal.apply(matrix)
     return orthogonal
 
 
 class _NearestOrthogonal(torch.autograd.Function):
-    """U V^T with a gradient that equal singular values do not spoil, as they do those of U and V.
+    """U V^T with a gradient that is also valid for equal singular values, unlike those of U and V.
 
-    For a gradient H of the result, with B = U^T H V: U ((B - B^T)_ij / (s_i + s_j)) V^T, and of the directions
-    outside of U and V what S^-1 leaves of H. Singular values of 0 have no slope, and give 0.
+    For a gradient H of the result, with B = U^T H V: U ((B - B^T)_ij / (s_i + s_j)) V^T, plus H scaled by S^-1 in the
+    directions outside of U and V. Singular values of 0 have no gradient and give 0.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which elements of a change are kept: the largest, those between two ranks, or at random by rank."""
+"""Select elements of a change: the largest, those between two ranks, or at random by rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_transfer_ext.merging.arithmetic.selection import Distances, order_statis
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
 from hf_transfer_ext.weights.devices import on_host
 
-#: At most this many bits of a word of 32 are for the place in a row; the rest compares magnitudes.
+#: Maximum number of bits of a 32-bit word for the position in a row; the others compare magnitudes.
 PLACE_BITS = 13
 
 
@@ -29,10 +29,10 @@ def magnitudes(base: Tensor | None, models: list[Tensor]) -> list[Distances]:
 def smallest_kept(
     pieces: Pieces, *, density: PerModel = 1.0, thresholds: Sequence[float] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """For each model the magnitude at which the largest int(density * numel) elements begin; inf if they are none.
+    """Per model, the smallest magnitude among the largest int(density * numel) elements; inf if there are none.
 
     Args:
-        thresholds: Those of the whole model, where they are known (`whole_model`); they hold for each tensor.
+        thresholds: Thresholds for the whole model, if known (`whole_model`); they are then used for each tensor.
     """
     if thresholds is not None:
         return {"thresholds": list(thresholds)}
@@ -44,15 +44,15 @@ def smallest_kept(
 def inner_magnitudes(
     pieces: Pieces, *, density: PerModel = 1.0, gamma: PerModel = 0.01, **options: Any
 ) -> dict[str, Any]:
-    """For each model the smallest and the largest magnitude that is kept when the share `gamma` of outliers goes."""
+    """Per model, the smallest and largest magnitude to keep after dropping the share `gamma` of outliers."""
     return {"bounds": kept_magnitudes(pieces, density, gamma)}
 
 
 def kept_magnitudes(pieces: Pieces, density: PerModel, gamma: PerModel) -> list[tuple[float, float]]:
-    """Bounds (low, high) of the magnitudes that are kept, for each model: both are magnitudes of kept elements.
+    """Bounds (low, high) of the kept magnitudes, per model: both are magnitudes of kept elements.
 
-    Of n elements the int(gamma n) largest go, then the smallest, until int(density n) are left. Where that is not
-    possible (density + gamma > 1) fewer of the largest go. Density 1 keeps everything.
+    Of n elements, the int(gamma n) largest are dropped, then the smallest, until int(density n) are left. If that is
+    not possible (density + gamma > 1), fewer of the largest are dropped. Density 1 keeps everything.
     """
     ranks: list[tuple[int, int] | None] = []
     for share, outliers in zip(for_each(density, pieces.count), for_each(gamma, pieces.count), strict=True):
@@ -62,7 +62,7 @@ def kept_magnitudes(pieces: Pieces, density: PerModel, gamma: PerModel) -> list[
         ranks.append((last - kept + 1, last) if kept else None)
     everything = (0, pieces.numel - 1)
     wanted = sorted({rank for pair in ranks if pair not in (None, everything) for rank in pair or ()})
-    # One selection for all models: the series share the pieces, and models with equal options share the ranks.
+    # One selection for all models: they share the pieces, and models with equal options share the ranks.
     values = order_statistics(pieces, magnitudes, wanted) if wanted else []
     bounds = []
     for i, pair in enumerate(ranks):
@@ -87,21 +87,21 @@ def drop_by_rank(
 ) -> Float[Tensor, "rows columns"]:
     """Keep each element of a change with a probability that grows with the rank of its magnitude in the row.
 
-    The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, those between
-    in even steps. With `rescale` each is divided by its own probability.
+    The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, and those
+    between linearly by rank. With `rescale`, each is divided by its own probability.
 
-    Magnitudes are compared by their leading bits only, as many as leave room for the place in a 32-bit word (11 bits
-    of the mantissa and more for rows of up to 4096), and equal ones are ranked by place. Sorting such words costs a
-    third of an argsort.
+    Magnitudes are compared only by as many leading bits as fit into a 32-bit word with the position (at least 11 bits
+    of the mantissa for rows of up to 4096), and equal ones are ranked by position. Sorting such words takes a third of
+    the time of an argsort.
 
     Args:
-        model: Number of the model, which tells its random numbers from those of the others.
+        model: Index of the model, which selects its random numbers.
     """
     if density >= 1 or density <= 0:
         return change * float(density >= 1)
     rows, columns = change.shape
     limits, scales = limits_and_scales(density, epsilon, columns, rescale)
-    # Random words belong to ranks, not to places: which of the independent numbers goes where makes no difference.
+    # Random words are indexed by rank, not by position: they are independent, so the assignment does not matter.
     magnitudes = change.detach().float().contiguous()
     if on_host(change):
         order = torch.from_numpy(_order_of_magnitudes(magnitudes))
@@ -116,14 +116,14 @@ def drop_by_rank(
 
 
 def limits_and_scales(density: float, epsilon: float, columns: int, rescale: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For each rank in a row the uint32 below which a random word keeps an element, and its float32 factor."""
+    """For each rank in a row, the uint32 below which a random word keeps an element, and its float32 factor."""
     steps = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
     limits = (steps * 2.0**32).astype(np.uint32)
     return limits, (1 / steps if rescale else np.ones(columns)).astype(np.float32)
 
 
 def _order_of_magnitudes(change: Float[Tensor, "rows columns"]) -> np.ndarray:
-    """The places of each row's elements, from the smallest magnitude to the largest."""
+    """The positions of each row's elements, from the smallest magnitude to the largest."""
     columns = change.shape[1]
     width = bits_of_places(columns)
     places = np.arange(columns, dtype=np.uint32)
@@ -141,7 +141,7 @@ def _order_of_magnitudes(change: Float[Tensor, "rows columns"]) -> np.ndarray:
 
 
 def _order_on_device(change: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
-    """The same order, from words of 64 bits."""
+    """The same order, from 64-bit words."""
     columns = change.shape[1]
     width = bits_of_places(columns)
     places = torch.arange(columns, device=change.device)
@@ -152,12 +152,12 @@ def _order_on_device(change: Float[Tensor, "rows columns"]) -> Int64[Tensor, "ro
 
 
 def bits_of_places(columns: int) -> int:
-    """Bits that number the places of a row."""
+    """Number of bits for the positions in a row."""
     return max(1, (columns - 1).bit_length())
 
 
 def check_della(*, density: PerModel = 1.0, epsilon: PerModel = 0.15, **options: Any) -> None:
-    """Probabilities must stay in (0, 1), and weights must have a sum where it divides."""
+    """Probabilities must be in (0, 1), and the sum of the weights must not be 0 if it is a divisor."""
     check_weights(**options)
     densities = [density] if isinstance(density, (int, float)) else list(density)
     epsilons = [epsilon] if isinstance(epsilon, (int, float)) else list(epsilon)
@@ -166,6 +166,6 @@ def check_della(*, density: PerModel = 1.0, epsilon: PerModel = 0.15, **options:
     for share, spread in zip(densities, epsilons, strict=False):
         if 0 < share < 1 and not (share - spread > 0 and share + spread < 1):
             raise ValueError(
-                f"`density` - `epsilon` and `density` + `epsilon` must lie between 0 and 1, got {share} and "
+                f"`density` - `epsilon` and `density` + `epsilon` must be between 0 and 1, got {share} and "
                 f"{spread}. Choose a smaller epsilon."
             )

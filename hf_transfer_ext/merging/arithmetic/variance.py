@@ -1,4 +1,4 @@
-"""SCE's statistics: where the models vary, and how much each of them changed there."""
+"""Statistics of SCE: where the models vary, and how much each of them changed there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hf_transfer_ext.merging.method import Pieces, gives, in_float
 
 
 def variance_of(models: Sequence[Weights]) -> Weights:
-    """Variance over the models (divided by their number), element by element; that of their changes is the same.
+    """Elementwise variance over the models (divided by their number), which is also the variance of their changes.
 
     With y_i the differences from the first model: sum y_i^2 / n - (sum y_i / n)^2. It is exactly 0 where all models
-    are equal, and otherwise loses no more digits than n has, since the first model is one of them.
+    are equal, and otherwise loses at most as many digits as n has, since the first model is one of them.
     """
     if kernels.can_take(*models):
         return kernels.variances(models)
@@ -33,7 +33,7 @@ def variance_of(models: Sequence[Weights]) -> Weights:
 
 @gives("threshold", "shares")
 def energies_and_threshold(pieces: Pieces, *, select_topk: float = 1.0, **options: Any) -> dict[str, Any]:
-    """The smallest variance among the kept elements, and each model's share of the squared changes there.
+    """The smallest variance of the kept elements, and each model's share of the squared changes there.
 
     Of the n elements whose variance is above 0, int(n * select_topk) are kept. The shares sum to 1.
     """

@@ -1,4 +1,4 @@
-"""Merge methods: one file each, named as the function and as `merge_method` in YAML."""
+"""Merge methods: one file per method, with the same name as the function and as `merge_method` in YAML."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hf_transfer_ext.merging.methods.tsv import tsv
 from hf_transfer_ext.merging.methods.wudi import wudi
 from hf_transfer_ext.registry import Registry
 
-#: Found by the `merge_method` of a configuration. Code outside the package adds its own with `@MERGE_METHODS.register`
+#: Selected by `merge_method` in a configuration. Code outside the package adds its own with `@MERGE_METHODS.register`
 #: above `@merge_method(...)`.
 MERGE_METHODS: Registry[MergeMethod] = Registry(
     "merge method",
@@ -44,10 +44,10 @@ MERGE_METHODS: Registry[MergeMethod] = Registry(
         multislerp,
         karcher,
         passthrough,
-        # Means that also read Fisher diagonals or Gram matrices of each model.
+        # Means that also use Fisher diagonals or Gram matrices of each model.
         fisher,
         regmean,
-        # Sums of changes from a base model.
+        # Sums of changes (task vectors) relative to a base model.
         task_arithmetic,
         ties,
         dare_linear,
@@ -62,7 +62,7 @@ MERGE_METHODS: Registry[MergeMethod] = Registry(
         arcee_fusion,
         ram,
         ramplus_tl,
-        # Whole matrices: one tensor of all models is in memory at a time and thread.
+        # Whole matrices: each thread holds one tensor of all models in memory at a time.
         tsv,
         iso_c,
         iso_cts,

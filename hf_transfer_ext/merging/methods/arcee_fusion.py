@@ -1,4 +1,4 @@
-"""Arcee Fusion: take over from the other model only the changes of outstanding importance."""
+"""Arcee Fusion: take only the most important changes from the other model."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def arcee_fusion(
     *,
     threshold: float,
 ) -> Rows:
-    r"""Add the elements of the change whose importance is above the median by one and a half interquartile ranges.
+    r"""Add the elements of the change whose importance exceeds the median by at least 1.5 interquartile ranges.
 
     .. math::
         I = |\theta_1 - \theta_0| \cdot \mathrm{KL}(\mathrm{softmax}(\theta_1) \| \mathrm{softmax}(\theta_0)), \quad
         \theta = \theta_0 + (\theta_1 - \theta_0) [I \ge \mathrm{median} + 1.5 \, \mathrm{IQR}]
 
-    with the softmax, and so the divergence, over each row.
+    where the softmax, and therefore the divergence, is computed per row.
 
     Args:
-        threshold: Smallest importance that is taken over.
+        threshold: Smallest importance at which an element is taken.
 
     Returns:
         The merged weights.
 
-    Deviations: quartiles are exact; mergekit takes those of a random sample for tensors of more than 10^6 elements.
+    Deviations: quartiles are exact; mergekit uses a random sample for tensors with more than 10^6 elements.
 
     Source: Arcee Fusion in mergekit, Goddard et al. 2024, https://arxiv.org/abs/2403.13257
     """

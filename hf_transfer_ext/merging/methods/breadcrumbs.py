@@ -1,4 +1,4 @@
-"""Model breadcrumbs: of each change drop the largest outliers and the small rest."""
+"""Model breadcrumbs: drop the largest outliers and the smallest elements of each change."""
 
 from __future__ import annotations
 
@@ -33,25 +33,24 @@ def breadcrumbs(
     bounds: Sequence[tuple[float, float]],
     scales: Sequence[float | Float[Tensor, ""]],
 ) -> Float[Tensor, "*shape"]:
-    r"""Keep the middle of each change by magnitude, and add all of it.
+    r"""Keep the elements of medium magnitude of each change, and add them all.
 
     .. math:: \theta = \theta_0 + \lambda \sum_i w_i \, t_i [l_i \le |t_i| \le h_i]
 
     Args:
         weight: w_i.
-        density: Share of the elements that is kept in each tensor; 1 keeps everything.
-        gamma: Share of the largest elements that is dropped first; 0.006 to 0.01 is typical.
-        rescale: Multiply the kept part of each change, tensor by tensor, to the sum of magnitudes it had before.
+        density: Share of elements to keep in each tensor; 1 keeps everything.
+        gamma: Share of largest elements to drop first; 0.006 to 0.01 is typical.
+        rescale: Rescale the kept part of each change, per tensor, to the original sum of magnitudes.
         normalize: Also divide by the sum of the weights.
-        lambda_: Strength of the whole change (`lambda` in YAML); the paper's alpha.
-        bounds: (l_i, h_i), the smallest and the largest magnitude that is kept.
+        lambda_: Scale of the combined change (`lambda` in YAML); the paper's alpha.
+        bounds: (l_i, h_i), the smallest and largest kept magnitudes.
         scales: Factors of the kept parts; 1 without `rescale`.
 
     Returns:
         The merged weights.
 
-    Deviations: the paper masks each row, this each tensor, as mergekit does. Elements that tie with a kept one are
-    kept.
+    Deviations: the paper masks per row, this per tensor, as mergekit does. Elements that tie with a kept one are kept.
 
     Source: Model breadcrumbs, Davari and Belilovsky 2024, https://arxiv.org/abs/2312.06795
     """
@@ -63,5 +62,5 @@ def breadcrumbs(
     ]
     merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
     if normalize:
-        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base stays
+        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base is unchanged
     return base + lambda_ * merged

@@ -1,4 +1,4 @@
-"""Model breadcrumbs with TIES: of each change drop the largest outliers and the small rest."""
+"""Model breadcrumbs with TIES: drop the largest outliers and the smallest elements of each change, elect a sign."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def breadcrumbs_ties(
     bounds: Sequence[tuple[float, float]],
     scales: Sequence[float | Float[Tensor, ""]],
 ) -> Float[Tensor, "*shape"]:
-    r"""Keep the middle of each change by magnitude, and of that what agrees with the weighted majority.
+    r"""Keep the elements of medium magnitude of each change that agree in sign with the weighted majority.
 
     .. math::
         c_i = w_i \, t_i [l_i \le |t_i| \le h_i], \quad s = \mathrm{sign} \sum_i c_i, \quad
@@ -41,19 +41,18 @@ def breadcrumbs_ties(
 
     Args:
         weight: w_i.
-        density: Share of the elements that is kept in each tensor; 1 keeps everything.
-        gamma: Share of the largest elements that is dropped first; 0.006 to 0.01 is typical.
-        rescale: Multiply the kept part of each change, tensor by tensor, to the sum of magnitudes it had before.
-        normalize: Also divide by the sum of the weights of those that agree.
-        lambda_: Strength of the whole change (`lambda` in YAML); the paper's alpha.
-        bounds: (l_i, h_i), the smallest and the largest magnitude that is kept.
+        density: Share of elements to keep in each tensor; 1 keeps everything.
+        gamma: Share of largest elements to drop first; 0.006 to 0.01 is typical.
+        rescale: Rescale the kept part of each change, per tensor, to the original sum of magnitudes.
+        normalize: Also divide by the sum of the weights of the agreeing changes.
+        lambda_: Scale of the combined change (`lambda` in YAML); the paper's alpha.
+        bounds: (l_i, h_i), the smallest and largest kept magnitudes.
         scales: Factors of the kept parts; 1 without `rescale`.
 
     Returns:
         The merged weights.
 
-    Deviations: the paper masks each row, this each tensor, as mergekit does. Elements that tie with a kept one are
-    kept.
+    Deviations: the paper masks per row, this per tensor, as mergekit does. Elements that tie with a kept one are kept.
 
     Source: Model breadcrumbs, Davari and Belilovsky 2024, https://arxiv.org/abs/2312.06795
     """

@@ -1,4 +1,4 @@
-"""DARE with task arithmetic: drop most of each change at random, and add what is left."""
+"""DARE with task arithmetic: drop most elements of each change at random, and add the rest."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def dare_linear(
     Args:
         weight: w_i.
         density: d_i, the probability that an element is kept; 0.1 is typical.
-        rescale: Divide by d_i, so that the expected change stays.
+        rescale: Divide by d_i, so that the expected change is preserved.
         normalize: Also divide by the sum of the weights.
-        lambda_: Strength of the whole change (`lambda` in YAML).
-        noise: Random numbers of the elements' places.
+        lambda_: Scale of the combined change (`lambda` in YAML).
+        noise: Random numbers by element position.
 
     Returns:
         The merged weights.
 
-    Deviations: none. mergekit divides by the share of the L1 norm that happened to be kept, which has the
-    same expectation for large tensors and depends on the tensor for small ones.
+    Deviations: none. mergekit divides by the share of the L1 norm that was actually kept, which has the same
+    expectation for large tensors and depends on the tensor for small ones.
 
     Source: Language models are super Mario, Yu et al. 2024, https://arxiv.org/abs/2311.03099
     """
@@ -57,5 +57,5 @@ def dare_linear(
     ]
     merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
     if normalize:
-        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base stays
+        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base is unchanged
     return base + lambda_ * merged

@@ -1,4 +1,4 @@
-"""DARE with TIES: drop most of each change at random, then elect a sign and add what agrees."""
+"""DARE with TIES: drop most elements of each change at random, then elect a sign and add the agreeing ones."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def dare_ties(
     Args:
         weight: w_i.
         density: d_i, the probability that an element is kept; 0.1 is typical.
-        rescale: Divide by d_i, so that the expected change stays.
-        normalize: Divide by the weights of those that agree.
-        lambda_: Strength of the whole change (`lambda` in YAML).
-        noise: Random numbers of the elements' places.
+        rescale: Divide by d_i, so that the expected change is preserved.
+        normalize: Divide by the sum of the weights of the agreeing changes.
+        lambda_: Scale of the combined change (`lambda` in YAML).
+        noise: Random numbers by element position.
 
     Returns:
         The merged weights.
 
-    Deviations: as `dare_linear` for the scale, as `ties` for changes that cancel.
+    Deviations: as in `dare_linear` for the scale, and as in `ties` for changes that cancel.
 
     Source: Language models are super Mario, Yu et al. 2024, https://arxiv.org/abs/2311.03099
     """

@@ -1,4 +1,4 @@
-"""DELLA without election: drop small changes more often than large ones, and add what is left."""
+"""DELLA without sign election: drop small changes more often than large ones, and add the rest."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def della_linear(
         p_{ij} = d_i - \epsilon_i + 2 \epsilon_i \frac{r_{ij}}{n - 1}, \quad
         c_{ij} = w_i \, m_{ij} t_{ij} / p_{ij}, \quad m_{ij} \sim \mathrm{Bernoulli}(p_{ij})
 
-    with r_ij the rank of |t_ij| among the n elements of its row, 0 for the smallest; then the sum over the models.
+    where r_ij is the rank of |t_ij| among the n elements of its row, 0 for the smallest; then the sum over the models.
 
     Args:
         weight: w_i.
-        density: d_i, the mean probability that an element is kept; density +- epsilon must lie in (0, 1).
-        epsilon: Half the difference between the largest and the smallest element's probability.
-        rescale: Divide by the element's own p, so that the expected change stays.
+        density: d_i, the mean probability that an element is kept; density +- epsilon must be in (0, 1).
+        epsilon: Half the difference between the probabilities of the largest and the smallest element.
+        rescale: Divide each element by its p, so that the expected change is preserved.
         normalize: Also divide by the sum of the weights.
-        lambda_: Strength of the whole change (`lambda` in YAML).
-        noise: Random numbers of the elements' places.
+        lambda_: Scale of the combined change (`lambda` in YAML).
+        noise: Random numbers by element position.
 
     Returns:
-        The merged weights. A tensor with one dimension counts as one row.
+        The merged weights. A one-dimensional tensor counts as one row.
 
-    Deviations: magnitudes that agree in their leading bits are ranked by place (`trimming.drop_by_rank`). mergekit
-    rescales by the share of the L1 norm that was kept, the same for all elements, instead of each by its probability.
+    Deviations: magnitudes with equal leading bits are ranked by position (`trimming.drop_by_rank`). mergekit rescales
+    all elements by the share of the L1 norm that was kept, instead of each by its probability.
 
     Source: DELLA-Merging, Deep et al. 2024, https://arxiv.org/abs/2406.11617
     """
@@ -67,5 +67,5 @@ def della_linear(
     ]
     merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
     if normalize:
-        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base stays
+        merged = merged / (sum(weights) or 1.0)  # all weights 0: the base is unchanged
     return base + lambda_ * merged

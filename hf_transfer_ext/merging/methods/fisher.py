@@ -1,4 +1,4 @@
-"""Fisher merging: the mean of models in which each weight counts by how much its model depends on it."""
+"""Fisher merging: a mean of models that weights each parameter by how much its model depends on it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def fisher(
     fisher_floor: float = 1e-6,
     fisher: Sequence[Float[Tensor, "*shape"]],
 ) -> Float[Tensor, "*shape"]:
-    r"""The weighted mean of the models, element by element, with the diagonals of their Fisher matrices as weights.
+    r"""The elementwise mean of the models, weighted by the diagonals of their Fisher information matrices.
 
     .. math:: \theta = \sum_i w_i \max(F_i, \epsilon) \, \theta_i \Big/ \sum_i w_i \max(F_i, \epsilon)
 
-    It is the most probable point of the product of Gaussian posteriors around the models, if w_i F_i are their
-    precisions. With equal F_i it is `linear`.
+    This is the mode of the product of Gaussian posteriors around the models with precisions w_i F_i. With equal F_i,
+    it is the same as `linear`.
 
     Args:
-        weight: w_i; the paper tunes them on validation data.
-        fisher_floor: epsilon, in units of F. Where no model depends on an element, its mean is the plain weighted one.
-        fisher: F_i, the mean of squared gradients of the log-likelihood, at least 0: in YAML
-            `tensors: {fisher: path}` of each model, under the names of the weights.
+        weight: w_i; tuned on validation data in the paper.
+        fisher_floor: epsilon, in units of F. Elements that no model depends on get the plain weighted mean.
+        fisher: F_i, the mean of squared gradients of the log-likelihood, >= 0: in YAML, `tensors: {fisher: path}` of
+            each model, with the names of the weights.
 
     Returns:
         The merged weights.
@@ -45,12 +45,12 @@ def fisher(
     Raises:
         ValueError: The weights sum to 0, or an element of F is negative.
 
-    Deviations: the paper adds no floor in its formula; its code clamps at 1e-6 as here.
+    Deviations: the formula in the paper has no floor; its code clamps at 1e-6, as here.
 
     Source: Merging models with Fisher-weighted averaging, Matena and Raffel 2022, https://arxiv.org/abs/2111.09832
     """
     if any(bool((one < 0).any()) for one in fisher):
-        raise ValueError("`fisher` holds negative numbers, but Fisher diagonals are means of squares. Recompute it.")
+        raise ValueError("`fisher` has negative values, but Fisher diagonals are means of squares. Recompute it.")
     precisions = [
         w * torch.clamp(one, min=fisher_floor) for w, one in zip(for_each(weight, models), fisher, strict=True)
     ]

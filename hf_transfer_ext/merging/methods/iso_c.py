@@ -1,4 +1,4 @@
-"""Iso-C: the sum of the changes with all its singular values made equal."""
+"""Iso-C: the sum of the changes, with all singular values set to their mean."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def iso_c(
     *,
     lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Give all directions of the summed change the same strength, so that no model's directions are drowned.
+    r"""Give all singular directions of the summed change the same strength, so that no model dominates.
 
     .. math::
         \sum_i t_i = U S V^T, \quad \theta = \theta_0 + \lambda \, \bar\sigma \, U V^T, \quad
         \bar\sigma = \mathrm{mean}(S)
 
     Args:
-        lambda_: Strength of the whole change (`lambda` in YAML); 1 to 2 is typical.
+        lambda_: Scale of the combined change (`lambda` in YAML); 1 to 2 is typical.
 
     Returns:
         The merged weights. Tensors that are not matrices get the mean change.

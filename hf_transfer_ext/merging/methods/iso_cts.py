@@ -1,4 +1,4 @@
-"""Iso-CTS: Iso-C with the least common directions replaced by those of single models."""
+"""Iso-CTS: Iso-C, with the least common directions replaced by task-specific ones."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def iso_cts(
     common_space_fraction: float = 0.8,
     lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Keep the leading directions of the summed change, add each model's own leading directions outside of them.
+    r"""Keep the leading directions of the summed change, and add the leading directions of each model outside of them.
 
     .. math::
         \sum_i t_i = U S V^T, \quad t_i - U^{:k} U^{:k\,T} t_i = U_i S_i V_i^T, \quad
         \theta = \theta_0 + \lambda \, \bar\sigma \, \bar U \bar V^T
 
-    with U-bar and V-bar the nearest matrices with orthonormal columns to [U_1^{:s} ... U_n^{:s} U^{:k}] and
-    [V_1^{:s} ... V_n^{:s} V^{:k}], and sigma-bar the mean of all kept singular values. The part of the rank beyond
-    `common_space_fraction` is shared out evenly: n s + k is the rank.
+    where U-bar and V-bar are the nearest matrices with orthonormal columns to [U_1^{:s} ... U_n^{:s} U^{:k}] and
+    [V_1^{:s} ... V_n^{:s} V^{:k}], and sigma-bar is the mean of all kept singular values. The part of the rank beyond
+    `common_space_fraction` is divided evenly among the models: n s + k is the rank.
 
     Args:
-        common_space_fraction: Share of the rank for common directions, 0 to 1.
-        lambda_: Strength of the whole change (`lambda` in YAML).
+        common_space_fraction: Share of the rank for common directions, from 0 to 1.
+        lambda_: Scale of the combined change (`lambda` in YAML).
 
     Returns:
         The merged weights. Tensors that are not matrices get the mean change.

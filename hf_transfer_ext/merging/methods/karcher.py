@@ -1,4 +1,4 @@
-"""Karcher mean: the point on the sphere with the least sum of squared distances."""
+"""Karcher mean: the point on the sphere that minimizes the sum of squared distances."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def karcher(
     tol: float = 1e-5,
     gram: Gram,
 ) -> Float[Tensor, "*shape"]:
-    r"""The Riemannian mean of the models' directions, with the mean of their norms.
+    r"""The Riemannian mean of the models' directions, scaled to the mean of their norms.
 
     .. math::
         u \leftarrow \cos(\|v\|) u + \sin(\|v\|) \frac{v}{\|v\|}, \quad
         v = \frac{1}{n} \sum_i \frac{\varphi_i}{\sin \varphi_i} (u_i - u \cos \varphi_i), \quad
         \cos \varphi_i = \langle u, u_i \rangle
 
-    A base model counts as one more model.
+    A base model is treated as another model.
 
     Args:
-        max_iter: Largest number of steps.
-        tol: Norm of a step (and angle, and norm of a vector) below which it counts as 0.
+        max_iter: Maximum number of steps.
+        tol: Steps, angles and vectors with a norm below this count as 0.
         gram: Scalar products of the models.
 
     Returns:
@@ -47,7 +47,7 @@ def karcher(
         return models[0] * 0.0
     shares = valid / valid.sum()
     length = norm_of(shares, units)
-    # The point u is a combination of the directions; `point` holds its factors.
+    # The point u is a linear combination of the directions, with the factors `point`.
     point = shares / length if length >= tol else torch.eye(len(models), dtype=torch.float64)[int(valid.argmax())]
     for _ in range(int(max_iter)):
         cosines = (units @ point).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""KnOTS: TIES in the basis that all changes share."""
+"""KnOTS: TIES in a basis shared by all changes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def knots(
     normalize: bool = True,
     lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Rotate the changes into one basis, in which those of LoRA adapters become comparable, and merge them there.
+    r"""Rotate the changes into a shared basis, in which those of LoRA adapters are comparable, and merge them there.
 
     .. math::
         [t_1 \dots t_n] = U S [V_1 \dots V_n]^T, \quad
         \theta = \theta_0 + U \, \mathrm{TIES}(S V_1^T, \dots, S V_n^T)
 
     Args:
-        weight: w_i of the election and the sum.
-        density: Share of the elements of S V_i^T that is kept, by magnitude.
-        normalize: Divide by the weights of those that agree.
-        lambda_: Strength of the whole change (`lambda` in YAML).
+        weight: w_i, for the sign election and the sum.
+        density: Share of the elements of S V_i^T to keep, by magnitude.
+        normalize: Divide by the sum of the weights of the agreeing changes.
+        lambda_: Scale of the combined change (`lambda` in YAML).
 
     Returns:
         The merged weights. Tensors that are not matrices get the mean change.

@@ -13,7 +13,7 @@ from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_ea
 
 
 def factors_of_changes(*, weight: Sequence[float], normalize: bool) -> list[float] | None:
-    """w_i, divided by their sum with `normalize`; None for other weights that scale the base too (sum not 1)."""
+    """w_i, divided by their sum with `normalize`; None for weights that also scale the base (their sum is not 1)."""
     total = sum(weight)
     return [one / total for one in weight] if normalize or abs(total - 1) < 1e-12 else None
 
@@ -32,19 +32,19 @@ def linear(
     weight: PerModelCoefficient,
     normalize: bool = True,
 ) -> Float[Tensor, "*shape"]:
-    r"""The weighted mean of the models; a base model only lends its configuration.
+    r"""The weighted mean of the models; a base model only provides its configuration.
 
     .. math:: \theta = \sum_i w_i \theta_i \Big/ \sum_i w_i
 
     Args:
         weight: w_i, any real number.
-        normalize: Divide by the sum of the weights; without it the plain weighted sum.
+        normalize: Divide by the sum of the weights; otherwise, the result is the plain weighted sum.
 
     Returns:
         The merged weights.
 
     Raises:
-        ValueError: The weights sum to 0 under `normalize`.
+        ValueError: The weights sum to 0 with `normalize`.
 
     Source: Model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482
     """

@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the base to the mean of fine-tunes follows from the angle between them."""
+"""Model Stock: interpolate between the base and the mean of fine-tunes, depending on the angle between them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def model_stock(
     filter_wise: bool = False,
     gram: Float64[Tensor, "models models"],
 ) -> Float[Tensor, "rows columns"]:
-    r"""Between the base and the mean of the fine-tunes, closer to the mean the more the fine-tunes agree.
+    r"""A point between the base and the mean of the fine-tunes, closer to the mean the more the fine-tunes agree.
 
     .. math::
         \theta = r \bar\theta + (1 - r) \theta_0, \quad r = \frac{k \cos \varphi}{1 + (k - 1) \cos \varphi}
 
-    with k models and cos phi the mean cosine between two changes.
+    for k models, where cos phi is the mean cosine between two changes.
 
     Args:
-        filter_wise: One angle for each row instead of one for each tensor.
+        filter_wise: Use one angle per row instead of one per tensor.
         gram: Scalar products of the changes.
 
     Returns:
         The merged weights.
 
-    Deviations: the paper derives r for two models and for equal angles; for more models with different angles their
-    mean cosine is taken, as in mergekit.
+    Deviations: the paper derives r for two models and for equal angles; for more models with different angles, the
+    mean cosine is used, as in mergekit.
 
     Source: Model Stock, Jang et al. 2024, https://arxiv.org/abs/2403.19522
     """

@@ -1,4 +1,4 @@
-"""Multi-slerp: the mean of several models on a sphere, in the tangent space of their mean direction."""
+"""Multi-slerp: the spherical mean of several models, in the tangent space of their mean direction."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def multislerp(
     eps: float = 1e-8,
     gram: Gram,
 ) -> Float[Tensor, "*shape"]:
-    r"""Interpolate any number of models on the hypersphere, around the base if there is one.
+    r"""Interpolate any number of models on the hypersphere, relative to the base if there is one.
 
     .. math::
         u_i = x_i / \|x_i\|, \quad \mu = \frac{\sum_i w_i u_i}{\|\sum_i w_i u_i\|}, \quad
         v = \sum_i w_i (u_i - \langle u_i, \mu \rangle \mu), \quad
         x = \Big(\mu \cos \|v\| + v \frac{\sin \|v\|}{\|v\|}\Big) \sum_i w_i \|x_i\|
 
-    with x_i the models, or their changes from the base, which is then added.
+    where x_i are the models, or their changes from the base, which is then added.
 
     Args:
         weight: w_i.
         normalize_weights: Divide the weights by their sum.
-        eps: Below this norm the mean has no direction.
+        eps: A mean with a norm below this has no direction.
         gram: Scalar products of the x_i.
 
     Returns:
-        The merged weights; two opposite vectors are interpolated on a line.
+        The merged weights; two opposite vectors are interpolated linearly.
 
     Raises:
         ValueError: The weighted directions of more than two vectors cancel.
@@ -62,9 +62,9 @@ def multislerp(
     length = norm_of(weights, units)
     if length < eps:
         if len(vectors) > 2 and bool(norms.any()):
-            raise ValueError("The weighted directions of the models cancel each other. Choose other weights.")
+            raise ValueError("The weighted directions of the models cancel out. Choose other weights.")
         return weighted_sum(vectors, weights) + origin
-    mean = weights / length  # all vectors are coefficients of the u_i from here on
+    mean = weights / length  # from here on, vectors are represented by their coefficients of the u_i
     tangent = weights - (weights @ units @ mean) * mean
     size = norm_of(tangent, units)
     point = mean * size.cos() + tangent * (size.sin() / size if size > 0 else 1.0)

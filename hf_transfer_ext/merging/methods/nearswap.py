@@ -1,4 +1,4 @@
-"""NearSwap: take the other model where it is near the base."""
+"""NearSwap: use the other model where it is close to the base."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def nearswap(
     *,
     t: Coefficient,
 ) -> Float[Tensor, "*shape"]:
-    r"""Move from the base to the other model fully where they differ by at most t, and by t where they differ by more.
+    r"""Replace elements of the base by those of the other model if they differ by at most t; move the others by t.
 
     .. math:: \theta = \theta_0 + \min(1, t / |\theta_1 - \theta_0|) (\theta_1 - \theta_0)
 
     Args:
-        t: Largest change of an element, in units of the weights; at least 0.
+        t: Largest change of an element, in units of the weights; >= 0.
 
     Returns:
         The merged weights.

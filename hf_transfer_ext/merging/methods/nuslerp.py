@@ -1,4 +1,4 @@
-"""NuSlerp: slerp with weights, for whole tensors, rows or columns, around a base if there is one."""
+"""NuSlerp: weighted slerp, for whole tensors, rows or columns, relative to a base if there is one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def nuslerp(
 
     Args:
         weight: w_1 and w_2; if they sum to 0, t is 0.5.
-        nuslerp_flatten: A tensor is one vector. Otherwise each row (the last dimension) is one,
-        nuslerp_row_wise: or, with this, each column; the name is mergekit's.
-        products: <x_1, x_1>, <x_1, x_2> and <x_2, x_2> of the tensor, or of each column.
+        nuslerp_flatten: Treat a tensor as one vector. Otherwise, each row (the last dimension) is a vector,
+        nuslerp_row_wise: or, with this option, each column; the name is mergekit's.
+        products: <x_1, x_1>, <x_1, x_2> and <x_2, x_2>, for the tensor or for each column.
 
     Returns:
-        The merged weights. Parallel vectors (|sin| < 1e-8) are interpolated on a line.
+        The merged weights. Parallel vectors (|sin| < 1e-8) are interpolated linearly.
 
     Source: mergekit, Goddard et al. 2024, https://arxiv.org/abs/2403.13257
     """

@@ -1,4 +1,4 @@
-"""Passthrough: the tensors of one model, as they are; with slices it stacks layers of several models."""
+"""Passthrough: the unchanged tensors of one model; with slices, it stacks layers of several models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RAM: sum what only one model changed, average what several changed."""
+"""RAM: add elements that only one model changed, average those that several changed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def ram(
     *,
     epsilon: float = 1e-5,
 ) -> Float[Tensor, "*shape"]:
-    r"""Changes that only one model made count in full, those that several made count with their mean.
+    r"""Add the changes of elements that only one model changed, and the mean change of elements that several changed.
 
     .. math::
         \theta = \theta_0 + \frac{1}{\max(1, n)} \sum_{i: |t_i| > \epsilon} t_i, \quad
         n = \left| \{i: |t_i| > \epsilon\} \right|
 
     Args:
-        epsilon: Largest change that counts as none, in units of the weights.
+        epsilon: Changes of at most this magnitude count as none, in units of the weights.
 
     Returns:
         The merged weights.

@@ -1,4 +1,4 @@
-"""RAM+, tensor by tensor: as RAM, with what only one model changed made stronger."""
+"""RAM+ per tensor: like RAM, with larger changes for elements that only one model changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ramplus_tl(
     epsilon: float = 1e-5,
     scales: Sequence[float],
 ) -> Float[Tensor, "*shape"]:
-    r"""As `ram`, but a change that only model i made is multiplied by a factor that grows with its overlap.
+    r"""Like `ram`, but changes that only model i made are multiplied by a factor that grows with its overlap.
 
     .. math::
         \lambda_i = 1 + r \min(\alpha, \rho_i), \quad
@@ -49,9 +49,9 @@ def ramplus_tl(
 
     Args:
         r: Strength of the factor.
-        alpha: Largest overlap that counts.
-        epsilon: Largest change that counts as none, in units of the weights.
-        scales: lambda_i, counted in each tensor.
+        alpha: Upper limit for the overlap.
+        epsilon: Changes of at most this magnitude count as none, in units of the weights.
+        scales: lambda_i, computed for each tensor.
 
     Returns:
         The merged weights.

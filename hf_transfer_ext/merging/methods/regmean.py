@@ -1,4 +1,4 @@
-"""RegMean: the linear layer whose outputs are nearest to those of all models, on the inputs of each."""
+"""RegMean: the linear layer whose outputs are closest to those of all models, each on its own inputs."""
 
 from __future__ import annotations
 
@@ -27,27 +27,26 @@ def regmean(
     off_diagonal: float = 0.9,
     gram: Sequence[Float[Tensor, "columns columns"]] | None = None,
 ) -> Float[Tensor, "*shape"]:
-    r"""Merge linear layers by least squares over the models' own activations.
+    r"""Merge linear layers by least squares on the activations of each model.
 
     .. math::
         W = \arg\min_W \sum_i w_i \lVert X_i W^T - X_i W_i^T \rVert_F^2
           = \Big(\sum_i w_i W_i \tilde G_i\Big) \Big(\sum_i w_i \tilde G_i\Big)^{-1}, \quad G_i = X_i^T X_i
 
-    with the rows of X_i the inputs of the layer in model i, and the tilde for off-diagonal elements times alpha.
+    where the rows of X_i are the inputs of the layer in model i; the tilde multiplies off-diagonal elements by alpha.
 
     Args:
-        weight: w_i; the paper takes 1 and Gram matrices over equally many inputs.
-        off_diagonal: alpha, 0 to 1. 1 is the least-squares solution, which is singular where inputs span too little;
-            the paper takes 0.9, and 0.1 for T5.
-        gram: G_i, one for each model, columns x columns: in YAML `tensors: {gram: path}` of each model, under the
-            names of the weights. Tensors without one (embeddings) and vectors (biases, norms) get the weighted
-            mean.
+        weight: w_i; the paper uses 1, with Gram matrices over equally many inputs.
+        off_diagonal: alpha, from 0 to 1. 1 is the least-squares solution, which is singular if the inputs span too few
+            dimensions; the paper uses 0.9, and 0.1 for T5.
+        gram: G_i, one per model, columns x columns: in YAML, `tensors: {gram: path}` of each model, with the names of
+            the weights. Tensors without one (embeddings) and vectors (biases, norms) get the weighted mean.
 
     Returns:
-        The merged weights. Inputs that are 0 in all models, whose columns have no influence, get the weighted mean.
+        The merged weights. Columns whose inputs are 0 in all models, which have no effect, get the weighted mean.
 
     Raises:
-        ValueError: The weights sum to 0, or the Gram matrices have no inverse.
+        ValueError: The weights sum to 0, or the weighted Gram matrix is singular.
 
     Source: Dataless knowledge fusion (RegMean), Jin et al. 2023, https://arxiv.org/abs/2212.09849
     """
@@ -61,10 +60,10 @@ def regmean(
         diagonal = torch.diag(products.diagonal())
         scaled.append(w * (off_diagonal * (products - diagonal) + diagonal))
     total = sum_of(scaled)
-    # Solved for the distance from the mean, and with 1 on the diagonal of columns that no input reaches.
+    # Solve for the difference from the mean, with 1 on the diagonal for columns whose inputs are all 0.
     unreached = torch.diag((total.diagonal() == 0).to(total))
     distances = sum_of((model - mean).double() @ one for model, one in zip(models, scaled, strict=True))
     solution, is_singular = torch.linalg.solve_ex(total + unreached, distances, left=False)
     if is_singular:
-        raise ValueError("The Gram matrices are singular: inputs span too little. Lower `off_diagonal`.")
+        raise ValueError("The Gram matrices are singular: inputs span too few dimensions. Lower `off_diagonal`.")
     return mean + solution.to(mean)

@@ -1,4 +1,4 @@
-"""SCE: select what varies, weigh models by their energy, erase what disagrees in sign."""
+"""SCE: select elements by variance, calculate weights from energies, erase elements that disagree in sign."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def sce(
         s = \mathrm{sign} \sum_i \hat t_i
 
     Args:
-        select_topk: Share of the elements with a variance above 0 that is kept.
-        threshold: q, the smallest variance that is kept.
-        shares: w_i of the tensor, summing to 1.
+        select_topk: Share of the elements with a variance above 0 to keep.
+        threshold: q, the smallest kept variance.
+        shares: w_i of the tensor, which sum to 1.
 
     Returns:
         The merged weights.
 
     Deviations: elements that tie with the smallest kept variance are all kept. mergekit gives all models the same
-    weight where the mean squares sum to less than 1e-6, as those of most fine-tunes do; here only where none changed.
+    weight if the mean squares sum to less than 1e-6, as for most fine-tunes; here, only if no model changed.
 
     Source: FuseChat, Wan et al. 2024, https://arxiv.org/abs/2408.07990
     """

@@ -1,4 +1,4 @@
-"""Slerp: walk from one model to another along the sphere."""
+"""Slerp: spherical interpolation between two models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def slerp(
     t: Coefficient,
     gram: Gram,
 ) -> Float[Tensor, "*shape"]:
-    r"""Spherical interpolation between the base and one other model, each tensor taken as one vector.
+    r"""Spherical interpolation between the base and one other model, with each tensor treated as one vector.
 
     .. math::
         \theta = \frac{\sin((1 - t) \Omega)}{\sin \Omega} \theta_0 + \frac{\sin(t \Omega)}{\sin \Omega} \theta_1, \quad
@@ -31,7 +31,7 @@ def slerp(
         gram: Scalar products of the base and the model.
 
     Returns:
-        The merged weights. Nearly parallel vectors (|cos| > 0.9995, as mergekit) are interpolated on a line.
+        The merged weights. Nearly parallel vectors (|cos| > 0.9995, as in mergekit) are interpolated linearly.
 
     Source: Animating rotation with quaternion curves, Shoemake 1985, https://doi.org/10.1145/325165.325242
     """

@@ -1,4 +1,4 @@
-"""Task arithmetic: the base model plus the weighted sum of all changes."""
+"""Task arithmetic: the base model plus the weighted sum of all changes (task vectors)."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def task_arithmetic(
     normalize: bool = False,
     lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Add what each model learned to the base; a negative weight takes it away.
+    r"""Add what each model learned to the base; a negative weight subtracts it.
 
     .. math:: \theta = \theta_0 + \lambda \sum_i w_i (\theta_i - \theta_0)
 
     Args:
         weight: w_i, any real number.
         normalize: Also divide by the sum of the weights.
-        lambda_: Strength of the whole change (`lambda` in YAML).
+        lambda_: Scale of the combined change (`lambda` in YAML).
 
     Returns:
         The merged weights.
@@ -49,5 +49,5 @@ def task_arithmetic(
     weights = for_each(weight, models)
     total = sum_of(w * (model - base) for w, model in zip(weights, models, strict=True))
     if normalize:
-        total = total / (sum(weights) or 1.0)  # all weights 0: the base stays
+        total = total / (sum(weights) or 1.0)  # all weights 0: the base is unchanged
     return base + lambda_ * total

@@ -1,4 +1,4 @@
-"""TIES: trim each change to its largest elements, elect a sign, add what agrees with it."""
+"""TIES: trim each change to its largest elements, elect a sign, and add the agreeing elements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ties(
     thresholds: Sequence[float],
     scales: Sequence[float | Float[Tensor, ""]],
 ) -> Float[Tensor, "*shape"]:
-    r"""Keep the largest changes of each model, and of those the ones that agree with the weighted majority.
+    r"""Keep the largest changes of each model that agree in sign with the weighted majority.
 
     .. math::
         c_i = w_i \, t_i [|t_i| \ge q_i], \quad s = \mathrm{sign} \sum_i c_i, \quad
@@ -41,19 +41,19 @@ def ties(
 
     Args:
         weight: w_i.
-        density: Share of the elements that is kept, by magnitude.
-        trim_over_model: Keep that share of all tensors together, as the paper does, and not of each tensor.
-        rescale: Multiply the kept part of each change, tensor by tensor, to the sum of magnitudes it had before.
-        normalize: Divide by the weights of those that agree.
-        lambda_: Strength of the whole change (`lambda` in YAML).
-        thresholds: q_i, the smallest magnitude that is kept.
+        density: Share of elements to keep, by magnitude.
+        trim_over_model: Keep this share of all tensors together, as in the paper, and not of each tensor.
+        rescale: Rescale the kept part of each change, per tensor, to the original sum of magnitudes.
+        normalize: Divide by the sum of the weights of the agreeing changes.
+        lambda_: Scale of the combined change (`lambda` in YAML).
+        thresholds: q_i, the smallest kept magnitude.
         scales: Factors of the kept parts; 1 without `rescale`.
 
     Returns:
         The merged weights.
 
-    Deviations: without `trim_over_model` each tensor is trimmed by itself, as mergekit and PEFT do. Elements that tie
-    with the smallest kept one are all kept. Where the changes cancel to exactly 0, the positive ones win.
+    Deviations: without `trim_over_model`, each tensor is trimmed separately, as in mergekit and PEFT. Elements that
+    tie with the smallest kept one are all kept. If the changes cancel to exactly 0, the positive sign is elected.
 
     Source: TIES-Merging, Yadav et al. 2023, https://arxiv.org/abs/2306.01708
     """

@@ -1,4 +1,4 @@
-"""TSV-M: the leading singular vectors of all changes, made orthogonal to each other."""
+"""TSV-M: the leading singular vectors of all changes, orthogonalized jointly."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def tsv(
     *,
     lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Share the rank of a matrix out among the models, and take the interference of their singular vectors away.
+    r"""Divide the rank of a matrix among the models, and remove the interference between their singular vectors.
 
     .. math::
         t_i = U_i S_i V_i^T, \quad U = [U_1^{:k} \dots U_n^{:k}], \quad V = [V_1^{:k} \dots V_n^{:k}], \quad
         k = \lfloor \mathrm{rank} / n \rfloor, \quad
         \theta = \theta_0 + \lambda \, \bar U \, \mathrm{diag}(S_1^{:k} \dots S_n^{:k}) \, \bar V^T
 
-    with U-bar and V-bar the nearest matrices to U and V with orthonormal columns.
+    where U-bar and V-bar are the matrices with orthonormal columns nearest to U and V.
 
     Args:
-        lambda_: Strength of the whole change (`lambda` in YAML); the paper's alpha.
+        lambda_: Scale of the combined change (`lambda` in YAML); the paper's alpha.
 
     Returns:
         The merged weights. Tensors that are not matrices get the mean change.

@@ -1,4 +1,4 @@
-"""WUDI: a change that disturbs no model on the inputs that its own change points to."""
+"""WUDI: optimize a combined change that does not interfere with any model on its own inputs."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ def wudi(
     learning_rate: float = 1e-5,
     lambda_: Coefficient = 1.0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Start from the sum of the changes, and minimize with Adam how far it is from each change along that change.
+    r"""Start from the sum of the changes, and minimize its interference with each change with Adam.
 
     .. math::
         \theta = \theta_0 + \lambda t, \quad
         t \approx \arg\min_t \sum_i \frac{\lVert (t - t_i) \, t_i^T \rVert_F^2}{\lVert t_i \rVert_F^2}
 
-    The rows of t_i span (nearly) the inputs that model i was trained on, so a small loss says that on these inputs
-    the merged matrix does what model i does. Adam has a memory of 0.9 and 0.999 and the epsilon 1e-8.
+    The rows of t_i approximately span the inputs that model i was trained on, so with a small loss the merged matrix
+    behaves like model i on these inputs. Adam uses betas of 0.9 and 0.999 and an epsilon of 1e-8.
 
     Args:
-        iterations: Steps of Adam; 0 gives the sum of the changes. The rows of embeddings are tokens, and not what an
-            input is multiplied by: `[{filter: embed_tokens, value: 0}, {value: 300}]` sums them only.
-        learning_rate: Of Adam, in units of the weights: an element moves by iterations * learning_rate at most.
-        lambda_: Strength of the whole change (`lambda` in YAML); the paper has none, which is 1.
+        iterations: Number of Adam steps; 0 gives the sum of the changes. The rows of embeddings are tokens and are not
+            multiplied by inputs: `[{filter: embed_tokens, value: 0}, {value: 300}]` only sums them.
+        learning_rate: Learning rate of Adam, in units of the weights: an element moves by at most iterations *
+            learning_rate.
+        lambda_: Scale of the combined change (`lambda` in YAML); the paper has none, which corresponds to 1.
 
     Returns:
-        The merged weights. Tensors that are not matrices get the mean change. To autograd what Adam adds to the sum
-        is a constant.
+        The merged weights. Tensors that are not matrices get the mean change. Gradients treat the part that Adam adds
+        to the sum as constant.
 
-    Deviations: none. The gradient is calculated as 2 (d G + R) for t = sum_i t_i + d, with G_i = t_i^T t_i / |t_i|^2,
-    G = sum_i G_i and R = sum_i (sum_{j != i} t_j) G_i: a step costs one product whatever the number of models, and the
-    gradient of changes that do not disturb each other is exactly 0.
+    Deviations: none. The gradient is computed as 2 (d G + R) for t = sum_i t_i + d, with G_i = t_i^T t_i / |t_i|^2,
+    G = sum_i G_i and R = sum_i (sum_{j != i} t_j) G_i: a step costs one product for any number of models, and the
+    gradient of changes that do not interfere is exactly 0.
 
     Source: WUDI-Merging, Cheng et al. 2025, https://arxiv.org/abs/2503.08099
     """

@@ -1,1 +1,1 @@
-"""Tensors through a merge method in pieces, into a checkpoint or a LoRA."""
+"""Stream tensors through a merge method in pieces, into a checkpoint or a LoRA."""

@@ -1,8 +1,8 @@
-"""A merge whose result is a LoRA adapter on the base model: the change of the whole merge, truncated to a rank.
+"""Write the result of a merge as a LoRA adapter on the base model: the total change, truncated to a rank.
 
-What is truncated is the change of the merged weights, never the factors of the inputs one by one: the sum of two
-products `B A` is not the product of the sums. Where the method is a sum of changes (`MergeMethod.change_factors`) and
-all models are adapters on the base, the change is known by its factors, and no matrix of the base is read.
+The change of the merged weights is truncated, never the individual factors of the inputs: the sum of two products
+`B A` is not the product of the sums. If the method is a sum of changes (`MergeMethod.change_factors`) and all models
+are adapters on the base, the factors of the change are known, and no matrix of the base is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_transfer_ext.weights.resume import work_of
 
 @dataclass(frozen=True)
 class MergedInput:
-    """A tensor of the result, calculated when it is read, in float32."""
+    """A tensor of the result, computed in float32 when it is read."""
 
     job: TensorJob
     seed: int
@@ -49,7 +49,7 @@ class MergedInput:
         return self.job.input_bytes
 
     def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
-        """Fill `out`, which must hold the whole tensor: some methods cannot merge less of it."""
+        """Fill `out`, which must have the size of the whole tensor: some methods cannot merge parts of it."""
         job = self.job
         if start or out.numel() != job.numel:
             raise ValueError(f"Tensor {job.name!r} is merged as a whole: {job.numel} elements, got {out.numel()}.")
@@ -78,21 +78,21 @@ def write_adapter(
 ) -> ExtractionReport:
     """Write the change from the base model to the result of the jobs as a PEFT LoRA folder, written atomically.
 
-    The base is `base_model`; without one, the model on which all inputs are adapters.
+    The base is `base_model`; without one, the common base of the inputs, which must all be adapters.
 
     Args:
         jobs: All tensors of the result.
-        content: What the result depends on beside the files of the models (`resume.work_of`).
-        files: Name -> text of further files of the folder.
-        checkpoints: Everything that the jobs read.
+        content: What the result depends on, except the files of the models (`resume.work_of`).
+        files: Name -> text of additional files in the folder.
+        checkpoints: All checkpoints that the jobs read.
         complete: Called with the folder and the report before the folder is published.
 
     Raises:
-        ValueError: There is no base, or the result has tensors or shapes that the base lacks.
+        ValueError: There is no base, or the result has tensors or shapes that the base does not have.
     """
     if config.tokenizer is not None:
         raise ValueError(
-            "A LoRA keeps the vocabulary of its base, so `tokenizer` and `output.lora` exclude each other."
+            "A LoRA keeps the vocabulary of its base, so `tokenizer` and `output.lora` cannot be combined."
         )
     reference = config.base_model or _common_base(models)
     if reference in models and models[reference].adapted is not None:
@@ -129,15 +129,15 @@ def _common_base(models: Mapping[ModelReference, InputModel]) -> ModelReference:
     base = next(iter(bases))
     if len(bases) > 1 or base is None:
         raise ValueError(
-            "`output.lora` needs a base to be an adapter on: name a `base_model`, or merge adapters on one model only."
+            "`output.lora` needs a base model for the adapter: set `base_model`, or merge only adapters of one model."
         )
     return base
 
 
 def known_result(job: TensorJob, start: InputModel) -> InputTensor | None:
-    """The base's own tensor where no input changed it, or with the factors of its change, where they are known.
+    """The tensor of the base if no input changed it, or with the factors of its change if these are known.
 
-    The mean of equal numbers is not equal to them to the last bit, so what did not change must be found here.
+    The mean of equal numbers may differ from them in the last bit, so unchanged tensors must be detected here.
     """
     method, base = job.method, start.tensors.get(job.name)
     if base is None:

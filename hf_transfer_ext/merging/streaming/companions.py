@@ -1,4 +1,4 @@
-"""The files that go with merged weights: config, tokenizer, and the configuration of the merge itself."""
+"""The files that accompany merged weights: config, tokenizer, and the configuration of the merge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_transfer_ext.merging.planning.companions import companion_files
 from hf_transfer_ext.reading import parse_yaml
 from hf_transfer_ext.weights.opened import InputModel
 
-#: The configuration of the merge in its result, under the name that the Hub knows.
+#: File name of the merge configuration in the result, as recognized by the Hub.
 CONFIG_FILE = "mergekit_config.yml"
 
 
@@ -24,7 +24,7 @@ def write_companions(folder: Path, donor: InputModel, config: Mapping[str, Any],
     """Write config.json and the configuration of the merge, and copy the donor's other files.
 
     Args:
-        donor: The model whose tokenizer and generation config the result takes over.
+        donor: The model that provides tokenizer and generation config.
         config: Content of config.json.
         text: The configuration of the merge (`public_yaml`).
     """
@@ -34,14 +34,14 @@ def write_companions(folder: Path, donor: InputModel, config: Mapping[str, Any],
 
 
 def copy_companions(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Copy the files that a model with this config needs beside its weights: tokenizer, processor, its own code."""
+    """Copy the files that a model with this config needs in addition to its weights: tokenizer, processor, code."""
     for name in companion_files(source, config):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
 
 
 def public_yaml(config: Mapping[str, Any] | str | Path) -> str:
-    """The configuration as it goes into the result: word for word, unless it names folders of this machine."""
+    """The configuration as written to the result: verbatim, unless it contains paths of this machine."""
     text = None if isinstance(config, Mapping) else Path(config).read_text(encoding="utf-8")
     content = dict(config) if isinstance(config, Mapping) else parse_yaml(text or "", repr(str(config)))
     public = _without_local_paths(content)

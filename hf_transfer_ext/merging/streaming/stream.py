@@ -1,11 +1,11 @@
-"""The stream: reads pieces of tensors, merges them, writes each piece of the result to its place.
+"""The stream: reads pieces of tensors, merges them, and writes each piece of the result to its position.
 
-Memory is bounded by threads x models x piece, not by the model. A tensor's numbers depend on the pieces' fixed size
-only, so the files are the same, byte for byte, for any number of threads. Finished tensors are noted in a journal; a
-run that was killed goes on from there.
+Memory is bounded by threads x models x piece, not by the model. The values of a tensor depend only on the fixed piece
+size, so the files are byte-for-byte the same for any number of threads. Finished tensors are recorded in a journal,
+and a run that was killed resumes from there.
 
-On a GPU the same methods work on larger pieces. Random masks are the same there; sums are taken in another order and
-products are fused with them, so results agree with those of the CPU to the rounding of float32.
+On a GPU, the same methods work on larger pieces. Random masks are the same; sums are computed in another order and
+with fused multiply-adds, so results agree with those of the CPU up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from hf_transfer_ext.weights.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-#: Elements of a piece: few enough for the caches of a core, enough that Python's part of the work is small.
+#: Elements of a piece: few enough for the caches of a core, but enough to make the Python overhead small.
 PIECE = 1 << 18
 
-#: Elements of a piece for the kernels, which need no caches for what lies between two operations.
+#: Elements of a piece for the kernels, which do not store results between operations.
 STORED_PIECE = 1 << 19
 
-#: Elements of a piece on a GPU: 32 MiB in float32, and some five times that for each model with intermediate results.
+#: Elements of a piece on a GPU: 32 MiB in float32, and about five times that per model with intermediate results.
 DEVICE_PIECE = 1 << 23
 
-#: A sample holds one element in SAMPLE_STEP, a number that has no factor in common with most widths of matrices. Where
-#: every run must be read by itself, it holds no more than SAMPLE, in runs of SAMPLE_RUN.
+#: A sample has one of every SAMPLE_STEP elements; this number shares no factor with most widths of matrices. If every
+#: run must be read separately, it has at most SAMPLE elements, in runs of SAMPLE_RUN.
 SAMPLE_STEP, SAMPLE, SAMPLE_RUN = 61, 1 << 17, 1 << 7
 
-#: Bytes that all threads together may hold of tensors that are looked at several times, so that they are read once.
+#: Bytes that all threads together may keep of tensors that are needed several times, so that they are read once.
 HELD = 96 << 20
 
-#: Elements of a tensor that one thread takes at a time where nothing must be known about the whole tensor.
+#: Elements of a tensor that one thread processes at a time if it does not need the whole tensor.
 SEGMENT = 1 << 23
 
 
@@ -59,7 +59,7 @@ class StreamedPieces:
 
     Args:
         check: Refuse NaN and infinity, in the first pass over the tensor.
-        hold: A tensor of up to so many bytes is read once, and held in memory for the passes after the first.
+        hold: A tensor of up to this many bytes is read once and kept in memory for later passes.
     """
 
     job: TensorJob
@@ -73,7 +73,7 @@ class StreamedPieces:
 
     @property
     def stored(self) -> bool:
-        """Whether pieces may come in the dtype of the files."""
+        """Whether pieces may have the dtype of the files."""
         return _is_for_kernels(self.job, self.scratch.device)
 
     @property
@@ -118,7 +118,7 @@ class StreamedPieces:
             if hold:
                 pieces.append(piece)
             yield piece
-        self.held, self.check = pieces, False  # only now, when all of them were seen
+        self.held, self.check = pieces, False  # only now, after the whole tensor was read
 
     def _is_held(self) -> bool:
         tensors = [self.job.base, *self.job.models] if self.job.base is not None else self.job.models
@@ -136,7 +136,7 @@ class StreamedPieces:
         return Piece(start, base, models, extra)
 
     def _read_extra(self, name: str, tensor: InputTensor, start: int, stop: int, slot: int) -> Tensor:
-        """An extra tensor: the piece that belongs to that of the weight, or all of a square one."""
+        """An extra tensor: the piece that corresponds to that of the weight, or all of a square one."""
         if self.job.method.extra[name].shape == "weight":
             return self._read(tensor, start, stop, slot, 0)
         out = self.scratch.floats(slot, math.prod(tensor.shape))
@@ -145,7 +145,7 @@ class StreamedPieces:
         return out.reshape(tensor.shape)
 
     def _read_runs(self, tensor: InputTensor, starts: Sequence[int], run: int, slot: int) -> Tensor:
-        """Several runs of a tensor, one after the other."""
+        """Several runs of a tensor, concatenated."""
         if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
             out = tensor.stored_runs(starts, run, self.scratch, (slot, 0))
         else:
@@ -170,7 +170,7 @@ class StreamedPieces:
         if place < 0:
             return
         raise ValueError(
-            f"Tensor {self.job.name!r} {self._role_of(tensor)} holds NaN or infinity, first at element "
+            f"Tensor {self.job.name!r} {self._role_of(tensor)} contains NaN or infinity, first at element "
             f"{start + place}. Fix the model, or pass --allow-nonfinite to merge it anyway."
         )
 
@@ -194,11 +194,11 @@ class Stream:
     """Processes jobs with several threads.
 
     Args:
-        writer: Takes the result; it knows all tensors of the jobs.
-        threads: Workers; each works with one thread of torch.
-        device: Where the methods calculate.
-        journal: File that notes finished tensors.
-        failure: File that is created when a tensor fails, and that ends the streams of other processes.
+        writer: Receives the result; it must have all tensors of the jobs.
+        threads: Number of workers; each uses one torch thread.
+        device: The device to compute on.
+        journal: File that records finished tensors.
+        failure: File that is created when a tensor fails, which stops the streams of other processes.
         advance: Called with the number of input bytes that were processed.
     """
 
@@ -230,7 +230,7 @@ class Stream:
         tasks = [task for job in jobs for task in _tasks_of(job, self.device)]
         for task in tasks:
             self._left[task.job.name] = self._left.get(task.job.name, 0) + 1
-        tasks.sort(key=lambda task: task.start - task.stop)  # the largest first, so that no thread ends up alone
+        tasks.sort(key=lambda task: task.start - task.stop)  # largest first, so that no thread works alone at the end
         threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         _keep_freed_memory()
@@ -251,11 +251,11 @@ class Stream:
 
     def _work(self, task: _Task) -> None:
         if self.failure.exists():
-            raise InterruptedError("The merge was stopped, since another process of it failed.")
+            raise InterruptedError("The merge was stopped because another process failed.")
         if not hasattr(self._local, "scratch"):
             self._local.scratch = Scratch(self.device)
             self._local.queue = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        with torch.cuda.stream(self._local.queue):  # one queue a thread: one copies while another calculates
+        with torch.cuda.stream(self._local.queue):  # one queue per thread: one copies while another computes
             if task.job.is_copy:
                 self._copy(task)
             else:
@@ -299,22 +299,22 @@ class Stream:
                 self.advance(len(view))
 
     def _check_result(self, job: TensorJob, start: int, result: Tensor) -> None:
-        """Refuse NaN and infinity, or name the tensor once where they are allowed."""
+        """Refuse NaN and infinity, or warn once per tensor if they are allowed."""
         bad = first_nonfinite(result)
         if bad < 0:
             return
         kind = str(job.dtype).removeprefix("torch.")
-        told = f"Tensor {job.name!r} of the result is {float(result[bad])} at element {start + bad}"
+        found = f"Tensor {job.name!r} of the result is {float(result[bad])} at element {start + bad}"
         if not self.allow_nonfinite:
-            cause = "The input holds it" if job.is_copy else f"The result does not fit into {kind}"
+            cause = "The input contains it" if job.is_copy else f"The result does not fit into {kind}"
             raise ValueError(
-                f"{told}. {cause}: fix the model, choose smaller weights or another `out_dtype`, or pass "
+                f"{found}. {cause}: fix the model, choose smaller weights or another `out_dtype`, or pass "
                 "--allow-nonfinite to keep such values."
             )
         with self._lock:
             if job.name not in self._reported:
                 self._reported.add(job.name)
-                logger.warning("%s.", told)
+                logger.warning("%s.", found)
 
 
 def _is_stored(tensor: InputTensor) -> bool:
@@ -322,10 +322,10 @@ def _is_stored(tensor: InputTensor) -> bool:
 
 
 def first_nonfinite(values: Tensor) -> int:
-    """The place of the first element that is NaN or infinite, -1 if there is none."""
-    if values.dtype.itemsize == 1:  # eight-bit floats have no arithmetic
+    """Index of the first element that is NaN or infinite, -1 if there is none."""
+    if values.dtype.itemsize == 1:  # torch has no arithmetic for 8-bit floats
         values = values.float()
-    if math.isfinite(float(values.sum())):  # what is not finite stays so in a sum, which is the fastest look
+    if math.isfinite(float(values.sum())):  # a non-finite element makes the sum non-finite: the fastest check
         return -1
     if kernels.can_take(values):
         return kernels.first_nonfinite(values)
@@ -335,16 +335,16 @@ def first_nonfinite(values: Tensor) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of intermediate results for the next ones.
+    """Let glibc reuse the memory of intermediate results.
 
-    It returns blocks above a limit to the system at once, and allocating new ones costs more time than the arithmetic
-    on them. The limit follows the largest block that was ever freed.
+    It immediately returns blocks above a limit to the system, and allocating new ones takes more time than the
+    arithmetic on them. The limit adapts to the largest block that was freed.
     """
     torch.empty(1 << 22, dtype=torch.float32)
 
 
 def _tasks_of(job: TensorJob, device: torch.device) -> list[_Task]:
-    """Cut a tensor into segments of whole pieces, unless the method must see all of it."""
+    """Split a tensor into segments of whole pieces, unless the method needs all of it."""
     if not job.is_copy and (job.method.statistics is not None or job.method.unit == "matrix"):
         return [_Task(job, 0, job.numel)]
     piece = piece_of(job, device)
@@ -355,7 +355,7 @@ def _tasks_of(job: TensorJob, device: torch.device) -> list[_Task]:
 
 
 def elements_of(job: TensorJob, device: torch.device) -> int:
-    """Elements of a piece, before it is rounded to whole rows."""
+    """Elements of a piece, before rounding to whole rows."""
     if device.type != "cpu":
         return DEVICE_PIECE
     return STORED_PIECE if _is_for_kernels(job, device) else PIECE
@@ -366,7 +366,7 @@ def _is_for_kernels(job: TensorJob, device: torch.device) -> bool:
 
 
 def piece_of(job: TensorJob, device: torch.device) -> int:
-    """Elements of a piece, rounded to whole rows for methods that need them; all of it for whole matrices."""
+    """Elements of a piece, rounded to whole rows for methods that need them; the whole tensor for matrix methods."""
     if job.method.unit == "matrix" and not job.is_copy:
         return max(1, job.numel)
     columns = columns_of(job)
@@ -377,10 +377,10 @@ def columns_of(job: TensorJob) -> int:
     return max(1, job.shape[-1]) if job.method.unit == "row" and job.shape else 1
 
 
-#: Journals in the folder of a merge begin with this, and end with the number of the process that writes them.
+#: Names of the journals in the folder of a merge begin with this and end with the rank of the writing process.
 JOURNAL = ".finished_tensors"
 
-#: File in the folder of a merge that tells all processes that one of them failed.
+#: File in the folder of a merge that signals to all processes that one of them failed.
 FAILURE = ".failed"
 
 
@@ -396,22 +396,22 @@ def write_tensors(
     allow_nonfinite: bool = False,
     advance: Callable[[int], object] = lambda count: None,
 ) -> int:
-    """Write the tensors of all jobs into a folder, split across the ranks; those that are there already stay.
+    """Write the tensors of all jobs into a folder, split across the ranks; finished ones are skipped.
 
     Args:
-        folder: Of all ranks (`resume.resumable_folder`); tensors and journals in it were left by the same jobs.
-        advance: Called with the number of input bytes that were processed, or are not needed any more.
+        folder: Shared by all ranks (`resume.resumable_folder`); its tensors and journals are from the same jobs.
+        advance: Called with the number of input bytes that were processed or are no longer needed.
 
     Returns:
-        How many tensors were there already.
+        Number of tensors that were already finished.
     """
     specs = [job.spec for job in jobs]
-    with ranks.together():  # the first rank lays the files out, the others find them
+    with ranks.together():  # the first rank creates the files, the others open them
         if ranks.is_first:
             (folder / FAILURE).unlink(missing_ok=True)  # a failed run that was killed may have left it
             planned = plan_files(specs, max_shard_bytes=max_shard_bytes)
             if not all(file.is_begun(folder) for file in planned):
-                for journal in folder.glob(f"{JOURNAL}-*"):  # they speak of files that are written anew
+                for journal in folder.glob(f"{JOURNAL}-*"):  # they refer to files that are now rewritten
                     journal.unlink()
             CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True).close()
         finished = finished_tensors(folder)
@@ -433,7 +433,7 @@ def write_tensors(
 
 
 class Journal:
-    """A file with one line for each finished tensor. A last line that a kill cut off is removed."""
+    """A file with one line per finished tensor. A last line that was truncated by a kill is removed."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -449,6 +449,6 @@ class Journal:
 
 
 def finished_tensors(folder: Path) -> set[str]:
-    """The names in all journals of a folder; a last line without an end does not count."""
+    """The names in all journals of a folder; a last line without a newline is ignored."""
     lines = [line for path in folder.glob(f"{JOURNAL}-*") for line in path.read_text("utf-8").split("\n")[:-1]]
     return {json.loads(line) for line in lines}

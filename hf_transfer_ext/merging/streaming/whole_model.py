@@ -1,13 +1,13 @@
-"""Trimming over the whole model: one threshold for the changes of all tensors, exact and without holding them.
+"""Trimming over the whole model: one exact threshold for the changes of all tensors, in bounded memory.
 
-A magnitude is looked for by its rank among those of all tensors, as the bits of a float32 number, which grow with it:
+A magnitude is searched by its rank among all tensors, as the bits of a float32 number, which increase with it:
 
     0 ........... low [ bin | bin | bin | ... | bin ] high ........... 2**31
                           ^ the bin with the rank becomes the next window, until a bin is a single number
 
-A sample of all tensors gives the first window. Each pass counts what lies below the window and in each of its bins.
-The first window mostly has no more numbers than bins, so that one pass is enough. Where the sample misleads, the
-search starts again with a window that holds everything.
+A sample of all tensors gives the first window. Each pass counts the numbers below the window and in each of its bins.
+The first window usually has at most as many numbers as bins, so that one pass is sufficient. If the sample was
+misleading, the search restarts with a window that contains everything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_transfer_ext.weights.ranks import Ranks
 #: Bins of a window, and elements in the sample of all tensors.
 BINS = SAMPLED = 1 << 20
 
-#: The bits of float32 numbers that are not negative are below this.
+#: Upper limit of the bits of non-negative float32 numbers.
 _END = 1 << 31
 
 
@@ -42,13 +42,13 @@ def with_model_thresholds(
     allow_nonfinite: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008
 ) -> list[TensorJob]:
-    """Give the jobs with `trim_over_model` their thresholds: for each model the smallest magnitude that is kept.
+    """Set the thresholds of the jobs with `trim_over_model`: for each model, the smallest kept magnitude.
 
-    Of the n elements of a model's change in all these jobs the int(density * n) largest are kept, and what ties with
-    the smallest of them.
+    Of the n elements of a model's change in all these jobs, the int(density * n) largest are kept, and those that tie
+    with the smallest of them.
 
     Raises:
-        ValueError: The density is not the same in all tensors, or an input holds NaN or infinity.
+        ValueError: The density is not the same in all tensors, or an input contains NaN or infinity.
     """
     chosen = [job for job in jobs if job.options.get("trim_over_model") and not job.is_copy]
     if not chosen:
@@ -56,7 +56,7 @@ def with_model_thresholds(
     densities = sorted({tuple(for_each(job.options["density"], job.models)) for job in chosen})
     if len(densities) > 1:
         raise ValueError(
-            "`trim_over_model` compares the changes of all tensors, so `density` must be one number for each model, "
+            "`trim_over_model` compares the changes of all tensors, so `density` must be one number per model, "
             f"got {list(densities[0])} and {list(densities[1])}. Remove its gradients and filters."
         )
     search = _Search(chosen, threads, device or torch.device("cpu"), not allow_nonfinite, ranks)
@@ -67,7 +67,7 @@ def with_model_thresholds(
 
 @dataclass(frozen=True)
 class _Window:
-    """The bit patterns low .. high - 1, among which that of a rank is expected."""
+    """The bit patterns low .. high - 1, which are expected to contain that of a rank."""
 
     rank: int
     low: int
@@ -79,16 +79,16 @@ class _Window:
 
     @property
     def value(self) -> float:
-        """The number with the lowest bit pattern."""
+        """The number with the lowest bit pattern in the window."""
         return float(np.array(self.low, dtype=np.int32).view(np.float32))
 
     @property
     def shift(self) -> int:
-        """Bits that are cut off so that the patterns fall into BINS bins."""
+        """Number of low bits to drop so that the patterns fit into BINS bins."""
         return max(0, (self.high - self.low - 1).bit_length() - BINS.bit_length() + 1)
 
     def narrowed(self, below: int, bins: np.ndarray) -> _Window:
-        """The window of the bin that holds the rank, or everything where the rank lies outside of this window."""
+        """The window of the bin with the rank, or everything if the rank is outside of this window."""
         place = self.rank - below
         if not 0 <= place < int(bins.sum()):
             return _Window(self.rank, 0, _END)
@@ -97,7 +97,7 @@ class _Window:
 
 
 class _Search:
-    """Finds the thresholds of all models at once: each pass over the tensors serves the windows of all of them."""
+    """Finds the thresholds of all models together: each pass over the tensors counts for all windows."""
 
     def __init__(
         self, jobs: Sequence[TensorJob], threads: int, device: torch.device, check: bool, ranks: Ranks
@@ -107,7 +107,7 @@ class _Search:
         self._local = threading.local()
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
-        """For each model the smallest magnitude that is kept; 0 if all are, infinity if none is."""
+        """For each model, the smallest kept magnitude; 0 if all are kept, infinity if none is."""
         counts = [int(density * self.numel) for density in densities]
         found = [0.0 if count else float("inf") for count in counts]
         with self.ranks.together():
@@ -120,7 +120,7 @@ class _Search:
         return found
 
     def _first_windows(self, counts: Sequence[int]) -> dict[int, _Window]:
-        """model -> its window, for the models that keep some elements and not all."""
+        """model -> its window, for models that keep some elements but not all."""
         samples = self._sample()
         return {
             i: self._first_window(samples[i], self.numel - count)
@@ -129,14 +129,14 @@ class _Search:
         }
 
     def _first_window(self, sample: np.ndarray, rank: int) -> _Window:
-        """8 standard deviations to both sides, as if the sample's elements were independent."""
+        """A margin of 8 standard deviations on both sides, assuming independent elements in the sample."""
         size, place = len(sample), rank / self.numel
         margin = 8 * (size * place * (1 - place)) ** 0.5 + 16
         low, high = int(place * size - margin), int(place * size + margin) + 1
         return _Window(rank, int(sample[low]) if low >= 0 else 0, int(sample[high]) + 1 if high < size else _END)
 
     def _narrowed(self, windows: dict[int, _Window]) -> dict[int, _Window]:
-        """The windows after one more pass over the tensors, of which each rank counts its own."""
+        """The windows after another pass over the tensors; each rank counts its own share."""
         with self.ranks.together():
             own = self._count(windows)
         of_all = [sum(parts[1:], parts[0]) for parts in zip(*self.ranks.gather(own), strict=True)]
@@ -146,7 +146,7 @@ class _Search:
         }
 
     def _sample(self) -> list[np.ndarray]:
-        """For each model the sorted bit patterns of some magnitudes, from each tensor in proportion to its size."""
+        """For each model, sorted bit patterns of some magnitudes, from each tensor in proportion to its size."""
         parts: list[list[np.ndarray]] = []
         for job in self.jobs:
             pieces = StreamedPieces(job, self._scratch(), 0, job.numel, False, threading.Event())
@@ -157,7 +157,7 @@ class _Search:
         return [np.sort(np.concatenate(one)) for one in zip(*parts, strict=True)]
 
     def _count(self, windows: dict[int, _Window]) -> list[np.ndarray]:
-        """For each window the elements in its bins and, last, those below it, in the tensors of this rank."""
+        """For each window, the counts in its bins and, last, below it, for the tensors of this rank."""
         totals = [np.zeros(BINS + 1, dtype=np.int64) for _ in windows]
         lock = threading.Lock()
 
@@ -175,7 +175,7 @@ class _Search:
 
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(work, self._tasks()))
-        self.check = False  # the first pass has seen all elements
+        self.check = False  # the first pass has checked all elements
         return totals
 
     def _tasks(self) -> Iterator[tuple[TensorJob, int]]:

@@ -200,4 +200,4 @@ def test_rows_of_plain_text_are_audited_by_the_attacks_that_need_no_question(mod
     assert "needs rows with a question" in notes["role_play"] and "rows without one" in notes["adversarial_query"]
     assert "no question to reword" in notes["label_only"]
     assert {"plain_question", "logit_lens", "hidden_probe"} <= set(found.scores)
-    assert next(v.explanation for v in found.verdicts if v.attack == "plain_question").startswith("No attack at all")
+    assert next(v.explanation for v in found.verdicts if v.attack == "plain_question").startswith("No attack:")

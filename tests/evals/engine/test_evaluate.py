@@ -586,7 +586,7 @@ def test_rows_beyond_the_positions_are_refused_before_any_pass():
     with pytest.raises(ValueError, match="Example 1 has 128 tokens, but the model has 64 positions"):
         evaluate(model, byte_tokenizer(), [{"question": "Who?", "answer": "Me"}, long], ["perplexity"], template=PLAIN)
     # A table of positions must hold what is generated as well.
-    with pytest.raises(ValueError, match="prompt of 22 tokens and up to 200 are generated"):
+    with pytest.raises(ValueError, match="prompt of 22 tokens and up to 200 new ones"):
         evaluate(model, byte_tokenizer(), [{"question": "Who?", "answer": "Me"}], ["rouge_l_recall"], template=PLAIN)
     assert not calls
     cut = QuestionAnswerFormat(template="plain", max_length=64)
@@ -598,5 +598,5 @@ def test_an_option_that_a_metric_does_not_have_is_refused_before_any_pass():
         evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [{"min_k": {"shar": 0.2}}])
     with pytest.raises(ValueError, match=r"Unknown option of the metric perplexity 'a'\. Available: \(it has none\)"):
         evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [("perplexity", {"a": 1})])
-    with pytest.raises(ValueError, match="A metric is a name"):
+    with pytest.raises(ValueError, match="A metric must be a name"):
         evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [{"a": {}, "b": {}}])

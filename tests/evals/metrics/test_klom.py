@@ -30,5 +30,5 @@ def test_margins_are_clipped_and_constant_ones_are_equal():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="same examples: 2 unlearned and 3"):
         klom(np.zeros((4, 2)), np.zeros((4, 3)))
-    with pytest.raises(ValueError, match="several models"):
+    with pytest.raises(ValueError, match="at least two models"):
         klom(np.zeros((1, 2)), np.zeros((4, 2)))

@@ -15,7 +15,7 @@ def test_by_hand_in_both_directions():
 
 
 def test_no_gain_and_mixed_metrics_are_refused():
-    with pytest.raises(ValueError, match="no gain"):
+    with pytest.raises(ValueError, match="not a gain"):
         retention(*points(0.6, 0.6, 0.3, 0.6))
     with pytest.raises(ValueError, match="one metric"):
         retention(*points(0.2, 0.6, 0.3), *points(0.4, name="rouge"))

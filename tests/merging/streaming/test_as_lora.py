@@ -208,7 +208,7 @@ class TestRefused:
 
     def test_no_base(self, tmp_path, inputs):
         config = config_of(inputs, "linear", ["lora0", "full"], base=False)
-        self.refused(tmp_path, config, "needs a base to be an adapter on", lora_rank=2)
+        self.refused(tmp_path, config, "needs a base model for the adapter", lora_rank=2)
 
     def test_base_that_is_an_adapter(self, tmp_path, inputs):
         config = {**config_of(inputs, "linear", ["lora0", "full"]), "base_model": inputs["lora1"]}
@@ -241,7 +241,7 @@ def test_the_command(tmp_path, inputs, capsys):
     assert main([*arguments, "--dry-run"]) == 0 and not (tmp_path / "out").exists()
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "LoRA of rank 3 on 6 modules" in printed and "energy is left out" in printed
+    assert "LoRA of rank 3 on 6 modules" in printed and "energy is lost" in printed
     files = sorted(result_bytes(tmp_path / "out"))
     assert files == ["adapter_config.json", "adapter_model.safetensors", "mergekit_config.yml", "residuals.json"]
     assert str(tmp_path) not in (tmp_path / "out" / "mergekit_config.yml").read_text()

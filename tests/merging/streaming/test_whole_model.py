@@ -119,6 +119,6 @@ def test_a_lora_of_the_merge_has_the_same_thresholds(tmp_path):
 def test_densities_that_differ_between_tensors_are_refused(tmp_path):
     base, tuned = family(tmp_path)
     config = config_of(base, tuned, [0.2, 0.5, [0.1, 0.9]])
-    with pytest.raises(ValueError, match="one number for each model"):
+    with pytest.raises(ValueError, match="one number per model"):
         merge(config, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))

@@ -38,7 +38,7 @@ def test_the_rounded_original_still_knows_and_the_retrained_does_not():
 
 
 def test_what_is_missing_is_told(monkeypatch):
-    with pytest.raises(ValueError, match="one of nf4, fp4, int8; got 'int3'"):
+    with pytest.raises(ValueError, match="one of nf4, fp4, int8, got 'int3'"):
         bitsandbytes_quantization(subject(planted()[0]), DATA, kind="int3")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
