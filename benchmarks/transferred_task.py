@@ -47,11 +47,11 @@ from hf_transfer_ext.adapters.transfer.compare import (
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.adapters.transfer.trans_lora import (
-    SEEDS_FILE,
     TransLoraSettings,
     read_discriminator,
     train_discriminator,
 )
+from hf_transfer_ext.adapters.transfer.travel import SEEDS_FILE
 from hf_transfer_ext.data.facts import fact_texts, facts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters

@@ -19,11 +19,9 @@ from datasets import Dataset
 from peft import PeftModel
 
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
-from hf_transfer_ext.adapters.transfer.run import TRANSFER_FILE, transfer_lora
+from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.adapters.transfer.trans_lora import (
-    DISCRIMINATOR_FOLDER,
     FEWEST_INPUTS,
-    SEEDS_FILE,
     Discriminator,
     TransLoraSettings,
     answer_inputs,
@@ -34,13 +32,18 @@ from hf_transfer_ext.adapters.transfer.trans_lora import (
     work_key,
     write_inputs,
 )
+from hf_transfer_ext.adapters.transfer.travel import (
+    DISCRIMINATOR_FOLDER,
+    SEEDS_FILE,
+    TRANSFER_FILE,
+    copy_seeds,
+    origin,
+)
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
-from hf_transfer_ext.hub.record import RunInput, describe_input
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import active_adapter
-from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.answers import train_on_answers
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
@@ -186,27 +189,29 @@ def transfer_by_training(
             plain = tuned.unload()
             separation = _retrained(plain, target_tokenizer, inputs, known, settings, stages, aside, template)
         else:
-            _copy_seeds(folder, aside, with_discriminator=discriminator == "copy")
-        earlier = _earlier_transfers(folder)
+            copy_seeds(folder, aside, with_discriminator=discriminator == "copy")
+        history = origin(adapter, source_reference, target_reference, folder)
         content = {
             "method": "trans_lora",
             "learn": learn,
             "start": start,
             "settings": asdict(settings),
-            "source_adapter": _described(ModelReference(str(adapter))),
-            "source_base": _described(source_reference),
-            "target_base": _described(target_reference),
             "rows": len(rows),
             "acceptance": len(inputs) / attempts,
             "filtered": judged,
             "discriminator": discriminator,
-            "earlier_transfers": earlier,
+            **history,
         }
         write_text(aside / TRANSFER_FILE, json.dumps(content, indent=2) + "\n")
     if work is None:
         shutil.rmtree(stages)
     return TrainedTransferReport(
-        str(out), len(rows), len(inputs) / attempts, separation, len(earlier) + 1, time.perf_counter() - began
+        str(out),
+        len(rows),
+        len(inputs) / attempts,
+        separation,
+        len(history["earlier_transfers"]) + 1,
+        time.perf_counter() - began,
     )
 
 
@@ -366,26 +371,6 @@ def _retrained(
     stage = stages / f"discriminator-{work_key(settings, list(inputs), known)}"
     if not (stage / SEEDS_FILE).is_file():
         train_discriminator(base, tokenizer, inputs, stage, settings, seeds=known.seeds, template=template)
-    _copy_seeds(stage, out, with_discriminator=True)
+    copy_seeds(stage, out)
     found = read_discriminator(stage)
     return found.separation if found is not None else None
-
-
-def _copy_seeds(folder: Path, out: Path, *, with_discriminator: bool) -> None:
-    shutil.copyfile(folder / SEEDS_FILE, out / SEEDS_FILE)
-    if with_discriminator and (folder / DISCRIMINATOR_FOLDER).is_dir():
-        shutil.copytree(folder / DISCRIMINATOR_FOLDER, out / DISCRIMINATOR_FOLDER)
-
-
-def _earlier_transfers(folder: Path) -> list[dict[str, Any]]:
-    """The transfers that led to the source adapter, the first one first."""
-    if not (folder / TRANSFER_FILE).is_file():
-        return []
-    content = read_json(folder / TRANSFER_FILE)
-    return [*content.pop("earlier_transfers", []), content]
-
-
-def _described(reference: ModelReference) -> dict[str, Any]:
-    """Name, revision and digests of a model."""
-    found: RunInput = describe_input(reference.path, reference.revision)
-    return {"name": found.name, "revision": found.revision, "sha256": found.sha256}

@@ -34,6 +34,7 @@ from hf_transfer_ext.adapters.transfer.places import (
     layer_outputs,
     read_matrix,
 )
+from hf_transfer_ext.adapters.transfer.travel import TRANSFER_FILE, copy_seeds, origin
 from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name
@@ -41,9 +42,6 @@ from hf_transfer_ext.weights.lora import LoraAdapter, LoraFactors, read_lora, sa
 from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 from hf_transfer_ext.weights.repository import local_folder
-
-#: What was carried where, and what was left out, in the adapter's folder.
-TRANSFER_FILE = "transfer.json"
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,8 @@ def transfer_lora(
     if "activations" in chosen.needs and not texts:
         raise ValueError(f"{chosen.__name__} reads texts with both models: give `texts`.")
     refuse_existing_output(out, overwrite=overwrite, inputs=[adapter, source_base, target_base])
-    found = read_lora(local_folder(adapter))
+    adapter_folder = local_folder(adapter)
+    found = read_lora(adapter_folder)
     named = source_base or found.config.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"Adapter {str(adapter)!r} names no base model in its config: give `source_base`.")
@@ -138,7 +137,9 @@ def transfer_lora(
                     dtype=torch.float32,
                 )
                 report = TransferReport(str(out), **parts, seconds=time.perf_counter() - began)
-                write_text(folder / TRANSFER_FILE, json.dumps(_public(report), indent=2) + "\n")
+                history = origin(adapter, source_reference, target_reference, adapter_folder)
+                write_text(folder / TRANSFER_FILE, json.dumps({**_public(report), **history}, indent=2) + "\n")
+                copy_seeds(adapter_folder, folder)
         finally:
             target.close()
     finally:
@@ -148,7 +149,7 @@ def transfer_lora(
 
 
 def _public(report: TransferReport) -> dict[str, Any]:
-    """The report without the folder, which means nothing to others."""
+    """The report without the folder, which is a path of this machine."""
     return {name: value for name, value in asdict(report).items() if name != "folder"}
 
 

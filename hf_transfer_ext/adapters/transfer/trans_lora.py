@@ -33,6 +33,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import TrainingArguments
 
+from hf_transfer_ext.adapters.transfer.travel import DISCRIMINATOR_FOLDER, SEEDS_FILE
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.synthesis.few_shot import synthetic_inputs
 from hf_transfer_ext.files import write_text, written_aside
@@ -43,10 +44,6 @@ from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.trainers.answers import train_on_answers
 
 logger = logging.getLogger(__name__)
-
-#: The adapter's folder of the discriminator, and the seeds beside it.
-DISCRIMINATOR_FOLDER = "discriminator"
-SEEDS_FILE = "transfer_seeds.json"
 
 #: Real inputs that a discriminator needs at least.
 FEWEST_INPUTS = 10

@@ -57,8 +57,9 @@ def test_to_a_copy_of_its_own_base_the_adapter_is_the_same(source, method):
     allowed = 0.15 if method == "ridge" else 1e-2
     assert (found - logits).norm() / logits.norm() < allowed
     assert len(report.modules) == 14 and not report.left_out
-    told = json.loads((folder / "out" / "transfer.json").read_text())
-    assert told["method"] == method and "folder" not in told
+    written = json.loads((folder / "out" / "transfer.json").read_text())
+    assert written["method"] == method and "folder" not in written and written["earlier_transfers"] == []
+    assert written["source_base"]["name"] == "base" and written["target_base"]["sha256"]["model.safetensors"]
     assert report.relative_change[0] == pytest.approx(report.relative_change[1], rel=0.3)
 
 
@@ -77,6 +78,18 @@ def test_to_another_width_and_depth(source, method):
     with torch.no_grad():
         adapted = loaded(TOKENS).logits
     assert torch.isfinite(adapted).all() and not torch.allclose(adapted, plain)
+
+
+def test_seeds_and_history_are_kept_for_the_next_transfer(source):
+    folder, _ = source
+    base(folder / "again")
+    (folder / "lora" / "transfer_seeds.json").write_text('{"seeds": ["a question"], "task_name": "task"}')
+    options = {"method": "copy", "source_base": folder / "base"}
+    transfer_lora(folder / "lora", folder / "again", folder / "once", **options)
+    transfer_lora(folder / "once", folder / "base", folder / "twice", method="copy")
+    assert (folder / "twice" / "transfer_seeds.json").read_text() == (folder / "lora/transfer_seeds.json").read_text()
+    content = json.loads((folder / "twice" / "transfer.json").read_text())
+    assert [one["target_base"]["name"] for one in (*content["earlier_transfers"], content)] == ["again", "base"]
 
 
 def test_a_smaller_rank(source):
