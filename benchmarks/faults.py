@@ -45,6 +45,7 @@ from safetensors.torch import save_file
 
 from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.hub.record import RECORD_FILE
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.moe import assemble
 from hf_transfer_ext.weights.checkpoints import Checkpoint
@@ -198,7 +199,9 @@ def started(function: Callable[[], object], prepare: Callable[[], object] = lamb
 
 
 def content_of(folder: Path) -> Content:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """File -> content, without the card and the record, which hold times."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("README.md", RECORD_FILE))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def judge(
@@ -287,7 +290,7 @@ def kill_at_call(bench: Bench, job: Job, count: int) -> Tally:
 def old_job(bench: Bench, job: Job, box: Path) -> Content:
     """An older result that the run replaces."""
     shutil.copytree(bench.models / "one", box / "out")
-    (box / "out" / "README.md").write_text("an older result")
+    (box / "out" / "vocab.txt").write_text("an older result")
     return content_of(box / "out")
 
 

@@ -20,6 +20,14 @@ COMMANDS = {
     "merge": ("hf_transfer_ext.merging.command", "merge checkpoints: merge CONFIG.yml OUT_DIR"),
     "moe": ("hf_transfer_ext.merging.moe.command", "make a mixture of experts: moe CONFIG.yml OUT_DIR"),
     "extract": ("hf_transfer_ext.adapters.extract", "extract a LoRA: extract BASE FINETUNED OUT --rank R"),
+    "transfer": (
+        "hf_transfer_ext.adapters.transfer.command",
+        "move a LoRA to a new base: transfer ADAPTER BASE OUT",
+    ),
+    "resize": ("hf_transfer_ext.adapters.resize", "change the rank of a LoRA: resize ADAPTER OUT --rank R"),
+    "convert": ("hf_transfer_ext.adapters.convert", "write any adapter as a plain LoRA: convert ADAPTER OUT"),
+    "requests": ("hf_transfer_ext.edits.requests", "forget requests: requests add|list|revoke|apply STORE"),
+    "cache-teacher": ("hf_transfer_ext.trainers.cache_command", "store a teacher's outputs on a dataset"),
     "push": ("hf_transfer_ext.hub.command", "publish a result: push FOLDER REPO"),
     "pull": ("hf_transfer_ext.hub.pull_command", "download a result: pull REPO FOLDER"),
     "methods": ("hf_transfer_ext.catalogue", "list the methods, or explain one: methods [NAME]"),
@@ -29,7 +37,7 @@ COMMANDS = {
 
 def usage() -> str:
     lines = [f"hf-transfer-ext {__version__}", "", "usage: hf-transfer-ext COMMAND ...", "", "commands:"]
-    lines += [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    lines += [f"  {name:<14} {about}" for name, (_, about) in COMMANDS.items()]
     lines += [
         "",
         "`hf-transfer-ext COMMAND --help` shows the options of a command; --debug the traceback of an error.",

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual
+from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
 from hf_transfer_ext.files import write_text, written_aside
 from hf_transfer_ext.reading import read_json
+from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.weights.lora import (
     CONVERTIBLE,
     PREFIX,
@@ -214,3 +215,12 @@ def _dense_changes(model: Any) -> Mapping[str, Tensor]:
         if isinstance(layer, BaseTunerLayer) and hasattr(layer, "get_delta_weight")
         for change in [layer.get_delta_weight("default").detach().float()]
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`hf-transfer-ext convert ADAPTER OUT`."""
+    about = "Write a DoRA, LoKr, LoHa, IA3 or other PEFT adapter as a plain LoRA that every server loads."
+    print_report(
+        convert_to_lora(**arguments_for(convert_to_lora, argv, program="hf-transfer-ext convert", about=about))
+    )
+    return 0

@@ -649,7 +649,12 @@ def main(argv: list[str] | None = None) -> int:
         foreign=FOREIGN,
     )
     quiet = arguments.pop("quiet", False)
-    report = extract_lora(**arguments, progress=not quiet)
+    print_report(extract_lora(**arguments, progress=not quiet))
+    return 0
+
+
+def print_report(report: ExtractionReport) -> None:
+    """What a command that wrote an adapter prints of it."""
     print(f"{report.folder}: rank {report.rank}, {len(report.modules)} modules in {report.seconds:.1f} s")
     print(f"share of the update's energy that is lost: {report.residual_energy:.2%}; most in")
     for one in sorted(report.modules, key=lambda one: -one.residual_energy)[:5]:
@@ -662,4 +667,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"left out: {name}, whose change has norm {norm:.4g}")
     for note in report.notes:
         print(f"note: {note}")
-    return 0

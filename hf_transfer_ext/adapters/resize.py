@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual
+from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
 from hf_transfer_ext.files import write_text, written_aside
+from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.weights.lora import LoraFactors, decomposed, read_lora, save_like
 from hf_transfer_ext.weights.repository import local_folder
 
@@ -97,3 +98,11 @@ def kept_rank(
     if ratio is not None:
         kept = min(kept, int((values >= values[0] / ratio).sum()))
     return max(1, kept)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`hf-transfer-ext resize ADAPTER OUT --rank R`."""
+    about = "Write the best approximation of a LoRA adapter at another rank: --rank, --energy or --ratio."
+    arguments = arguments_for(resize_lora, argv, program="hf-transfer-ext resize", about=about)
+    print_report(resize_lora(**arguments))
+    return 0

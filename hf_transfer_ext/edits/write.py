@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from hf_transfer_ext.files import write_text, written_aside
 from hf_transfer_ext.merging.methods.passthrough import passthrough
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.merging.streaming.as_lora import MergedInput, known_result
-from hf_transfer_ext.merging.streaming.companions import COMPANIONS
+from hf_transfer_ext.merging.streaming.companions import copy_companions
 from hf_transfer_ext.merging.streaming.stream import JOURNAL, write_tensors
 from hf_transfer_ext.weights.opened import InputModel, InputTensor, has_token_rows
 from hf_transfer_ext.weights.resume import work_of
@@ -46,10 +45,9 @@ def write_tensors_of(
     write_tensors(folder, all_jobs(model, jobs), threads=workers, seed=seed)
     for journal in folder.glob(f"{JOURNAL}-*"):
         journal.unlink()
-    write_text(folder / "config.json", json.dumps(_config(model, jobs), indent=2) + "\n")
-    for name in COMPANIONS:
-        if (model.folder / name).exists():
-            shutil.copyfile(model.folder / name, folder / name)
+    config = _config(model, jobs)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_companions(model.folder, folder, config)
 
 
 def write_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,17 @@ from hf_transfer_ext.settings import ForeignFlag
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _NO_CODE = "code from repositories is never run, and not needed. Remove the flag."
 _STREAMED = "tensors are always streamed, so memory does not grow with the model."
+
+
+def _shard_gigabytes(text: str) -> Mapping[str, Any]:
+    """mergekit's largest size of a shard, in GB."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise ValueError(f"--max-shard-gb must be a number of gigabytes above 0, got {text!r}.")
+    return {"max_shard_bytes": f"{text}GB"}
 
 
 def _shard_bytes(text: str) -> Mapping[str, Any]:
@@ -24,7 +36,7 @@ def _shard_bytes(text: str) -> Mapping[str, Any]:
 
 #: Flags of mergekit-yaml and mergekit-moe without their dashes.
 MERGEKIT_FLAGS = {
-    "max-shard-gb": ForeignFlag(lambda text: {"max_shard_bytes": f"{text}GB"}, takes_value=True),
+    "max-shard-gb": ForeignFlag(_shard_gigabytes, takes_value=True),
     "out-shard-size": ForeignFlag(_shard_bytes, takes_value=True),
     "num-threads": ForeignFlag(lambda text: {"threads": text}, takes_value=True),
     "copy-tokenizer": ForeignFlag(note="the tokenizer is always copied."),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_transfer_ext.students.inits.linear_expansion import linear_expansion
 from hf_transfer_ext.students.layers import layer_stack, layer_tensors, with_layers
-from hf_transfer_ext.students.linear_expansion import linear_expansion
 from hf_transfer_ext.students.shape import StudentShape
 
 #: The shared parameters in a checkpoint.

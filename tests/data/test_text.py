@@ -207,7 +207,7 @@ def test_rows_of_a_file_come_as_they_are(tmp_path):
     (tmp_path / "own.json").write_text('[{"a": 1}, {"b": [null]}]')
     assert load_rows(tmp_path / "own.json") == [{"a": 1}, {"b": [None]}]
     (tmp_path / "own.json").write_text('[{"a": 1}')
-    with pytest.raises(ValueError, match="neither a JSON list nor JSON lines"):
+    with pytest.raises(ValueError, match="starts as a JSON list, is not valid JSON"):
         load_rows(tmp_path / "own.json")
     Dataset.from_list([{"a": 1}]).save_to_disk(str(tmp_path / "saved"))
     assert load_rows(tmp_path / "saved") == [{"a": 1}]

@@ -6,7 +6,7 @@ from itertools import pairwise
 import oracles
 import pytest
 import torch
-from test_fused import gradients, problem
+from losses.test_fused import gradients, problem
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence

@@ -1,5 +1,6 @@
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,10 +180,10 @@ def test_code_of_a_repository_does_not_run_whatever_stdin_says(hub, folder, tmp_
 
 
 def skeleton(name):
-    """What `extract` loads of a model."""
-    from hf_transfer_ext.adapters.extract import _skeleton
+    """A model without its weights."""
+    from hf_transfer_ext.weights.architecture import _skeleton
 
-    return _skeleton(open_model(ModelReference(str(name))))
+    return _skeleton(Path(open_model(ModelReference(str(name))).folder))
 
 
 @pytest.mark.parametrize("name", ["tester/none", "gpt2", "/no/such/folder", "./none", "not a name"])

@@ -84,7 +84,7 @@ def test_a_typo_is_told_before_a_model_is_loaded(tmp_path):
 @pytest.mark.parametrize("setting", ["original_dir", "retrained_dir"])
 @pytest.mark.parametrize("overwrite", ["false", "true"])
 def test_further_output_folders_are_checked_before_work(tmp_path, model_folder, monkeypatch, setting, overwrite):
-    monkeypatch.setattr(unlearn, "load_model", lambda *arguments, **options: pytest.fail("loaded a model"))
+    monkeypatch.setattr(unlearn, "load_named", lambda *arguments, **options: pytest.fail("loaded a model"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for folder, error, message in (

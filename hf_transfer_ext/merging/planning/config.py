@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,7 +197,7 @@ def number(value: Any, where: str) -> float:
         value = int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"`{where}` has to be a number, got {shown(value)}.")
-    if isinstance(value, float) and not math.isfinite(value):
+    if (isinstance(value, float) and not math.isfinite(value)) or abs(value) > sys.float_info.max:
         raise ValueError(f"`{where}` has to be a finite number, got {shown(value)}.")
     return value
 

@@ -46,7 +46,7 @@ def test_what_is_missing_or_misaligned_is_named(sets):
         ({"perturbed_answer": ["yes sir", "no"]}, "TOFU retain: example 1 has its answer 'yes sir'"),
         (
             {"perturbed_answer": ["no", " "]},
-            "TOFU, set 'retain': Example 1 cannot be measured: The answer to '1\\?' is empty",
+            r"TOFU, set 'retain': Example 1 cannot be measured: The answer to .*1\?.* is empty",
         ),
         ({"answer": None}, "TOFU, set 'retain': Example 1 cannot be measured: column 'answer' is missing"),
     ):

@@ -19,6 +19,6 @@ def test_the_words_of_the_paraphrased_answer_go_first():
 
 
 def test_it_proves_nothing_without_a_model_that_never_knew():
-    assert in_context.needs_retrained
+    assert in_context.needs_floor
     scores = in_context(subject(planted()[0]), DATA)
     assert f"{scores.mean():.2f}" in use_of_context(scores, scores)
