@@ -20,8 +20,8 @@ def started_processes() -> int:
 def asked_processes() -> int:
     """The processes that the launcher was asked for.
 
-    The launcher of accelerate for a single process sets MASTER_ADDR where it was asked for several, and starts one. How
-    many they were is in its command line; 2 is returned where that does not say.
+    The launcher of accelerate for a single process sets MASTER_ADDR where it was asked for several, and starts one.
+    How many they were is in its command line; 2 is returned where that does not say.
     """
     started = started_processes()
     is_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
