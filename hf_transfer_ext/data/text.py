@@ -96,20 +96,25 @@ def load_train_and_test(
 ) -> tuple[TextDataset, TextDataset | None]:
     """The training data and the held-out data.
 
-    A single file has no test split, so a tenth of its rows (1 to 1000) is held out from training; a warning says so.
+    Where there is no split "test" (a single file has none), a tenth of the rows (1 to 1000) is held out from training;
+    a warning says so.
 
     Args:
         test_split: None for no held-out data.
         options: As in `load_text_dataset`.
 
     Raises:
-        ValueError: As in `load_text_dataset`; or a single file with fewer than two rows.
+        ValueError: As in `load_text_dataset`; or there are fewer than two rows to hold out from.
     """
     train = load_text_dataset(name_or_path, split=train_split, **options)
     if test_split is None:
         return train, None
     if not Path(name_or_path).is_file() or test_split.startswith("train"):
-        return train, load_text_dataset(name_or_path, split=test_split, **options)
+        try:
+            return train, load_text_dataset(name_or_path, split=test_split, **options)
+        except MissingSet:
+            if test_split != "test":  # a split that somebody named
+                raise
     rows = len(train) if isinstance(train, Dataset) else sum(1 for _ in train)
     count = max(1, min(rows // 10, 1000))
     if rows < 2:
@@ -274,7 +279,7 @@ def _loaded(
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise ValueError(_EMPTY.format(name=str(name), split=split)) from error
-        missing = "BuilderConfig" in str(error) or "Unknown split" in str(error)
+        missing = any(text in str(error) for text in ("BuilderConfig", "Unknown split", "Bad split"))
         kind = MissingSet if missing else ValueError
         raise kind(f"The dataset {str(name)!r} cannot be loaded: {error}") from error
 

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> Any:
         if accelerator.is_main_process:
             print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
-    subjects: dict[str, Subject] = {}
+    subjects: Any = {}  # role -> `Subject`
     roles = {"unlearned": told.unlearned, "original": told.original, "retrained": told.retrained or told.retrain_from}
     for role, name in roles.items():
         if name is not None:

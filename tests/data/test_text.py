@@ -262,3 +262,16 @@ def test_a_single_file_is_held_out_from_and_says_so(tmp_path, streaming, caplog)
     assert load_train_and_test(path, test_split=None)[1] is None
     with pytest.raises(ValueError, match="none can be held out"):
         load_train_and_test(write_jsonl(tmp_path / "one.jsonl", [{"text": "a"}]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_without_a_test_split_is_held_out_from(tmp_path, caplog, streaming):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(30)))
+    with caplog.at_level("WARNING"):
+        train, test = load_train_and_test(tmp_path / "data", streaming=streaming)
+    kept, held = [{row["text"] for row in part} for part in (train, test)]
+    assert len(kept) == 27 and len(held) == 3 and not kept & held
+    assert "has no split 'test': 3 of its 30 rows are held out from training" in caplog.text
+    with pytest.raises(ValueError, match="validation"):
+        load_train_and_test(tmp_path / "data", test_split="validation")
