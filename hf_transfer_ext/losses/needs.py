@@ -31,6 +31,9 @@ Sequences = Float[Tensor, " sequences"]
 #: What a forward pass has to keep: log-probabilities are always there, the other two are large.
 Kept = Literal["log_probs", "logits", "hidden"]
 
+#: The model that is trained, the one that it started from, and one that was trained further on the forget set.
+OfModel = Literal["trained", "reference", "reinforced"]
+
 
 @dataclass
 class ForwardPass:
@@ -76,7 +79,7 @@ class Need:
         read: Reads it from a forward pass.
         keeps: What this forward pass has to keep.
         differentiable: Whether a gradient flows through it to the trained model.
-        of_reference: Whether it is about the reference model instead of the trained one.
+        of_model: Which model it is about.
         of_alternative: Whether it is about an alternative answer to the same question instead of the answer itself.
     """
 
@@ -87,13 +90,17 @@ class Need:
     read: Callable[[ForwardPass], Tensor]
     keeps: Kept = "log_probs"
     differentiable: bool = False
-    of_reference: bool = False
+    of_model: OfModel = "trained"
     of_alternative: bool = False
 
     @property
-    def source(self) -> tuple[bool, bool]:
-        """Which forward pass it is read from: (of the alternative answers, of the reference)."""
-        return self.of_alternative, self.of_reference
+    def of_reference(self) -> bool:
+        return self.of_model == "reference"
+
+    @property
+    def source(self) -> tuple[bool, OfModel]:
+        """Which forward pass it is read from: (of the alternative answers, of which model)."""
+        return self.of_alternative, self.of_model
 
     def example(self, sizes: Mapping[str, int], generator: torch.Generator | None = None) -> Tensor:
         """A random value of the right shape and range, in float64 (ids: int64), for checks and tests."""
@@ -113,7 +120,18 @@ def of_reference(need: Need) -> Need:
         name=f"reference_{need.name}",
         meaning=f"{need.meaning}; under the reference",
         differentiable=False,
-        of_reference=True,
+        of_model="reference",
+    )
+
+
+def of_reinforced(need: Need) -> Need:
+    """The same under a model that was trained further on the forget set, which gets no gradient."""
+    return replace(
+        need,
+        name=f"reinforced_{need.name}",
+        meaning=f"{need.meaning}; under the model that was trained further on the forget set",
+        differentiable=False,
+        of_model="reinforced",
     )
 
 
@@ -183,6 +201,7 @@ NEEDS: dict[str, Need] = {
         of_reference(_log_probs),
         _logits,
         of_reference(_logits),
+        of_reinforced(_logits),
         _hidden,
         of_reference(_hidden),
         _targets,

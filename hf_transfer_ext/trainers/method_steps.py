@@ -49,7 +49,7 @@ class MethodSteps(Trainer):
 
     method: Method
     args: Any  # with `gamma` and `alpha`
-    #: Whether the reference computes at this moment, perhaps by the very weights of the trained model.
+    #: Whether the reference or another frozen model computes now, perhaps by the very weights of the trained one.
     in_reference = False
     #: Whether the parts of the loss are added to the means that are logged: once per batch, not at moved weights.
     noting = True

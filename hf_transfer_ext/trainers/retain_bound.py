@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class RetainBound(TrainerCallback):
         model: The trained model; before any measurement, its weights count as within the bound.
     """
 
-    def __init__(self, bound: float, on_bound: str, model: nn.Module) -> None:
+    def __init__(self, bound: float, on_bound: str, model: Any) -> None:
         self.bound, self.restores, self.model = bound, on_bound == "restore", model
         #: The retain loss of the evaluation that is under way.
         self.evaluated: float | None = None

@@ -22,7 +22,17 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.data.unlearning.alternatives import Write, answers_of_others, reasoned_refusals, written_answers
-from hf_transfer_ext.losses.needs import NEEDS, UNITS, ForwardPass, Kept, Need, check_options, needs_of, unit_of
+from hf_transfer_ext.losses.needs import (
+    NEEDS,
+    UNITS,
+    ForwardPass,
+    Kept,
+    Need,
+    OfModel,
+    check_options,
+    needs_of,
+    unit_of,
+)
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.methods import METHODS
 from hf_transfer_ext.losses.unlearning_method import ALTERNATIVES, Method, Part, method_from_options
@@ -67,6 +77,7 @@ class UnlearningConfig(TrainingArguments):
         retain_options: The retain loss's own options.
         reference_adapter: Under PEFT, the adapter that is the reference; "base" is the model without any adapter,
             which is right where the base's own weights hold the knowledge to forget.
+        reinforced_adapter: Under PEFT, an adapter that was trained further on the forget set, for whp.
         alternatives: Where the alternative answers of losses that ask for them come from: a name of `ALTERNATIVES`
             ("refusals", "data", "sampled", ...); None is the method's own choice.
         alternatives_cache: File in which answers that the model writes ("sampled") are kept from run to run; it then
@@ -92,6 +103,7 @@ class UnlearningConfig(TrainingArguments):
     forget_options: dict[str, Any] | str | None = field(default_factory=dict)
     retain_options: dict[str, Any] | str | None = field(default_factory=dict)
     reference_adapter: str = "base"
+    reinforced_adapter: str | None = None
     alternatives: str | None = None
     alternatives_cache: str | None = None
     max_new_tokens: int = 64
@@ -137,6 +149,15 @@ class UnlearningConfig(TrainingArguments):
                 f"counted from 1; got {self.hidden_layer}. Common is a quarter to a half of the model's depth."
             )
         self._check_bound()
+        reads_reinforced = any(need.of_model == "reinforced" for need in self.needs())
+        if reads_reinforced != (self.reinforced_adapter is not None):
+            raise ValueError(
+                f"{self.forget_loss} reads a model that was trained further on the forget set: load such an adapter "
+                "onto the model and name it by `reinforced_adapter`."
+                if reads_reinforced
+                else f"{self.forget_loss} with {self.retain_loss} reads no reinforced model, so "
+                f"reinforced_adapter={self.reinforced_adapter!r} would have no effect. Leave it out."
+            )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` has to be False: forget/retain samples are nested.")
         if self.label_smoothing_factor:
@@ -277,6 +298,11 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         self.check_layer(model, args)
         if self.is_peft:
             self._prepare_peft(model, args)
+        elif args.reinforced_adapter is not None:
+            raise ValueError(
+                f"`reinforced_adapter` is {args.reinforced_adapter!r}, but the model has no adapters. Load it, and "
+                "train another adapter beside it."
+            )
         if train_dataset is None:
             train_dataset = self._pairs(
                 args, model, forget_dataset, retain_dataset, processing_class, template, columns, alternatives
@@ -327,6 +353,14 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
     def _prepare_peft(model: Any, args: UnlearningConfig) -> None:
         if args.reference_adapter != "base" and args.reference_adapter not in model.peft_config:
             raise ValueError(unknown_name("adapter", args.reference_adapter, [*model.peft_config, "base"]))
+        if args.reinforced_adapter is not None:
+            if args.reinforced_adapter not in model.peft_config:
+                raise ValueError(unknown_name("adapter", args.reinforced_adapter, list(model.peft_config)))
+            if args.reinforced_adapter in model.active_adapters:
+                raise ValueError(
+                    f"`reinforced_adapter` {args.reinforced_adapter!r} is the adapter that is trained. Load the "
+                    "reinforced one under a name of its own, and make the other one active (`set_adapter`)."
+                )
         if args.gradient_checkpointing:
             # A frozen embedding gives activations without gradient; checkpointed layers would then train nothing.
             model.enable_input_require_grads()
@@ -479,18 +513,19 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         return dict(found)
 
     @contextmanager
-    def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference, in eval mode and without gradients."""
-        if self.reference_model is not None:
+    def _frozen(self, model: nn.Module, which: OfModel) -> Iterator[nn.Module]:
+        """The reference or the reinforced model, in eval mode and without gradients."""
+        if which == "reference" and self.reference_model is not None:
             with torch.no_grad():
                 yield self.reference_model
             return
+        adapter = self.args.reference_adapter if which == "reference" else self.args.reinforced_adapter
         own = self.accelerator.unwrap_model(model)
         training = own.training
         own.eval()
         self.in_reference = True
         try:
-            with torch.no_grad(), active_adapter(own, self.args.reference_adapter):
+            with torch.no_grad(), active_adapter(own, adapter):
                 yield model
         finally:
             self.in_reference = False
@@ -523,7 +558,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         count = num_items_in_batch[COUNTS[part, unit]] if isinstance(num_items_in_batch, Tensor) else None
         self._note(f"{part}_loss", values.detach()[mask].sum(), mask.sum())
         if part == "forget":
-            answers = passes[False, False]
+            answers = passes[False, "trained"]
             self._note("forget_nll", -answers.log_probs.detach().sum(), answers.lengths.sum())
         if self.noting and model.training and self.measures_steps:
             pair = torch.stack([values.detach()[mask].double().sum(), mask.sum().double()])
@@ -564,25 +599,26 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
 
     def _forward_passes(
         self, model: nn.Module, inputs: dict[str, Any], part: Part, needs: Sequence[Need]
-    ) -> tuple[dict[tuple[bool, bool], ForwardPass], Tensor]:
+    ) -> tuple[dict[tuple[bool, OfModel], ForwardPass], Tensor]:
         """The forward passes that the needs are read from, by their source, and a zero that every wrapper can see.
 
         The model's own pass over the answers is always among them.
         """
-        passes = {}
+        passes: dict[tuple[bool, OfModel], ForwardPass] = {}
+        sources: set[tuple[bool, OfModel]] = {(False, "trained"), *(need.source for need in needs)}
         anchor = torch.zeros((), device=self.args.device)
-        for of_alternative, of_reference in sorted({(False, False), *(need.source for need in needs)}):
-            wanted = [need for need in needs if need.source == (of_alternative, of_reference)]
+        for of_alternative, of_model in sorted(sources):
+            wanted = [need for need in needs if need.source == (of_alternative, of_model)]
             batch = inputs[ALTERNATIVE_OF[part] if of_alternative else part]
-            if not of_reference:
+            if of_model == "trained":
                 found, own = self._forward(model, batch, wanted)
                 anchor = anchor + own
-            elif self._reference_log_probs is not None:
+            elif of_model == "reference" and self._reference_log_probs is not None:
                 found = self._from_memory(batch, self._reference_log_probs)
             else:
-                with self._reference(model) as reference:
-                    found, _ = self._forward(reference, batch, wanted)
-            passes[of_alternative, of_reference] = found
+                with self._frozen(model, of_model) as frozen:
+                    found, _ = self._forward(frozen, batch, wanted)
+            passes[of_alternative, of_model] = found
         return passes, anchor
 
     def _from_memory(self, batch: dict[str, Tensor], known: dict[tuple[int, ...], list[float]]) -> ForwardPass:

@@ -48,9 +48,14 @@ def test_a_need_says_what_it_is(need):
 def test_reference_and_alternative_are_attributes():
     need = of_reference(of_alternative(NEEDS["nll"]))
     assert need.name == "reference_alternative_nll" and NEEDS[need.name] == need
-    assert need.of_reference and need.of_alternative and need.source == (True, True)
+    assert need.of_reference and need.of_alternative and need.source == (True, "reference")
     assert NEEDS["alternative_nll"].differentiable and not need.differentiable
-    assert [n.source for n in needs_of(dpo)] == [(False, False), (False, True), (True, False), (True, True)]
+    assert [n.source for n in needs_of(dpo)] == [
+        (False, "trained"),
+        (False, "reference"),
+        (True, "trained"),
+        (True, "reference"),
+    ]
 
 
 def test_what_was_not_kept_is_named():

@@ -182,6 +182,18 @@ def test_lat_refuses_a_layer_that_the_model_does_not_have(tmp_path):
         made.train()
 
 
+def test_pruned_weights_stay_zero_and_a_checkpoint_goes_on_alike(tmp_path):
+    options = {"optim": "adamw_torch", "per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2,
+               "method": "prune_first", "method_options": {"sparsity": 0.7}, "weight_decay": 0.1}  # fmt: skip
+    whole = weights_after(trainer(tmp_path / "whole", tiny_llama(), save_strategy="steps", save_steps=2, **options))
+    for name, weight in whole.items():
+        if weight.dim() > 1:
+            assert int((weight == 0).sum()) == int(0.7 * weight.numel()), name
+    again = trainer(tmp_path / "again", tiny_llama(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert distance(whole, {n: p.detach() for n, p in again.model.named_parameters()}) == 0.0
+
+
 def test_sure_moves_the_neurons_of_its_mask_alone_and_its_checkpoint_brings_the_mask(tmp_path):
     options = {"optim": "adamw_torch", "per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2,
                "method": "sure", "method_options": {"quantile": 0.7}}  # fmt: skip

@@ -97,21 +97,32 @@ def test_the_npo_loss_and_its_update_equal_the_definition(tmp_path):
     assert logged["retain_loss"] == pytest.approx(float(sum(retain).detach()) / tokens, rel=1e-4)
 
 
+def reinforced(made=None):
+    """A model with the adapter to train, and another one."""
+    model = lora() if made is None else made
+    torch.manual_seed(7)
+    model.add_adapter("more", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return model
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_one_update_however_the_batch_is_split(tmp_path, method):
+    of_method = {"whp": {"reinforced_adapter": "more"}}.get(method, {})
+
     def updated(batch, accumulation):
         made = trainer(
             tmp_path,
-            lora(),
+            reinforced() if of_method else lora(),
             method=method,
+            **of_method,
             hidden_layer=1,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
         return weights_after(made)
 
-    start = {name: p for name, p in lora().named_parameters() if p.requires_grad}
     whole, split = updated(4, 1), updated(1, 4)
+    start = {name: p for name, p in lora().named_parameters() if name in whole}
     moved = distance(whole, start)
     assert moved > 1e-4
     assert distance(whole, split) < 2e-6 * max(1.0, moved)
@@ -241,6 +252,8 @@ def test_one_dataset_of_pairs_will_do(tmp_path):
         ({"train_sampling_strategy": "group_by_length"}, "does not group samples by length"),
         ({"remove_unused_columns": True}, "has to be False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"method": "whp"}, "name it by `reinforced_adapter`"),
+        ({"reinforced_adapter": "more"}, "reads no reinforced model"),
         ({"alternatives": "sampled"}, "reads no alternative answers, so alternatives='sampled' would have no effect"),
         ({"method": "altpo", "alternatives": "sample"}, "Unknown source of alternatives 'sample'. Did you mean 'samp"),
         ({"method": "altpo", "alternatives_cache": "x"}, "set `alternatives` to 'sampled' too"),
@@ -373,6 +386,37 @@ def test_altpo_asks_for_alternatives_of_each_row(tmp_path):
         trainer(tmp_path, method="npo", given={"alternatives": ["no idea"]})
     refusing = trainer(tmp_path, forget=FORGET, method="idk_dpo")
     assert len(refusing.train_dataset.alternatives[0]) == len(REFUSALS)
+
+
+def test_the_reinforced_model_is_the_adapter_of_that_name(tmp_path):
+    model = reinforced()
+    made = trainer(tmp_path, model, method="whp", reinforced_adapter="more", retain_loss="none", forget=FORGET[:1])
+    encoded = PLAIN.encode(byte_tokenizer(), FORGET[0]["question"], FORGET[0]["answer"])
+
+    def logits(of):
+        found = of(torch.tensor([encoded.input_ids])).logits[0].double().detach()
+        return found[encoded.answer_start - 1 : -1]
+
+    own, base = logits(model.eval()), logits(tiny_llama())
+    model.set_adapter("more")
+    adjusted = base - 5.0 * (logits(model) - base).clamp(min=0.0)
+    model.set_adapter("default")
+    expected = -(torch.softmax(adjusted, -1) * torch.log_softmax(own, -1)).sum(-1).mean()
+    batch = made.data_collator([made.train_dataset[0]])
+    assert made.compute_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".more." in name}
+    made.train()
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
+
+
+def test_a_reinforced_adapter_that_does_not_fit_is_refused(tmp_path):
+    options = {"method": "whp", "reinforced_adapter": "more"}
+    with pytest.raises(ValueError, match="Unknown adapter 'more'"):
+        trainer(tmp_path, lora(), **options)
+    with pytest.raises(ValueError, match="but the model has no adapters"):
+        trainer(tmp_path, tiny_llama(), **options)
+    with pytest.raises(ValueError, match="'default' is the adapter that is trained"):
+        trainer(tmp_path, reinforced(), method="whp", reinforced_adapter="default")
 
 
 def texts_of(answers):

@@ -47,17 +47,19 @@ def question_and_answer(row: Row, columns: Mapping[str, str] | None = None) -> t
     )
 
 
-def with_alternatives(rows: Sequence[Row], own: str, make: Callable[[Sequence[int]], Sequence[Sequence[str]]]) -> list:
+def with_alternatives(
+    rows: Sequence[Row], own: str, make: Callable[[Sequence[int]], Sequence[Sequence[str]]]
+) -> list[dict[str, Any]]:
     """The rows, each with alternatives in the column `own`; where a row brings some, they stay.
 
     Args:
         make: Gives the alternatives for the rows of these indices.
     """
-    rows = [dict(row) for row in rows]
-    missing = [index for index, row in enumerate(rows) if not row.get(own)]
+    found = [dict(row) for row in rows]
+    missing = [index for index, row in enumerate(found) if not row.get(own)]
     for index, texts in zip(missing, make(missing) if missing else [], strict=True):
-        rows[index][own] = list(texts)
-    return rows
+        found[index][own] = list(texts)
+    return found
 
 
 def answers_of_others(

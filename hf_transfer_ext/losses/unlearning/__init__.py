@@ -29,11 +29,12 @@ from hf_transfer_ext.losses.unlearning.simnpo import simnpo
 from hf_transfer_ext.losses.unlearning.tnpo import tnpo
 from hf_transfer_ext.losses.unlearning.undial import undial
 from hf_transfer_ext.losses.unlearning.wga import wga
+from hf_transfer_ext.losses.unlearning.whp import whp
 from hf_transfer_ext.registry import Registry
 
 UNLEARNING_LOSSES: Registry[Callable] = Registry(
     "unlearning loss",
-    [grad_ascent, npo, simnpo, dpo, idk, llmu, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, rmu],
+    [grad_ascent, npo, simnpo, dpo, idk, llmu, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, whp, rmu],
     check=check_loss,
 )
 

@@ -19,6 +19,7 @@ from hf_transfer_ext.losses.unlearning.methods.npo import npo
 from hf_transfer_ext.losses.unlearning.methods.npo_kl import npo_kl
 from hf_transfer_ext.losses.unlearning.methods.npo_sam import npo_sam
 from hf_transfer_ext.losses.unlearning.methods.pdu import pdu
+from hf_transfer_ext.losses.unlearning.methods.prune_first import prune_first
 from hf_transfer_ext.losses.unlearning.methods.qaf import qaf
 from hf_transfer_ext.losses.unlearning.methods.random_labels import random_labels
 from hf_transfer_ext.losses.unlearning.methods.reasoned_idk import reasoned_idk
@@ -30,6 +31,7 @@ from hf_transfer_ext.losses.unlearning.methods.tar import tar
 from hf_transfer_ext.losses.unlearning.methods.tnpo import tnpo
 from hf_transfer_ext.losses.unlearning.methods.undial import undial
 from hf_transfer_ext.losses.unlearning.methods.wga import wga
+from hf_transfer_ext.losses.unlearning.methods.whp import whp
 from hf_transfer_ext.losses.unlearning_method import Method, check_method
 from hf_transfer_ext.registry import Registry
 
@@ -42,11 +44,11 @@ METHODS: Registry[type[Method]] = Registry(
         grad_ascent, grad_diff, kl_min, wga, satimp,
         npo, npo_kl, simnpo, tnpo, npo_sam, pdu,
         # Against rounding, relearning and attacks.
-        qaf, lat, tar, sure, l1_sparse,
+        qaf, lat, tar, sure, l1_sparse, prune_first,
         # Towards another answer.
         idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, reasoned_idk,
         # Towards other distributions or hidden states.
-        undial, ce_u, me_gd, rmu,
+        undial, ce_u, me_gd, whp, rmu,
     ],
     check=check_method,
 )  # fmt: skip

@@ -13,8 +13,8 @@ class l1_sparse(Method):
     .. math:: \nabla L_f + \nabla L_r + \lambda (1 - t) \operatorname{sign}(\theta), \qquad t = \text{share of the run}
 
     Sparse models forget with less damage. The authors fine-tune on the retain set with the penalty and no forget
-    loss: that is `gamma: 0`. Their other way, to prune first, is an edit of the model before this training. Under
-    PEFT the penalty is on the adapter's weights.
+    loss: that is `gamma: 0`. Their other way is `prune_first`. Under PEFT the penalty is on the adapter's
+    weights.
 
     Args:
         penalty: Weight of the penalty at the start (lambda), >= 0; 0 is `npo`.
