@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_transfer_ext
+from hf_transfer_ext.data.selection import SELECTIONS
 from hf_transfer_ext.edits.methods import EDITS
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS
@@ -29,6 +30,7 @@ REGISTRIES = {
     "losses/unlearning/methods": [UNLEARNING_METHODS],
     "merging/methods": [MERGE_METHODS],
     "edits/methods": [EDITS],
+    "data/selection": [SELECTIONS],
     "evals/metrics": [METRICS, COMPARISONS],
     "evals/audit/attacks": [ATTACKS],
     "evals/audit/membership": [MEMBERSHIP_ATTACKS],
