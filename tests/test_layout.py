@@ -13,6 +13,7 @@ import pytest
 
 import hf_transfer_ext
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
+from hf_transfer_ext.data.selection import SELECTIONS
 from hf_transfer_ext.edits.methods import EDITS
 from hf_transfer_ext.evals.audit.attack import ACCESS
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
@@ -38,6 +39,7 @@ METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
     "losses/unlearning/methods": ([UNLEARNING_METHODS], lambda f: f.forget in UNLEARNING_LOSSES),
     "merging/methods": ([MERGE_METHODS], lambda f: f.unit in ("element", "row", "matrix")),
     "adapters/transfer/methods": ([TRANSFER_METHODS], lambda f: "Returns:" in f.__doc__),
+    "data/selection": ([SELECTIONS], lambda f: "Returns:" in f.__doc__),
     "edits/methods": ([EDITS], lambda f: "Returns:" in f.__doc__ or "Yields:" in f.__doc__),
     "evals/metrics": ([METRICS, COMPARISONS], lambda f: bool(f.unit) if isinstance(f, Metric) else True),
     "evals/audit/attacks": ([ATTACKS], lambda f: f.access in ACCESS),

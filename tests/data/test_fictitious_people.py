@@ -61,8 +61,76 @@ def test_names_are_unique_and_texts_varied():
         assert len({row["value"] for row in own}) >= 13
 
 
+FACETS = {"phrasings": 2, "languages": ("de", "es", "fr"), "multi_hop": 48}
+
+
+def test_facets_leave_the_plain_questions_and_each_other_as_they_are():
+    plain, full = fictitious_people(8, seed=3), fictitious_people(8, seed=3, **FACETS)
+    assert {name: full[name] for name in plain} == plain
+    for facet, value in FACETS.items():
+        alone = fictitious_people(8, seed=3, **{facet: value})
+        assert set(alone) == {*plain, *(f"{split}_{facet}" for split in plain)}
+        assert all(full[name] == rows for name, rows in alone.items())
+    few = fictitious_people(8, seed=3, languages=("es",), multi_hop=5, phrasings=1)
+    spanish = [row for row in full["forget_languages"] if row["language"] == "es"]
+    assert few["forget_languages"] == spanish
+    hops = [row for row in full["forget_multi_hop"] if row["person"] == 0][:6]
+    assert [row for row in few["forget_multi_hop"] if row["person"] == 0] == hops
+
+
+def test_two_people_can_be_asked_two_hundred_questions():
+    full = fictitious_people(8, **FACETS)
+    asked = {name: len(rows) for name, rows in full.items() if name.startswith("forget")}
+    assert asked == {"forget": 24, "forget_phrasings": 48, "forget_languages": 42, "forget_multi_hop": 98}
+    questions = [row["question"] for rows in full.values() for row in rows]
+    assert len(set(questions)) == len(questions)
+
+
+def test_rows_of_facets_have_the_schema_and_agree_with_the_plain_facts():
+    full = fictitious_people(12, **FACETS)
+    plain = {(row["person"], row["fact"]): row for split in ("forget", "retain", "holdout") for row in full[split]}
+    for name, rows in full.items():
+        for row in rows:
+            assert {*plain[0, "pet"]} <= {*row} and "{" not in "".join(row["perturbed_answer"]) + row["question"]
+            assert row["value"] in row["answer"] and row["value"] in row["paraphrased_answer"]
+            assert row["question"] != row["paraphrased_question"] and row["answer"] != row["paraphrased_answer"]
+            wrong = row["perturbed_answer"]
+            assert len(set(wrong)) == PERTURBED and row["paraphrased_answer"] not in wrong
+            start, end = row["paraphrased_answer"].rsplit(row["value"], 1)
+            assert all(text.startswith(start) and text.endswith(end) for text in wrong)
+            if row["fact"] != "neighbor":
+                assert row["value"] == plain[row["person"], row["fact"]]["value"]
+            assert ("name" in row) and (row["name"] in row["question"]) == (row.get("hops") != 2), name
+
+
+def test_multi_hop_questions_describe_the_person_by_a_fact_that_is_taught():
+    full = fictitious_people(12, **FACETS)
+    plain = {(row["person"], row["fact"]): row["value"] for split in ("forget", "retain") for row in full[split]}
+    for row in full["forget_multi_hop"] + full["retain_multi_hop"]:
+        if row["hops"] == 1:
+            plain[row["person"], "neighbor"] = row["value"]
+    for row in full["forget_multi_hop"] + full["retain_multi_hop"]:
+        assert row["value"] == plain[row["person"], row["fact"]]
+        if row["hops"] == 2:
+            assert plain[row["person"], row["described_by"]] in row["question"] and row["fact"] != row["described_by"]
+            assert f"{plain[row['person'], row['described_by']]}'s" not in row["question"] + row["answer"]
+
+
+def test_the_facets_of_a_seed_stay():
+    digest = hashlib.sha256(json.dumps(fictitious_people(8, seed=3, **FACETS), sort_keys=True).encode()).hexdigest()
+    assert digest[:16] == "570a5f2c0788f5b6"
+
+
 @pytest.mark.parametrize(
-    "options, message", [({"people": 4, "forget": 2, "holdout": 2}, "one retained"), ({"facts": 13}, "from 1 to 12")]
+    "options, message",
+    [
+        ({"people": 4, "forget": 2, "holdout": 2}, "one retained"),
+        ({"facts": 13}, "from 1 to 12"),
+        ({"phrasings": 3}, "from 0 to 2"),
+        ({"multi_hop": 49}, "from 0 to 48"),
+        ({"multi_hop": 1, "facts": 3}, "from 0 to 0"),
+        ({"languages": ["deu"]}, "Did you mean 'de'"),
+    ],
 )
 def test_impossible_counts_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
