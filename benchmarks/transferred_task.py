@@ -213,6 +213,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     _stop_in_time(options)
                     notes = result["notes"].setdefault(key, {})
                     measured(key, target, moved(method, work, direction, seed, notes))
+    measure.write_json(out, result)
     return result
 
 
@@ -337,7 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _OutOfTime:
         print("The time is up; the same command continues from here.")
         result = json.loads(options.out.with_name(options.out.name + ".json").read_text())
-    command = f"python -m benchmarks.transferred_task --out benchmarks/results/{options.out.name}"
+    seeds = " ".join(map(str, options.seeds))
+    command = f"python -m benchmarks.transferred_task --out benchmarks/results/{options.out.name} --seeds {seeds}"
     write_text(options.out.with_name(options.out.name + ".md"), report(result, command))
 
 

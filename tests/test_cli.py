@@ -11,8 +11,10 @@ from tiny import byte_tokenizer, tiny_llama
 
 import hf_transfer_ext
 from hf_transfer_ext import __version__
+from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.catalogue import CATALOGUE, as_markdown, explained, registries
 from hf_transfer_ext.cli import COMMANDS, main
+from hf_transfer_ext.edits.requests import add_request
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.recipes import RECIPES
 
@@ -83,6 +85,8 @@ def models(tmp_path):
     experts = [{"source_model": str(tmp_path / name)} for name in "ab"]
     mixture = {"base_model": str(tmp_path / "a"), "gate_mode": "random", "experts": experts, "dtype": "float32"}
     (tmp_path / "moe.yml").write_text(yaml.safe_dump(mixture))
+    extract_lora(tmp_path / "a", tmp_path / "b", tmp_path / "adapter", rank=2)
+    add_request(tmp_path / "requests", "one", base=str(tmp_path / "a"), adapter=tmp_path / "adapter")
     rows = [{"question": f"Q{i}?", "answer": f"yes {i}"} for i in range(3)]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(12)))
@@ -94,6 +98,10 @@ JOBS = {
     "merge": ("{}/merge.yml {}/out --quiet", ["out"]),
     "moe": ("{}/moe.yml {}/out", ["out"]),
     "extract": ("{}/a {}/b {}/out --rank 2 --quiet", ["out"]),
+    "transfer": ("{}/adapter {}/b {}/out --method cross_lora --source_base {}/a", ["out"]),
+    "resize": ("{}/adapter {}/out --rank 1", ["out"]),
+    "convert": ("{}/adapter {}/out", ["out"]),
+    "requests": ("apply {}/requests {}/out", ["out"]),
     "evaluate": ("--models {}/a --data {}/qa.jsonl --metrics perplexity --output_dir {}/out", ["out"]),
     "audit": (
         "--unlearned {}/a --original {}/b --retrain_from {}/b --retrain_epochs 1 --people 3 --forget_people 1 "
@@ -134,7 +142,7 @@ def test_every_job_leaves_a_card_and_a_record(command, models, capsys):
 
 
 def test_every_command_is_walked_by_a_test():
-    without_result = {"push", "pull", "methods", "doctor"}
+    without_result = {"push", "pull", "methods", "doctor", "cache-teacher"}
     assert set(JOBS) | without_result == set(COMMANDS)
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
-from hf_transfer_ext.files import write_text, written_aside
+from hf_transfer_ext.adapters.finish import base_of_config, finish_adapter
+from hf_transfer_ext.files import sha256_of, write_text, written_aside
+from hf_transfer_ext.hub.inputs import Wanted
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.weights.lora import (
@@ -104,6 +106,12 @@ def convert_to_lora(
             seconds=time.perf_counter() - began,
         )
         write_text(aside / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
+        own_base: list[Wanted] = [(base, None, "base")] if base is not None else base_of_config(config)
+        finish_adapter(
+            aside, "conversion", "convert", {"base": base, "rank": rank, "revision": revision},
+            [(adapter, revision, "adapter"), *own_base], recipe_sha256=sha256_of(__file__),
+            seconds=report.seconds, metrics=[report.measurement()],
+        )  # fmt: skip
     return report
 
 

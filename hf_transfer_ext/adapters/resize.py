@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
-from hf_transfer_ext.files import write_text, written_aside
+from hf_transfer_ext.adapters.finish import base_of_config, finish_adapter
+from hf_transfer_ext.files import sha256_of, write_text, written_aside
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.weights.lora import LoraFactors, decomposed, read_lora, save_like
 from hf_transfer_ext.weights.repository import local_folder
@@ -83,6 +84,11 @@ def resize_lora(
         )
         found.checkpoint.close()
         write_text(folder / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
+        finish_adapter(
+            folder, "resizing", "resize", {"rank": rank, "energy": energy, "ratio": ratio, "revision": revision},
+            [(adapter, revision, "adapter"), *base_of_config(found.config)], recipe_sha256=sha256_of(__file__),
+            seconds=report.seconds, metrics=[report.measurement()],
+        )  # fmt: skip
     return report
 
 

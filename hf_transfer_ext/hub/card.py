@@ -42,6 +42,8 @@ _JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
         "The difference between a fine-tuned model and its base was written as a low-rank adapter (LoRA).",
         ("base", "model"),
     ),
+    "resizing": ("A low-rank adapter (LoRA) was rewritten at another rank.", ("base",)),
+    "conversion": ("An adapter was rewritten as a plain low-rank adapter (LoRA).", ("base",)),
     "transfer": (
         "An adapter that was trained on one base model was carried over to another one.",
         ("student", "base", "model"),

@@ -18,6 +18,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 
+from hf_transfer_ext.adapters.finish import finish_adapter
 from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.adapters.transfer.trans_lora import (
@@ -36,12 +37,14 @@ from hf_transfer_ext.adapters.transfer.travel import (
     DISCRIMINATOR_FOLDER,
     SEEDS_FILE,
     TRANSFER_FILE,
+    NOT_COMPARED,
     copy_seeds,
+    inputs_of_transfer,
     origin,
 )
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
-from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
+from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import active_adapter
 from hf_transfer_ext.tensors import IGNORE_INDEX
@@ -203,6 +206,12 @@ def transfer_by_training(
             **history,
         }
         write_text(aside / TRANSFER_FILE, json.dumps(content, indent=2) + "\n")
+        told = {name: content[name] for name in ("method", "learn", "start", "settings", "discriminator")}
+        finish_adapter(
+            aside, "transfer", "transfer", told, inputs_of_transfer(adapter, source_reference, target_reference),
+            recipe_sha256=sha256_of(__file__), seconds=time.perf_counter() - began, not_measured=[NOT_COMPARED],
+            seed=settings.seed,
+        )  # fmt: skip
     if work is None:
         shutil.rmtree(stages)
     return TrainedTransferReport(

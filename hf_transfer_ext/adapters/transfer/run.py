@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.adapters.finish import finish_adapter
 from hf_transfer_ext.adapters.transfer.anchors import (
     even_layers,
     layer_similarities,
@@ -34,8 +35,8 @@ from hf_transfer_ext.adapters.transfer.places import (
     layer_outputs,
     read_matrix,
 )
-from hf_transfer_ext.adapters.transfer.travel import TRANSFER_FILE, copy_seeds, origin
-from hf_transfer_ext.files import refuse_existing_output, write_text, written_aside
+from hf_transfer_ext.adapters.transfer.travel import NOT_COMPARED, TRANSFER_FILE, copy_seeds, inputs_of_transfer, origin
+from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.weights.lora import LoraAdapter, LoraFactors, read_lora, save_lora, truncated
@@ -140,6 +141,12 @@ def transfer_lora(
                 history = origin(adapter, source_reference, target_reference, adapter_folder)
                 write_text(folder / TRANSFER_FILE, json.dumps({**_public(report), **history}, indent=2) + "\n")
                 copy_seeds(adapter_folder, folder)
+                settings = {"method": chosen.__name__, "options": options or {}, "texts": len(texts or ()), "rank": rank}
+                finish_adapter(
+                    folder, "transfer", "transfer", {**settings, "force": force},
+                    inputs_of_transfer(adapter, source_reference, target_reference),
+                    recipe_sha256=sha256_of(__file__), seconds=report.seconds, not_measured=[NOT_COMPARED],
+                )  # fmt: skip
         finally:
             target.close()
     finally:

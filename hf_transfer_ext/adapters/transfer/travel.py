@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.hub.inputs import Wanted
 from hf_transfer_ext.hub.record import RunInput, describe_input
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.weights.reference import ModelReference
@@ -15,6 +16,10 @@ TRANSFER_FILE = "transfer.json"
 #: Example inputs of the task, and the folder of the discriminator beside them.
 SEEDS_FILE = "transfer_seeds.json"
 DISCRIMINATOR_FOLDER = "discriminator"
+#: What the record of every transfer says.
+NOT_COMPARED = (
+    "Whether the adapter still does its task on the new base, next to a copy and to random factors of the same norm."
+)
 
 
 def copy_seeds(folder: Path, out: Path, *, with_discriminator: bool = True) -> None:
@@ -41,6 +46,15 @@ def origin(adapter: str | Path, source: ModelReference, target: ModelReference, 
         "target_base": _described(target),
         "earlier_transfers": earlier,
     }
+
+
+def inputs_of_transfer(adapter: str | Path, source: ModelReference, target: ModelReference) -> list[Wanted]:
+    """What a transfer reads, for its record; the target is the base of its result."""
+    return [
+        (adapter, None, "adapter"),
+        (source.path, source.revision, "source base"),
+        (target.path, target.revision, "base"),
+    ]
 
 
 def _described(reference: ModelReference) -> dict[str, Any]:
