@@ -266,7 +266,8 @@ def report(result: dict[str, Any], command: str) -> str:
         "examples. Closed forms run with their defaults; no option was chosen by the test examples. trans_lora sees "
         "no training example beyond its five "
         f"seeds. Training on Gemma takes {EPOCHS['gemma']:g} epochs and on the student {EPOCHS['student']:g}: in "
-        "a first try with 3 epochs its training loss was still falling.\n"
+        "a first try with 3 epochs its training loss was still falling, and the control on the true data answered "
+        "42 %.\n"
     )
     for direction, (source, target) in DIRECTIONS.items():
         runs = runs_of(result, direction)
