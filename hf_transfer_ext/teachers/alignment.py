@@ -51,8 +51,8 @@ class TokenBytes:
         else:
             raise ValueError(
                 f"The tokens of {type(tokenizer).__name__} ({tokenizer.name_or_path or 'without a name'}) do not "
-                "stand for the bytes of a text, as those of byte-level and SentencePiece tokenizers do: they cannot be "
-                "aligned with another tokenizer's."
+                "stand for the bytes of a text, as those of byte-level and SentencePiece tokenizers do: they cannot "
+                "be aligned with another tokenizer's."
             )
         self._special = set(tokenizer.all_special_ids)
         self._added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
