@@ -15,6 +15,7 @@ from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS
 from hf_transfer_ext.evals.metrics import COMPARISONS, METRICS
 from hf_transfer_ext.evals.suites import SUITES
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.spans import SPAN_LOSSES
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.methods import METHODS as UNLEARNING_METHODS
@@ -25,6 +26,7 @@ from hf_transfer_ext.students import STUDENT_INITS
 ROOT = Path(hf_transfer_ext.__file__).parent
 REGISTRIES = {
     "losses/distillation": [DISTILLATION_LOSSES],
+    "losses/hidden": [HIDDEN_LOSSES],
     "losses/spans": [SPAN_LOSSES],
     "losses/unlearning": [UNLEARNING_LOSSES, RETAIN_LOSSES],
     "losses/unlearning/methods": [UNLEARNING_METHODS],
