@@ -22,7 +22,9 @@ from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics import COMPARISONS, METRICS
 from hf_transfer_ext.evals.suites import SUITES
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.needs import UNITS, unit_of
+from hf_transfer_ext.losses.spans import SPAN_LOSSES
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.methods import METHODS as UNLEARNING_METHODS
 from hf_transfer_ext.merging.methods import MERGE_METHODS
@@ -35,6 +37,8 @@ TESTS = Path(__file__).parent
 #: Folders in which every file is one method: folder -> (its registries, whether a function states its unit).
 METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
     "losses/distillation": ([DISTILLATION_LOSSES], lambda f: "Returns:" in f.__doc__),
+    "losses/hidden": ([HIDDEN_LOSSES], lambda f: "Returns:" in f.__doc__),
+    "losses/spans": ([SPAN_LOSSES], lambda f: "Returns:" in f.__doc__),
     "losses/unlearning": ([UNLEARNING_LOSSES, RETAIN_LOSSES], lambda f: unit_of(f) in UNITS),
     "losses/unlearning/methods": ([UNLEARNING_METHODS], lambda f: f.forget in UNLEARNING_LOSSES),
     "merging/methods": ([MERGE_METHODS], lambda f: f.unit in ("element", "row", "matrix")),

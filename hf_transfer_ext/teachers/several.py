@@ -153,8 +153,7 @@ class ConfidentTeachers(_Several):
     When to use it: teachers of different domains, where no column of the data says which one knows a row. A teacher
     that is sure and wrong is not found out.
 
-    Source: this package's own; entropy as confidence: Adaptive Multi-Teacher Multi-level Knowledge Distillation, Liu
-    et al. 2021, https://arxiv.org/abs/2103.04062
+    Source: this package's own.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], *, sharpness: float = 0.5, temperature: float = 1.0) -> None:

@@ -34,4 +34,4 @@ def test_settings_that_do_not_fit_the_teacher_are_refused(teacher):
     with pytest.raises(ValueError, match="`kind` can only be top"):
         main([*server, "--kind", "samples"])
     with pytest.raises(ValueError, match="the teacher has 258 vocabulary entries"):
-        main([*teacher, "--top", "999"])
+        main([*teacher, "--top", "999", "--max-length", "64"])

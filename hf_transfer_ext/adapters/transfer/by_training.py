@@ -35,9 +35,9 @@ from hf_transfer_ext.adapters.transfer.trans_lora import (
 )
 from hf_transfer_ext.adapters.transfer.travel import (
     DISCRIMINATOR_FOLDER,
+    NOT_COMPARED,
     SEEDS_FILE,
     TRANSFER_FILE,
-    NOT_COMPARED,
     copy_seeds,
     inputs_of_transfer,
     origin,

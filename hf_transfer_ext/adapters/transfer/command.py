@@ -151,7 +151,5 @@ def main(argv: list[str] | None = None) -> int:
         for module, reason in report.left_out.items():
             print(f"left out: {module}: {reason}")
     else:
-        print(
-            f"method {TRANS_LORA}, {report.rows} inputs; {report.acceptance:.0%} of the written ones accepted"
-        )
+        print(f"method {TRANS_LORA}, {report.rows} inputs; {report.acceptance:.0%} of the written ones accepted")
     return 0

@@ -35,7 +35,13 @@ from hf_transfer_ext.adapters.transfer.places import (
     layer_outputs,
     read_matrix,
 )
-from hf_transfer_ext.adapters.transfer.travel import NOT_COMPARED, TRANSFER_FILE, copy_seeds, inputs_of_transfer, origin
+from hf_transfer_ext.adapters.transfer.travel import (
+    NOT_COMPARED,
+    TRANSFER_FILE,
+    copy_seeds,
+    inputs_of_transfer,
+    origin,
+)
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name
@@ -141,9 +147,14 @@ def transfer_lora(
                 history = origin(adapter, source_reference, target_reference, adapter_folder)
                 write_text(folder / TRANSFER_FILE, json.dumps({**_public(report), **history}, indent=2) + "\n")
                 copy_seeds(adapter_folder, folder)
-                settings = {"method": chosen.__name__, "options": options or {}, "texts": len(texts or ()), "rank": rank}
+                settings = {
+                    "method": chosen.__name__,
+                    "options": options or {},
+                    "texts": len(texts or ()),
+                    "rank": rank,
+                }
                 finish_adapter(
-                    folder, "transfer", "transfer", {**settings, "force": force},
+                    folder, "transfer", "transfer", settings,
                     inputs_of_transfer(adapter, source_reference, target_reference),
                     recipe_sha256=sha256_of(__file__), seconds=report.seconds, not_measured=[NOT_COMPARED],
                 )  # fmt: skip

@@ -1,7 +1,7 @@
 import pytest
 
-from hf_transfer_ext.data.selection import SELECTIONS
 from hf_transfer_ext.data.candidates import Candidates
+from hf_transfer_ext.data.selection import SELECTIONS
 from hf_transfer_ext.data.selection.random import random
 
 

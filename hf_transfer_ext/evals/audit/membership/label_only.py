@@ -22,8 +22,9 @@ def label_only(
 ) -> Values:
     """Membership from generated text only: minus the mean share of the answer in the generations.
 
-    Scores are in [-1, 0]; the lower, the likelier the row was trained on. The model still generates an answer it was trained on when the question is reworded, and in several samples;
-    probabilities are not used.
+    Scores are in [-1, 0]; the lower, the likelier the row was trained on. The model
+    still generates an answer it was trained on when the question is reworded, and in several samples; probabilities
+    are not used.
 
     Args:
         wordings: Wordings of the question, each answered greedily.
