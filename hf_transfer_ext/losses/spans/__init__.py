@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from hf_transfer_ext.losses.span_pair import SpanPair, span_pair
 from hf_transfer_ext.losses.spans.alm import alm
 from hf_transfer_ext.losses.spans.gold import gold
-from hf_transfer_ext.losses.span_pair import SpanPair, span_pair
 from hf_transfer_ext.losses.spans.uld import uld
 from hf_transfer_ext.registry import Registry
 
