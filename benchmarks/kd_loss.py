@@ -2,7 +2,7 @@
 
     python -m benchmarks.kd_loss --shapes qwen2.5-0.5b --dtypes float32 --rounds 3 --out benchmarks/results/kd_loss
 
-measures our `fused_linear_divergence` on a CPU, and with `--device cuda` on a GPU, beside
+measures our `fused_divergence` on a CPU, and with `--device cuda` on a GPU, beside
 
 - *trl full*: the full-logit loss of TRL's GKD trainer (`GKDTrainer.generalized_jsd_loss`) with the two projections;
   all tokens count and no labels are given, which spares it the masked copy that its trainer makes;
@@ -45,7 +45,7 @@ from torch import Tensor
 from benchmarks import measure
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.fused import fused_linear_divergence
+from hf_transfer_ext.losses.fused import fused_divergence
 from hf_transfer_ext.losses.rows import HeadRows
 from hf_transfer_ext.models.heads import LMHead
 
@@ -105,7 +105,7 @@ def problem(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
 
 
 def ours(x: Problem, divergence: str) -> Tensor:
-    return fused_linear_divergence(
+    return fused_divergence(
         x.hidden, LMHead(x.head), HeadRows(x.teacher_hidden, LMHead(x.teacher_head)), DISTILLATION_LOSSES[divergence],
         weights=torch.full((x.tokens,), 1 / x.tokens, device=x.hidden.device),
     ).loss  # fmt: skip

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hf_transfer_ext.students.uniform_depth import uniform_depth
 from transformers import TrainingArguments
 
 from benchmarks import measure
@@ -57,6 +56,7 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.files import write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.trainers.answers import train_on_answers

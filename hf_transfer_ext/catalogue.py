@@ -13,12 +13,15 @@ from hf_transfer_ext.settings import arguments_for
 #: Title -> (module, registry in it).
 CATALOGUE = {
     "Distillation losses": ("hf_transfer_ext.losses.distillation", "DISTILLATION_LOSSES"),
+    "Losses across tokenizers": ("hf_transfer_ext.losses.spans", "SPAN_LOSSES"),
+    "Losses inside the network": ("hf_transfer_ext.losses.hidden", "HIDDEN_LOSSES"),
     "Student initializations": ("hf_transfer_ext.students", "STUDENT_INITS"),
     "Merge methods": ("hf_transfer_ext.merging.methods", "MERGE_METHODS"),
     "Transfer methods of adapters": ("hf_transfer_ext.adapters.transfer.methods", "TRANSFER_METHODS"),
     "Unlearning methods": ("hf_transfer_ext.losses.unlearning.methods", "METHODS"),
     "Unlearning losses": ("hf_transfer_ext.losses.unlearning", "UNLEARNING_LOSSES"),
     "Retain losses": ("hf_transfer_ext.losses.unlearning", "RETAIN_LOSSES"),
+    "Choices of a forget set": ("hf_transfer_ext.data.selection", "SELECTIONS"),
     "Edits": ("hf_transfer_ext.edits.methods", "EDITS"),
     "Metrics": ("hf_transfer_ext.evals.metrics", "METRICS"),
     "Comparisons of measured models": ("hf_transfer_ext.evals.metrics", "COMPARISONS"),

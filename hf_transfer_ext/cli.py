@@ -26,6 +26,7 @@ COMMANDS = {
     ),
     "resize": ("hf_transfer_ext.adapters.resize", "change the rank of a LoRA: resize ADAPTER OUT --rank R"),
     "convert": ("hf_transfer_ext.adapters.convert", "write any adapter as a plain LoRA: convert ADAPTER OUT"),
+    "edit": ("hf_transfer_ext.edits.apply", "unlearn without training: edit MODEL OUT --method NAME"),
     "requests": ("hf_transfer_ext.edits.requests", "forget requests: requests add|list|revoke|apply STORE"),
     "cache-teacher": ("hf_transfer_ext.trainers.cache_command", "store a teacher's outputs on a dataset"),
     "push": ("hf_transfer_ext.hub.command", "publish a result: push FOLDER REPO"),

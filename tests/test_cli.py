@@ -101,6 +101,7 @@ JOBS = {
     "transfer": ("{}/adapter {}/b {}/out --method cross_lora --source_base {}/a", ["out"]),
     "resize": ("{}/adapter {}/out --rank 1", ["out"]),
     "convert": ("{}/adapter {}/out", ["out"]),
+    "edit": ("{}/a {}/out --method negation --tuned {}/b", ["out"]),
     "requests": ("apply {}/requests {}/out", ["out"]),
     "evaluate": ("--models {}/a --data {}/qa.jsonl --metrics perplexity --output_dir {}/out", ["out"]),
     "audit": (

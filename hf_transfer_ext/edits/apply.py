@@ -28,6 +28,7 @@ from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging.record import inputs_of
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import pad_token_id
+from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.weights.opened import open_model
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
@@ -267,3 +268,14 @@ def _record(
             record.inputs.append(describe_dataset(source))
     record.not_measured.insert(0, "Whether the edit forgets: an edit alone measures nothing. Run an audit on it.")
     return record
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`hf-transfer-ext edit MODEL OUT --method NAME`."""
+    about = "Unlearn without training: edit tensors in closed form, with a bound on the retain set's loss."
+    arguments = arguments_for(apply_edit, argv, program="hf-transfer-ext edit", about=about, hidden=["template"])
+    report = apply_edit(**arguments)
+    print(f"{report.folder}: {report.method}, {len(report.tensors)} tensors changed in {report.seconds:.1f} s")
+    for name, value in report.found.items():
+        print(f"{name}: {value}")
+    return 0

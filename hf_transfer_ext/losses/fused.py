@@ -17,6 +17,8 @@ from torch import Tensor
 
 from hf_transfer_ext.losses.rows import (
     Block,
+    HeadRows,
+    LogitRows,
     Projection,
     SampledRows,
     SampledTokens,
@@ -68,7 +70,7 @@ class FusedLoss(NamedTuple):
     statistics: TokenStatistics | None = None
 
 
-def fused_linear_divergence(
+def fused_divergence(
     student_hidden: Float[Tensor, "tokens hidden"],
     student_head: LMHead,
     teacher: TeacherRows | None,
@@ -127,9 +129,28 @@ def fused_linear_divergence(
     return tokens.result(loss)
 
 
+def fused_linear_divergence(
+    student_hidden: Float[Tensor, "tokens hidden"],
+    student_head: LMHead,
+    teacher_hidden: Float[Tensor, "tokens teacher_hidden"],
+    teacher_head: LMHead,
+    divergence: Callable[..., Tensor],
+    **settings: Any,
+) -> FusedLoss:
+    """`fused_divergence` between two models that are given by hidden states and heads.
+
+    Args:
+        teacher_hidden: Of the same tokens as `student_hidden`; its width may differ.
+        settings: Further arguments of `fused_divergence`; `weights` is required.
+    """
+    return fused_divergence(
+        student_hidden, student_head, HeadRows(teacher_hidden, teacher_head), divergence, **settings
+    )
+
+
 def divergence_of_logits(
     student_logits: Float[Tensor, "tokens vocab"],
-    teacher: TeacherRows | None,
+    teacher: TeacherRows | Float[Tensor, "tokens teacher_vocab"] | None,
     divergence: Callable[..., Tensor],
     *,
     weights: Float[Tensor, " tokens"],
@@ -142,9 +163,10 @@ def divergence_of_logits(
 ) -> FusedLoss:
     """The same loss where the student's logits exist already, because its head is adapted or quantized.
 
-    Arguments, result and limits are those of `fused_linear_divergence`. Beside the logits one more tensor of their
-    size lives, their gradient.
+    Arguments, result and limits are those of `fused_divergence`. Beside the logits one more tensor of their
+    size lives, their gradient. A tensor stands for the teacher's logits (`LogitRows`).
     """
+    teacher = LogitRows(teacher) if isinstance(teacher, Tensor) else teacher
     objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
     _check(len(student_logits), student_logits.shape[1], teacher, labels, statistics, objective)
     tokens = _Tokens.of(weights, labels, statistics, student_logits.device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.losses.fused import divergence_of_logits, fused_divergence
 from hf_transfer_ext.losses.rows import HeadRows, LogitRows, SampledRows, SampledTokens, SparseRows, TeacherRows
 from hf_transfer_ext.losses.slopes import ALL_FORMS, check_signature, forms_of
 from hf_transfer_ext.models.heads import LMHead
@@ -91,7 +91,7 @@ def _check_numbers(name: str, divergence: Callable[..., Tensor], temperature: fl
         (z * d_z * weights.double()[:, None]).sum().backward()
         for chunk in CHUNKS:
             own, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-            fused = fused_linear_divergence(
+            fused = fused_divergence(
                 own, LMHead(head), rows, divergence, weights=weights, temperature=temperature, chunk_tokens=chunk,
                 **options,
             )  # fmt: skip

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_transfer_ext.data.text import fit_context, require_labels
 from hf_transfer_ext.data.vocabularies import compare_vocabularies
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_divergence
 from hf_transfer_ext.losses.slopes import Form, own_options, require_form
 from hf_transfer_ext.models.heads import causal_lm_of, head_of, head_rows, run_to_head
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
@@ -375,7 +375,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         found: list[FusedLoss] = []
 
         def loss_of(hidden: Tensor) -> Tensor:
-            found.append(fused_linear_divergence(predicting_rows(hidden, mask), head_of(model), **terms))
+            found.append(fused_divergence(predicting_rows(hidden, mask), head_of(model), **terms))
             # Stands where the logits would: it has to lead to the loss, and through it to the head.
             return hidden[..., :1] + 0.0 * found[-1].loss
 

@@ -12,7 +12,7 @@ from hf_transfer_ext import DistillationConfig, DistillationTrainer
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.losses.fused import divergence_of_logits, fused_divergence
 from hf_transfer_ext.losses.rows import HeadRows, LogitRows
 from hf_transfer_ext.models.heads import LMHead, LogitFinish
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
@@ -42,7 +42,7 @@ def heads(device, dtype, tokens=33, width=16, vocab=1003):
 
 def loss_and_gradients(device, dtype, name):
     hidden, student, teacher_hidden, teacher, labels, weights = heads(device, dtype)
-    fused = fused_linear_divergence(
+    fused = fused_divergence(
         hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         kd_weight=0.7, ce_weight=0.3, temperature=1.5, chunk_tokens=10,
     )  # fmt: skip
@@ -77,7 +77,7 @@ def test_the_head_gradient_in_bfloat16_is_summed_in_float32():
     weights = torch.full((4096,), 1.0, device="cuda")
 
     def gradient(head, chunk):
-        loss = fused_linear_divergence(
+        loss = fused_divergence(
             hidden.to(head.dtype), LMHead(head), HeadRows(hidden.to(head.dtype), LMHead(teacher.to(head.dtype))),
             DISTILLATION_LOSSES["forward_kl"], weights=weights, chunk_tokens=chunk,
         ).loss  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.losses.fused import divergence_of_logits, fused_divergence, fused_linear_divergence
 from hf_transfer_ext.losses.rows import HeadRows, LogitRows
 from hf_transfer_ext.models.heads import LMHead, LogitFinish
 
@@ -47,7 +47,7 @@ def gradients(loss, hidden, student):
 
 def check(case, name, kd_weight=0.7, ce_weight=0.3, temperature=1.0, chunk_tokens=4, rtol=2e-4, atol=2e-5, **options):
     hidden, student, teacher_hidden, teacher, labels, weights = case
-    fused = fused_linear_divergence(
+    fused = fused_divergence(
         hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         kd_weight=kd_weight, ce_weight=ce_weight, temperature=temperature, chunk_tokens=chunk_tokens, **options,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def test_value_and_gradient_equal_the_formula_at_every_chunk_size(name, options,
 @pytest.mark.parametrize("name, options", oracles.CASES)
 def test_value_and_gradient_equal_the_float64_definition(name, options):
     hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=2, vocab=7, teacher_vocab=7)
-    fused = fused_linear_divergence(
+    fused = fused_divergence(
         hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         kd_weight=0.7, ce_weight=0.3, temperature=1.5, chunk_tokens=1, **options,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def test_the_head_gradient_of_many_bfloat16_chunks_does_not_lose_small_terms():
     weights = torch.full((4096,), 1 / 4096)
     grads = []
     for chunk in (1, 4096):
-        loss = fused_linear_divergence(
+        loss = fused_divergence(
             hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"], weights=weights,
             chunk_tokens=chunk,
         ).loss  # fmt: skip
@@ -147,7 +147,7 @@ def test_the_head_gradient_of_many_bfloat16_chunks_does_not_lose_small_terms():
 def test_autocast_projects_in_its_dtype_and_returns_float32_gradients():
     hidden, student, teacher_hidden, teacher, labels, weights = problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused = fused_linear_divergence(
+        fused = fused_divergence(
             hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"], weights=weights,
             labels=labels, ce_weight=0.5,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def test_autocast_projects_in_its_dtype_and_returns_float32_gradients():
 @pytest.mark.parametrize("name", DISTILLATION_LOSSES)
 def test_no_token_gives_zero_with_a_gradient(name):
     hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=0)
-    loss = fused_linear_divergence(
+    loss = fused_divergence(
         hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         ce_weight=0.5,
     ).loss  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_token_without_weight_adds_nothing_even_where_its_loss_is_infinite():
     closed[3] = -math.inf
     student = LMHead(student.weight, closed.requires_grad_())
     weights = torch.zeros_like(weights)
-    fused = fused_linear_divergence(
+    fused = fused_divergence(
         hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"], weights=weights
     )
     assert torch.isinf(fused.divergence).all() and fused.loss.item() == 0.0
@@ -187,11 +187,11 @@ def test_a_token_that_both_heads_exclude_changes_nothing(name):
     for width, head in ((WIDTH, student), (TEACHER_WIDTH, teacher)):
         weight = torch.cat([head.weight.detach(), torch.zeros(2, width)]).requires_grad_()
         both.append(LMHead(weight, torch.cat([head.bias.detach(), torch.full((2,), -math.inf)])))
-    wide = fused_linear_divergence(
+    wide = fused_divergence(
         hidden, both[0], HeadRows(teacher_hidden, both[1]), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         ce_weight=0.3,
     )  # fmt: skip
-    narrow = fused_linear_divergence(
+    narrow = fused_divergence(
         hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES[name], weights=weights, labels=labels,
         ce_weight=0.3,
     )  # fmt: skip
@@ -206,7 +206,7 @@ def test_a_formula_of_ones_own_works_without_a_slope():
         return factor * ((student_logits - teacher_logits) / temperature).square().sum(-1)
 
     hidden, student, teacher_hidden, teacher, _, weights = problem(softcap=3.0)
-    loss = fused_linear_divergence(
+    loss = fused_divergence(
         hidden, student, HeadRows(teacher_hidden, teacher), squared_difference, weights=weights, temperature=2.0,
         chunk_tokens=2, factor=0.5,
     ).loss  # fmt: skip
@@ -220,10 +220,10 @@ def test_a_formula_of_ones_own_works_without_a_slope():
 def test_the_gradient_follows_a_factor_of_the_loss_and_is_given_once():
     hidden, student, teacher_hidden, teacher, _, weights = problem()
     args = (hidden, student, HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"])
-    (one,) = torch.autograd.grad(fused_linear_divergence(*args, weights=weights).loss, hidden)
-    (three,) = torch.autograd.grad(3 * fused_linear_divergence(*args, weights=weights).loss, hidden)
+    (one,) = torch.autograd.grad(fused_divergence(*args, weights=weights).loss, hidden)
+    (three,) = torch.autograd.grad(3 * fused_divergence(*args, weights=weights).loss, hidden)
     torch.testing.assert_close(three, 3 * one)
-    loss = fused_linear_divergence(*args, weights=weights).loss
+    loss = fused_divergence(*args, weights=weights).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second forward"):
         loss.backward()
@@ -233,13 +233,13 @@ def test_bad_arguments_are_named():
     hidden, student, teacher_hidden, teacher, _, weights = problem()
     kl, rows = DISTILLATION_LOSSES["forward_kl"], HeadRows(teacher_hidden, teacher)
     with pytest.raises(ValueError, match="needs `labels`"):
-        fused_linear_divergence(hidden, student, rows, kl, weights=weights, ce_weight=1.0)
+        fused_divergence(hidden, student, rows, kl, weights=weights, ce_weight=1.0)
     with pytest.raises(ValueError, match="temperature"):
-        fused_linear_divergence(hidden, student, rows, kl, weights=weights, temperature=0.0)
+        fused_divergence(hidden, student, rows, kl, weights=weights, temperature=0.0)
     with pytest.raises(ValueError, match="needs a teacher"):
-        fused_linear_divergence(hidden, student, None, kl, weights=weights)
+        fused_divergence(hidden, student, None, kl, weights=weights)
     with pytest.raises(ValueError, match=f"same tokens, got {TOKENS} and 3"):
-        fused_linear_divergence(hidden, student, HeadRows(teacher_hidden[:3], teacher), kl, weights=weights)
+        fused_divergence(hidden, student, HeadRows(teacher_hidden[:3], teacher), kl, weights=weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -286,7 +286,7 @@ def test_float16_keeps_small_gradients_under_a_gradient_scaler(way):
         loss = divergence_of_logits(a @ b.T, LogitRows(t.half() @ w.half().T), kl, weights=weights).loss
     else:
         with torch.autocast("cpu", dtype=torch.float16, enabled=way == "autocast"):
-            loss = fused_linear_divergence(a, LMHead(b), rows, kl, weights=weights).loss
+            loss = fused_divergence(a, LMHead(b), rows, kl, weights=weights).loss
     (loss * scale).backward()
     for got, want in ((a, x), (b, y)):
         assert got.grad.dtype == dtype
@@ -299,7 +299,7 @@ def test_a_float16_head_gradient_beyond_the_range_of_float16_is_summed():
     hidden, head = torch.full((tokens, 4), 500.0).half(), torch.zeros(6, 4).half().requires_grad_()
     teacher = LogitRows(torch.tensor([[20.0, 0, 0, 0, 0, 0]]).half().expand(tokens, 6))
     weights = torch.full((tokens,), 1 / tokens)
-    loss = fused_linear_divergence(hidden, LMHead(head), teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights)
+    loss = fused_divergence(hidden, LMHead(head), teacher, DISTILLATION_LOSSES["forward_kl"], weights=weights)
     (gradient,) = torch.autograd.grad(loss.loss, head)
     assert gradient[0, 0].item() == pytest.approx(-500 * 5 / 6, rel=2e-3)
 
@@ -316,7 +316,7 @@ def test_without_gradients_none_are_computed(way, monkeypatch):
     monkeypatch.setattr(fused, "_add_outer", lambda *args: made.append("head"))
     with torch.no_grad():
         if way == "fused":
-            found = fused_linear_divergence(hidden, student, rows, kl, weights=weights, labels=labels, ce_weight=0.3)
+            found = fused_divergence(hidden, student, rows, kl, weights=weights, labels=labels, ce_weight=0.3)
         else:
             logits = student.logits(hidden).requires_grad_()
             found = divergence_of_logits(logits, rows, kl, weights=weights, labels=labels, ce_weight=0.3)
@@ -330,7 +330,7 @@ def test_without_gradients_none_are_computed(way, monkeypatch):
 def test_a_second_derivative_is_refused():
     hidden, student, teacher_hidden, teacher, _, weights = problem()
     rows, kl = HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["forward_kl"]
-    loss = fused_linear_divergence(hidden, student, rows, kl, weights=weights).loss
+    loss = fused_divergence(hidden, student, rows, kl, weights=weights).loss
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, hidden, create_graph=True)
     logits = student.logits(hidden).detach().requires_grad_()
@@ -372,11 +372,21 @@ def test_statistics_describe_the_student_at_temperature_one():
     student = LMHead(student.weight, closed)
     labels[0] = student.logits(hidden)[0].argmax()
     rows, kl = HeadRows(teacher_hidden, teacher), DISTILLATION_LOSSES["reverse_kl"]
-    found = fused_linear_divergence(
+    found = fused_divergence(
         hidden, student, rows, kl, weights=weights, labels=labels, temperature=2.0, chunk_tokens=2, statistics=True
     ).statistics
     p = student.logits(hidden).double().softmax(-1)
     torch.testing.assert_close(found.entropy.double(), torch.special.entr(p).sum(-1), rtol=1e-5, atol=1e-6)
     assert found.correct.tolist() == (p.argmax(-1) == labels).float().tolist() and found.correct[0] == 1
     with pytest.raises(ValueError, match="needs `labels`"):
-        fused_linear_divergence(hidden, student, rows, kl, weights=weights, statistics=True)
+        fused_divergence(hidden, student, rows, kl, weights=weights, statistics=True)
+
+
+def test_hidden_states_and_heads_or_logits_can_be_given_as_they_are():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    kl = DISTILLATION_LOSSES["forward_kl"]
+    rows = fused_divergence(hidden, student, HeadRows(teacher_hidden, teacher), kl, weights=weights)
+    plain = fused_linear_divergence(hidden, student, teacher_hidden, teacher, kl, weights=weights)
+    logits = divergence_of_logits(student.logits(hidden), teacher.logits(teacher_hidden), kl, weights=weights)
+    assert torch.equal(plain.loss, rows.loss)
+    torch.testing.assert_close(logits.loss, rows.loss)

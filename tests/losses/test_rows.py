@@ -9,7 +9,7 @@ import torch
 from losses.test_fused import gradients, problem
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.fused import divergence_of_logits, fused_linear_divergence
+from hf_transfer_ext.losses.fused import divergence_of_logits, fused_divergence
 from hf_transfer_ext.losses.rows import DenseRows, HeadRows, LogitRows, SampledRows, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import accepts, forms_of, fused_by
 
@@ -33,7 +33,7 @@ def test_all_but_the_ranking_divergence_accept_sparse_rows():
 def test_sparse_rows_follow_the_float64_definition_over_buckets(name, options, temperature):
     hidden, student, teacher_hidden, teacher, labels, weights = problem(tokens=2, vocab=9, teacher_vocab=9)
     rows = SparseRows.from_logits(teacher.logits(teacher_hidden), 3, temperature=temperature)
-    fused = fused_linear_divergence(
+    fused = fused_divergence(
         hidden, student, rows, DISTILLATION_LOSSES[name], weights=weights, labels=labels, kd_weight=0.7,
         ce_weight=0.3, temperature=temperature, chunk_tokens=1, **options,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def by_buckets(z, rows, name, temperature, options):
 def test_sparse_rows_equal_autograd_at_every_chunk_size(name, options, chunk_tokens):
     hidden, student, teacher_hidden, teacher, _, weights = problem(scale=0.5, softcap=6.0)
     rows = SparseRows.from_logits(teacher.logits(teacher_hidden), TOP, temperature=1.5)
-    fused = fused_linear_divergence(
+    fused = fused_divergence(
         hidden, student, rows, DISTILLATION_LOSSES[name], weights=weights, temperature=1.5,
         chunk_tokens=chunk_tokens, **options,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def test_with_every_token_listed_sparse_rows_are_dense(name, options):
         LogitRows(logits),
         HeadRows(teacher_hidden, teacher),
     ):
-        fused = fused_linear_divergence(
+        fused = fused_divergence(
             hidden, student, rows, DISTILLATION_LOSSES[name], weights=weights, labels=labels, ce_weight=0.5, **options
         )
         found.append((fused.divergence, *gradients(fused.loss, hidden, student)))
@@ -104,7 +104,7 @@ def test_merging_tokens_never_raises_the_divergence(name, options):
     hidden, student, teacher_hidden, teacher, _, weights = problem()
     logits, loss = teacher.logits(teacher_hidden), DISTILLATION_LOSSES[name]
     values = [
-        fused_linear_divergence(
+        fused_divergence(
             hidden, student, SparseRows.from_logits(logits, top), loss, weights=weights, **options
         ).divergence
         for top in (1, 4, 16, logits.shape[1])
@@ -154,7 +154,7 @@ def test_a_formula_without_a_slope_reads_the_forms_that_it_names():
     logits = teacher.logits(teacher_hidden)
     for rows, temperature in ((SparseRows.from_logits(logits, TOP, temperature=2.0), 2.0), (LogitRows(logits), 1.5)):
         losses = [
-            fused_linear_divergence(hidden, student, rows, loss, weights=weights, temperature=temperature)
+            fused_divergence(hidden, student, rows, loss, weights=weights, temperature=temperature)
             for loss in (own_kl, DISTILLATION_LOSSES["forward_kl"])
         ]
         torch.testing.assert_close(losses[0].loss, losses[1].loss)
@@ -177,7 +177,7 @@ def test_a_mixture_of_two_teachers_is_a_subclass():
     other = teacher_hidden.flip(0)
     kl = DISTILLATION_LOSSES["forward_kl"]
     mixture = Mixture(HeadRows(teacher_hidden, teacher), HeadRows(other, teacher))
-    loss = fused_linear_divergence(hidden, student, mixture, kl, weights=weights, chunk_tokens=2).loss
+    loss = fused_divergence(hidden, student, mixture, kl, weights=weights, chunk_tokens=2).loss
     p = 0.5 * sum(teacher.logits(states).softmax(-1) for states in (teacher_hidden, other))
     want = (weights * kl(student.logits(hidden)[None], p.log()[None])[0]).sum()
     torch.testing.assert_close(loss, want)
@@ -189,12 +189,12 @@ def test_pairs_that_cannot_be_are_refused():
     rows = SparseRows.from_logits(logits, TOP, temperature=2.0)
     kl = DISTILLATION_LOSSES["forward_kl"]
     with pytest.raises(ValueError, match="adaptive_kl needs dense teacher rows, but this teacher gives sparse ones"):
-        fused_linear_divergence(hidden, student, rows, DISTILLATION_LOSSES["adaptive_kl"], weights=weights)
+        fused_divergence(hidden, student, rows, DISTILLATION_LOSSES["adaptive_kl"], weights=weights)
     with pytest.raises(ValueError, match=r"taken at temperature 2.0, but the loss has `temperature=1.0`"):
-        fused_linear_divergence(hidden, student, rows, kl, weights=weights)
+        fused_divergence(hidden, student, rows, kl, weights=weights)
     far = SparseRows(TopTokens(rows.top.ids + 100, rows.top.log_probs, rows.top.tail))
     with pytest.raises(ValueError, match="the student has 23 vocabulary entries"):
-        fused_linear_divergence(hidden, student, far, kl, weights=weights)
+        fused_divergence(hidden, student, far, kl, weights=weights)
     with pytest.raises(ValueError, match=r"have to sum to 1, got a row of"):
         SparseRows(TopTokens(rows.top.ids, rows.top.log_probs, rows.top.tail.clamp(min=1e-9).log()))
     with pytest.raises(ValueError, match="`top` has to lie between 1 and the 23 vocabulary entries, got 24"):
@@ -238,7 +238,7 @@ def test_sampled_rows_of_a_whole_vocabulary_or_without_a_tail_are_dense():
     kl = DISTILLATION_LOSSES["reverse_kl"]
     found = []
     for rows in (LogitRows(logits), SampledRows.from_logits(logits, logits.shape[1], 3)):
-        fused = fused_linear_divergence(
+        fused = fused_divergence(
             hidden, student, rows, kl, weights=weights, labels=labels, ce_weight=0.5, chunk_tokens=2
         )
         found.append((fused.divergence, *gradients(fused.loss, hidden, student)))
@@ -251,11 +251,9 @@ def test_what_cannot_be_sampled_is_refused():
     logits = teacher.logits(teacher_hidden)
     rows = SampledRows.from_logits(logits, 2, 3)
     with pytest.raises(ValueError, match="adaptive_kl needs dense teacher rows, but this teacher gives sampled ones"):
-        fused_linear_divergence(hidden, student, rows, DISTILLATION_LOSSES["adaptive_kl"], weights=weights)
+        fused_divergence(hidden, student, rows, DISTILLATION_LOSSES["adaptive_kl"], weights=weights)
     with pytest.raises(ValueError, match=r"sampled rows were taken at temperature 1.0, but the loss has"):
-        fused_linear_divergence(
-            hidden, student, rows, DISTILLATION_LOSSES["forward_kl"], weights=weights, temperature=2.0
-        )
+        fused_divergence(hidden, student, rows, DISTILLATION_LOSSES["forward_kl"], weights=weights, temperature=2.0)
     with pytest.raises(ValueError, match="`top` has to lie between 0 and the 23 vocabulary entries, got 24"):
         SampledRows.from_logits(logits, 24, 3)
     for bad in ({"samples": 0}, {"samples": 1, "temperature": 0.0}, {"samples": 1, "tau": 0.0}):

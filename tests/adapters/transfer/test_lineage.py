@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from hf_transfer_ext.students.uniform_depth import uniform_depth
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.adapters.transfer import lineage as module
 from hf_transfer_ext.adapters.transfer.lineage import lineage
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
+from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
 
 
 def save(model, folder, tokenizer=None):

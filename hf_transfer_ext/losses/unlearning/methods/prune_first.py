@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.losses.unlearning.method import Gradient, Method, Step, weighted_sum
+from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Step, weighted_sum
 
 
 @dataclass(frozen=True)

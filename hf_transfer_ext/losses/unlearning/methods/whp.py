@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.unlearning.method import Method
+from hf_transfer_ext.losses.unlearning_method import Method
 
 
 class whp(Method):
