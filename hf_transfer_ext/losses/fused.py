@@ -26,6 +26,9 @@ from hf_transfer_ext.losses.rows import (
     TeacherRows,
     TopTokens,
     head_row_slices,
+    projection_dtype,
+    wide_dtype,
+    wide_product,
 )
 from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient, require_form, weighted
 from hf_transfer_ext.models.heads import LMHead, LogitFinish
@@ -88,8 +91,9 @@ def fused_divergence(
     """Weighted sum of a token divergence, and of cross entropy, between a teacher and a student with a plain head.
 
     Gradients flow to the student's hidden states, head weight and head bias, as far as these require them; a frozen
-    head costs nothing, and under `torch.no_grad()` no gradient is computed. Logits have the dtype of the head (of
-    autocast, where it is on); divergences, cross entropy and the head's gradient are summed in float32.
+    head costs nothing, and under `torch.no_grad()` no gradient is computed. Head and hidden states are multiplied in
+    the dtype of the head (of autocast, where it is on); logits, divergences, cross entropy and the head's gradient are
+    summed in float32.
 
     Gradients are computed in the forward pass and consumed by the first backward pass. They are constants: a second
     derivative (`create_graph=True`) is refused.
@@ -235,7 +239,10 @@ class _Tokens:
 def _chunk_tokens(student: Tensor, vocab: int, teacher: TeacherRows | None) -> int:
     """Tokens whose logits exist at once: as many as fit in `CHUNK_BYTES` for either model."""
     elements = max(vocab, 0 if teacher is None else teacher.row_elements)
-    return max(1, CHUNK_BYTES.get(student.device.type, CHUNK_BYTES_GPU) // (elements * student.element_size()))
+    own = projection_dtype(student).itemsize
+    logits = wide_dtype(projection_dtype(student)).itemsize
+    row_bytes = elements * (logits if own == logits else logits + own // 2)  # half of a gradient for each model
+    return max(1, CHUNK_BYTES.get(student.device.type, CHUNK_BYTES_GPU) // row_bytes)
 
 
 def _check(
@@ -304,14 +311,14 @@ class _FusedLinearDivergence(torch.autograd.Function):
                 part = slice(start, min(start + chunk, len(hidden)))
                 logits = student(part)
                 block = None if teacher_rows is None else teacher_rows(part).to(logits.device)
-                gradient = logits if any(needs) else None  # each row is overwritten by its gradient
+                gradient = None if not any(needs) else _like(logits, student.dtype)
                 _rows(logits, finish, block, teacher_finish, tokens[part], objective, gradient, unit)
                 if d_hidden is not None:
-                    d_hidden[part] = (logits @ student.weight).to(hidden.dtype)
+                    d_hidden[part] = (gradient @ student.weight).to(hidden.dtype)
                 if d_weight is not None:
-                    _add_outer(d_weight, logits, student.hidden[part])
+                    _add_outer(d_weight, gradient, student.hidden[part])
                 if d_bias is not None:
-                    d_bias += logits.sum(0, dtype=torch.float32)
+                    d_bias += gradient.sum(0, dtype=torch.float32)
         ctx.unit = unit
         ctx.grads = (
             (d_hidden, hidden.dtype),
@@ -323,6 +330,11 @@ class _FusedLinearDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         return (*_consumed(ctx, d_loss[0]), None, None, None, None, None, None)
+
+
+def _like(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for the gradient of these logits: their own where it has this dtype, since rows are read before that."""
+    return logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
 
 
 class _DivergenceOfLogits(torch.autograd.Function):
@@ -396,20 +408,15 @@ def _add_outer(gradient: _HeadGradient, d_logits: Tensor, hidden: Tensor) -> Non
         total.addmm_(d_logits.T, hidden)
         return
     for rows in head_row_slices(total):
-        product = _product(d_logits[:, rows].T.contiguous(), hidden)
+        left = d_logits[:, rows].T.contiguous()
+        # In float16 the product could overflow.
+        product = wide_product(left, hidden) if left.dtype == torch.float16 else left @ hidden
         if rest is None:
             total[rows] += product
         else:
             exact = product.float() + rest[rows].float() + total[rows].float()
             total[rows] = exact
             rest[rows] = exact - total[rows].float()
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in float32 where float16 could overflow."""
-    if left.dtype != torch.float16:
-        return left @ right
-    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
 
 
 def _rows(

@@ -285,8 +285,9 @@ class SampledRows(TeacherRows):
 class Projection:
     """Hidden states through a head, a slice of tokens at a time, into one buffer that every call overwrites.
 
-    Products have the dtype in which the model itself would project: that of autocast for float32 weights, where it is
-    on at the moment of construction, else that of the weights.
+    Factors have the dtype in which the model itself would project: that of autocast for float32 weights, where it is
+    on at the moment of construction, else that of the weights. Logits are float32 in any case: rounded to bfloat16, they
+    would leave few digits of the difference between a student and a teacher that are close to each other.
 
     Args:
         hidden: `(tokens, hidden)`; moved to the device of the head.
@@ -304,11 +305,26 @@ class Projection:
         """Projected logits, before scale and soft cap."""
         hidden = self.hidden[part]
         if self._buffer is None or len(self._buffer) < len(hidden):
-            self._buffer = hidden.new_empty(len(hidden), len(self.weight))
+            self._buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=wide_dtype(self.dtype))
         projected = self._buffer[: len(hidden)]
         for rows in head_row_slices(self.weight):
-            torch.mm(hidden, self.weight[rows].T, out=projected[:, rows])
+            if projected.dtype == self.dtype:
+                torch.mm(hidden, self.weight[rows].T, out=projected[:, rows])
+            else:
+                projected[:, rows] = wide_product(hidden, self.weight[rows].T)
         return projected if self.bias is None else projected.add_(self.bias)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the dtypes of half its size, any other one as it is."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, of factors of half precision in float32."""
+    if left.is_cuda and left.dtype.itemsize < 4:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.to(wide_dtype(left.dtype)) @ right.to(wide_dtype(right.dtype))
 
 
 def projection_dtype(weight: Tensor) -> torch.dtype:
