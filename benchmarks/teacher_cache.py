@@ -149,7 +149,7 @@ def measure_steps(tokenizer: PreTrainedTokenizerBase, rounds: int, steps: int, l
             teacher = None if name == "plain fine-tuning" else small_model(1, 2 * hidden, layers, vocab)
             clock = StepTimes()
             trainer = DistillationTrainer(
-                small_model(0, hidden, layers, vocab), teacher, args, data, tokenizer,
+                small_model(0, hidden, layers, vocab), teacher, args, data, processing_class=tokenizer,
                 teacher_processing_class=tokenizer, callbacks=[clock],
             )  # fmt: skip
             trainer.train()

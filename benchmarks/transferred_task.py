@@ -57,6 +57,7 @@ from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.files import write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
+from hf_transfer_ext.students.shape import StudentShape
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.trainers.answers import train_on_answers
@@ -122,7 +123,7 @@ def prepare_bases(work: Path, healing_steps: int) -> None:
         _save(work / "gemma", model, tokenizer)
     if not (work / "student" / "config.json").exists():
         tokenizer = load_tokenizer(work / "gemma")
-        student = uniform_depth(load_model(work / "gemma"), num_layers=LAYERS)
+        student = uniform_depth(load_model(work / "gemma"), StudentShape(depth=LAYERS))
         arguments = TrainingArguments(
             str(work / "healing"), max_steps=healing_steps, per_device_train_batch_size=8, learning_rate=1e-4,
             warmup_steps=5, bf16=True, use_cpu=True, save_strategy="no", report_to="none", logging_steps=10,

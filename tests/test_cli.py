@@ -86,8 +86,9 @@ def models(tmp_path):
     mixture = {"base_model": str(tmp_path / "a"), "gate_mode": "random", "experts": experts, "dtype": "float32"}
     (tmp_path / "moe.yml").write_text(yaml.safe_dump(mixture))
     extract_lora(tmp_path / "a", tmp_path / "b", tmp_path / "adapter", rank=2)
-    add_request(tmp_path / "requests", "one", base=str(tmp_path / "a"), adapter=tmp_path / "adapter")
     rows = [{"question": f"Q{i}?", "answer": f"yes {i}"} for i in range(3)]
+    base, adapter = str(tmp_path / "a"), tmp_path / "adapter"
+    add_request(tmp_path / "requests", "one", base=base, adapter=adapter, forget=rows)
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(12)))
     return tmp_path

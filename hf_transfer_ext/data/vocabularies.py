@@ -43,7 +43,8 @@ class VocabularyMatch:
         raise ValueError(
             "Student and teacher have different vocabularies, so their logits cannot be compared token by token: "
             f"{'; '.join(differences)}. Use two models of one family, or trim the tokenizer once for both. "
-            "Models of different families need a cross-tokenizer loss, which is not available yet."
+            "Models of different families need a cross-tokenizer loss; this trainer does not use those of "
+            "`losses.spans` yet."
         )
 
 

@@ -513,7 +513,9 @@ def main(argv: Sequence[str]) -> int:
     if command in ("-h", "--help"):
         print("usage: hf-transfer-ext requests add|list|revoke|apply STORE ... [options]\n")
         print("\n".join(f"  {name:<8}{about}" for name, (_, about) in COMMANDS.items()))
-        raise SystemExit(0)
+        if argv:
+            raise SystemExit(0)
+        return 0
     if command not in COMMANDS:
         raise ValueError(unknown_setting("command", command, COMMANDS))
     function, about = COMMANDS[command]

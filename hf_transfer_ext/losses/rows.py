@@ -286,8 +286,8 @@ class Projection:
     """Hidden states through a head, a slice of tokens at a time, into one buffer that every call overwrites.
 
     Factors have the dtype in which the model itself would project: that of autocast for float32 weights, where it is
-    on at the moment of construction, else that of the weights. Logits are float32 in any case: rounded to bfloat16, they
-    would leave few digits of the difference between a student and a teacher that are close to each other.
+    on at the moment of construction, else that of the weights. Logits are float32 in any case: rounded to bfloat16,
+    they would leave few digits of the difference between a student and a teacher that are close to each other.
 
     Args:
         hidden: `(tokens, hidden)`; moved to the device of the head.

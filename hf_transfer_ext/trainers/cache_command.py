@@ -83,7 +83,7 @@ def cache_for_distillation(
         args = DistillationConfig(
             output_dir=scratch, kd_weight=0.0, ce_weight=1.0, max_length=max_length, report_to="none",
         )  # fmt: skip
-        trainer = DistillationTrainer(model, None, args, data, tokenizer)
+        trainer = DistillationTrainer(model, None, args, data, processing_class=tokenizer)
         rows: Any = trainer.train_dataset
         if is_server:
             key = os.environ.get(KEY)

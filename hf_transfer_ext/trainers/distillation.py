@@ -241,6 +241,11 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
                 "`model_init_kwargs` and `quantization_config` say how to load a model, but the student is loaded "
                 "already. Give its path, or leave them out."
             )
+        if hasattr(eval_dataset, "convert_ids_to_tokens"):
+            raise TypeError(
+                "`eval_dataset` is a tokenizer. It is the fifth argument, as in TRL; give the tokenizer as "
+                "`processing_class=...`."
+            )
         if processing_class is None:
             processing_class = load_tokenizer(model.config.name_or_path)
         if isinstance(teacher, (str, Path)):

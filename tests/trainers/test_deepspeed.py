@@ -47,7 +47,7 @@ def trained(folder, batch_size, *, student=None, teacher=None, peft_config=None,
     )  # fmt: skip
     trainer = DistillationTrainer(
         student or tiny_llama(1), teacher or tiny_llama(2, num_hidden_layers=3), args,
-        Dataset.from_dict({"text": TEXTS}), byte_tokenizer(), peft_config=peft_config,
+        Dataset.from_dict({"text": TEXTS}), processing_class=byte_tokenizer(), peft_config=peft_config,
     )  # fmt: skip
     trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
     trainer.train()

@@ -382,7 +382,7 @@ def test_bad_input_is_told_before_training(tmp_path):
         make(tmp_path, teacher=tiny_llama(2, max_position_embeddings=32))
     with pytest.raises(ValueError, match=r"has 258 vocabulary entries, .* has 300"):
         make(tmp_path, teacher=tiny_llama(2, vocab_size=300))
-    with pytest.raises(ValueError, match="Row 1 has no labelled token"):
+    with pytest.raises(ValueError, match="Row 1 has no labeled token"):
         make(tmp_path, teacher=tiny_llama(2), data=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
     with pytest.raises(ValueError, match="Row 0 has 600 tokens, but the model supports only 512"):
         make(tmp_path, teacher=tiny_llama(2), data=Dataset.from_dict({"text": ["x" * 599]}), max_length=None)
@@ -404,9 +404,11 @@ def test_vocabularies_are_compared_token_by_token(tmp_path):
     padded = start(tiny_llama(2, vocab_size=320), byte_tokenizer())  # rows that no token uses
     padded.train()
     assert padded.state.global_step == 1
+    with pytest.raises(TypeError, match="`eval_dataset` is a tokenizer"):
+        DistillationTrainer(tiny_llama(1), tiny_llama(2), config(tmp_path), None, byte_tokenizer())
     other = byte_tokenizer()
     other.add_tokens(["<extra>"])
-    with pytest.raises(ValueError, match=r"known to the teacher alone \('<extra>'\).*cross-tokenizer loss"):
+    with pytest.raises(ValueError, match=r"exist only in the teacher \('<extra>'\).*cross-tokenizer loss"):
         start(tiny_llama(2, vocab_size=320), other)
 
 
@@ -752,7 +754,7 @@ def test_tokens_that_a_chat_template_brings_are_compared_again(tmp_path):
     source.add_tokens(["<|tool|>"])
     source.save_pretrained(tmp_path / "template")
     data = Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]})
-    with pytest.raises(ValueError, match=r"known to the student alone.*<\|tool\|>"):
+    with pytest.raises(ValueError, match=r"exist only in the student.*<\|tool\|>"):
         DistillationTrainer(
             tiny_llama(1), tiny_llama(2), config(tmp_path, chat_template_path=str(tmp_path / "template")), data,
             processing_class=byte_tokenizer(CHAT), teacher_processing_class=byte_tokenizer(CHAT),

@@ -42,7 +42,11 @@ def trained(folder, batch_size, **options):
         gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, ce_weight=0.5, **options,
     )  # fmt: skip
     trainer = DistillationTrainer(
-        tiny_llama(1), tiny_llama(2, num_hidden_layers=3), args, Dataset.from_dict({"text": TEXTS}), byte_tokenizer()
+        tiny_llama(1),
+        tiny_llama(2, num_hidden_layers=3),
+        args,
+        Dataset.from_dict({"text": TEXTS}),
+        processing_class=byte_tokenizer(),
     )
     trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
     trainer.train()

@@ -280,7 +280,9 @@ def train_lora(
         per_device_train_batch_size=settings.batch_size, lr_scheduler_type="linear", weight_decay=0.0,
         seed=settings.seed, report_to="none", logging_steps=10, max_length=None, gradient_checkpointing=False, **saved,
     )  # fmt: skip
-    trainer = DistillationTrainer(tuned, teacher, config, _labelled(tokenizer, rows, template), tokenizer)
+    trainer = DistillationTrainer(
+        tuned, teacher, config, _labelled(tokenizer, rows, template), processing_class=tokenizer
+    )
     trainer.train(resume_from_checkpoint=resumed)
     return tuned.eval()
 

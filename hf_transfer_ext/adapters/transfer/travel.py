@@ -52,7 +52,7 @@ def inputs_of_transfer(adapter: str | Path, source: ModelReference, target: Mode
     """What a transfer reads, for its record; the target is the base of its result."""
     return [
         (adapter, None, "adapter"),
-        (source.path, source.revision, "source base"),
+        (source.path, source.revision, "source"),
         (target.path, target.revision, "base"),
     ]
 

@@ -88,7 +88,7 @@ def test_numbers_over_two_runs_by_hand():
     assert row.negative_flips.value == pytest.approx((2 / 4 + 0) / 2)
     low, high = row.negative_flips.interval
     assert low <= row.negative_flips.value <= high
-    with pytest.raises(ValueError, match="no gain"):
+    with pytest.raises(ValueError, match="not a gain"):
         transfer_rows([run("1110", "0000", "0000", "0000")])
 
 

@@ -14,6 +14,7 @@ from hf_transfer_ext.adapters.transfer import lineage as module
 from hf_transfer_ext.adapters.transfer.lineage import lineage
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
+from hf_transfer_ext.students.shape import StudentShape
 
 
 def save(model, folder, tokenizer=None):
@@ -80,7 +81,7 @@ def test_other_shapes(base, tmp_path):
 
 def test_a_student_with_fewer_layers_is_related(tmp_path):
     teacher = tiny_llama(num_hidden_layers=4)
-    student = uniform_depth(teacher, num_layers=3)
+    student = uniform_depth(teacher, StudentShape(depth=3))
     found = lineage(save(teacher, tmp_path / "teacher"), save(student, tmp_path / "student"))
     assert (found.relation, found.recommended, found.depths) == ("related", "trans_lora", (4, 3))
     assert set(found.distances.values()) == {0.0}
