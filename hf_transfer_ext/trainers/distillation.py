@@ -213,9 +213,9 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         teacher: Any = None,
         args: TrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | Any = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        eval_dataset: Any = None,
         teacher_model: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -230,6 +230,11 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             )
         if kwargs.pop("tools", None):
             raise ValueError("`tools` are called while text is generated, and none is generated during training here.")
+        if isinstance(processing_class, (Dataset, IterableDataset, dict)):
+            raise TypeError(
+                "The fifth argument is `processing_class`, and it is a data set. Give `eval_dataset` and "
+                "`processing_class` by name."
+            )
         if teacher is not None and teacher_model is not None:
             raise ValueError("`teacher` and `teacher_model` are two names of one argument. Leave one out.")
         teacher = one_teacher(teacher if teacher_model is None else teacher_model, args)
@@ -240,11 +245,6 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             raise ValueError(
                 "`model_init_kwargs` and `quantization_config` say how to load a model, but the student is loaded "
                 "already. Give its path, or leave them out."
-            )
-        if hasattr(eval_dataset, "convert_ids_to_tokens"):
-            raise TypeError(
-                "`eval_dataset` is a tokenizer. It is the fifth argument, as in TRL; give the tokenizer as "
-                "`processing_class=...`."
             )
         if processing_class is None:
             processing_class = load_tokenizer(model.config.name_or_path)

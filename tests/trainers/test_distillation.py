@@ -394,6 +394,12 @@ def test_bad_input_is_told_before_training(tmp_path):
     assert len(make(tmp_path, teacher=tiny_llama(2), data=long_prompt, drop_unlabelled=True).train_dataset) == 1
 
 
+def test_an_evaluation_set_in_the_place_of_the_tokenizer_is_refused(tmp_path):
+    data = Dataset.from_dict({"text": TEXTS})
+    with pytest.raises(TypeError, match="`processing_class`, and it is a data set"):
+        DistillationTrainer(tiny_llama(1), tiny_llama(2), config(tmp_path), data, data)
+
+
 def test_vocabularies_are_compared_token_by_token(tmp_path):
     def start(teacher, teacher_tokenizer):
         return DistillationTrainer(
@@ -404,8 +410,6 @@ def test_vocabularies_are_compared_token_by_token(tmp_path):
     padded = start(tiny_llama(2, vocab_size=320), byte_tokenizer())  # rows that no token uses
     padded.train()
     assert padded.state.global_step == 1
-    with pytest.raises(TypeError, match="`eval_dataset` is a tokenizer"):
-        DistillationTrainer(tiny_llama(1), tiny_llama(2), config(tmp_path), None, byte_tokenizer())
     other = byte_tokenizer()
     other.add_tokens(["<extra>"])
     with pytest.raises(ValueError, match=r"exist only in the teacher \('<extra>'\).*cross-tokenizer loss"):

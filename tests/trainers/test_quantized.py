@@ -39,7 +39,9 @@ def trainer_of(student, teacher, folder, peft_config=None, **options):
         logging_steps=1, seed=0, **options,
     )  # fmt: skip
     data = Dataset.from_dict({"text": TEXTS})
-    return DistillationTrainer(student, teacher, args, data, data, byte_tokenizer(), peft_config=peft_config)
+    return DistillationTrainer(
+        student, teacher, args, data, byte_tokenizer(), eval_dataset=data, peft_config=peft_config
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -136,7 +136,7 @@ def test_the_best_model_with_shared_layers_is_loaded_again(tmp_path):
     auxiliary = AUXILIARIES["linear_expansion"](tiny_llama(2, num_hidden_layers=4))
     data = Dataset.from_dict({"text": TEXTS})
     trainer = DistillationTrainer(
-        auxiliary, tiny_llama(3, num_hidden_layers=4), args, data, data, processing_class=byte_tokenizer()
+        auxiliary, tiny_llama(3, num_hidden_layers=4), args, data, eval_dataset=data, processing_class=byte_tokenizer()
     )
     trainer.train()
     best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint).eval()
