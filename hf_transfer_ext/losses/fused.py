@@ -311,8 +311,10 @@ class _FusedLinearDivergence(torch.autograd.Function):
                 part = slice(start, min(start + chunk, len(hidden)))
                 logits = student(part)
                 block = None if teacher_rows is None else teacher_rows(part).to(logits.device)
-                gradient = None if not any(needs) else _like(logits, student.dtype)
+                gradient = _like(logits, student.dtype) if any(needs) else None
                 _rows(logits, finish, block, teacher_finish, tokens[part], objective, gradient, unit)
+                if gradient is None:
+                    continue
                 if d_hidden is not None:
                     d_hidden[part] = (gradient @ student.weight).to(hidden.dtype)
                 if d_weight is not None:
