@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from hf_transfer_ext import DistillationConfig, DistillationTrainer
 from hf_transfer_ext.trainers.saving import save_whole
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["gold is a metal", "paris", "the sea is wide and the sky is high", "iron"]
 
 

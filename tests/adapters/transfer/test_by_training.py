@@ -23,6 +23,8 @@ from hf_transfer_ext.adapters.transfer.trans_lora import (
 )
 from hf_transfer_ext.models.loading import load_model
 
+pytestmark = pytest.mark.slow
+
 ANSWER = "no way"
 
 

@@ -18,6 +18,8 @@ from hf_transfer_ext.adapters.transfer.muscle import (
     train_compatible,
 )
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("Ada", "Bob", "Cyd", "Dee", "Eve", "Fay")
 ROWS = [{"question": f"Is {name} in?", "answer": "no"} for name in NAMES]
 
