@@ -22,6 +22,7 @@ Run benchmarks from the root of the repository, as modules: `python -m benchmark
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import json
@@ -245,3 +246,13 @@ def _child(target: str, arguments: str, result: str) -> None:
 
 if __name__ == "__main__":
     _child(*sys.argv[1:])
+
+
+class OutOfTime(Exception):
+    """A benchmark's `--minutes` are over; the same command continues."""
+
+
+def stop_in_time(options: argparse.Namespace) -> None:
+    """Raise `OutOfTime` once `options.minutes` have passed since `options.began` (`time.monotonic()`)."""
+    if options.minutes is not None and time.monotonic() - options.began > 60 * options.minutes:
+        raise OutOfTime

@@ -117,7 +117,7 @@ def prepare(work: Path, seeds: Sequence[int], options: argparse.Namespace) -> No
             folder = work / f"{task}-{seed}"
             if (folder / "config.json").exists():
                 continue
-            _stop_in_time(options)
+            measure.stop_in_time(options)
             model = load_model(base)
             args = TrainingArguments(
                 str(work / "training"), learning_rate=options.learning_rate, max_steps=options.steps, bf16=True,
@@ -201,7 +201,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     def measured(key: str, split: str, make: Callable[[], Path]) -> dict[str, float]:
         name = f"{key} | {split}"
         if name not in result["accuracies"]:
-            _stop_in_time(options)
+            measure.stop_in_time(options)
             result["accuracies"][name] = accuracy(make(), split)
             print(name, result["accuracies"][name], flush=True)
             measure.write_json(out, result)
@@ -326,15 +326,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-class _OutOfTime(Exception):
-    pass
-
-
-def _stop_in_time(options: argparse.Namespace) -> None:
-    if options.minutes is not None and time.monotonic() - options.began > 60 * options.minutes:
-        raise _OutOfTime
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
     parser.add_argument("--work", type=Path, default=Path("runs/merged_tasks"), help="folder for models")
@@ -348,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.began = time.monotonic()
     try:
         result = run(options)
-    except _OutOfTime:
+    except measure.OutOfTime:
         print("The time is up; run the same command again to resume.")
         return
     result["rows"] = rows_of(result, options.seeds)

@@ -204,14 +204,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 if base not in result["tokens"]:
                     measured(base, base, None)
             if f"{source} {seed}" not in result["tokens"]:
-                _stop_in_time(options)
+                measure.stop_in_time(options)
                 measured(f"{source} {seed}", source, source_adapter(work, source, seed))
             known = read_discriminator(work / f"{source}-{seed}")
             result["notes"][f"{source} {seed}"] = {"separation": known.separation if known is not None else None}
             for method in options.methods:
                 key = f"{direction} {method} {seed}"
                 if key not in result["tokens"]:
-                    _stop_in_time(options)
+                    measure.stop_in_time(options)
                     notes = result["notes"].setdefault(key, {})
                     measured(key, target, moved(method, work, direction, seed, notes))
     measure.write_json(out, result)
@@ -315,15 +315,6 @@ def _save(folder: Path, model: Any, tokenizer: Any) -> None:
         tokenizer.save_pretrained(aside)
 
 
-class _OutOfTime(Exception):
-    pass
-
-
-def _stop_in_time(options: argparse.Namespace) -> None:
-    if options.minutes is not None and time.monotonic() - options.began > 60 * options.minutes:
-        raise _OutOfTime
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
     parser.add_argument("--work", type=Path, default=Path("runs/transferred_task"), help="folder for models")
@@ -337,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.began = time.monotonic()
     try:
         result = run(options)
-    except _OutOfTime:
+    except measure.OutOfTime:
         print("The time is up; the same command continues from here.")
         result = json.loads(options.out.with_name(options.out.name + ".json").read_text())
     seeds = " ".join(map(str, options.seeds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from typing import Any, Generic, TypeVar
 
 Function = TypeVar("Function", bound=Callable)
@@ -27,6 +28,29 @@ def known_keys(content: Any, known: tuple[str, ...], where: str) -> None:
     for key in content:
         if key not in known:
             raise ValueError(f"In {where}: {unknown_name('key', key, known)}")
+
+
+def keyword_options(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function's options: its keyword-only arguments, with their defaults (`Parameter.empty` without one)."""
+    parameters = signature(function).parameters.items()
+    return {name: one.default for name, one in parameters if one.kind is Parameter.KEYWORD_ONLY}
+
+
+def declared_as(kind: type, what: str, decorator: str) -> Callable[[Any], None]:
+    """A check for registries whose methods declare what they need: it refuses a plain function.
+
+    Args:
+        kind: The class that the decorator makes.
+        what: What the methods are, as in "edit method".
+        decorator: How to write it, with its module.
+    """
+
+    def check(method: Any) -> None:
+        if not isinstance(method, kind):
+            name = getattr(method, "__name__", method)
+            raise ValueError(f"{name!r} is not of the kind {what}. Declare what it needs with {decorator}.")
+
+    return check
 
 
 class Registry(Generic[Function]):

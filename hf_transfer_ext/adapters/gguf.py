@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.reading import field_of, read_json
+from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.lora import LoraAdapter, read_lora
 from hf_transfer_ext.weights.reference import parse_reference
 from hf_transfer_ext.weights.repository import file_of, local_folder
@@ -179,7 +180,7 @@ def _base_config(adapter: LoraAdapter, named: str | Path, base: str | Path | Non
 
 
 def _stored(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    found = tensor.to(getattr(torch, dtype)).contiguous()
+    found = tensor.to(dtype_by_name(dtype)).contiguous()
     if not torch.isfinite(found).all():
         raise ValueError(f"Factors of {name!r} would hold NaN or infinity in {dtype}. Choose float32.")
     return found

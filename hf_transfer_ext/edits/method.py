@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_transfer_ext.merging.method import Interval, merge_method
 from hf_transfer_ext.merging.planning.layout import TensorJob
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.weights.opened import InputTensor
 
 if TYPE_CHECKING:
@@ -79,11 +79,7 @@ class EditMethod:
         self.function, self.needs, self.optional = function, needs, optional
         self.ranges, self.private, self.lora = dict(ranges or {}), private, lora
         self.stacks = stacks
-        self.options = {
-            name: parameter.default
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
+        self.options = keyword_options(function)
         for need in (*needs, *optional):
             if need not in NEEDS:
                 raise ValueError(unknown_name("need of an edit method", need, NEEDS))

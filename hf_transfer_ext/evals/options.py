@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from inspect import Parameter, signature
 from typing import Any
 
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.registry import keyword_options, unknown_name
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:
     """Names of a function's options: its keyword-only arguments."""
-    return [name for name, p in signature(function).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
+    return list(keyword_options(function))
 
 
 def check_options(kind: str, name: str, options: Mapping[str, Any], known: Collection[str]) -> None:

@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_transfer_ext.registry import keyword_options
+
 Rows = Float[Tensor, "rows vocab"]
 PerRow = Float[Tensor, " rows"]
 #: (log q, log p, **options) -> (D for each row, s)
@@ -114,8 +116,7 @@ def logit_gradient(log_q: Rows, slope: Rows, temperature: float) -> Rows:
 
 def own_options(divergence: Callable) -> list[str]:
     """The names of a divergence's own options (`beta`, `skew`, ...)."""
-    parameters = inspect.signature(divergence).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "temperature"]
+    return [name for name in keyword_options(divergence) if name != "temperature"]
 
 
 def check_signature(divergence: Callable) -> None:

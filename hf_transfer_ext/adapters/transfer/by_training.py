@@ -46,7 +46,7 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
-from hf_transfer_ext.models.plumbing import active_adapter
+from hf_transfer_ext.models.plumbing import BASE, active_adapter
 from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.answers import train_on_answers
 from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
@@ -358,7 +358,7 @@ class BaseOf:
         return getattr(self.model, name)
 
     def generate(self, **inputs: Any) -> Any:
-        with self.model.disable_adapter():
+        with active_adapter(self.model, BASE):
             return self.model.generate(**inputs)
 
 

@@ -8,7 +8,6 @@ the rank stays, and the dense change is never built. None leaves the layer witho
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.weights.lora import LoraFactors
 
 #: What a method may need beside the two weights and the change.
@@ -109,11 +108,7 @@ class TransferMethod:
         functools.update_wrapper(self, function)
         self.__name__: str = function.__name__
         self.function, self.needs = function, needs
-        self.options = {
-            name: parameter.default
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
+        self.options = keyword_options(function)
 
     def __call__(self, layer: LinearPair, **options: Any) -> LoraFactors | None:
         return self.function(layer, **options)

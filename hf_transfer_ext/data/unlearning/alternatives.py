@@ -12,6 +12,7 @@ import torch
 
 from hf_transfer_ext.data.forget_retain import row_form
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.reading import read_json
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -154,7 +155,7 @@ def written_answers(
         raise ValueError(f"`temperature` must be > 0, got {temperature}: alternatives are sampled.")
     known: dict[str, list[str]] = {}
     if cache is not None and Path(cache).is_file():
-        known = json.loads(Path(cache).read_text(encoding="utf-8"))
+        known = read_json(cache)
 
     def make(missing: Sequence[int]) -> list[list[str]]:
         for index in missing:

@@ -9,7 +9,7 @@ import torch
 
 from hf_transfer_ext.evals.audit.subject import merged_adapter, restored_weights
 from hf_transfer_ext.measurement import Measurement
-from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.heads import causal_lm_of, head_module
 
 
 def weight_distance(unlearned: Any, original: Any, *, bits: tuple[int, ...] = (4, 8)) -> list[Measurement]:
@@ -89,4 +89,4 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _head_weight(model: Any) -> int:
-    return causal_lm_of(model).get_output_embeddings().weight.data_ptr()
+    return head_module(model).weight.data_ptr()

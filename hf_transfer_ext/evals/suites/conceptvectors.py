@@ -19,7 +19,7 @@ from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts,
 from hf_transfer_ext.evals.text.rouge import rouge_l
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.generation import GenerationSettings
-from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.heads import head_module
 from hf_transfer_ext.models.plumbing import active_adapter
 
 COLUMNS = ("Concept", "Layer", "Dim", "QA", "unrelated_QA")
@@ -137,7 +137,7 @@ def conceptvectors(
     fluency = [
         replace(m, name=f"{title} fluency_entropy") for title, result in results.items() for m in result.measurements
     ]
-    unembedding = causal_lm_of(model).get_output_embeddings().weight.detach().float().cpu()
+    unembedding = head_module(model).weight.detach().float().cpu()
     found = ConceptVectorsResult(fluency, results, vectors=vectors, unembedding=unembedding)
     if before is not None:
         found.measurements = [*_distances(before, found, top), *_behavior(before, found), *fluency]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.merging.planning.config import MergeConfig, TokenSource
+from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, has_token_rows
 from hf_transfer_ext.weights.reference import ModelReference
 
@@ -280,7 +281,7 @@ def set_special_tokens(vocabulary: Vocabulary, donor: InputModel, content: dict[
     old = {place: token for token, place in vocabulary.own[donor.reference].items()}
     new = vocabulary.tokens
     path = folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    generation = read_json(path) if path.is_file() else {}
     for part in (content, content.get("text_config", {}), generation):
         for name in ("bos", "eos", "pad"):
             key, own = f"{name}_token_id", getattr(vocabulary.tokenizer, f"{name}_token_id", None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject, merged_adapter, restored_weights
 from hf_transfer_ext.evals.metric import Values
-from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.heads import head_module
 from hf_transfer_ext.models.views import rounded
 
 
@@ -18,7 +18,7 @@ from hf_transfer_ext.models.views import rounded
 def rounded_linears(model: Any, round_weight: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the block, every linear layer except the head has rounded weights; an adapter is merged first, as usual
     when a model is quantized for inference."""
-    head = causal_lm_of(model).get_output_embeddings()
+    head = head_module(model)
     with restored_weights(model), merged_adapter(model):
         with torch.no_grad():
             for name, module in model.named_modules():
