@@ -109,7 +109,7 @@ class RunRecord:
 
     Args:
         job: "distillation", "merging", "unlearning", "extraction", "transfer", ...
-        recipe: Which recipe or command ran ("recipes/distill.py", "hf-transfer-ext merge").
+        recipe: Which recipe or command ran ("hf-transfer-ext distill").
         config: The settings of the run: a dictionary or a dataclass.
         defaults: The settings that were left at the defaults of transformers and TRL, which may change between
             their versions.

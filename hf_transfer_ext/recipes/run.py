@@ -73,7 +73,7 @@ def start_record(
     """
     return RunRecord(
         job,
-        f"recipes/{Path(script).name}",
+        f"hf-transfer-ext {Path(script).stem}",
         settings_of(*settings),
         defaults=inherited_defaults(*settings),
         command=[Path(script).stem, *(sys.argv[1:] if argv is None else argv)],

@@ -20,7 +20,7 @@ def test_a_run_pins_all_settings_its_command_and_its_recipe(tmp_path):
     )
     assert record.command == ["test_run", "--hub_token", "[removed]", "--a", "b"]
     assert record.config["learning_rate"] == 0.1 and record.defaults["weight_decay"] == 0.0
-    assert len(record.recipe_sha256) == 64 and record.seed == 3 and record.recipe == "recipes/test_run.py"
+    assert len(record.recipe_sha256) == 64 and record.seed == 3 and record.recipe == "hf-transfer-ext test_run"
 
 
 @pytest.mark.parametrize(
