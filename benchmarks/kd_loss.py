@@ -242,7 +242,7 @@ def cases_of(methods: Sequence[str], divergences: Sequence[str]) -> list[tuple[s
     return pairs + [(FLOOR, "")] * (FLOOR in methods)
 
 
-def summarise(result: dict[str, Any]) -> list[dict[str, Any]]:
+def summarize(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per shape, dtype, divergence and method: medians, and ratios within a round."""
     records, accuracy = result["records"], result["agreement"]
 
@@ -386,7 +386,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def save(result: dict[str, Any], out: Path) -> None:
     """Write the measurements, the table and the plot: `out` with .json, .md and .png."""
-    result["rows"] = summarise(result)
+    result["rows"] = summarize(result)
     measure.write_json(_beside(out, ".json"), result)
     write_text(_beside(out, ".md"), report(result))
     plot(result, _beside(out, ".png"))

@@ -575,7 +575,7 @@ def _read_card_and_config(described: RunInput, source: str | Path, revision: str
         try:
             stated = card_metadata(_head(card), f"README.md of {last_name(source)!r}")
         except (ValueError, OSError) as error:
-            logger.warning("%s The card is not read: licence and base models of this input stay unknown.", error)
+            logger.warning("%s The card is not read: license and base models of this input stay unknown.", error)
             stated = {}
         for key in ("license", "license_name", "license_link"):
             if isinstance(stated.get(key), str):

@@ -60,29 +60,29 @@ class AuditArguments:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    (told,) = parse_recipe(AuditArguments, argv=argv)
-    accelerator, out, began = Accelerator(), Path(told.output_dir), time.monotonic()
-    record = start_record("audit", __file__, argv, told, seed=told.seed)
-    made = {n: getattr(told, n) for n in ("people", "forget_people", "holdout_people", "facts", "seed", "columns")}
-    splits = forget_retain_rows(told.forget_data, told.retain_data, told.holdout_data, **made)
-    data = AuditData(**{name: rows[: told.limit] for name, rows in splits.items()})
-    template = QuestionAnswerFormat(template=told.template, chat_template_kwargs=told.chat_template_kwargs)
+    (job,) = parse_recipe(AuditArguments, argv=argv)
+    accelerator, out, began = Accelerator(), Path(job.output_dir), time.monotonic()
+    record = start_record("audit", __file__, argv, job, seed=job.seed)
+    made = {n: getattr(job, n) for n in ("people", "forget_people", "holdout_people", "facts", "seed", "columns")}
+    splits = forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **made)
+    data = AuditData(**{name: rows[: job.limit] for name, rows in splits.items()})
+    template = QuestionAnswerFormat(template=job.template, chat_template_kwargs=job.chat_template_kwargs)
 
     def tell(what: str) -> None:
         if accelerator.is_main_process:
             print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
     subjects: Any = {}  # role -> `Subject`
-    roles = {"unlearned": told.unlearned, "original": told.original, "retrained": told.retrained or told.retrain_from}
+    roles = {"unlearned": job.unlearned, "original": job.original, "retrained": job.retrained or job.retrain_from}
     for role, name in roles.items():
         if name is not None:
-            model, tokenizer = load_named(name, record, role, dtype=told.dtype, device=accelerator.device)
-            if role == "retrained" and told.retrained is None:
+            model, tokenizer = load_named(name, record, role, dtype=job.dtype, device=accelerator.device)
+            if role == "retrained" and job.retrained is None:
                 tell("retraining without the forget set")
-                model = retrained(told, record, model, tokenizer, data.retain, template)
-            how = tokenizer, template, told.max_new_tokens, told.batch_size, accelerator, told.seed
+                model = retrained(job, record, model, tokenizer, data.retain, template)
+            how = tokenizer, template, job.max_new_tokens, job.batch_size, accelerator, job.seed
             subjects[role] = Subject(model.eval(), *how)
-    chosen: Any = {"attacks": told.attacks, "membership": told.membership, "seed": told.seed, "progress": tell}
+    chosen: Any = {"attacks": job.attacks, "membership": job.membership, "seed": job.seed, "progress": tell}
     with record.stage("attack"):
         found = audit(data=data, **subjects, **chosen)
     tell("measuring the forget and retain sets")
@@ -90,25 +90,23 @@ def main(argv: list[str] | None = None) -> Any:
         answers = answers_of(subjects, data)
     if accelerator.is_main_process:
         about = {f"{role} model": name for role, name in roles.items() if name is not None}
-        about["forget set"] = f"{told.forget_data or 'made-up people'}, {len(data.forget)} rows"
+        about["forget set"] = f"{job.forget_data or 'made-up people'}, {len(data.forget)} rows"
         report = save_audit(out, found, data, about=about, **vars(answers))
         answers.measurements["unlearned"][:0] = verdicts = found.measurements()
         finish_run(out, record, answers.measurements, plot=None, quiet=True)
         print(f"{'attack':<42} {'needs':<12} {'recovered':>9}")
         for v in found.verdicts:
             print(f"{v.attack:<42} {v.access:<12} {'–' if v.recovered is None else f'{v.recovered:.0%}':>9}  {v.note}")
-        also = f"; the verdicts stand in the card of {told.unlearned}, too" * add_measurements(
-            told.unlearned, verdicts
-        )
+        also = f"; the verdicts stand in the card of {job.unlearned}, too" * add_measurements(job.unlearned, verdicts)
         tell(f"Report: {report}{also}")
     return found
 
 
-def retrained(told: AuditArguments, record: RunRecord, model: Any, tokenizer: Any, rows: Any, template: Any) -> Any:
+def retrained(job: AuditArguments, record: RunRecord, model: Any, tokenizer: Any, rows: Any, template: Any) -> Any:
     """`model` fine-tuned on the retain set, saved beside the report: a second audit may name it as `retrained`."""
-    out, how = Path(told.output_dir), {"epochs": told.retrain_epochs, "learning_rate": told.retrain_learning_rate}
+    out, how = Path(job.output_dir), {"epochs": job.retrain_epochs, "learning_rate": job.retrain_learning_rate}
     quiet = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": model.device.type == "cpu"}
-    args = teaching_arguments(out / "retraining", seed=told.seed, **how, **quiet)
+    args = teaching_arguments(out / "retraining", seed=job.seed, **how, **quiet)
     model = taught(model, tokenizer, rows, args, lora_rank=None, template=template)
     if PartialState().is_main_process:
         own = replace(record, job="fine-tuning", inputs=record.inputs[-1:])

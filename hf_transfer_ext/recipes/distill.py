@@ -45,9 +45,9 @@ class DistillArguments(StudentArguments):
     overwrite: bool = setting(False, "training", "Replace a result that is there.")
 
 
-def teacher_name(told: DistillArguments, args: DistillationConfig) -> str:
+def teacher_name(job: DistillArguments, args: DistillationConfig) -> str:
     """The one teacher, under either of its names; no default stands in for it."""
-    names = sorted(filter(None, {told.teacher, args.teacher_model_name_or_path, args.teacher_adapter}))
+    names = sorted(filter(None, {job.teacher, args.teacher_model_name_or_path, args.teacher_adapter}))
     if len(names) != 1 or args.teacher_adapter is not None:
         got = " and ".join(names) or "none"
         raise ValueError(f"Name one `teacher`: a folder, a Hub id, or demo (Gemma 3 270M); got {got}.")
@@ -55,41 +55,41 @@ def teacher_name(told: DistillArguments, args: DistillationConfig) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
-    told, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
-    told.teacher, args.teacher_model_name_or_path = teacher_name(told, args), None
-    refuse_unused(told, args)
-    if told.student is None or told.trim_vocabulary or told.compare_with_ce:
+    job, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
+    job.teacher, args.teacher_model_name_or_path = teacher_name(job, args), None
+    refuse_unused(job, args)
+    if job.student is None or job.trim_vocabulary or job.compare_with_ce:
         refuse_zero3("Name a finished `student`; leave `trim_vocabulary` and `compare_with_ce` off.")
-    read = (told.teacher, told.student, told.dataset)
-    run = start_training("distillation", __file__, argv, told, args, overwrite=told.overwrite, inputs=read)
+    read = (job.teacher, job.student, job.dataset)
+    run = start_training("distillation", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
-    source = {"config_name": told.dataset_config, "revision": told.dataset_revision, "streaming": told.streaming}
-    data, test = load_train_and_test(told.dataset, told.train_split, told.test_split, columns=told.columns, **source)
-    questions = fact_questions(str(told.test_split)) if test and told.dataset == FACTS_DATASET else []
+    source = {"config_name": job.dataset_config, "revision": job.dataset_revision, "streaming": job.streaming}
+    data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, columns=job.columns, **source)
+    questions = fact_questions(str(job.test_split)) if test and job.dataset == FACTS_DATASET else []
     with record.stage("load the teacher"):
-        teacher, tokenizer = load_teacher(told.teacher, args, record)
-        record.inputs.append(describe_dataset(told.dataset, told.dataset_revision))
-    if told.trim_vocabulary:
+        teacher, tokenizer = load_teacher(job.teacher, args, record)
+        record.inputs.append(describe_dataset(job.dataset, job.dataset_revision))
+    if job.trim_vocabulary:
         with record.stage("trim the vocabulary"):
             texts = (text for row in data for text in as_example(row, tokenizer).values())
             teacher, tokenizer, vocabulary = trim_vocabulary(teacher, tokenizer, texts)
             run.files["vocabulary_map.json"] = vocabulary.save(run.work)
-    if told.teach_steps > 0:
+    if job.teach_steps > 0:
         with record.stage("teach the teacher"):
-            changes = {"max_steps": told.teach_steps, "learning_rate": told.teach_learning_rate}
+            changes = {"max_steps": job.teach_steps, "learning_rate": job.teach_learning_rate}
             teacher = taught(teacher, tokenizer, data, args, folder=run.work / "teacher", **changes)
     with record.stage("make the student"):
         teacher_tokenizer = tokenizer
-        if told.student is None:
-            student = make_student(told, teacher, tokenizer, data, args, run.work / "learngene")
+        if job.student is None:
+            student = make_student(job, teacher, tokenizer, data, args, run.work / "learngene")
         else:
-            student, tokenizer = load_student(told, args, record)
-        twin = copy.deepcopy(student) if told.compare_with_ce else None
+            student, tokenizer = load_student(job, args, record)
+        twin = copy.deepcopy(student) if job.compare_with_ce else None
         require_free_space(run.out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, the result
     tokenizers = {"processing_class": tokenizer, "teacher_processing_class": teacher_tokenizer}
     trainer = DistillationTrainer(student, teacher, args, data, **tokenizers)
     reference = None if is_sharded(accelerator=trainer.accelerator) else teacher  # a sharded one is not measured
-    looks: Any = {"limit": told.test_rows, "dataset": told.dataset, "accelerator": trainer.accelerator}
+    looks: Any = {"limit": job.test_rows, "dataset": job.dataset, "accelerator": trainer.accelerator}
     measured: dict[str, list[Any]] = {}
 
     def measure(name: str, model: Any, against: Any) -> None:

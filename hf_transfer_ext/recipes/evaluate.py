@@ -58,54 +58,54 @@ class EvaluateArguments:
     seed: int = setting(0, "", "Seed of all random choices.")
 
 
-def metric_run(told: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
+def metric_run(job: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
     """The data sets and the reference, loaded once for all models."""
-    resolve_all(told.metrics)
-    where: Any = {"split": told.split, "config_name": told.data_config, "limit": told.limit, "seed": told.seed}
-    sets = load_sets(told.data or [PEOPLE], **where)
-    reference: Any = told.reference
+    resolve_all(job.metrics)
+    where: Any = {"split": job.split, "config_name": job.data_config, "limit": job.limit, "seed": job.seed}
+    sets = load_sets(job.data or [PEOPLE], **where)
+    reference: Any = job.reference
     if reference not in (None, "base"):
-        reference, _ = load_named(reference, dtype=told.dtype, device=shared["accelerator"].device)
-    return MetricRun(told.metrics, sets, reference=reference, **shared)
+        reference, _ = load_named(reference, dtype=job.dtype, device=shared["accelerator"].device)
+    return MetricRun(job.metrics, sets, reference=reference, **shared)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (told,) = parse_recipe(EvaluateArguments, argv=argv)
-    accelerator, out, first = Accelerator(), Path(told.output_dir), told.compared_with
-    record = start_record("evaluation", __file__, argv, told, seed=told.seed)
-    shared: dict[str, Any] = {name: getattr(told, name) for name in ("columns", "batch_size", "cache", "seed")}
-    chat = told.chat_template_kwargs
-    shared["template"] = QuestionAnswerFormat(told.template, told.prompt, chat_template_kwargs=chat)
-    shared |= {"generation": GenerationSettings(told.max_new_tokens), "accelerator": accelerator, "progress": True}
+    (job,) = parse_recipe(EvaluateArguments, argv=argv)
+    accelerator, out, first = Accelerator(), Path(job.output_dir), job.compared_with
+    record = start_record("evaluation", __file__, argv, job, seed=job.seed)
+    shared: dict[str, Any] = {name: getattr(job, name) for name in ("columns", "batch_size", "cache", "seed")}
+    chat = job.chat_template_kwargs
+    shared["template"] = QuestionAnswerFormat(job.template, job.prompt, chat_template_kwargs=chat)
+    shared |= {"generation": GenerationSettings(job.max_new_tokens), "accelerator": accelerator, "progress": True}
     suite = None
-    if told.adapters and len(told.models) > 1:
+    if job.adapters and len(job.models) > 1:
         raise ValueError("`adapters` go on one model: give one in `models`.")
-    if told.suite:
-        options: dict[str, Any] = {"comparing": first is not None, "limit": told.limit, **shared}
-        suite = SuiteRun(told.suite, (told.data or [None])[0], suite_options=told.suite_options, **options)
+    if job.suite:
+        options: dict[str, Any] = {"comparing": first is not None, "limit": job.limit, **shared}
+        suite = SuiteRun(job.suite, (job.data or [None])[0], suite_options=job.suite_options, **options)
     elif first:
         raise ValueError("`compared_with` is for suites: give one in `suite`, or a `reference` for metrics.")
-    measure = (suite or metric_run(told, shared)).results_by_folder
-    record.inputs += [describe_dataset(name) for name in told.data or [] if name != PEOPLE]
-    record.inputs += [describe_input(folder, role="adapter") for folder in told.adapters or []]
+    measure = (suite or metric_run(job, shared)).results_by_folder
+    record.inputs += [describe_dataset(name) for name in job.data or [] if name != PEOPLE]
+    record.inputs += [describe_input(folder, role="adapter") for folder in job.adapters or []]
     compared: dict[str, list[Any]] = {}
-    for name in [first, *told.models] if first else told.models:
-        model, tokenizer = load_named(name, record, dtype=told.dtype, device=accelerator.device)
+    for name in [first, *job.models] if first else job.models:
+        model, tokenizer = load_named(name, record, dtype=job.dtype, device=accelerator.device)
         title = suite.role if suite and suite.role and not compared else Path(name).name
         title = name.strip("/").replace("/", "_") if title in compared else title  # two runs may end in one name
-        plain = not told.adapters or name == first
-        model, variants = (model, {title: None}) if plain else with_adapters(model, told.adapters)
+        plain = not job.adapters or name == first
+        model, variants = (model, {title: None}) if plain else with_adapters(model, job.adapters)
         for variant, adapter in variants.items():
             compared[variant] = []
             with record.stage(f"measure {variant}"):
                 for place, result in measure(model, tokenizer, variant, adapter):
                     compared[variant] += result.measurements
                     if accelerator.is_main_process:
-                        result.save(out / place, per_example=told.per_example)
+                        result.save(out / place, per_example=job.per_example)
                         print(*result.problems, sep="\n")
-                if told.lm_eval_tasks:
-                    tasks: Any = {"tasks": told.lm_eval_tasks, "task_folder": told.lm_eval_folder, "limit": told.limit}
-                    tasks["batch_size"] = told.batch_size
+                if job.lm_eval_tasks:
+                    tasks: Any = {"tasks": job.lm_eval_tasks, "task_folder": job.lm_eval_folder, "limit": job.limit}
+                    tasks["batch_size"] = job.batch_size
                     compared[variant] += measure_with_lm_eval(model, tokenizer, adapter=adapter, **tasks)
     if suite:
         together, problems = suite.together()

@@ -46,41 +46,41 @@ class MergeArguments:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (told,) = parse_recipe(MergeArguments, argv=argv)
-    resolve_all(told.metrics)
-    content = with_demo(read_yaml(told.merge_config))
+    (job,) = parse_recipe(MergeArguments, argv=argv)
+    resolve_all(job.metrics)
+    content = with_demo(read_yaml(job.merge_config))
     plan = load_config(content)
-    record = start_record("merging", __file__, argv, told, seed=plan.seed)
+    record = start_record("merging", __file__, argv, job, seed=plan.seed)
     with record.stage("merge"):
-        where: Any = {"threads": told.threads, "device": told.device, "lora_rank": told.lora_rank}
-        report = merge(content, told.output_dir, overwrite=told.overwrite, progress=True, **where)
+        where: Any = {"threads": job.threads, "device": job.device, "lora_rank": job.lora_rank}
+        report = merge(content, job.output_dir, overwrite=job.overwrite, progress=True, **where)
     if not is_first_rank():
         return {"report": report, "record": record}
-    merged = read_record(told.output_dir)
+    merged = read_record(job.output_dir)
     record.config["merge"], record.inputs, record.metrics = merged.config, merged.inputs, merged.metrics
     measured: dict[str, list[Any]] = {}
-    if told.data:
-        record.inputs += [describe_dataset(name) for name in told.data]
+    if job.data:
+        record.inputs += [describe_dataset(name) for name in job.data]
         run = MetricRun(
-            told.metrics,
-            load_sets(told.data, split=told.split, limit=told.limit),
-            columns=told.columns,
-            batch_size=told.batch_size,
-            template=QuestionAnswerFormat(template=told.template),
+            job.metrics,
+            load_sets(job.data, split=job.split, limit=job.limit),
+            columns=job.columns,
+            batch_size=job.batch_size,
+            template=QuestionAnswerFormat(template=job.template),
         )
         # An adapter has the tokenizer of its base.
-        tokenizer = load_tokenizer(told.output_dir if report.adapter is None else plan.references[0].path)
+        tokenizer = load_tokenizer(job.output_dir if report.adapter is None else plan.references[0].path)
         parents = {short_name(one): str(one.lora or one.path) for one in plan.references}
-        for name, path in {**parents, "merged": told.output_dir}.items():
+        for name, path in {**parents, "merged": job.output_dir}.items():
             with record.stage(f"measure {name}"):
-                model = load_model(path, dtype=told.dtype)
+                model = load_model(path, dtype=job.dtype)
                 measured[name] = [
                     m for _, found in run.results_by_folder(model, tokenizer, name) for m in found.measurements
                 ]
     else:
         record.not_measured.append("Nothing was measured: the run had no data.")
     measured["merged"] = [*measured.get("merged", []), *merged.metrics]
-    finish_run(told.output_dir, record, measured, result="merged", push_to=told.push_to_hub, plot=None)
+    finish_run(job.output_dir, record, measured, result="merged", push_to=job.push_to_hub, plot=None)
     if report.adapter is not None:
         print(f"LoRA of rank {report.adapter.rank}: {report.adapter.residual_energy:.2%} of the update is left out")
     print(f"{report.tensors} tensors in {report.seconds:.1f} s -> {report.folder}")

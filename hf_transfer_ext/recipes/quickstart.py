@@ -52,20 +52,20 @@ class QuickstartArguments:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
-    (told,) = parse_recipe(QuickstartArguments, argv=argv)
-    root = Path(told.output_dir)
+    (job,) = parse_recipe(QuickstartArguments, argv=argv)
+    root = Path(job.output_dir)
     for folder in ("student", "learnt", "adapter", "merged", "unlearned"):
-        refuse_existing_output(root / folder, overwrite=told.overwrite, inputs=(told.teacher, told.dataset))
-    chain = start_record("quickstart", __file__, argv, told, seed=told.seed)
-    counts: Any = {"forget": told.forget_people, "holdout": 0, "facts": told.facts, "seed": told.seed}
-    people = fictitious_people(told.people, **counts)
-    train, test = load_train_and_test(told.dataset)
+        refuse_existing_output(root / folder, overwrite=job.overwrite, inputs=(job.teacher, job.dataset))
+    chain = start_record("quickstart", __file__, argv, job, seed=job.seed)
+    counts: Any = {"forget": job.forget_people, "holdout": 0, "facts": job.facts, "seed": job.seed}
+    people = fictitious_people(job.people, **counts)
+    train, test = load_train_and_test(job.dataset)
     measured: dict[str, list[Measurement]] = {}
 
     def measure(title: str, name: str) -> None:
         """Measure a stage's folder, and put the result into its card."""
         model, tokenizer = load_model(root / name), load_tokenizer(root / "student")
-        found = measure_language_model(model, tokenizer, test or [], limit=told.test_rows, dataset=told.dataset)[:1]
+        found = measure_language_model(model, tokenizer, test or [], limit=job.test_rows, dataset=job.dataset)[:1]
         for part, group in (("retain", "people to keep"), ("forget", "people to forget")):
             metrics, keep = ["answer_probability", "extraction_strength"], part == "retain"
             result = evaluate(model, tokenizer, people[part], metrics, dataset=group)
@@ -77,24 +77,24 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
             finish_run(root / name, record, quiet=True)
 
     shared = ("teacher", "dataset", "student_layers", "teach_steps", "test_rows", "seed")
-    same: Any = {name: getattr(told, name) for name in shared} | {"max_steps": told.distill_steps, "overwrite": True}
+    same: Any = {name: getattr(job, name) for name in shared} | {"max_steps": job.distill_steps, "overwrite": True}
     config, out = CONFIGS / "distill" / "demo.yaml", root / "student"
     distill.main(as_words(config=config, output_dir=out, compare_with_ce=False, **same))
     measure("student", "student")
 
-    record = start_record("fine-tuning", __file__, argv, told, seed=told.seed)
+    record = start_record("fine-tuning", __file__, argv, job, seed=job.seed)
     record.inputs.append(describe_input(root / "student", role="base"))
     with record.stage("learn people"):
         learnt, tokenizer = load_model(root / "student"), load_tokenizer(root / "student")
-        how: Any = {"learning_rate": 3e-4, "seed": told.seed, "logging_steps": 10}
-        args = teaching_arguments(root / "learnt.training", epochs=told.learn_epochs, **how)
+        how: Any = {"learning_rate": 3e-4, "seed": job.seed, "logging_steps": 10}
+        args = teaching_arguments(root / "learnt.training", epochs=job.learn_epochs, **how)
         # Fine-tuning on the people alone would overwrite the facts.
-        rehearsal = [as_example(row, tokenizer) for row in islice(train, told.rehearsed)]
+        rehearsal = [as_example(row, tokenizer) for row in islice(train, job.rehearsed)]
         learnt = taught(learnt, tokenizer, [*people["forget"], *people["retain"], *rehearsal], args, lora_rank=None)
     finish_run(root / "learnt", record, model=learnt, tokenizer=tokenizer, overwrite=True, quiet=True)
     measure("+ people", "learnt")
 
-    extract_lora(root / "student", root / "learnt", root / "adapter", rank=told.rank, overwrite=True)
+    extract_lora(root / "student", root / "learnt", root / "adapter", rank=job.rank, overwrite=True)
     measure("student + LoRA", "adapter")
     models = [str(root / "learnt"), f"{root / 'student'}+{root / 'adapter'}"]
     parents = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
@@ -105,9 +105,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     for part in ("forget", "retain"):
         write_text(root / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in people[part]))
     config, out = CONFIGS / "unlearn" / "quickstart.yaml", root / "unlearned"
-    same = {"model_name_or_path": root / "merged", "seed": told.seed, "overwrite": True}
+    same = {"model_name_or_path": root / "merged", "seed": job.seed, "overwrite": True}
     same |= {f"{part}_data": root / f"{part}.jsonl" for part in ("forget", "retain")}
-    unlearn.main(as_words(config=config, output_dir=out, num_train_epochs=told.forget_epochs, **same))
+    unlearn.main(as_words(config=config, output_dir=out, num_train_epochs=job.forget_epochs, **same))
     measure("unlearned", "unlearned")
 
     finish_run(root, chain, measured, plot="quickstart.png")

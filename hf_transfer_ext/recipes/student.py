@@ -39,30 +39,30 @@ class StudentArguments:
     )
 
 
-def refuse_unused(told: StudentArguments, args: DistillationConfig) -> None:
+def refuse_unused(job: StudentArguments, args: DistillationConfig) -> None:
     """Refuse settings of a student that is made beside one that is named, and the other way round.
 
     Raises:
         ValueError: A setting would have no effect.
     """
-    init = told.student_init or INIT
-    of_named = {"student_revision": told.student_revision, "model_init_kwargs": args.model_init_kwargs}
+    init = job.student_init or INIT
+    of_named = {"student_revision": job.student_revision, "model_init_kwargs": args.model_init_kwargs}
     names = ("student_init", "student_options", "student_layers", "learngene_steps")
-    unused = of_named if told.student is None else {name: getattr(told, name) for name in names}
+    unused = of_named if job.student is None else {name: getattr(job, name) for name in names}
     for name, value in unused.items():
         if value:
-            state = "made from the teacher" if told.student is None else "named by `student`"
+            state = "made from the teacher" if job.student is None else "named by `student`"
             raise ValueError(f"`{name}` is {value!r}, but the student is {state}, so it has no effect. Leave it out.")
     STUDENT_INITS[init]
-    if told.learngene_steps > 0 and init not in AUXILIARIES:
+    if job.learngene_steps > 0 and init not in AUXILIARIES:
         raise ValueError(
-            f"`learngene_steps` is {told.learngene_steps}, but {init} has no model with shared layers to distill. "
+            f"`learngene_steps` is {job.learngene_steps}, but {init} has no model with shared layers to distill. "
             f"Choose `student_init` {' or '.join(AUXILIARIES)}, or leave it at 0."
         )
 
 
 def make_student(
-    told: StudentArguments, teacher: Any, tokenizer: Any, data: Any, args: DistillationConfig, folder: Path
+    job: StudentArguments, teacher: Any, tokenizer: Any, data: Any, args: DistillationConfig, folder: Path
 ) -> Any:
     """A student in float32 from the teacher; with `learngene_steps`, from an auxiliary model that is distilled first.
 
@@ -73,22 +73,22 @@ def make_student(
     Raises:
         ValueError: Options that the initialization does not take, or an auxiliary model under FSDP.
     """
-    init = told.student_init or INIT
-    shape = StudentShape(depth=told.student_layers or teacher.config.get_text_config().num_hidden_layers // 2)
-    if told.learngene_steps <= 0:
-        return STUDENT_INITS[init](teacher, shape, **told.student_options).float()
+    init = job.student_init or INIT
+    shape = StudentShape(depth=job.student_layers or teacher.config.get_text_config().num_hidden_layers // 2)
+    if job.learngene_steps <= 0:
+        return STUDENT_INITS[init](teacher, shape, **job.student_options).float()
     if (folder / "config.json").exists():
         return load_model(folder, dtype="float32")
-    auxiliary = AUXILIARIES[init](teacher, **told.student_options).float()
+    auxiliary = AUXILIARIES[init](teacher, **job.student_options).float()
     plain = between_stages(args)
-    plain.max_steps, plain.output_dir = told.learngene_steps, f"{folder}.checkpoints"
+    plain.max_steps, plain.output_dir = job.learngene_steps, f"{folder}.checkpoints"
     trainer = DistillationTrainer(
         auxiliary, teacher, plain, data, processing_class=tokenizer, teacher_processing_class=tokenizer
     )
     if is_sharded(accelerator=trainer.accelerator):
         raise ValueError("`learngene_steps` share layers, which FSDP cannot shard. Run that stage with plain DDP.")
     trainer.train()
-    options = {name: value for name, value in told.student_options.items() if name != "representative"}
+    options = {name: value for name, value in job.student_options.items() if name != "representative"}
     student = STUDENT_INITS[init](trainer.accelerator.unwrap_model(trainer.model), shape, **options).float()
     if trainer.is_world_process_zero():
         with written_aside(folder, overwrite=True) as aside:
@@ -104,9 +104,9 @@ def load_teacher(name: str, args: DistillationConfig, record: RunRecord) -> tupl
     return loaded
 
 
-def load_student(told: StudentArguments, args: DistillationConfig, record: RunRecord) -> tuple[Any, Any]:
+def load_student(job: StudentArguments, args: DistillationConfig, record: RunRecord) -> tuple[Any, Any]:
     """The student that `student` names and its tokenizer, in float32 unless `model_init_kwargs` say otherwise."""
     stated: Any = args.model_init_kwargs or {}
-    how = {"dtype": "float32", "revision": told.student_revision, "trust_remote_code": args.trust_remote_code}
+    how = {"dtype": "float32", "revision": job.student_revision, "trust_remote_code": args.trust_remote_code}
     args.model_init_kwargs = None  # obeyed here; the trainer gets a loaded model
-    return load_named(str(told.student), record, "student", **{**how, **stated})
+    return load_named(str(job.student), record, "student", **{**how, **stated})

@@ -45,10 +45,10 @@ class TrainingRun:
     @property
     def checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one that was named, or the newest whole one; None to start anew."""
-        told = self.args.resume_from_checkpoint
-        if not _resumes(told):
+        chosen = self.args.resume_from_checkpoint
+        if not _resumes(chosen):
             return None
-        return last_checkpoint(self.args.output_dir) if str(told).lower() in ("true", "yes", "1") else str(told)
+        return last_checkpoint(self.args.output_dir) if str(chosen).lower() in ("true", "yes", "1") else str(chosen)
 
     def finish(self, measured: Mapping[str, Sequence[Measurement]], result: str, model: Any, tokenizer: Any) -> None:
         """Save the model with card and record, and publish it where that was asked for. On the main process only."""
@@ -99,5 +99,5 @@ def start_training(
     return TrainingRun(out, work, args, record, overwrite, push_to)
 
 
-def _resumes(told: Any) -> bool:
-    return bool(told) and str(told).lower() not in ("false", "no", "none", "0")
+def _resumes(chosen: Any) -> bool:
+    return bool(chosen) and str(chosen).lower() not in ("false", "no", "none", "0")

@@ -51,29 +51,29 @@ class UnlearnArguments:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    told, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv, groups=TRAINER_GROUPS)
-    read = (told.model_name_or_path, told.forget_data, told.retain_data)
-    run = start_training("unlearning", __file__, argv, told, args, overwrite=told.overwrite, inputs=read)
-    refuse_shared_outputs(run.out, told.original_dir, told.retrained_dir)
-    for folder in filter(None, (told.original_dir, told.retrained_dir)):
+    job, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv, groups=TRAINER_GROUPS)
+    read = (job.model_name_or_path, job.forget_data, job.retain_data)
+    run = start_training("unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
+    refuse_shared_outputs(run.out, job.original_dir, job.retrained_dir)
+    for folder in filter(None, (job.original_dir, job.retrained_dir)):
         refuse_existing_output(folder, overwrite=run.replaces, inputs=read)
     record = run.record
-    people = {"people": told.people, "forget_people": told.forget_people, "facts": told.facts, "seed": args.seed}
-    where = {"columns": told.columns, "split": told.split}
-    splits = forget_retain_rows(told.forget_data, told.retain_data, **people, **where)
+    people = {"people": job.people, "forget_people": job.forget_people, "facts": job.facts, "seed": args.seed}
+    where = {"columns": job.columns, "split": job.split}
+    splits = forget_retain_rows(job.forget_data, job.retain_data, **people, **where)
     with record.stage("load"):
-        model, tokenizer = load_named(told.model_name_or_path, record, revision=told.revision, dtype=told.dtype)
-        if told.trim_vocabulary:
+        model, tokenizer = load_named(job.model_name_or_path, record, revision=job.revision, dtype=job.dtype)
+        if job.trim_vocabulary:
             texts = [str(value) for rows in splits.values() for row in rows for value in row.values()]
             model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts)
-    template = QuestionAnswerFormat(template=told.template)
-    if told.teach_epochs > 0:
+    template = QuestionAnswerFormat(template=job.template)
+    if job.teach_epochs > 0:
         with record.stage("teach"):
-            model = teach(run, told, model, tokenizer, splits, template)
-    elif told.retrained_dir or told.original_dir:
+            model = teach(run, job, model, tokenizer, splits, template)
+    elif job.retrained_dir or job.original_dir:
         raise ValueError("`original_dir` and `retrained_dir` save models taught here: set `teach_epochs` too.")
     trainer = UnlearningTrainer(
-        lora_on(model, told.lora_rank),
+        lora_on(model, job.lora_rank),
         args,
         forget_dataset=splits["forget"],
         retain_dataset=splits["retain"] or None,
@@ -90,22 +90,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         after = forget_retain(model, tokenizer, splits, adapter="default", **looks)
     measured = {"before": before, "after": after}
     if trainer.is_world_process_zero():
-        changed = told.teach_epochs > 0 or told.trim_vocabulary  # an adapter alone needs a base that others have
+        changed = job.teach_epochs > 0 or job.trim_vocabulary  # an adapter alone needs a base that others have
         run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer)
     return measured
 
 
-def teach(run: TrainingRun, told: UnlearnArguments, model: Any, tokenizer: Any, splits: Any, template: Any) -> Any:
+def teach(run: TrainingRun, job: UnlearnArguments, model: Any, tokenizer: Any, splits: Any, template: Any) -> Any:
     """Fine-tune on both sets, and a second model on the retain set alone if it is asked for; save them as results."""
-    how: Any = {"epochs": told.teach_epochs, "learning_rate": told.teach_learning_rate, "seed": run.args.seed}
+    how: Any = {"epochs": job.teach_epochs, "learning_rate": job.teach_learning_rate, "seed": run.args.seed}
     schedule: Any = {"lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 20}
     settings = teaching_arguments(run.work / "teaching", **how, **schedule)
-    options: Any = {"lora_rank": told.lora_rank, "template": template}
+    options: Any = {"lora_rank": job.lora_rank, "template": template}
     models: dict[str | None, Any] = {}
-    if told.retrained_dir is not None:
-        models[told.retrained_dir] = taught(copy.deepcopy(model), tokenizer, splits["retain"], settings, **options)
+    if job.retrained_dir is not None:
+        models[job.retrained_dir] = taught(copy.deepcopy(model), tokenizer, splits["retain"], settings, **options)
     model = taught(model, tokenizer, splits["forget"] + splits["retain"], settings, **options)
-    models[told.original_dir] = model
+    models[job.original_dir] = model
     for folder, saved in models.items():
         if folder is not None and PartialState().is_main_process:
             record = replace(run.record, job="fine-tuning", inputs=list(run.record.inputs), stages=[])

@@ -72,7 +72,7 @@ def test_out_of_memory_is_a_row_of_the_table_and_of_the_plot(tmp_path):
     ]  # fmt: skip
     machine = measure.machine() | {"threads": 2}
     result = {"records": records, "agreement": [], "commands": ["command"], "machine": machine}
-    result["rows"] = kd_loss.summarise(result)
+    result["rows"] = kd_loss.summarize(result)
     rows = {row["method"]: row for row in result["rows"]}
     assert rows["trl chunked"]["wall_over_ours"] == 3.0 and rows["trl chunked"]["growth_over_ours"] == 4.0
     assert rows["trl full"]["wall_s"] is None and rows["trl full"]["wall_over_ours"] is None

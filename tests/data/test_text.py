@@ -155,7 +155,7 @@ def test_labelled_tokens_by_hand():
     assert labelled_tokens({"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]}) == 1
 
 
-def tokenised(streaming):
+def tokenized(streaming):
     rows = [
         {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]},
         {"input_ids": [1, 2], "labels": [-100, -100]},
@@ -168,28 +168,28 @@ def tokenised(streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_without_labels(streaming):
     with pytest.raises(ValueError, match=r"Row 1 has no labeled token among its 2\."):
-        list(require_labels(tokenised(streaming)))
-    kept = list(require_labels(tokenised(streaming), on_unlabelled="skip"))
+        list(require_labels(tokenized(streaming)))
+    kept = list(require_labels(tokenized(streaming), on_unlabelled="skip"))
     assert [row["input_ids"] for row in kept] == [[1, 2, 3, 4], [1, 2, 3, 4, 5]]
-    assert list(require_labels(tokenised(False).select([0, 2]))) == kept
+    assert list(require_labels(tokenized(False).select([0, 2]))) == kept
     with pytest.raises(ValueError, match="No row is left"):
-        require_labels(tokenised(False).select([1]), on_unlabelled="skip")
+        require_labels(tokenized(False).select([1]), on_unlabelled="skip")
     with pytest.raises(ValueError, match="one of error, skip, got 'ignore'"):
-        require_labels(tokenised(streaming), on_unlabelled="ignore")
+        require_labels(tokenized(streaming), on_unlabelled="ignore")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_longer_than_the_context(streaming):
     with pytest.raises(ValueError, match="Row 2 has 5 tokens, but the model supports only 4"):
-        list(fit_context(tokenised(streaming), 4))
-    assert len(list(fit_context(tokenised(streaming), 5))) == 3
-    assert len(list(fit_context(tokenised(streaming), 4, on_long="skip"))) == 2
-    cut = fit_context(tokenised(streaming), 4, on_long="truncate")
+        list(fit_context(tokenized(streaming), 4))
+    assert len(list(fit_context(tokenized(streaming), 5))) == 3
+    assert len(list(fit_context(tokenized(streaming), 4, on_long="skip"))) == 2
+    cut = fit_context(tokenized(streaming), 4, on_long="truncate")
     assert list(cut)[2] == {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, -100]}
     with pytest.raises(ValueError, match="Row 1 has no labeled token"):
         list(require_labels(cut))
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
-        fit_context(tokenised(streaming), 0)
+        fit_context(tokenized(streaming), 0)
 
 
 def test_columns_that_are_not_used_are_named(tmp_path, caplog):

@@ -139,7 +139,7 @@ def test_the_largest_strength_within_a_bound():
 
 def test_only_declared_methods_are_registered():
     registry = Registry("edit", check=EDITS._check)
-    with pytest.raises(ValueError, match="not an edit method"):
+    with pytest.raises(ValueError, match="is not of the kind edit method"):
         registry.register(lambda subject: None)
     with pytest.raises(ValueError, match="need of an edit method"):
         edit_method(needs=("forgte",))(lambda subject: None)

@@ -192,5 +192,5 @@ def test_mistakes_are_told_and_leave_nothing(setup, extra, error, message):
 def test_every_config_is_accepted(path, monkeypatch):
     monkeypatch.setattr("transformers.TrainingArguments._validate_args", lambda self: None)  # bf16 needs its GPU
     argv = ["--config", str(path)]
-    told, args = parse_recipe(distill.DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
-    assert told.dataset and args.output_dir.startswith("runs/")
+    job, args = parse_recipe(distill.DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
+    assert job.dataset and args.output_dir.startswith("runs/")

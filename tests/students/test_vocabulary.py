@@ -36,7 +36,7 @@ def plain_ids(tokenizer, text):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_corpus_is_tokenised_as_before(kind):
+def test_corpus_is_tokenized_as_before(kind):
     tokenizer = tokenizer_of(kind)
     _, trimmed, vocabulary = trim_vocabulary(model_for(tokenizer), tokenizer, CORPUS)
     assert len(trimmed) < (0.9 if kind == "unigram" else 0.8) * len(tokenizer)
@@ -66,7 +66,7 @@ def test_text_outside_the_corpus_round_trips(kind):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_any_corpus_is_tokenised_as_before(kind, seed):
+def test_any_corpus_is_tokenized_as_before(kind, seed):
     """Random pieces of the training text, cut at any character, so that merges meet in unusual ways."""
     tokenizer, draw = tokenizer_of(kind), random.Random(seed)
     text = "".join(TEXTS[:8])
@@ -79,7 +79,7 @@ def test_any_corpus_is_tokenised_as_before(kind, seed):
 
 @pytest.mark.parametrize("pad", [None, 64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_distribution_is_the_originals_restricted_and_renormalised(family, pad):
+def test_the_distribution_is_the_originals_restricted_and_renormalized(family, pad):
     tokenizer = tokenizer_of("byte_level")
     model = model_for(tokenizer, family)
     trimmed_model, trimmed, vocabulary = trim_vocabulary(model, tokenizer, CORPUS, pad_to_multiple_of=pad)
@@ -299,7 +299,7 @@ def test_gemma_reads_the_facts_as_before_with_a_fraction_of_its_vocabulary(gemma
 
 
 @pytest.mark.slow
-def test_gemmas_distribution_is_restricted_and_renormalised(gemma):
+def test_gemmas_distribution_is_restricted_and_renormalized(gemma):
     model, _, corpus, (trimmed_model, trimmed, vocabulary) = gemma
     for text in corpus[:8]:
         ids = torch.tensor([trimmed(text)["input_ids"]])

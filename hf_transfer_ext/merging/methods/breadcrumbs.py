@@ -56,11 +56,11 @@ def breadcrumbs(
     """
     weights = for_each(weight, models)
     changes = [model - base for model in models]
-    kept = [
+    sparse = [
         scale * keep_magnitudes(change, low, high)
         for change, (low, high), scale in zip(changes, bounds, scales, strict=True)
     ]
-    merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
+    merged = sum_of(w * change for w, change in zip(weights, sparse, strict=True))
     if normalize:
         merged = merged / (sum(weights) or 1.0)  # all weights 0: the base is unchanged
     return base + lambda_ * merged

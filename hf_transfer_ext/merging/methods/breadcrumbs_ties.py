@@ -58,11 +58,11 @@ def breadcrumbs_ties(
     """
     weights = for_each(weight, models)
     changes = [model - base for model in models]
-    kept = [
+    sparse = [
         scale * keep_magnitudes(change, low, high)
         for change, (low, high), scale in zip(changes, bounds, scales, strict=True)
     ]
-    votes = [w * change for w, change in zip(weights, kept, strict=True)]
+    votes = [w * change for w, change in zip(weights, sparse, strict=True)]
     sign = elect_sign(votes)
     agreeing = [(vote * sign).relu() for vote in votes]  # magnitudes of the votes with the elected sign, 0 elsewhere
     merged = sign * sum_of(agreeing)

@@ -51,11 +51,11 @@ def dare_linear(
     """
     weights, densities = for_each(weight, models), for_each(density, models)
     changes = [model - base for model in models]
-    kept = [
+    sparse = [
         change * noise.keep(i, change, d) / (d if rescale and d > 0 else 1.0)
         for i, (change, d) in enumerate(zip(changes, densities, strict=True))
     ]
-    merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
+    merged = sum_of(w * change for w, change in zip(weights, sparse, strict=True))
     if normalize:
         merged = merged / (sum(weights) or 1.0)  # all weights 0: the base is unchanged
     return base + lambda_ * merged

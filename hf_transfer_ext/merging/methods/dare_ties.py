@@ -52,11 +52,11 @@ def dare_ties(
     """
     weights, densities = for_each(weight, models), for_each(density, models)
     changes = [model - base for model in models]
-    kept = [
+    sparse = [
         change * noise.keep(i, change, d) / (d if rescale and d > 0 else 1.0)
         for i, (change, d) in enumerate(zip(changes, densities, strict=True))
     ]
-    votes = [w * change for w, change in zip(weights, kept, strict=True)]
+    votes = [w * change for w, change in zip(weights, sparse, strict=True)]
     sign = elect_sign(votes)
     agreeing = [(vote * sign).relu() for vote in votes]  # magnitudes of the votes with the elected sign, 0 elsewhere
     merged = sign * sum_of(agreeing)

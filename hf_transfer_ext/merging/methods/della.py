@@ -59,13 +59,13 @@ def della(
     """
     weights = for_each(weight, models)
     changes = [model - base for model in models]
-    kept = [
+    sparse = [
         drop_by_rank(change, share, spread, rescale=rescale, noise=noise, model=i)
         for i, (change, share, spread) in enumerate(
             zip(changes, for_each(density, models), for_each(epsilon, models), strict=True)
         )
     ]
-    votes = [w * change for w, change in zip(weights, kept, strict=True)]
+    votes = [w * change for w, change in zip(weights, sparse, strict=True)]
     sign = elect_sign(votes)
     agreeing = [(vote * sign).relu() for vote in votes]  # magnitudes of the votes with the elected sign, 0 elsewhere
     merged = sign * sum_of(agreeing)

@@ -59,13 +59,13 @@ def della_linear(
     """
     weights = for_each(weight, models)
     changes = [model - base for model in models]
-    kept = [
+    sparse = [
         drop_by_rank(change, share, spread, rescale=rescale, noise=noise, model=i)
         for i, (change, share, spread) in enumerate(
             zip(changes, for_each(density, models), for_each(epsilon, models), strict=True)
         )
     ]
-    merged = sum_of(w * change for w, change in zip(weights, kept, strict=True))
+    merged = sum_of(w * change for w, change in zip(weights, sparse, strict=True))
     if normalize:
         merged = merged / (sum(weights) or 1.0)  # all weights 0: the base is unchanged
     return base + lambda_ * merged

@@ -56,9 +56,9 @@ def knots(
     left, values, right = svd(torch.cat(changes, dim=1))
     aligned = [part.contiguous() for part in (values[:, None] * right).split(base.shape[1], dim=1)]
     bounds = kept_magnitudes(Whole(None, aligned), density, 0.0)
-    kept = [keep_magnitudes(part, *pair) for part, pair in zip(aligned, bounds, strict=True)]
+    sparse = [keep_magnitudes(part, *pair) for part, pair in zip(aligned, bounds, strict=True)]
     weights = for_each(weight, models)
-    votes = [w * change for w, change in zip(weights, kept, strict=True)]
+    votes = [w * change for w, change in zip(weights, sparse, strict=True)]
     sign = elect_sign(votes)
     agreeing = [(vote * sign).relu() for vote in votes]  # magnitudes of the votes with the elected sign, 0 elsewhere
     merged = sign * sum_of(agreeing)

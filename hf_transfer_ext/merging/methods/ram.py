@@ -34,6 +34,6 @@ def ram(
     Source: Reinforced Agent Merging (RAM), Yuan et al. 2026, https://arxiv.org/abs/2601.13572
     """
     changes = [model - base for model in models]
-    kept = [hardshrink(change, epsilon) for change in changes]  # 0 where |t_i| <= epsilon
-    count = sum_of(one.sign().abs() for one in kept)
-    return base + sum_of(kept) / count.clamp(min=1)
+    sparse = [hardshrink(change, epsilon) for change in changes]  # 0 where |t_i| <= epsilon
+    count = sum_of(one.sign().abs() for one in sparse)
+    return base + sum_of(sparse) / count.clamp(min=1)

@@ -59,8 +59,8 @@ def ramplus_tl(
     Source: Reinforced Agent Merging (RAM), Yuan et al. 2026, https://arxiv.org/abs/2601.13572
     """
     changes = [model - base for model in models]
-    kept = [hardshrink(change, epsilon) for change in changes]  # 0 where |t_i| <= epsilon
-    count = sum_of(one.sign().abs() for one in kept)
+    sparse = [hardshrink(change, epsilon) for change in changes]  # 0 where |t_i| <= epsilon
+    count = sum_of(one.sign().abs() for one in sparse)
     alone = (2 - count).clamp(0, 1)  # 1 where one model changed (or none, where all of `kept` is 0), else 0
-    stronger = sum_of((scale - 1) * one * alone for scale, one in zip(scales, kept, strict=True))
-    return base + (sum_of(kept) / count.clamp(min=1) + stronger)
+    stronger = sum_of((scale - 1) * one * alone for scale, one in zip(scales, sparse, strict=True))
+    return base + (sum_of(sparse) / count.clamp(min=1) + stronger)

@@ -73,7 +73,7 @@ def stored(folder):
 
 CASES = {
     "mixed ranks": ("task_arithmetic", ["lora0", "lora1", "lora2"], {"parameters": {"lambda": 0.7}}),
-    "normalised": ("task_arithmetic", ["lora0", "lora1", "lora2"], {"parameters": {"normalize": True}}),
+    "normalized": ("task_arithmetic", ["lora0", "lora1", "lora2"], {"parameters": {"normalize": True}}),
     "mean": ("linear", ["lora0", "lora1"], {}),
     "with a full model": ("task_arithmetic", ["lora0", "full", "lora2"], {}),
     "trimmed": ("ties", ["lora0", "lora1", "full"], {"parameters": {"density": 0.4}, "weights": (0.5, 0.5, 0.3)}),
