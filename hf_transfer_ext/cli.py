@@ -28,7 +28,7 @@ COMMANDS = {
     "convert": ("hf_transfer_ext.adapters.convert", "write any adapter as a plain LoRA: convert ADAPTER OUT"),
     "edit": ("hf_transfer_ext.edits.apply", "unlearn without training: edit MODEL OUT --method NAME"),
     "requests": ("hf_transfer_ext.edits.requests", "forget requests: requests add|list|revoke|apply STORE"),
-    "cache-teacher": ("hf_transfer_ext.trainers.cache_command", "store a teacher's outputs on a dataset"),
+    "cache-teacher": ("hf_transfer_ext.recipes.cache_teacher", "store a teacher's outputs on a dataset"),
     "push": ("hf_transfer_ext.hub.command", "publish a result: push FOLDER REPO"),
     "pull": ("hf_transfer_ext.hub.pull_command", "download a result: pull REPO FOLDER"),
     "methods": ("hf_transfer_ext.catalogue", "list the methods, or explain one: methods [NAME]"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_transfer_ext.files import path_inside, write_text
 from hf_transfer_ext.hub.card import CARD_FILE
-from hf_transfer_ext.hub.publish import push, save_result
+from hf_transfer_ext.hub.publish import holds_weights, push, save_result
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, device_summary, read_record
 from hf_transfer_ext.hub.report import report_card
 from hf_transfer_ext.hub.table import comparison_plot, comparison_table
@@ -67,7 +67,7 @@ def finish_run(
                 tell(f"No plot was drawn: {error}")
         if record.stages:
             tell(stage_table(record.stages) + "\n")
-        if model is not None or any(folder.glob("*.safetensors")):
+        if model is not None or holds_weights(folder):
             replace = overwrite if model is not None else True
             save_result(
                 folder, model=model, tokenizer=tokenizer, record=record, overwrite=replace, extra_files=extra_files
@@ -96,7 +96,7 @@ def add_measurements(folder: str | Path, found: Sequence[Measurement]) -> bool:
     Those of the same name are replaced. False where `folder` is not a local folder with a record.
     """
     folder = Path(folder)
-    if not (folder / RECORD_FILE).is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / RECORD_FILE).is_file() or not holds_weights(folder):
         return False
     record = read_record(folder)
     names = {m.name for m in found}

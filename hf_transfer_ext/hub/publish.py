@@ -34,6 +34,7 @@ from hf_transfer_ext.hub.card import (
 from hf_transfer_ext.hub.privacy import find_secret, find_secret_in_file, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
 from hf_transfer_ext.reading import one_line, parse_json, read_text
+from hf_transfer_ext.teachers.cache_files import FINGERPRINT_FILE, push_cache
 from hf_transfer_ext.weights.repository import MODEL_FILES, connection_error, local_folder
 
 if TYPE_CHECKING:
@@ -123,11 +124,12 @@ def push(
     Sent are the files of the result, as its record lists them, card and record, and what `include` names; nothing
     else that lies in the folder, and no link. Files of an earlier result that the new one lacks are removed in the
     same commit, so that nobody loads old weights under a new card. Other people's files in the repository stay, and
-    are named in a warning. Local paths that libraries wrote into the configs (an adapter's base) are replaced in what
-    is sent: by the base's Hub id if the record knows it, else by the last component; the folder is not changed.
+    are named in a warning. A teacher cache goes to a data set repository (`push_cache`). Local paths that libraries
+    wrote into the configs (an adapter's base) are replaced in what is sent: by the base's Hub id if the record knows
+    it, else by the last component; the folder is not changed.
 
     Args:
-        private: For a new repository; None takes the account's default.
+        private: For a new repository; None takes the account's default, and makes a teacher cache private.
         revision: Branch, created if it does not exist; None is the main branch.
         token: Access token; None takes the one of `hf auth login` or of HF_TOKEN.
         include: Further files to send, by name or pattern below `folder` ("notes.md", "figures/*.png").
@@ -145,6 +147,10 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     folder = Path(folder)
+    if (folder / FINGERPRINT_FILE).is_file():
+        if revision is not None or include:
+            raise ValueError(f"{str(folder)!r} is a teacher cache, pushed whole: leave `revision` and `include` out.")
+        return push_cache(folder, repo_id, private=private is not False, token=token, commit_message=commit_message)
     for needed in (CARD_FILE, RECORD_FILE):
         if not (folder / needed).is_file():
             raise FileNotFoundError(
@@ -295,8 +301,13 @@ def _complete(
     return folder
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has tensors of a model or an adapter; the rows of a teacher cache are none."""
+    return any(folder.glob("*.safetensors")) and not (folder / FINGERPRINT_FILE).is_file()
+
+
 def _require_weights(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
+    if not holds_weights(folder):
         raise FileNotFoundError(
             f"{str(folder)!r} holds no safetensors weights. Save a model there first, or pass it as `model=`."
         )

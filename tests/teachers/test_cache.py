@@ -30,10 +30,9 @@ from hf_transfer_ext.teachers.cache import (
     documents_of_row,
     fingerprint_of,
     open_cache,
-    pull_cache,
-    push_cache,
     weights_digest,
 )
+from hf_transfer_ext.teachers.cache_files import pull_cache, push_cache
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher
 
