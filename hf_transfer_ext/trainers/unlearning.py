@@ -44,12 +44,19 @@ from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
+from hf_transfer_ext.trainers.inherited import REFUSED_BY_UNLEARNING, refuse_split_sequences, refuse_without_effect
 from hf_transfer_ext.trainers.method_steps import MethodSteps
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization, require_trainable
 from hf_transfer_ext.trainers.retain_bound import RetainBound
 
 logger = logging.getLogger(__name__)
 
+#: Arguments of `Trainer` that would do nothing here -> what to do instead.
+WITHOUT_EFFECT = {
+    "compute_loss_func": "name losses with `forget_loss` and `retain_loss`, or register one of your own.",
+    "compute_metrics": "evaluation in training keeps losses alone. Measure the result with `evaluate` or `audit`.",
+    "preprocess_logits_for_metrics": "evaluation in training keeps losses alone. Measure the result with `evaluate`.",
+}
 #: Below this learning rate a LoRA forgets little in a few epochs; in published comparisons it forgets less than full
 #: fine-tuning in every row at equal settings.
 LORA_LEARNING_RATE = 1e-4
@@ -158,17 +165,7 @@ class UnlearningConfig(TrainingArguments):
                 else f"{self.forget_loss} with {self.retain_loss} reads no reinforced model, so "
                 f"reinforced_adapter={self.reinforced_adapter!r} would have no effect. Leave it out."
             )
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` has to be False: forget/retain samples are nested.")
-        if self.label_smoothing_factor:
-            raise ValueError("`label_smoothing_factor` is not used by unlearning losses; leave it at 0.")
-        sampling = getattr(self, "train_sampling_strategy", "random")
-        if getattr(self, "group_by_length", False) or sampling in ("group_by_length", "batch_rebalance"):
-            raise ValueError(
-                "Unlearning does not group samples by length: each is a pair of a forget and a retain answer whose "
-                "lengths have nothing in common, and the pairing changes with the epoch. Leave "
-                "`train_sampling_strategy` at 'random' (`group_by_length` at False)."
-            )
+        refuse_without_effect(self, REFUSED_BY_UNLEARNING)
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # The reentrant form cannot take two forward passes for one backward under DDP.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -282,6 +279,9 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         alternatives: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        for name, instead in WITHOUT_EFFECT.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be used here: {instead}")
         self.method = args.published_method()
         self.losses: dict[Part, Any] = {"forget": UNLEARNING_LOSSES[args.forget_loss or ""]}
         if args.retain_loss != "none":
@@ -317,6 +317,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             data_collator=kwargs.pop("data_collator", forget_retain_collator(self._pad_id)),
             **kwargs,
         )
+        refuse_split_sequences(self.accelerator.parallelism_config)  # a launcher may set it, too
         self.can_return_loss = True
         self.add_callback(_EpochOfPairs(train_dataset))
         self.retain_bound = None
