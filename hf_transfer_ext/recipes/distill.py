@@ -20,7 +20,8 @@ from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, load_teacher, make_student, refuse_unused
 from hf_transfer_ext.recipes.training import start_training
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
-from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
 from hf_transfer_ext.trainers.taught import taught
 

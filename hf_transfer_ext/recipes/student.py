@@ -13,13 +13,9 @@ from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import setting
 from hf_transfer_ext.recipes.run import load_named
 from hf_transfer_ext.students import AUXILIARIES, STUDENT_INITS, StudentShape
-from hf_transfer_ext.trainers.distillation import (
-    DistillationConfig,
-    DistillationTrainer,
-    between_stages,
-    forget_loading,
-    teacher_loading,
-)
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig, between_stages, forget_loading
+from hf_transfer_ext.trainers.distillation_models import teacher_loading
 
 #: How a student is made where nothing is said.
 INIT = "uniform_depth"

@@ -11,7 +11,8 @@ from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
 from hf_transfer_ext.teachers.server import ServerTeacher, cache_server
-from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 
 #: The environment variable with the key of a server; a key on the command line would stay in the shell's history.
 KEY = "TEACHER_API_KEY"

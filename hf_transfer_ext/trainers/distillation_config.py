@@ -1,0 +1,157 @@
+"""The settings of `DistillationTrainer`: which loss, which teacher, and how the teacher is loaded."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTConfig
+
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.slopes import Form, own_options, require_form
+from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.teachers.cache import planned_spec
+from hf_transfer_ext.trainers.inherited import refuse_without_effect
+from hf_transfer_ext.trainers.trl_names import takes_trl_names
+
+
+@takes_trl_names
+@dataclass
+class DistillationConfig(SFTConfig):
+    """`SFTConfig` with a teacher and a loss.
+
+    What it inherits is listed in `trainers/inherited.py`: obeyed, refused, or without meaning here. TRL's names of
+    settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
+
+    Args:
+        loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...
+        loss_options: The divergence's own options, such as `{"beta": 0.3}` of generalized_jsd.
+        distill_temperature: Divides both models' logits in the divergence, > 0. It is not a sampling temperature, and
+            the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
+        kd_weight: Factor of the divergence from the teacher, >= 0.
+        ce_weight: Factor of the cross entropy with the labels, >= 0. Both factors are taken as they are.
+        teacher_model_name_or_path: A local folder or Hub id; not needed where the trainer is given a teacher.
+        teacher_revision: Hub revision of the teacher.
+        teacher_dtype: "auto", "float32", "bfloat16", ...
+        teacher_model_init_kwargs: Further arguments of `from_pretrained` for the teacher, such as
+            `{"attn_implementation": "sdpa"}`. These three say how to load a teacher; a loaded one refuses them.
+        teacher_adapter: Name of an adapter on the student's own PEFT model that is the teacher, or "base" for its base
+            with adapters off; no second model then.
+        fused: Project to the vocabulary a chunk of tokens at a time, and never build full logits. Heads that are
+            adapted or quantized use full logits in any case.
+        disable_dropout: Set the student's own dropout to 0; an adapter of `peft_config` keeps its own.
+        drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
+            refusing them.
+        stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
+        teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
+            are computed once and added, so that later epochs need no teacher forward; without, it is the teacher.
+        teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
+
+    `bf16` left alone is on where the hardware computes in bfloat16; on a CPU without such instructions it is off, as
+    emulating them is several times slower than float32.
+    """
+
+    loss: str = "forward_kl"
+    loss_options: dict[str, Any] | str | None = field(default_factory=dict)
+    distill_temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    teacher_model_name_or_path: str | None = None
+    teacher_revision: str | None = None
+    teacher_dtype: str = "auto"
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teacher_adapter: str | None = None
+    fused: bool = True
+    disable_dropout: bool = False
+    drop_unlabelled: bool = False
+    stop_on_nan: bool = True
+    teacher_cache: str | None = None
+    teacher_cache_options: dict[str, Any] | str | None = field(default_factory=dict)
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *SFTConfig._VALID_DICT_FIELDS,
+        "loss_options",
+        "teacher_model_init_kwargs",
+        "teacher_cache_options",
+    ]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
+            self.use_cpu, self.bf16 = True, cpu_computes_in_bf16()
+        super().__post_init__()
+        self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
+        check_loss(self.loss, self.loss_options)
+        if not self.distill_temperature > 0:
+            raise ValueError(f"`distill_temperature` must be > 0, got {self.distill_temperature}.")
+        if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight + self.ce_weight == 0:
+            raise ValueError(
+                f"`kd_weight` and `ce_weight` must be >= 0 and not both 0, got {self.kd_weight} and {self.ce_weight}."
+            )
+        if self.teacher_adapter and self.teacher_model_name_or_path:
+            raise ValueError(
+                "Name one teacher: `teacher_adapter` (on the student's own model) or `teacher_model_name_or_path`."
+            )
+        self.teacher_cache_options: dict[str, Any] = dict(self.teacher_cache_options or {})  # type: ignore[arg-type]
+        if self.teacher_cache is None and self.teacher_cache_options:
+            raise ValueError("`teacher_cache_options` are given, but no `teacher_cache`. Name its folder.")
+        if self.teacher_form is not None:
+            require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
+        refuse_without_effect(self)
+
+    @property
+    def teacher_form(self) -> Form | None:
+        """The form of the rows of the teacher that the config names; None where it names none."""
+        if self.teacher_cache is not None:
+            return planned_spec(self.teacher_cache, self.distill_temperature, self.teacher_cache_options).form  # type: ignore[arg-type]
+        return "dense" if self.teacher_adapter or self.teacher_model_name_or_path else None
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether this processor has bfloat16 instructions (AVX-512 BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def check_loss(name: str, options: dict[str, Any]) -> None:
+    """Refuse an unknown divergence, unknown options, and values out of the divergence's range."""
+    divergence = DISTILLATION_LOSSES[name]
+    known = own_options(divergence)
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of {name}", option, known or ["(it has none)"]))
+    divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
+
+
+def between_stages(args: DistillationConfig) -> DistillationConfig:
+    """A copy for a stage before the run itself: it neither resumes, nor saves checkpoints, nor publishes."""
+    plain = copy.copy(args)
+    plain.resume_from_checkpoint, plain.push_to_hub = None, False
+    plain.save_strategy = SaveStrategy.NO
+    return plain
+
+
+def without_teacher(args: DistillationConfig) -> DistillationConfig:
+    """The same training on cross entropy alone: a teacher's own fine-tuning, or a student's twin to compare with."""
+    plain = between_stages(args)
+    plain.kd_weight, plain.ce_weight = 0.0, 1.0
+    plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
+    plain.teacher_cache_options = {}
+    forget_loading(plain)
+    return plain
+
+
+#: Settings that say how a teacher is loaded -> their value where they say nothing.
+TEACHER_LOADING: dict[str, Any] = {
+    "teacher_revision": None,
+    "teacher_dtype": "auto",
+    "teacher_model_init_kwargs": None,
+}
+
+
+def forget_loading(args: DistillationConfig) -> None:
+    """Reset what says how to load the teacher, once that is done or there is none."""
+    for name, nothing in TEACHER_LOADING.items():
+        setattr(args, name, nothing)
