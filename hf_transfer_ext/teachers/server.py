@@ -33,12 +33,11 @@ from hf_transfer_ext.teachers.cache import (
     FORMAT,
     CachedTeacher,
     CacheSpec,
-    Document,
     TeacherCache,
-    documents_of,
     fill_cache,
     tokenizer_digest,
 )
+from hf_transfer_ext.teachers.documents import Document, documents_of, require_text_alone
 from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
@@ -117,6 +116,7 @@ class ServerTeacher:
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The server's rows at the student's labeled tokens; see `Teacher.signal`."""
+        require_text_alone(inputs, "A teacher on a server")
         found = [rows.top for _, rows in self.document_rows(documents_of(inputs, mask))]
         empty = TopTokens(torch.zeros(0, self.top, dtype=torch.long), torch.zeros(0, self.top), torch.zeros(0))
         parts = [empty, *found]

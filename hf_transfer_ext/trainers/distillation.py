@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -43,6 +43,7 @@ from hf_transfer_ext.trainers.distillation_models import (
     teacher_loading,
     tokenizer_beside,
 )
+from hf_transfer_ext.trainers.hidden_loss import HiddenLoss, ProjectionCallback, label_directions
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 from hf_transfer_ext.trainers.trl_names import converted, refuse_prompts_alone
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
-    """Minimize `kd_weight * D(student, teacher) + ce_weight * CE` per labelled token, on fixed data.
+    """Minimize `kd_weight * D(student, teacher) + ce_weight * CE + hidden_weight * H` per labeled token.
 
     Args:
         model: Student: a model, a `PeftModel`, a path or a Hub id.
@@ -63,10 +64,11 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         teacher_model: TRL's name for `teacher`.
         kwargs: Everything else that `SFTTrainer` takes (`peft_config`, `quantization_config` of the student, ...).
 
-    Logs the parts of the loss, `kd` and `ce` in nats per labeled token, and what SFTTrainer logs: `entropy` of the
-    student in nats, `mean_token_accuracy`, `num_tokens` read so far. All are means over the tokens since the last log
-    line, on all processes; in evaluation over the whole set, as `eval_kd`, ... or `eval_<name>_kd`, ... of several
-    sets. There `eval_loss` is a mean over tokens as well, `kd_weight * eval_kd + ce_weight * eval_ce`.
+    Logs the parts of the loss, `kd` and `ce` in nats per labeled token and `hidden` (the loss between layers), and
+    what SFTTrainer logs: `entropy` of the student in nats, `mean_token_accuracy`, `num_tokens` read so far. All are
+    means over the tokens since the last log line, on all processes; in evaluation over the whole set, as `eval_kd`,
+    ... or `eval_<name>_kd`, ... of several sets. There `eval_loss` is a mean over tokens as well, the sum of these
+    parts times their weights.
     """
 
     _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
@@ -123,7 +125,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
                 named = {key: how[key] for key in ("revision", "trust_remote_code") if key in how}
                 teacher_processing_class = load_tokenizer(teacher, **named)
             teacher = load_model(teacher, **how)
-        teaches = isinstance(teacher, nn.Module) and args.kd_weight > 0
+        teaches = isinstance(teacher, nn.Module) and args.is_taught
         if teaches:
             teacher_processing_class = teacher_processing_class or tokenizer_beside(teacher)
             check_vocabularies(model, teacher, processing_class, teacher_processing_class)
@@ -153,12 +155,13 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self.divergence = DISTILLATION_LOSSES[args.loss]
         self._fused = None if args.fused else False  # None until the first batch shows whether the head allows it
         self._taught_by = teacher
-        self.teacher = self._teacher_of(teacher) if args.kd_weight > 0 else None
+        self.teacher = self._teacher_of(teacher) if args.is_taught else None
+        self.hidden_loss = self._hidden_loss(kwargs.get("optimizers")) if args.hidden_loss is not None else None
 
     @property
     def job(self) -> str:
         """ "distillation", or "fine-tuning" where nobody teaches."""
-        return "distillation" if self.args.kd_weight > 0 else "fine-tuning"
+        return "distillation" if self.args.is_taught else "fine-tuning"
 
     def model_inputs(self) -> dict[str, Any]:
         """The student, and a teacher that is a model."""
@@ -193,6 +196,57 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self.add_callback(FlushCallback(cached.cache, self.accelerator))
         return cached
 
+    def _hidden_loss(self, optimizers: Any) -> HiddenLoss:
+        """The loss between layers, with its projections.
+
+        Raises:
+            ValueError: The teacher has no layers to read, or projections could not be trained.
+        """
+        if not isinstance(self.teacher, LiveTeacher):
+            raise ValueError(
+                f"`hidden_loss` reads the teacher's layers, but {type(self.teacher).__name__} gives predictions "
+                "alone. Use a model or an adapter as the teacher."
+            )
+        args: Any = self.args
+        hidden = HiddenLoss(
+            args.hidden_loss, args.hidden_options, args.layer_map, embeddings=args.hidden_embeddings,
+            student=self.model, teacher=self.teacher.network, seed=args.seed,
+        )  # fmt: skip
+        hidden.train_with(self.accelerator)
+        if hidden.projections and optimizers is not None and optimizers[0] is not None:
+            raise ValueError(
+                "`optimizers` are given, but this `hidden_loss` trains projections, which only an optimizer that the "
+                "trainer makes knows. Name it by `optim`, or use `optimizer_cls_and_kwargs`."
+            )
+        self.add_callback(ProjectionCallback(hidden))
+        return hidden
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As in `Trainer`; projections of the hidden loss are a group of parameters of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.hidden_loss is not None and self.hidden_loss.projections:
+            projections = list(self.hidden_loss.parameters())
+            optimizer.add_param_group({"params": projections, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.hidden_loss is not None and self.accelerator.sync_gradients:
+            self.hidden_loss.average_gradients(self.accelerator)
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `SavesResults`; a checkpoint holds the projections of the hidden loss, too."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.hidden_loss is not None and self.args.should_save:
+            self.hidden_loss.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.hidden_loss is not None:
+            self.hidden_loss.load(resume_from_checkpoint)
+
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
@@ -213,7 +267,9 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             inputs["output_router_logits"] = True
         targets, mask = next_token_targets(inputs.pop("labels"))
         weight = self.token_weight(mask, num_items_in_batch)
-        signal = self.teacher.signal(model, inputs, mask) if self.teacher is not None else None
+        hidden, teacher = self.hidden_loss, cast(Any, self.teacher)
+        with nullcontext({}) if hidden is None else hidden.teacher_viewed(teacher.network) as teacher_layers:
+            signal = teacher.signal(model, inputs, mask) if teacher is not None else None
         if signal is not None and signal.mask is not None and signal.targets is not None:
             targets, mask = signal.targets, signal.mask
         terms = {
@@ -229,17 +285,22 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         }
         if self._fused is None:
             self._fused = head_is_understood(model)
-        if self._fused and not return_outputs:
-            outputs, parts = self._loss_inside_the_head(model, inputs, mask, terms)
-        else:
-            outputs = model(**inputs)
-            parts = divergence_of_logits(predicting_rows(outputs.logits, mask), **terms)
+        with nullcontext({}) if hidden is None else hidden.student_viewed(model) as student_layers:
+            if self._fused and not return_outputs:
+                outputs, parts = self._loss_inside_the_head(model, inputs, mask, terms)
+            else:
+                outputs = model(**inputs)
+                parts = divergence_of_logits(predicting_rows(outputs.logits, mask), **terms)
         # DDP and FSDP follow a model's output to the parameters that made it: all of the output leads to the loss.
         loss = parts.loss + 0.0 * outputs.logits[..., :1].sum()
+        between = None
+        if hidden is not None:
+            between = self._between_layers(student_layers, teacher_layers, inputs, targets, mask)
+            loss = loss + self.args.hidden_weight * weight * between.sum()
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        self._note(model, inputs, parts, outputs)
+        self._note(model, inputs, parts, outputs, hidden=between)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_inside_the_head(
@@ -256,12 +317,25 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         outputs = run_to_head(model, loss_of, **inputs)
         return outputs, found[-1]
 
-    def _note(self, model: nn.Module, inputs: dict[str, Any], parts: FusedLoss, outputs: Any) -> None:
+    def _between_layers(
+        self, student_layers: Any, teacher_layers: Any, inputs: dict[str, Any], targets: Tensor, mask: Tensor
+    ) -> Tensor:
+        """The hidden loss at each labeled token."""
+        assert self.hidden_loss is not None and isinstance(self.teacher, LiveTeacher)
+        directions = None
+        if self.hidden_loss.reading == "directions":
+            directions = label_directions(self.teacher.network, targets[mask])
+        return self.hidden_loss(student_layers, teacher_layers, inputs, mask, directions)
+
+    def _note(
+        self, model: nn.Module, inputs: dict[str, Any], parts: FusedLoss, outputs: Any, **more: Tensor | None
+    ) -> None:
         """Add a batch to the sums that the next log line, or the end of this evaluation, turns into means."""
         read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         sums = {"tokens": len(parts.divergence), "read": read, "kd": parts.divergence, "ce": parts.cross_entropy}
         if parts.statistics is not None:
             sums |= {"entropy": parts.statistics.entropy, "correct": parts.statistics.correct}
+        sums |= {name: values.detach() for name, values in more.items() if values is not None}
         if self.aux_loss_enabled:
             sums |= {"aux_loss": outputs.aux_loss.detach(), "batches": 1}
         noted = self._sums["train" if model.training else "eval"]
@@ -288,6 +362,8 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         }
         if self.args.kd_weight > 0:
             means["kd"] = total["kd"] / tokens
+        if "hidden" in total:
+            means["hidden"] = total["hidden"] / tokens
         if "aux_loss" in total:
             means["aux_loss"] = total["aux_loss"] / total["batches"]
         return means
@@ -305,6 +381,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means("eval")
         if means:
             loss = self.args.ce_weight * means["ce"] + self.args.kd_weight * means.get("kd", 0.0)
+            loss += self.args.hidden_weight * means.get("hidden", 0.0)
             means["loss"] = loss + self.router_aux_loss_coef * means["aux_loss"] if "aux_loss" in means else loss
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output

@@ -11,6 +11,9 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
+from hf_transfer_ext.losses.layer_map import LAYER_MAPS
+from hf_transfer_ext.losses.layer_reading import hidden_options
 from hf_transfer_ext.losses.slopes import Form, own_options, require_form
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
@@ -49,6 +52,13 @@ class DistillationConfig(SFTConfig):
         teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
             are computed once and added, so that later epochs need no teacher forward; without, it is the teacher.
         teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
+        hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
+            layers of student and teacher, beside the others. The teacher has to be a model or an adapter.
+        hidden_options: That loss's own options, such as `{"heads": 8}` of attention_relation.
+        hidden_weight: Factor of that loss, > 0. It is a mean over the mapped layers.
+        layer_map: Which layer of the student learns from which of the teacher: "uniform", "last", "skip", or pairs of
+            layers that count from 0, `[[0, 1], [-1, -1]]` (`losses.layer_map`).
+        hidden_embeddings: Compare the embeddings, too.
 
     `bf16` left alone is on where the hardware computes in bfloat16; on a CPU without such instructions it is off, as
     emulating them is several times slower than float32.
@@ -70,12 +80,18 @@ class DistillationConfig(SFTConfig):
     stop_on_nan: bool = True
     teacher_cache: str | None = None
     teacher_cache_options: dict[str, Any] | str | None = field(default_factory=dict)
+    hidden_loss: str | None = None
+    hidden_options: dict[str, Any] | str | None = field(default_factory=dict)
+    hidden_weight: float = 1.0
+    layer_map: str | list[Any] = "uniform"
+    hidden_embeddings: bool = False
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012
         *SFTConfig._VALID_DICT_FIELDS,
         "loss_options",
         "teacher_model_init_kwargs",
         "teacher_cache_options",
+        "hidden_options",
     ]
 
     def __post_init__(self) -> None:
@@ -86,7 +102,9 @@ class DistillationConfig(SFTConfig):
         check_loss(self.loss, self.loss_options)
         if not self.distill_temperature > 0:
             raise ValueError(f"`distill_temperature` must be > 0, got {self.distill_temperature}.")
-        if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight + self.ce_weight == 0:
+        self._check_hidden_loss()
+        nothing = self.kd_weight + self.ce_weight == 0 and self.hidden_loss is None
+        if self.kd_weight < 0 or self.ce_weight < 0 or nothing:
             raise ValueError(
                 f"`kd_weight` and `ce_weight` must be >= 0 and not both 0, got {self.kd_weight} and {self.ce_weight}."
             )
@@ -100,6 +118,42 @@ class DistillationConfig(SFTConfig):
         if self.teacher_form is not None:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
         refuse_without_effect(self)
+
+    def _check_hidden_loss(self) -> None:
+        self.hidden_options: dict[str, Any] = dict(self.hidden_options or {})  # type: ignore[arg-type]
+        if self.hidden_loss is None:
+            defaults = {"hidden_options": {}, "hidden_weight": 1.0, "layer_map": "uniform", "hidden_embeddings": False}
+            stated = [name for name, default in defaults.items() if getattr(self, name) != default]
+            if stated:
+                raise ValueError(
+                    f"`{stated[0]}` is given, but no `hidden_loss`. Name one of {', '.join(HIDDEN_LOSSES)}."
+                )
+            return
+        known = hidden_options(HIDDEN_LOSSES[self.hidden_loss])
+        for option in self.hidden_options:
+            if option not in known:
+                raise ValueError(unknown_name(f"option of {self.hidden_loss}", option, known or ["(it has none)"]))
+        if not self.hidden_weight > 0:
+            raise ValueError(
+                f"`hidden_weight` must be > 0, got {self.hidden_weight}. Leave `hidden_loss` out instead."
+            )
+        if isinstance(self.layer_map, str):
+            if self.layer_map not in LAYER_MAPS:
+                raise ValueError(unknown_name("layer map", self.layer_map, LAYER_MAPS))
+        elif not all(len(pair) == 2 and all(type(layer) is int for layer in pair) for pair in self.layer_map):
+            raise ValueError(f"`layer_map` has to be a name or pairs of layers [[0, 1], ...], got {self.layer_map}.")
+        if self.teacher_cache is not None:
+            raise ValueError(
+                "`hidden_loss` and `teacher_cache` are both set, but a cache holds the teacher's predictions and not "
+                "its hidden states. Leave one of them out."
+            )
+        if self.torch_compile:
+            raise ValueError("`hidden_loss` reads layers by hooks, which `torch_compile` does not see. Switch it off.")
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher takes part; without, it is plain fine-tuning."""
+        return self.kd_weight > 0 or self.hidden_loss is not None
 
     @property
     def teacher_form(self) -> Form | None:
@@ -139,6 +193,7 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     plain.kd_weight, plain.ce_weight = 0.0, 1.0
     plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
     plain.teacher_cache_options = {}
+    plain.hidden_loss = None
     forget_loading(plain)
     return plain
 

@@ -43,12 +43,12 @@ def one_teacher(teacher: Any, args: DistillationConfig) -> Any:
             f"{named or args.teacher_adapter!r}. Leave one of them out."
         )
     teacher = named if teacher is None else teacher
-    if teacher is None and args.teacher_adapter is None and args.teacher_cache is None and args.kd_weight > 0:
+    if teacher is None and args.teacher_adapter is None and args.teacher_cache is None and args.is_taught:
         raise ValueError(
             "Distillation needs a teacher: pass `teacher=`, or set `teacher_model_name_or_path`, `teacher_cache` or "
             "`teacher_adapter`. (With `kd_weight=0` there is none, and this is plain fine-tuning.)"
         )
-    if teacher is not None and args.kd_weight == 0:
+    if teacher is not None and not args.is_taught:
         logger.warning("`kd_weight` is 0: the teacher is not used, and this is plain fine-tuning.")
         return None
     if not isinstance(teacher, (str, Path)):
