@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -19,15 +19,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTTrainer
 
-from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES, forward_kl
 from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_divergence
+from hf_transfer_ext.losses.fused_spans import fused_spans
 from hf_transfer_ext.losses.slopes import require_form
-from hf_transfer_ext.models.heads import causal_lm_of, head_of, run_to_head
+from hf_transfer_ext.losses.spans import SPAN_LOSSES, takes_vocabularies
+from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_rows, run_to_head
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
 from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, open_cache
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher
+from hf_transfer_ext.teachers.spans import SpanSignal, SpanTeacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.distillation_models import (
@@ -40,6 +44,7 @@ from hf_transfer_ext.trainers.distillation_models import (
     one_teacher,
     refuse_empty,
     refuse_shared_weights,
+    require_tokenizer,
     teacher_loading,
     tokenizer_beside,
 )
@@ -128,8 +133,13 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         teaches = isinstance(teacher, nn.Module) and args.is_taught
         if teaches:
             teacher_processing_class = teacher_processing_class or tokenizer_beside(teacher)
-            check_vocabularies(model, teacher, processing_class, teacher_processing_class)
-        both = {name: one for name, one in (("student", model), ("teacher", teacher)) if isinstance(one, nn.Module)}
+            if args.is_span_loss:
+                require_tokenizer(teacher, teacher_processing_class)
+            else:
+                check_vocabularies(model, teacher, processing_class, teacher_processing_class)
+        both = {"student": model}
+        if isinstance(teacher, nn.Module) and not args.is_span_loss:  # else its tokens are not those of `max_length`
+            both["teacher"] = teacher
         fit_default_length(args, both.values())
         for name, checked in both.items():
             check_length(name, checked, args.max_length)
@@ -150,12 +160,14 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             )
         args.model_init_kwargs = obeyed
         refuse_split_sequences(self.accelerator.parallelism_config)  # a launcher may set it, too
-        if teaches and args.chat_template_path is not None:  # which may have brought new tokens to the student
+        if (
+            teaches and args.chat_template_path is not None and not args.is_span_loss
+        ):  # which may have brought new tokens to the student
             check_vocabularies(self.model, teacher, processing_class, teacher_processing_class)
-        self.divergence = DISTILLATION_LOSSES[args.loss]
+        self.divergence = forward_kl if args.is_span_loss else DISTILLATION_LOSSES[args.loss]
         self._fused = None if args.fused else False  # None until the first batch shows whether the head allows it
         self._taught_by = teacher
-        self.teacher = self._teacher_of(teacher) if args.is_taught else None
+        self.teacher = self._teacher_of(teacher, teacher_processing_class) if args.is_taught else None
         self.hidden_loss = self._hidden_loss(kwargs.get("optimizers")) if args.hidden_loss is not None else None
 
     @property
@@ -168,18 +180,42 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         named = {"teacher": self._taught_by} if isinstance(self._taught_by, nn.Module) else {}
         return {"student": self.model, **named}
 
-    def _teacher_of(self, teacher: Any) -> Teacher:
+    def _teacher_of(self, teacher: Any, tokenizer: Any) -> Teacher | SpanTeacher:
         live: LiveTeacher | None = None
         if self.args.teacher_adapter is not None:
             live = AdapterTeacher(self.model, self.args.teacher_adapter, self.accelerator, fused=self.args.fused)
         elif isinstance(teacher, nn.Module):
             refuse_shared_weights(self.model, teacher)
             live = LiveTeacher(teacher, self.accelerator, fused=self.args.fused)
+        if self.args.is_span_loss:
+            return self._span_teacher(live, tokenizer)
         found: Teacher = live or teacher
         if self.args.teacher_cache is not None:
             found = self._cached(live, teacher)
         require_form(self.divergence, found.form)
         return found
+
+    def _span_teacher(self, live: LiveTeacher | None, tokenizer: Any) -> SpanTeacher:
+        if live is None or isinstance(live, AdapterTeacher):
+            raise ValueError(
+                f"`loss: {self.args.loss}` compares spans of text with a teacher model that has another tokenizer. "
+                "Name it by `teacher_model_name_or_path`, or give the model with `teacher_processing_class`."
+            )
+        own: Any = self.processing_class
+        found = SpanTeacher(live, own, tokenizer, head_rows(self.model))
+        logger.info("Vocabularies of student and teacher: %s.", found.vocabularies)
+        return found
+
+    def record(self) -> RunRecord:
+        """The record of this training so far; with another tokenizer, how much of the vocabularies matches."""
+        found = super().record()
+        self.describe(found)
+        return found
+
+    def describe(self, record: RunRecord) -> None:
+        """Add to a record what the settings alone do not say about the teacher."""
+        if isinstance(self.teacher, SpanTeacher):
+            record.config["vocabulary_alignment"] = str(self.teacher.vocabularies)
 
     def _cached(self, live: LiveTeacher | None, teacher: Any) -> CachedTeacher:
         if live is None and teacher is not None:
@@ -269,7 +305,8 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         weight = self.token_weight(mask, num_items_in_batch)
         hidden, teacher = self.hidden_loss, cast(Any, self.teacher)
         with nullcontext({}) if hidden is None else hidden.teacher_viewed(teacher.network) as teacher_layers:
-            signal = teacher.signal(model, inputs, mask) if teacher is not None else None
+            spans = teacher.spans(model, inputs, mask) if isinstance(teacher, SpanTeacher) else None
+            signal = teacher.signal(model, inputs, mask) if teacher is not None and spans is None else None
         if signal is not None and signal.mask is not None and signal.targets is not None:
             targets, mask = signal.targets, signal.mask
         terms = {
@@ -277,20 +314,26 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             "divergence": self.divergence,
             "weights": weight.expand(int(mask.sum())),
             "labels": targets[mask],
-            "kd_weight": self.args.kd_weight,
+            "kd_weight": 0.0 if spans is not None else self.args.kd_weight,
             "ce_weight": self.args.ce_weight,
             "temperature": self.args.distill_temperature,
             "statistics": True,
-            **self.args.loss_options,
+            **({} if spans is not None else self.args.loss_options),
         }
+
+        def losses_of(states: Tensor, head: LMHead | None) -> FusedLoss:
+            rows = predicting_rows(states, mask)
+            parts = divergence_of_logits(rows, **terms) if head is None else fused_divergence(rows, head, **terms)
+            return parts if spans is None else self._with_spans(parts, states, head, spans, inputs, weight)
+
         if self._fused is None:
             self._fused = head_is_understood(model)
         with nullcontext({}) if hidden is None else hidden.student_viewed(model) as student_layers:
             if self._fused and not return_outputs:
-                outputs, parts = self._loss_inside_the_head(model, inputs, mask, terms)
+                outputs, parts = self._loss_inside_the_head(model, inputs, losses_of)
             else:
                 outputs = model(**inputs)
-                parts = divergence_of_logits(predicting_rows(outputs.logits, mask), **terms)
+                parts = losses_of(outputs.logits, None)
         # DDP and FSDP follow a model's output to the parameters that made it: all of the output leads to the loss.
         loss = parts.loss + 0.0 * outputs.logits[..., :1].sum()
         between = None
@@ -300,22 +343,45 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        self._note(model, inputs, parts, outputs, hidden=between)
+        aligned = None if spans is None else spans.student.sizes.sum()
+        self._note(model, inputs, parts, outputs, hidden=between, aligned=aligned)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_inside_the_head(
-        self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, terms: dict[str, Any]
+        self, model: nn.Module, inputs: dict[str, Any], losses_of: Callable[[Tensor, LMHead], FusedLoss]
     ) -> tuple[Any, FusedLoss]:
         """Run the student with the loss in place of its head: no logits, and the weights whole however sharded."""
         found: list[FusedLoss] = []
 
         def loss_of(hidden: Tensor) -> Tensor:
-            found.append(fused_divergence(predicting_rows(hidden, mask), head_of(model), **terms))
+            found.append(losses_of(hidden, head_of(model)))
             # Stands where the logits would: it has to lead to the loss, and through it to the head.
             return hidden[..., :1] + 0.0 * found[-1].loss
 
         outputs = run_to_head(model, loss_of, **inputs)
         return outputs, found[-1]
+
+    def _with_spans(
+        self, parts: FusedLoss, states: Tensor, head: LMHead | None, spans: SpanSignal, inputs: Any, weight: Tensor
+    ) -> FusedLoss:
+        """The parts of the loss, with a span loss in place of the divergence: a sum over spans for each batch."""
+        length = inputs["input_ids"].shape[1]
+        rows = states[:, -length:].flatten(0, 1)[spans.places.to(states.device)]
+        options = {**self.args.loss_options, **self._vocabularies(states.device)}
+        found = fused_spans(
+            rows, head, spans.student, spans.rows, spans.teacher, SPAN_LOSSES[self.args.loss],
+            weights=self.args.kd_weight * weight.expand(len(spans.student.sizes)),
+            temperature=self.args.distill_temperature, **options,
+        )  # fmt: skip
+        return parts._replace(loss=parts.loss + found.loss, divergence=found.values)
+
+    def _vocabularies(self, device: torch.device) -> dict[str, Tensor]:
+        """The matched tokens of both vocabularies, for span losses that take them."""
+        if not takes_vocabularies(SPAN_LOSSES[self.args.loss]):
+            return {}
+        assert isinstance(self.teacher, SpanTeacher)
+        own, other = (ids.to(device) for ids in self.teacher.matched)
+        return {"student_ids": own, "teacher_ids": other}
 
     def _between_layers(
         self, student_layers: Any, teacher_layers: Any, inputs: dict[str, Any], targets: Tensor, mask: Tensor
@@ -332,7 +398,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
     ) -> None:
         """Add a batch to the sums that the next log line, or the end of this evaluation, turns into means."""
         read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        sums = {"tokens": len(parts.divergence), "read": read, "kd": parts.divergence, "ce": parts.cross_entropy}
+        sums = {"tokens": len(parts.cross_entropy), "read": read, "kd": parts.divergence, "ce": parts.cross_entropy}
         if parts.statistics is not None:
             sums |= {"entropy": parts.statistics.entropy, "correct": parts.statistics.correct}
         sums |= {name: values.detach() for name, values in more.items() if values is not None}
@@ -362,8 +428,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         }
         if self.args.kd_weight > 0:
             means["kd"] = total["kd"] / tokens
-        if "hidden" in total:
-            means["hidden"] = total["hidden"] / tokens
+        means |= {name: total[name] / tokens for name in ("hidden", "aligned") if name in total}
         if "aux_loss" in total:
             means["aux_loss"] = total["aux_loss"] / total["batches"]
         return means

@@ -15,7 +15,8 @@ from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import LAYER_MAPS
 from hf_transfer_ext.losses.layer_reading import hidden_options
 from hf_transfer_ext.losses.slopes import Form, own_options, require_form
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, takes_vocabularies
+from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.trl_names import takes_trl_names
@@ -30,7 +31,9 @@ class DistillationConfig(SFTConfig):
     settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
 
     Args:
-        loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...
+        loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...; with a teacher of another
+            tokenizer, one of `SPAN_LOSSES`: uld, gold, alm. These are summed over the spans of text that are groups of
+            tokens on both sides, and divided by the labeled tokens, as every other loss.
         loss_options: The divergence's own options, such as `{"beta": 0.3}` of generalized_jsd.
         distill_temperature: Divides both models' logits in the divergence, > 0. It is not a sampling temperature, and
             the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
@@ -115,7 +118,9 @@ class DistillationConfig(SFTConfig):
         self.teacher_cache_options: dict[str, Any] = dict(self.teacher_cache_options or {})  # type: ignore[arg-type]
         if self.teacher_cache is None and self.teacher_cache_options:
             raise ValueError("`teacher_cache_options` are given, but no `teacher_cache`. Name its folder.")
-        if self.teacher_form is not None:
+        if self.is_span_loss:
+            self._check_span_loss()
+        elif self.teacher_form is not None:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
         refuse_without_effect(self)
 
@@ -150,6 +155,20 @@ class DistillationConfig(SFTConfig):
         if self.torch_compile:
             raise ValueError("`hidden_loss` reads layers by hooks, which `torch_compile` does not see. Switch it off.")
 
+    def _check_span_loss(self) -> None:
+        for name in ("teacher_cache", "teacher_adapter", "hidden_loss"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
+                    f"with `{name}`: its rows, or layers, are those of the student's tokens. Leave it out, or choose "
+                    "a divergence."
+                )
+
+    @property
+    def is_span_loss(self) -> bool:
+        """Whether the loss compares spans of text, with a teacher of another tokenizer."""
+        return self.loss in SPAN_LOSSES
+
     @property
     def is_taught(self) -> bool:
         """Whether a teacher takes part; without, it is plain fine-tuning."""
@@ -171,11 +190,19 @@ def cpu_computes_in_bf16() -> bool:
 
 def check_loss(name: str, options: dict[str, Any]) -> None:
     """Refuse an unknown divergence, unknown options, and values out of the divergence's range."""
-    divergence = DISTILLATION_LOSSES[name]
-    known = own_options(divergence)
+    spans = name in SPAN_LOSSES
+    if not spans and name not in DISTILLATION_LOSSES:
+        raise ValueError(unknown_name(DISTILLATION_LOSSES.kind, name, [*DISTILLATION_LOSSES, *SPAN_LOSSES]))
+    divergence: Any = SPAN_LOSSES[name] if spans else DISTILLATION_LOSSES[name]
+    known = list(keyword_options(divergence)) if spans else own_options(divergence)
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of {name}", option, known or ["(it has none)"]))
+    if spans:
+        whole, each = torch.zeros(1, 2).log_softmax(-1), torch.zeros(1, dtype=torch.long)
+        matched = [each, each] if takes_vocabularies(divergence) else []
+        divergence(SpanPair(whole, whole, whole[:, 0], whole[:, 0]), *matched, **options)
+        return
     divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
 
 

@@ -186,6 +186,15 @@ def check_length(role: str, model: Any, max_length: int | None) -> None:
         )
 
 
+def require_tokenizer(teacher: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a teacher without a tokenizer, for losses that let it read the text in its own tokens."""
+    if tokenizer is None:
+        raise ValueError(
+            f"The teacher {causal_lm_of(teacher).config.name_or_path!r} has no tokenizer beside it. Pass it as "
+            "`teacher_processing_class`."
+        )
+
+
 def check_vocabularies(
     student: Any,
     teacher: Any,
