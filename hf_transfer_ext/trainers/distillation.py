@@ -28,8 +28,10 @@ from hf_transfer_ext.losses.spans import SPAN_LOSSES, takes_vocabularies
 from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_rows, run_to_head
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
-from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, open_cache
+from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, TeacherCache, open_cache
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
+from hf_transfer_ext.teachers.server import ServerTeacher
+from hf_transfer_ext.teachers.several import RoutedTeachers, frozen_bytes, shown_bytes
 from hf_transfer_ext.teachers.signal import Teacher
 from hf_transfer_ext.teachers.spans import SpanSignal, SpanTeacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
@@ -50,7 +52,9 @@ from hf_transfer_ext.trainers.distillation_models import (
 )
 from hf_transfer_ext.trainers.hidden_loss import HiddenLoss, ProjectionCallback, label_directions
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
+from hf_transfer_ext.trainers.named_teachers import named_teachers
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
+from hf_transfer_ext.trainers.several_teachers import KeepsRoutes, combined, server_teacher, started
 from hf_transfer_ext.trainers.trl_names import converted, refuse_prompts_alone
 
 logger = logging.getLogger(__name__)
@@ -167,7 +171,10 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self.divergence = forward_kl if args.is_span_loss else DISTILLATION_LOSSES[args.loss]
         self._fused = None if args.fused else False  # None until the first batch shows whether the head allows it
         self._taught_by = teacher
+        self.teacher: Teacher | SpanTeacher | None = None
         self.teacher = self._teacher_of(teacher, teacher_processing_class) if args.is_taught else None
+        if self.teacher is not None:
+            logger.info("Memory of the frozen teachers: %s.", shown_bytes(self.frozen_bytes))
         self.hidden_loss = self._hidden_loss(kwargs.get("optimizers")) if args.hidden_loss is not None else None
 
     @property
@@ -178,9 +185,13 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
     def model_inputs(self) -> dict[str, Any]:
         """The student, and a teacher that is a model."""
         named = {"teacher": self._taught_by} if isinstance(self._taught_by, nn.Module) else {}
-        return {"student": self.model, **named}
+        models = [one.model for one in getattr(self.teacher, "teachers", {}).values() if hasattr(one, "model")]
+        several = {f"teacher-{place}": model for place, model in enumerate(models, 1) if isinstance(model, nn.Module)}
+        return {"student": self.model, **named, **several}
 
     def _teacher_of(self, teacher: Any, tokenizer: Any) -> Teacher | SpanTeacher:
+        args: Any = self.args
+        own: Any = self.processing_class
         live: LiveTeacher | None = None
         if self.args.teacher_adapter is not None:
             live = AdapterTeacher(self.model, self.args.teacher_adapter, self.accelerator, fused=self.args.fused)
@@ -190,10 +201,37 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         if self.args.is_span_loss:
             return self._span_teacher(live, tokenizer)
         found: Teacher = live or teacher
-        if self.args.teacher_cache is not None:
-            found = self._cached(live, teacher)
+        if args.teacher_server is not None:
+            options = args.teacher_server_options
+            found = server_teacher(args.teacher_server, args.teacher_server_model, own, options)
+        elif args.teachers is not None:
+            entries = named_teachers(args.teachers, args.teachers_by)
+            found = combined(
+                entries, {one.name: started(one, self.model, own, self.accelerator, args) for one in entries}, args
+            )
+        if args.teacher_cache is not None:
+            found = self._cached(live, found)
+        if isinstance(found, RoutedTeachers):
+            if args.packing:
+                raise ValueError(
+                    "`packing` puts several rows into one, which no single teacher is for. Switch it off."
+                )
+            self.data_collator = KeepsRoutes(self.data_collator, found.column, list(found.teachers))
         require_form(self.divergence, found.form)
         return found
+
+    def _set_signature_columns_if_needed(self) -> None:
+        is_new = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        teacher = getattr(self, "teacher", None)
+        if is_new and isinstance(teacher, RoutedTeachers):
+            columns: Any = self._signature_columns
+            columns.append(teacher.column)
+
+    @property
+    def frozen_bytes(self) -> dict[str, int]:
+        """Memory of each teacher's own frozen weights in bytes; an adapter of the student, or a cache, takes none."""
+        return frozen_bytes({"teacher": cast(Any, self.teacher)}) if self.teacher is not None else {}
 
     def _span_teacher(self, live: LiveTeacher | None, tokenizer: Any) -> SpanTeacher:
         if live is None or isinstance(live, AdapterTeacher):
@@ -216,8 +254,14 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         """Add to a record what the settings alone do not say about the teacher."""
         if isinstance(self.teacher, SpanTeacher):
             record.config["vocabulary_alignment"] = str(self.teacher.vocabularies)
+        if any(self.frozen_bytes.values()):
+            record.config["frozen_teacher_bytes"] = self.frozen_bytes
 
     def _cached(self, live: LiveTeacher | None, teacher: Any) -> CachedTeacher:
+        if isinstance(teacher, ServerTeacher):
+            asked = CachedTeacher(TeacherCache(str(self.args.teacher_cache), teacher.fingerprint()), teacher)
+            self.add_callback(FlushCallback(asked.cache, self.accelerator))
+            return asked
         if live is None and teacher is not None:
             raise ValueError(
                 f"`teacher_cache` stores the outputs of a model, got a teacher of type {type(teacher).__name__}. "

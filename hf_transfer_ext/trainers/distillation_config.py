@@ -19,6 +19,7 @@ from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, takes_vocabulari
 from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
+from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
 from hf_transfer_ext.trainers.trl_names import takes_trl_names
 
 
@@ -55,6 +56,16 @@ class DistillationConfig(SFTConfig):
         teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
             are computed once and added, so that later epochs need no teacher forward; without, it is the teacher.
         teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
+        teacher_server: Address of an OpenAI-compatible server that gives log-probabilities of prompts (vLLM); the key
+            is read from the environment variable TEACHER_API_KEY. With `teacher_cache`, each text is asked for once.
+        teacher_server_model: The model's name on it.
+        teacher_server_options: Arguments of `ServerTeacher` (top, timeout, retries, pause, parallel, check_tokenizer).
+        teachers: Several teachers, each a mapping with `model`, `adapter`, `cache` or `server` and perhaps `name`,
+            `weight`, ... (`trainers.named_teachers.NamedTeacher`).
+        teachers_by: "weight": the mixture of their probabilities by fixed weights. "confidence": a mixture by their
+            entropy at each token. "column": a column of the data names one for each row.
+        teacher_column: That column: names of teachers, or their places from 0.
+        teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
             layers of student and teacher, beside the others. The teacher has to be a model or an adapter.
         hidden_options: That loss's own options, such as `{"heads": 8}` of attention_relation.
@@ -83,6 +94,13 @@ class DistillationConfig(SFTConfig):
     stop_on_nan: bool = True
     teacher_cache: str | None = None
     teacher_cache_options: dict[str, Any] | str | None = field(default_factory=dict)
+    teacher_server: str | None = None
+    teacher_server_model: str | None = None
+    teacher_server_options: dict[str, Any] | str | None = field(default_factory=dict)
+    teachers: list[Any] | str | None = None
+    teachers_by: str = "weight"
+    teacher_column: str = "teacher"
+    teacher_sharpness: float = 0.5
     hidden_loss: str | None = None
     hidden_options: dict[str, Any] | str | None = field(default_factory=dict)
     hidden_weight: float = 1.0
@@ -95,6 +113,7 @@ class DistillationConfig(SFTConfig):
         "teacher_model_init_kwargs",
         "teacher_cache_options",
         "hidden_options",
+        "teacher_server_options",
     ]
 
     def __post_init__(self) -> None:
@@ -111,10 +130,7 @@ class DistillationConfig(SFTConfig):
             raise ValueError(
                 f"`kd_weight` and `ce_weight` must be >= 0 and not both 0, got {self.kd_weight} and {self.ce_weight}."
             )
-        if self.teacher_adapter and self.teacher_model_name_or_path:
-            raise ValueError(
-                "Name one teacher: `teacher_adapter` (on the student's own model) or `teacher_model_name_or_path`."
-            )
+        self._check_teachers()
         self.teacher_cache_options: dict[str, Any] = dict(self.teacher_cache_options or {})  # type: ignore[arg-type]
         if self.teacher_cache is None and self.teacher_cache_options:
             raise ValueError("`teacher_cache_options` are given, but no `teacher_cache`. Name its folder.")
@@ -123,6 +139,60 @@ class DistillationConfig(SFTConfig):
         elif self.teacher_form is not None:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
         refuse_without_effect(self)
+
+    def _check_teachers(self) -> None:
+        self.teacher_server_options: dict[str, Any] = dict(self.teacher_server_options or {})  # type: ignore[arg-type]
+        if self.teachers is not None and not isinstance(self.teachers, list):
+            raise ValueError(f"`teachers` has to be a list of mappings, got {self.teachers!r}.")
+        ways = ("teacher_model_name_or_path", "teacher_adapter", "teacher_server", "teachers")
+        named = [f"`{way}`" for way in ways if getattr(self, way)]
+        if len(named) > 1:
+            raise ValueError(f"Name one teacher: got {' and '.join(named)}. Several go into `teachers`.")
+        if bool(self.teacher_server) != bool(self.teacher_server_model):
+            raise ValueError("A teacher on a server needs both, `teacher_server` and `teacher_server_model`.")
+        if self.teacher_server_options and not self.teacher_server:
+            raise ValueError("`teacher_server_options` are given, but no `teacher_server`. Name its address.")
+        check_server_options(self.teacher_server_options)
+        on_server = self.teacher_server or any(
+            isinstance(one, dict) and one.get("server") for one in self.teachers or ()
+        )
+        if on_server and self.distill_temperature != 1:
+            raise ValueError(
+                f"`distill_temperature` is {self.distill_temperature}, but a server lists probabilities at "
+                "temperature 1, and what it does not list cannot be changed afterwards. Set it to 1."
+            )
+        if self.teacher_server and self.teacher_cache_options:
+            raise ValueError(
+                "`teacher_cache_options` have no effect with `teacher_server`: its likeliest tokens are kept."
+            )
+        if self.teachers_by not in COMBINATIONS:
+            raise ValueError(unknown_name("way to combine teachers", self.teachers_by, COMBINATIONS))
+        if not self.teacher_sharpness > 0:
+            raise ValueError(f"`teacher_sharpness` must be > 0, got {self.teacher_sharpness}.")
+        defaults = {"teachers_by": "weight", "teacher_column": "teacher", "teacher_sharpness": 0.5}
+        stated = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.teachers is None:
+            if stated:
+                raise ValueError(f"`{stated[0]}` is given, but no `teachers`. List them.")
+            return
+        found = named_teachers(self.teachers, self.teachers_by)
+        for name, way in (("teacher_column", "column"), ("teacher_sharpness", "confidence")):
+            if name in stated and self.teachers_by != way:
+                raise ValueError(f"`{name}` is given, but `teachers_by` is {self.teachers_by!r}. Set it to {way!r}.")
+        if self.teachers_by == "column" and self.packing:
+            raise ValueError(
+                "`packing` puts several rows into one, which has no single teacher. Switch one of both off."
+            )
+        if self.teacher_cache is not None:
+            raise ValueError("`teacher_cache` stores one teacher. Name caches in the entries of `teachers` instead.")
+        forms = {one.name: one.form(self.distill_temperature) for one in found}
+        mixes = self.teachers_by != "column"
+        if len(set(forms.values())) > 1 or (mixes and set(forms.values()) != {"dense"}):
+            shown = ", ".join(f"{name} {form}" for name, form in forms.items())
+            raise ValueError(
+                f"Teachers combined by {self.teachers_by} need {'dense rows' if mixes else 'rows of one form'}, got "
+                f"{shown}. Models and adapters give dense rows, servers sparse ones, caches what they store."
+            )
 
     def _check_hidden_loss(self) -> None:
         self.hidden_options: dict[str, Any] = dict(self.hidden_options or {})  # type: ignore[arg-type]
@@ -147,6 +217,11 @@ class DistillationConfig(SFTConfig):
                 raise ValueError(unknown_name("layer map", self.layer_map, LAYER_MAPS))
         elif not all(len(pair) == 2 and all(type(layer) is int for layer in pair) for pair in self.layer_map):
             raise ValueError(f"`layer_map` has to be a name or pairs of layers [[0, 1], ...], got {self.layer_map}.")
+        if self.teachers or self.teacher_server:
+            raise ValueError(
+                "`hidden_loss` reads the layers of one teacher, a model or an adapter, but "
+                f"{'several are' if self.teachers else 'a server is'} named. Leave one of them out."
+            )
         if self.teacher_cache is not None:
             raise ValueError(
                 "`hidden_loss` and `teacher_cache` are both set, but a cache holds the teacher's predictions and not "
@@ -156,8 +231,8 @@ class DistillationConfig(SFTConfig):
             raise ValueError("`hidden_loss` reads layers by hooks, which `torch_compile` does not see. Switch it off.")
 
     def _check_span_loss(self) -> None:
-        for name in ("teacher_cache", "teacher_adapter", "hidden_loss"):
-            if getattr(self, name) is not None:
+        for name in ("teacher_cache", "teacher_adapter", "teacher_server", "teachers", "hidden_loss"):
+            if getattr(self, name):
                 raise ValueError(
                     f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
                     f"with `{name}`: its rows, or layers, are those of the student's tokens. Leave it out, or choose "
@@ -177,6 +252,10 @@ class DistillationConfig(SFTConfig):
     @property
     def teacher_form(self) -> Form | None:
         """The form of the rows of the teacher that the config names; None where it names none."""
+        if self.teachers:
+            return named_teachers(self.teachers, self.teachers_by)[0].form(self.distill_temperature)
+        if self.teacher_server:
+            return "sparse"
         if self.teacher_cache is not None:
             return planned_spec(self.teacher_cache, self.distill_temperature, self.teacher_cache_options).form  # type: ignore[arg-type]
         return "dense" if self.teacher_adapter or self.teacher_model_name_or_path else None
@@ -220,7 +299,7 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     plain.kd_weight, plain.ce_weight = 0.0, 1.0
     plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
     plain.teacher_cache_options = {}
-    plain.hidden_loss = None
+    plain.hidden_loss = plain.teacher_server = plain.teachers = None
     forget_loading(plain)
     return plain
 

@@ -29,6 +29,7 @@ def one_teacher(teacher: Any, args: DistillationConfig) -> Any:
         TypeError: It is not something that can teach.
     """
     named = args.teacher_model_name_or_path
+    elsewhere = args.teacher_adapter or args.teacher_server or (args.teachers and "`teachers`")
     if teacher is not None and not isinstance(teacher, (str, Path, nn.Module, Teacher)):
         raise TypeError(
             f"`teacher` has to be a model, a path, a Hub id or a `Teacher` (with `form` and `signal`), got "
@@ -37,16 +38,17 @@ def one_teacher(teacher: Any, args: DistillationConfig) -> Any:
     given = str(teacher) if isinstance(teacher, (str, Path)) else None
     if isinstance(teacher, nn.Module):
         given = causal_lm_of(teacher).config.name_or_path
-    if teacher is not None and (args.teacher_adapter is not None or (named is not None and named != given)):
+    if teacher is not None and (elsewhere or (named is not None and named != given)):
         raise ValueError(
             f"Two teachers are named: `teacher` ({given or type(teacher).__name__!r}), and in the config "
-            f"{named or args.teacher_adapter!r}. Leave one of them out."
+            f"{named or elsewhere!r}. Leave one of them out."
         )
     teacher = named if teacher is None else teacher
-    if teacher is None and args.teacher_adapter is None and args.teacher_cache is None and args.is_taught:
+    if teacher is None and not elsewhere and args.teacher_cache is None and args.is_taught:
         raise ValueError(
-            "Distillation needs a teacher: pass `teacher=`, or set `teacher_model_name_or_path`, `teacher_cache` or "
-            "`teacher_adapter`. (With `kd_weight=0` there is none, and this is plain fine-tuning.)"
+            "Distillation needs a teacher: pass `teacher=`, or set `teacher_model_name_or_path`, `teacher_cache`, "
+            "`teacher_adapter`, `teacher_server` or `teachers`. (With `kd_weight=0` there is none, and this is plain "
+            "fine-tuning.)"
         )
     if teacher is not None and not args.is_taught:
         logger.warning("`kd_weight` is 0: the teacher is not used, and this is plain fine-tuning.")
@@ -97,11 +99,16 @@ def load_student(path: str | Path, args: DistillationConfig, quantization_config
             raise ValueError("`quantization_config` is given twice: to the trainer, and in `model_init_kwargs`.")
         settings["quantization_config"] = quantization_config
     model = load_model(path, dtype=dtype, **settings)
-    for name in getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []:
-        model.peft_config[name].inference_mode = False
-        model.set_adapter(name)  # trainable, where it was loaded for inference
+    train_adapters(model)
     named = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
     return model, load_tokenizer(path, **named)
+
+
+def train_adapters(model: Any) -> None:
+    """Make the active adapters of a model trainable, where they were loaded for inference; others are left alone."""
+    for name in getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []:
+        model.peft_config[name].inference_mode = False
+        model.set_adapter(name)
 
 
 def tokenizer_beside(teacher: Any) -> PreTrainedTokenizerBase | None:
