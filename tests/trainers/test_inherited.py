@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer, UnlearningConfig, UnlearningTrainer
-from hf_transfer_ext.trainers.distillation import TEACHER_LOADING
+from hf_transfer_ext.trainers.distillation_config import TEACHER_LOADING
 from hf_transfer_ext.trainers.inherited import (
     OBEYED,
     REFUSED,
