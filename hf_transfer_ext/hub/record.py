@@ -127,6 +127,9 @@ class RunRecord:
         command: The words of the command line, without secrets and local folders; by default those of
             this process's command, [] for a call from Python.
         recipe_sha256: Hex digest of the file of the recipe or command.
+        call: All arguments of the call that made the result, defaults too, for `reproduce`; `input:N` stands for the
+            N-th of `inputs` (`inputs.call_of`). {} where the settings in `config` are enough, or where no call from a
+            record alone can make the result again.
         inputs: Models and data sets that were read (`describe_input`), in the user's order.
         metrics: Measurements of the *result*; these alone become the card's model-index.
         compared: Measurements of other models in the same run, by name: {"before": [...], "teacher": [...]}.
@@ -157,13 +160,14 @@ class RunRecord:
     defaults: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: list(COMMAND.get([])))
     recipe_sha256: str | None = None
+    call: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.files = {**files_named_in(self.config), **self.files}
         self.config = public_value(self.config)
         if not isinstance(self.config, dict):
             raise TypeError(f"`config` has to be a dictionary or a dataclass, got {type(self.config).__name__}.")
-        self.defaults = public_value(dict(self.defaults))
+        self.defaults, self.call = public_value(dict(self.defaults)), public_value(dict(self.call))
         self.command = public_command(self.command)
         self.versions = self.versions or installed_versions()
         self.created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -236,6 +240,7 @@ class RunRecord:
     def _own_dict(self, digests: Mapping[int, str]) -> dict[str, Any]:
         """This record alone; its inputs refer to their records by digest (`id(record)` -> digest)."""
         later = {"defaults": self.defaults, "command": self.command, "recipe_sha256": self.recipe_sha256}
+        later |= {"call": self.call}
         return public_value(
             {
                 "job": self.job,
@@ -520,7 +525,8 @@ def _linked(
         created=str(data["created"]),
         defaults=dict(data.get("defaults") or {}),
         command=[str(word) for word in data.get("command") or []],
-        recipe_sha256=data.get("recipe_sha256"),
+        recipe_sha256=text(data, "recipe_sha256", default=None),
+        call=public_value(reading.field_of(data, "call", dict, where="the record", default={})),
     )
 
 

@@ -1,4 +1,4 @@
-"""`repo[@revision][:subfolder]` wherever a model is named: parsed, loaded, described, private, and without a network."""
+"""`repo[@revision][:subfolder]` wherever a model is named: parsed, loaded, described, private, and offline."""
 
 import pytest
 import torch
