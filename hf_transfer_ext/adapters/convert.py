@@ -107,10 +107,12 @@ def convert_to_lora(
         )
         write_text(aside / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
         own_base: list[Wanted] = [(base, None, "base")] if base is not None else base_of_config(config)
+        settings = {"base": base, "rank": rank, "revision": revision}
         finish_adapter(
-            aside, "conversion", "convert", {"base": base, "rank": rank, "revision": revision},
+            aside, "conversion", "convert", settings,
             [(adapter, revision, "adapter"), *own_base], recipe_sha256=sha256_of(__file__),
             seconds=report.seconds, metrics=[report.measurement()],
+            call={"adapter": adapter, **settings, "base": base_name},
         )  # fmt: skip
     return report
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.inputs import Wanted, described_or_named
+from hf_transfer_ext.hub.inputs import Wanted, call_of, described_or_named
 from hf_transfer_ext.hub.record import RunRecord, Stage
 from hf_transfer_ext.measurement import Measurement
 
@@ -24,6 +24,7 @@ def finish_adapter(
     metrics: Sequence[Measurement] = (),
     not_measured: Sequence[str] = (),
     seed: int | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> None:
     """Add card and record to the folder of an adapter, before it is renamed to its final name.
 
@@ -37,8 +38,10 @@ def finish_adapter(
         metrics: What was measured of the adapter.
         not_measured: Sentences on what was not.
         seed: Of random choices; None if there are none.
+        call: All arguments of the call but the output; None where the record alone cannot repeat it.
     """
     record = RunRecord(job, f"hf-transfer-ext {command}", dict(settings), seed=seed, recipe_sha256=recipe_sha256)
+    record.call = call_of(call or {}, inputs)
     for one in inputs:
         described, problem = described_or_named(*one)
         record.inputs.append(described)

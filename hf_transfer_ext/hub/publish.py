@@ -60,7 +60,7 @@ DECIDE_WHAT_IS_LOADED = (
 )  # fmt: skip
 #: Files in which libraries write the path that a model was loaded from, and the keys they use.
 _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json")
-_PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
+PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
 #: How often a push starts again because somebody else committed in the meantime.
 _ATTEMPTS = 40
 
@@ -372,7 +372,7 @@ def _without_local_paths(config_json: str, base: str | None) -> str:
     """A config file's text with local paths under the known keys replaced; all else stays as it is."""
     config = parse_json(config_json, "a config file", kind=None)
     changed = False
-    for key in _PATH_KEYS:
+    for key in PATH_KEYS:
         value = config.get(key) if isinstance(config, dict) else None
         if isinstance(value, str) and (
             is_absolute_path(value) or re.match(r"\.{1,2}[/\\]", value) or _is_folder(value)

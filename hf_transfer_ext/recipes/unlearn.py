@@ -17,6 +17,7 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.forget_retain import forget_retain
 from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs
 from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, run_recipe
 from hf_transfer_ext.recipes.training import TrainingRun, start_training
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     people = {"people": job.people, "forget_people": job.forget_people, "facts": job.facts, "seed": args.seed}
     where = {"columns": job.columns, "split": job.split}
     splits = forget_retain_rows(job.forget_data, job.retain_data, **people, **where)
+    record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data) if name]
     with record.stage("load"):
         model, tokenizer = load_named(job.model_name_or_path, record, revision=job.revision, dtype=job.dtype)
         if job.trim_vocabulary:
