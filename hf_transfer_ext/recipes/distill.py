@@ -57,7 +57,7 @@ def teacher_name(job: DistillArguments, args: DistillationConfig) -> str:
 def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     job, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
     job.teacher, args.teacher_model_name_or_path = teacher_name(job, args), None
-    refuse_unused(job, args)
+    refuse_unused(job, args, twin=job.compare_with_ce)
     if job.student is None or job.trim_vocabulary or job.compare_with_ce:
         refuse_zero3("Name a finished `student`; leave `trim_vocabulary` and `compare_with_ce` off.")
     read = (job.teacher, job.student, job.dataset)
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
         twin = copy.deepcopy(student) if job.compare_with_ce else None
         require_free_space(run.out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, the result
     tokenizers = {"processing_class": tokenizer, "teacher_processing_class": teacher_tokenizer}
-    trainer = DistillationTrainer(student, teacher, args, data, **tokenizers)
+    trainer = DistillationTrainer(student, teacher, args, data, **tokenizers, peft_config=job.adapter())
     reference = None if is_sharded(accelerator=trainer.accelerator) else teacher  # a sharded one is not measured
     looks: Any = {"limit": job.test_rows, "dataset": job.dataset, "accelerator": trainer.accelerator}
     measured: dict[str, list[Any]] = {}
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     measure("student", student, reference)
     if twin is not None:
         with record.stage("train the twin"):
-            twin = taught(twin, tokenizer, data, args, lora_rank=None)
+            twin = taught(twin, tokenizer, data, args, lora_rank=job.student_lora_rank or None)
         measure("twin without teacher", twin, reference)
     if trainer.is_world_process_zero():
         run.finish(measured, "student", student, tokenizer)
