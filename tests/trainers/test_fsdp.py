@@ -74,16 +74,15 @@ def test_sharded_training_with_a_sharded_teacher_equals_one_process(tmp_path, fu
         torch.testing.assert_close(saved[name], whole[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_sharded_training_from_a_cache_equals_one_process_with_the_teacher(tmp_path):
+def test_sharded_training_from_a_cache_equals_one_process(tmp_path):
     """The rows are stored before; the sharded run holds no teacher."""
-    options = {"kind": "top", "top": tiny_llama(2).config.vocab_size}
-    cached = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_options": options}
-    trained(tmp_path / "fill", 4, **cached)
-    whole = trained(tmp_path / "one", 4).model.state_dict()
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    trained(tmp_path / "fill", 4, **cache, teacher_cache_options={"kind": "top", "top": 8})
+    whole = trained(tmp_path / "one", 4, teacher=None, **cache).model.state_dict()
 
     def rank(_):
         shard_on_cpu()
-        trainer = trained(tmp_path / "two", 2, teacher=None, teacher_cache=str(tmp_path / "cache"))
+        trainer = trained(tmp_path / "two", 2, teacher=None, **cache)
         save_whole(trainer, tmp_path / "saved")
         return all(isinstance(p, DTensor) for p in trainer.model.parameters())
 
