@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,29 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
     if found is None:
         raise ValueError(f"`dtype` must be auto, float32, bfloat16 or float16, got {name!r}.")
     return found
+
+
+def four_bit(compute_dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The `quantization_config` of QLoRA: weights in nf4 with quantized scales, products in `compute_dtype`.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+
+    Source: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "A model in 4 bits needs bitsandbytes, which is not installed: pip install 'hf_transfer_ext[gpu]'. Or "
+            "leave `four_bit` off."
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 #: For every `from_pretrained`: without it transformers prompts on the terminal, and a piped `y` would run the code.
