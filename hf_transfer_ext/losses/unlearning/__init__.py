@@ -21,6 +21,7 @@ from hf_transfer_ext.losses.unlearning.llmu import llmu
 from hf_transfer_ext.losses.unlearning.me import me
 from hf_transfer_ext.losses.unlearning.npo import npo
 from hf_transfer_ext.losses.unlearning.retain_ap import retain_ap
+from hf_transfer_ext.losses.unlearning.retain_dmm import retain_dmm
 from hf_transfer_ext.losses.unlearning.retain_hidden import retain_hidden
 from hf_transfer_ext.losses.unlearning.retain_jsd import retain_jsd
 from hf_transfer_ext.losses.unlearning.retain_kl import retain_kl
@@ -46,5 +47,7 @@ UNLEARNING_LOSSES: Registry[Callable] = Registry(
 )  # fmt: skip
 
 RETAIN_LOSSES: Registry[Callable] = Registry(
-    "retain loss", [retain_nll, retain_kl, retain_jsd, retain_hidden, retain_ap, retain_laf, dmm], check=check_loss
+    "retain loss",
+    [retain_nll, retain_kl, retain_jsd, retain_hidden, retain_ap, retain_laf, retain_dmm],
+    check=check_loss,
 )

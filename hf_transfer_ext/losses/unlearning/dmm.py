@@ -13,7 +13,8 @@ def dmm(log_probs: Tokens, lengths: Sequences, target_outputs: Sequences) -> Seq
         f_\theta(x) = \frac{1}{n} \sum_t \ln \frac{p(y_t)}{1 - p(y_t)}
 
     The output f of an answer is the mean margin of its tokens: the logit of the right token above the logarithm of
-    the summed exponentials of all others. The method `dmm` computes the targets. It is used on both sets.
+    the summed exponentials of all others. The method `dmm` computes the targets.
+    `retain_dmm` is the same for the retain set.
 
     Returns:
         Squared nats per answer, >= 0.

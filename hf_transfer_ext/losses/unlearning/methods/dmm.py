@@ -45,7 +45,7 @@ class dmm(Method):
     """
 
     forget = "dmm"
-    retain = "dmm"
+    retain = "retain_dmm"
     alpha = 3.0
     requires_retain = True
 
