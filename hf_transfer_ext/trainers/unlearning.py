@@ -453,6 +453,12 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             raise ValueError(f"{args.forget_loss} needs pairs with alternatives: give `alternatives` to them.")
         if self._reads_alternatives(args, "retain") and train.retain_alternatives is None:
             raise ValueError(f"{args.retain_loss} needs pairs with alternatives: give `retain_alternatives` to them.")
+        of_row = [need.name for need in args.needs() if need.of_row]
+        if of_row and evaluation is not None:
+            raise ValueError(
+                f"{args.forget_loss} with {args.retain_loss} reads {', '.join(of_row)}, computed for each row of the "
+                "training sets; an evaluation set has none. Leave `eval_dataset` out, and evaluate after the training."
+            )
         context = context_length(causal_lm_of(model).config)
         for pairs in (train, *_evaluation_pairs(evaluation)):
             for name, index, answer in pairs.all_answers():
@@ -566,8 +572,19 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             self._step_sums[part] = self._step_sums.get(part, torch.zeros_like(pair)) + pair
         return self.normalize(values, mask, count) + anchor
 
+    def passes_over(self, model: nn.Module, part: Part, at_once: int) -> Iterator[ForwardPass]:
+        pairs: Any = self.train_dataset
+        if getattr(pairs, part) is None:
+            raise ValueError(f"{self.args.method!r} reads the {part} set: give `{part}_dataset`.")
+        needs = [NEEDS["log_probs"], *([NEEDS["hidden"]] if self.args.hidden_layer is not None else [])]
+        samples: list[dict[str, Any]] = [{part: pairs.sample(part, i)} for i in range(len(getattr(pairs, part)))]
+        for at in range(0, len(samples), at_once):
+            batch: Any = self._prepare_inputs(forget_retain_collator(self._pad_id)(samples[at : at + at_once]))
+            with self.compute_loss_context_manager():
+                yield self._forward(model, batch[part], needs, part)[0]
+
     def recall_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        found, anchor = self._forward(model, inputs["forget"], [NEEDS["log_probs"]])
+        found, anchor = self._forward(model, inputs["forget"], [NEEDS["log_probs"]], "forget")
         count = num_items_in_batch[COUNTS["forget", "tokens"]]
         return self.normalize(-found.log_probs, torch.ones_like(found.log_probs, dtype=torch.bool), count) + anchor
 
@@ -612,13 +629,13 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             wanted = [need for need in needs if need.source == (of_alternative, of_model)]
             batch = inputs[ALTERNATIVE_OF[part] if of_alternative else part]
             if of_model == "trained":
-                found, own = self._forward(model, batch, wanted)
+                found, own = self._forward(model, batch, wanted, part)
                 anchor = anchor + own
             elif of_model == "reference" and self._reference_log_probs is not None:
                 found = self._from_memory(batch, self._reference_log_probs)
             else:
                 with self._frozen(model, of_model) as frozen:
-                    found, _ = self._forward(frozen, batch, wanted)
+                    found, _ = self._forward(frozen, batch, wanted, part)
             passes[of_alternative, of_model] = found
         return passes, anchor
 
@@ -642,7 +659,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         return ForwardPass(log_probs, targets[mask], mask.sum(-1))
 
     def _forward(
-        self, model: nn.Module, batch: dict[str, Tensor], needs: Sequence[Need]
+        self, model: nn.Module, batch: dict[str, Tensor], needs: Sequence[Need], part: Part
     ) -> tuple[ForwardPass, Tensor]:
         """One forward pass through all wrappers, in which the head reads only the answers' rows."""
         targets, mask = next_token_targets(batch["labels"])
@@ -686,6 +703,9 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             hidden,
             self._refusal_ids,
             self.args.seed,
+            part,
+            batch.get("index"),
+            self.prepared,
         )
         return found, 0.0 * outputs.logits.sum()
 
