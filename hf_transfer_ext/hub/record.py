@@ -116,6 +116,7 @@ class RunRecord:
         command: The words of the command line, without secrets and local folders; by default those of
             this process's command, [] for a call from Python.
         recipe_sha256: Hex digest of the file of the recipe or command.
+        notes: Heading -> sentences that the card shows under it: {"Serving": ["vLLM loads it ..."]}.
         inputs: Models and data sets that were read (`describe_input`), in the user's order.
         metrics: Measurements of the *result*; these alone become the card's model-index.
         compared: Measurements of other models in the same run, by name: {"before": [...], "teacher": [...]}.
@@ -146,6 +147,7 @@ class RunRecord:
     defaults: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: list(COMMAND.get([])))
     recipe_sha256: str | None = None
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.files = {**files_named_in(self.config), **self.files}
@@ -224,7 +226,12 @@ class RunRecord:
 
     def _own_dict(self, digests: Mapping[int, str]) -> dict[str, Any]:
         """This record alone; its inputs refer to their records by digest (`id(record)` -> digest)."""
-        later = {"defaults": self.defaults, "command": self.command, "recipe_sha256": self.recipe_sha256}
+        later = {
+            "defaults": self.defaults,
+            "command": self.command,
+            "recipe_sha256": self.recipe_sha256,
+            "notes": self.notes,
+        }
         return public_value(
             {
                 "job": self.job,
@@ -503,6 +510,7 @@ def _linked(
         defaults=dict(data.get("defaults") or {}),
         command=[str(word) for word in data.get("command") or []],
         recipe_sha256=data.get("recipe_sha256"),
+        notes={str(head): [str(one) for one in lines] for head, lines in dict(data.get("notes") or {}).items()},
     )
 
 

@@ -81,7 +81,7 @@ class TransLoraSettings:
     input_tokens: int = 128
     answer_tokens: int = 128
     sampling_temperature: float = 1.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] | list[str] = ("q_proj", "v_proj")
     rank: int = 16
     epochs: float = 20.0
     learning_rate: float = 2e-5
@@ -191,7 +191,21 @@ def train_discriminator(
             f"The discriminator ranks only {separation:.0%} of the pairs of a real and a synthetic input correctly, "
             "little more than chance: it will filter nothing. Give it more inputs or epochs, or use a larger base."
         )
-    known = Discriminator(seeds, settings.task_name, separation)
+    return _save_seeds(folder, Discriminator(seeds, settings.task_name, separation))
+
+
+def save_seeds(inputs: Sequence[str], folder: str | Path, settings: TransLoraSettings) -> Discriminator:
+    """Save seed inputs next to an adapter without a discriminator: a transfer then accepts every written input.
+
+    Args:
+        inputs: Real inputs of the task, of which `settings.seeds` are drawn.
+        folder: The source adapter's folder.
+    """
+    chosen = random.Random(settings.seed).sample(list(inputs), min(settings.seeds, len(inputs)))
+    return _save_seeds(folder, Discriminator(chosen, settings.task_name))
+
+
+def _save_seeds(folder: str | Path, known: Discriminator) -> Discriminator:
     write_text(Path(folder) / SEEDS_FILE, json.dumps(asdict(known), indent=2, ensure_ascii=False) + "\n")
     return known
 
