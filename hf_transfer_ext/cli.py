@@ -32,7 +32,7 @@ COMMANDS = {
         "move a LoRA to a new base: transfer ADAPTER BASE OUT",
     ),
     "resize": ("hf_transfer_ext.adapters.resize", "change the rank of a LoRA: resize ADAPTER OUT --rank R"),
-    "convert": ("hf_transfer_ext.adapters.convert", "write any adapter as a plain LoRA: convert ADAPTER OUT"),
+    "convert": ("hf_transfer_ext.adapters.convert", "write any adapter as a plain LoRA or GGUF: convert ADAPTER OUT"),
     "edit": ("hf_transfer_ext.edits.apply", "unlearn without training: edit MODEL OUT --method NAME"),
     "requests": ("hf_transfer_ext.edits.requests", "forget requests: requests add|list|revoke|apply STORE"),
     "cache-teacher": ("hf_transfer_ext.trainers.cache_command", "store a teacher's outputs on a dataset"),

@@ -120,7 +120,7 @@ def servable_by(folder: str | Path) -> list[Server]:
     return [
         peft,
         Server("vllm", not vllm, vllm, [] if vllm else options),
-        Server("llama.cpp", not llama, llama, [] if llama else ["--lora FILE.gguf (made by `convert_to_gguf`)"]),
+        Server("llama.cpp", not llama, llama, [] if llama else ["--lora FILE.gguf (made by `convert --to gguf`)"]),
     ]
 
 
