@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.adapters.finish import SERVING
+from hf_transfer_ext.adapters.servable import serving
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted, call_of
@@ -168,6 +170,7 @@ def extract_lora(
             record.stages.append(Stage("extract", round(report.seconds, 3)))
             record.metrics.append(report.measurement())
             inputs.put_into(record)
+            record.notes[SERVING] = serving(folder)
             finish_run(folder, record, quiet=True)
 
         return write_change(
@@ -668,3 +671,4 @@ def print_report(report: ExtractionReport) -> None:
         print(f"left out: {name}, whose change has norm {norm:.4g}")
     for note in report.notes:
         print(f"note: {note}")
+    print("\n".join(serving(report.folder)))

@@ -130,6 +130,7 @@ class RunRecord:
         call: All arguments of the call that made the result, defaults too, for `reproduce`; `input:N` stands for the
             N-th of `inputs` (`inputs.call_of`). {} where the settings in `config` are enough, or where no call from a
             record alone can make the result again.
+        notes: Heading -> sentences that the card shows under it: {"Serving": ["vLLM loads it ..."]}.
         inputs: Models and data sets that were read (`describe_input`), in the user's order.
         metrics: Measurements of the *result*; these alone become the card's model-index.
         compared: Measurements of other models in the same run, by name: {"before": [...], "teacher": [...]}.
@@ -161,6 +162,7 @@ class RunRecord:
     command: list[str] = field(default_factory=lambda: list(COMMAND.get([])))
     recipe_sha256: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.files = {**files_named_in(self.config), **self.files}
@@ -240,7 +242,7 @@ class RunRecord:
     def _own_dict(self, digests: Mapping[int, str]) -> dict[str, Any]:
         """This record alone; its inputs refer to their records by digest (`id(record)` -> digest)."""
         later = {"defaults": self.defaults, "command": self.command, "recipe_sha256": self.recipe_sha256}
-        later |= {"call": self.call}
+        later |= {"call": self.call, "notes": self.notes}
         return public_value(
             {
                 "job": self.job,
@@ -527,6 +529,7 @@ def _linked(
         command=[str(word) for word in data.get("command") or []],
         recipe_sha256=text(data, "recipe_sha256", default=None),
         call=public_value(reading.field_of(data, "call", dict, where="the record", default={})),
+        notes={str(head): [str(one) for one in lines] for head, lines in dict(data.get("notes") or {}).items()},
     )
 
 
