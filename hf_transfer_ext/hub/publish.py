@@ -33,8 +33,8 @@ from hf_transfer_ext.hub.card import (
 )
 from hf_transfer_ext.hub.privacy import find_secret, find_secret_in_file, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
+from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, push_cache
 from hf_transfer_ext.reading import one_line, parse_json, read_text
-from hf_transfer_ext.teachers.cache_files import FINGERPRINT_FILE, push_cache
 from hf_transfer_ext.weights.repository import MODEL_FILES, connection_error, local_folder
 
 if TYPE_CHECKING:

@@ -11,13 +11,12 @@ from typing import Any
 
 from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.files import sha256_of
-from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.record import RECORD_FILE, RunInput, RunRecord, describe_dataset, describe_input, read_record
+from hf_transfer_ext.hub.finish import finish_cache
+from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipes.run import run_recipe
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
-from hf_transfer_ext.teachers.cache_files import FINGERPRINT_FILE, SHARDS
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher, cache_server
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
@@ -103,18 +102,8 @@ def cache_for_distillation(
         record = RunRecord("caching", "hf-transfer-ext cache-teacher", settings, recipe_sha256=sha256_of(__file__))
         named = RunInput(str(server_model), "teacher") if is_server else describe_input(teacher, revision, "teacher")
         record.inputs += [named, describe_dataset(dataset, dataset_revision)]
-        finish_cache(cache, record)
+        finish_cache(cache.folder, record)
     return cache
-
-
-def finish_cache(cache: TeacherCache, record: RunRecord) -> None:
-    """Add card and record to a cache; data sets of earlier runs into the same folder stay among the inputs."""
-    if (cache.folder / RECORD_FILE).is_file():
-        before = [item for item in read_record(cache.folder).inputs if item.role == "dataset"]
-        record.inputs += [item for item in before if item not in record.inputs]
-    names = [FINGERPRINT_FILE, *sorted(path.name for path in cache.folder.glob(SHARDS))]
-    record.result = {name: sha256_of(cache.folder / name) for name in names}
-    finish_run(cache.folder, record, quiet=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,8 @@
 A cache is a folder of `teacher_cache.json`, which says of which teacher it is, and `rows-*.safetensors`. Rows are
 found by the token ids of their text (its document, where several are packed into one row) and the position in it, so
 neither shuffling nor packing matters. Every process writes files of its own, each atomically: a run that is killed
-loses the rows since its last file, and the next one goes on from there. The folder is plain files; `cache_files.py`
-moves it through a data set repository of the Hub.
+loses the rows since its last file, and the next one goes on from there. The folder is plain files, which
+`hub/teacher_cache.py` moves through a data set repository of the Hub.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, SHARDS
 from hf_transfer_ext.losses.rows import DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.reading import parse_json, read_text
 from hf_transfer_ext.registry import unknown_name
-from hf_transfer_ext.teachers.cache_files import FINGERPRINT_FILE, SHARDS
 from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal

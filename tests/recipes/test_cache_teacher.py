@@ -8,9 +8,9 @@ from trainers.test_cached_distillation import trained_without_teacher
 from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.publish import push
 from hf_transfer_ext.hub.record import read_record
+from hf_transfer_ext.hub.teacher_cache import pull_cache
 from hf_transfer_ext.recipes.cache_teacher import main
 from hf_transfer_ext.teachers.cache import TeacherCache
-from hf_transfer_ext.teachers.cache_files import pull_cache
 
 ROWS = [{"prompt": "gold is", "completion": " a metal"}, {"prompt": "the sea", "completion": " is wide and deep"}]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 FINGERPRINT_FILE = "teacher_cache.json"
 SHARDS = "rows-*.safetensors"
 #: What travels: the cache, and the card and record that `cache-teacher` adds.
@@ -25,9 +27,17 @@ def push_cache(
     """
     from huggingface_hub import HfApi
 
-    from hf_transfer_ext.teachers.cache import TeacherCache
-
-    TeacherCache(folder)  # what cannot be read is not published
+    folder = Path(folder)
+    if not (folder / FINGERPRINT_FILE).is_file():
+        raise FileNotFoundError(f"There is no teacher cache in {str(folder)!r}: {FINGERPRINT_FILE} is missing.")
+    for shard in sorted(folder.glob(SHARDS)):
+        try:
+            with safe_open(shard, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shard.name} in {str(folder)!r} cannot be read ({error}). Delete it, and fill the cache again."
+            ) from error
     api = HfApi(token=token)
     address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     api.upload_folder(
