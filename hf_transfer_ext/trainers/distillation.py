@@ -433,7 +433,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         """The hidden loss at each labeled token."""
         assert self.hidden_loss is not None and isinstance(self.teacher, LiveTeacher)
         directions = None
-        if self.hidden_loss.reading == "directions":
+        if self.hidden_loss.reading == "features":
             directions = label_directions(self.teacher.network, targets[mask])
         return self.hidden_loss(student_layers, teacher_layers, inputs, mask, directions)
 

@@ -24,7 +24,7 @@ from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import layer_pairs
 from hf_transfer_ext.losses.layer_reading import reading_of
 from hf_transfer_ext.models.heads import causal_lm_of, head_of
-from hf_transfer_ext.models.layer_views import EMBEDDINGS, LayerView, layers_viewed
+from hf_transfer_ext.models.layer_views import EMBEDDINGS, FEATURES, LayerView, layers_viewed
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.registry import keyword_options
 from hf_transfer_ext.teachers.documents import documents_of
@@ -71,13 +71,13 @@ class HiddenLoss(nn.Module):
         if "causal" in keyword_options(self.loss):
             self.options["causal"] = True
         depths, widths = zip(*(_shape(model) for model in (student, teacher)), strict=True)
-        self.pairs = layer_pairs(mapping, *depths)
+        self.pairs = [(FEATURES, FEATURES)] if self.reading == "features" else layer_pairs(mapping, *depths)
         if embeddings:
             if self.reading in ("relations", "scores"):
                 raise ValueError(f"`hidden_embeddings` is set, but {name} reads attention, which embeddings have not.")
             self.pairs = [(EMBEDDINGS, EMBEDDINGS), *self.pairs]
         self.projections = nn.ParameterDict()
-        if self.reading in ("states", "directions") and widths[0] != widths[1]:
+        if self.reading in ("states", "features") and widths[0] != widths[1]:
             generator = torch.Generator().manual_seed(seed)
             for pair in self.pairs:
                 start = torch.randn(widths[1], widths[0], generator=generator) / widths[0] ** 0.5
@@ -108,7 +108,7 @@ class HiddenLoss(nn.Module):
         Raises:
             ValueError: No gradient flows through the student's layers.
         """
-        texts = None if self.reading in ("states", "directions") else _Texts(inputs, mask)
+        texts = None if self.reading in ("states", "features") else _Texts(inputs, mask)
         values = []
         for pair in self.pairs:
             own, other = student[pair[0]], teacher[pair[1]]
@@ -164,7 +164,7 @@ class HiddenLoss(nn.Module):
             raise ValueError(
                 "Student and teacher differ in width, which needs trained projections; under FSDP and DeepSpeed these "
                 "cannot be trained beside the sharded student. Use a loss without projections (`attention_relation`, "
-                "`token_relation_graph`), a teacher of the student's width, or plain DDP."
+                "`token_relationship_graph`), a teacher of the student's width, or plain DDP."
             )
         self.to(accelerator.device)
 
@@ -270,7 +270,7 @@ def _shape(model: nn.Module) -> tuple[int, int]:
 
 
 def _key(pair: tuple[int, int]) -> str:
-    names = ("embeddings" if layer == EMBEDDINGS else str(layer) for layer in pair)
+    names = ({EMBEDDINGS: "embeddings", FEATURES: "features"}.get(layer, str(layer)) for layer in pair)
     return "student_{}_teacher_{}".format(*names)
 
 
