@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.files import refuse_existing_output
@@ -44,8 +44,7 @@ def settle_teacher(job: Any, args: DistillationConfig) -> None:
         for name in ("trim_vocabulary", "teach_steps"):
             if getattr(job, name):
                 raise ValueError(f"`{name}` needs a model as the `teacher`, but `{found}` teaches. Leave it out.")
-    entries: Any = args.teachers or ()
-    for entry in entries:
+    for entry in cast(Any, args.teachers or ()):
         if entry.get("model"):
             entry["model"] = str(model_path(entry["model"]))
     if args.is_span_loss and (job.student is None or job.trim_vocabulary):
@@ -71,8 +70,7 @@ def output_of(job: Any, args: DistillationConfig) -> Iterator[None]:
 
 def teacher_paths(job: Any, args: DistillationConfig) -> list[str]:
     """Files and folders that the teachers are read from."""
-    entries: Any = args.teachers or ()
-    named = [entry.get(kind) for entry in entries for kind in ("model", "cache")]
+    named = [entry.get(kind) for entry in cast(Any, args.teachers or ()) for kind in ("model", "cache")]
     return [str(path) for path in (job.teacher, args.teacher_cache, *named) if path]
 
 
@@ -110,14 +108,13 @@ def describe(trainer: Any, args: Any, record: RunRecord) -> None:
 
 def plan_of(trainer: Any) -> str:
     """What a training is going to do and which memory its frozen teachers take, in words."""
-    parameters = list(trainer.model.parameters())
-    trained = sum(one.numel() for one in parameters if one.requires_grad)
-    total = sum(one.numel() for one in parameters)
+    sizes = [(one.numel(), one.requires_grad) for one in trainer.model.parameters()]
+    total, trained = sum(size for size, _ in sizes) / 1e6, sum(size for size, learns in sizes if learns) / 1e6
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
+    name, losses = type(causal_lm_of(trainer.model)).__name__, (trainer.args.loss, trainer.args.hidden_loss)
     lines = [
-        f"Student: {type(causal_lm_of(trainer.model)).__name__}, {total / 1e6:.4g} M parameters, of which "
-        f"{trained / 1e6:.4g} M are trained",
-        f"Loss: {trainer.args.loss}" + (f", {trainer.args.hidden_loss}" if trainer.args.hidden_loss else ""),
+        f"Student: {name}, {total:.4g} M parameters, of which {trained:.4g} M are trained",
+        f"Loss: {', '.join(filter(None, losses))}",
         f"Memory of the frozen teachers: {shown_bytes(trainer.frozen_bytes)}",
         f"Training rows: {rows}",
     ]

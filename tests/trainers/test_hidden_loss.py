@@ -47,11 +47,13 @@ def inside(model, ids):
     return logits, found, model.model.norm(inputs[-1])
 
 
-def by_formula(name, own, other, teacher, ids, options):
+def by_formula(name, own, other, student_head, teacher, ids, options):
     """The loss at the positions that predict a token, of one pair of layers and one text without padding."""
     loss, mask = HIDDEN_LOSSES[name], torch.ones_like(ids, dtype=torch.bool)
     if name == "token_relationship_graph":
         return loss(own[0], other[0], mask, **options)[0, :-1]
+    if name == "dual_head":  # the auxiliary head starts as the student's own
+        return loss(own[-1][0, :-1] @ student_head.T, other[-1][0, :-1] @ teacher.lm_head.weight.T, **options)
     if name == "feature_norm_direction":
         return loss(own[-1][0, :-1], other[-1][0, :-1], None, teacher.lm_head.weight[ids[0, 1:]])
     if name in ("hidden_mse", "hidden_cosine"):
@@ -82,7 +84,8 @@ def manual_step(student, teacher, texts, name, options, pairs=PAIRS, lr=0.5, hid
         p = t[:, :-1].softmax(-1)
         kl = (p * (p.log() - z[:, :-1].log_softmax(-1))).sum()
         own, other = ([(*one, heads_input) for one in found] for found, heads_input in (own, other))
-        values = [by_formula(name, own[i], other[j], teacher, ids, options) for i, j in pairs]
+        head = student.lm_head.weight.detach()
+        values = [by_formula(name, own[i], other[j], head, teacher, ids, options) for i, j in pairs]
         here = torch.stack(values).mean(0).sum()
         total, between, tokens = total + kl + hidden_weight * here, between + here.item(), tokens + ids.shape[1] - 1
     (total / tokens).backward()
@@ -99,6 +102,7 @@ ALL = [
     ("attention_mse", {}),
     ("token_relationship_graph", {"neighbors": 3}),
     ("feature_norm_direction", {}),
+    ("dual_head", {"top": 5}),
 ]
 
 
@@ -115,7 +119,7 @@ def test_one_step_is_the_step_of_the_formula(tmp_path, name, options, attention)
     assert_same(weights(trainer), expected, atol=1e-5)
     assert logged(trainer, "hidden")[0] == pytest.approx(between, rel=1e-3)
     assert logged(trainer, "loss")[0] == pytest.approx(loss, rel=1e-4)
-    assert trainer.hidden_loss.pairs == ([(-2, -2)] if name == "feature_norm_direction" else PAIRS)
+    assert trainer.hidden_loss.pairs == ([(-2, -2)] if name in ("feature_norm_direction", "dual_head") else PAIRS)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in ALL])

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hf_transfer_ext.losses.hidden.attention_mse import attention_mse
 from hf_transfer_ext.losses.hidden.attention_relation import attention_relation
+from hf_transfer_ext.losses.hidden.dual_head import dual_head
 from hf_transfer_ext.losses.hidden.feature_norm_direction import feature_norm_direction
 from hf_transfer_ext.losses.hidden.hidden_cosine import hidden_cosine
 from hf_transfer_ext.losses.hidden.hidden_mse import hidden_mse
@@ -21,6 +22,7 @@ _LOSSES: list[Callable[..., Tensor]] = [
     attention_relation,
     token_relationship_graph,
     feature_norm_direction,
+    dual_head,
 ]
 HIDDEN_LOSSES = Registry("hidden loss", _LOSSES, check=check_hidden_loss)
 
