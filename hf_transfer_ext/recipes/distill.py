@@ -25,7 +25,7 @@ from hf_transfer_ext.recipes.teacher import (
     settle_teacher,
     teacher_paths,
 )
-from hf_transfer_ext.recipes.training import start_training
+from hf_transfer_ext.recipes.training import output_of, start_training
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
