@@ -19,7 +19,6 @@ from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
 from hf_transfer_ext.recipes.teacher import (
     describe,
-    output_of,
     plan_of,
     prepared_teacher,
     settle_teacher,
