@@ -4,8 +4,10 @@ A loss states it with `@reads(...)`; the trainer captures that, and nothing else
 
 - "states": `loss(student, teacher, projection, **options)`, the hidden states `(tokens, width)` at the positions that
   predict a labeled token. The projection, `(teacher_width, width)` or None for equal widths, is trained along.
-- "directions": as "states", with `directions`, `(tokens, teacher_width)`, as a fourth argument: the row of the
-  teacher's head for the labeled token.
+- "features": as "states", but what the heads read, whatever the layer map; with `directions`,
+  `(tokens, teacher_width)`, as a fourth argument: the row of the teacher's head for the labeled token.
+- "logits": `loss(student, teacher, **options)`, logits of an auxiliary head on what the student's head reads, which is
+  trained along, and the teacher's, `(tokens, top)`, for the teacher's likeliest tokens.
 - "sequences": `loss(student, teacher, mask, **options)`, the hidden states of whole texts `(texts, length, width)`.
 - "relations": the same for queries, keys and values of all heads, side by side: called for each, and summed.
 - "scores": the same for attention scores before their softmax, `(texts, heads, length, length)`.
@@ -20,8 +22,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 from hf_transfer_ext.registry import keyword_options, unknown_name
 
-Reading = Literal["states", "directions", "sequences", "relations", "scores"]
+Reading = Literal["states", "features", "logits", "sequences", "relations", "scores"]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+#: Readings that are taken at the heads, whatever the layer map.
+AT_HEADS: tuple[Reading, ...] = ("features", "logits")
 
 _READINGS: dict[Callable[..., Any], Reading] = {}
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.heads import causal_lm_of, head_module
 from hf_transfer_ext.models.views import decoder_layers
 
 #: The number of the embeddings, what the first layer reads, among layers that count from 0.
 EMBEDDINGS = -1
+#: The number of the features, what the head reads.
+FEATURES = -2
 
 
 @dataclass
@@ -58,15 +60,16 @@ def layers_viewed(
     """Within the block, every forward pass of the model leaves the views of some decoder layers in the dictionary.
 
     Args:
-        layers: Counted from 0; `EMBEDDINGS` for what the first one reads.
+        layers: Counted from 0; `EMBEDDINGS` for what the first one reads, `FEATURES` for what the head reads.
         attention: Keep queries, keys and values, too.
     """
     found: dict[int, LayerView] = {layer: LayerView() for layer in layers}
     modules = decoder_layers(model)
     with ExitStack() as stack:
         for layer, view in found.items():
-            if layer == EMBEDDINGS:
-                handle = modules[0].register_forward_pre_hook(_keeps_input(view), with_kwargs=True)
+            if layer in (EMBEDDINGS, FEATURES):
+                reader = modules[0] if layer == EMBEDDINGS else head_module(model)
+                handle = reader.register_forward_pre_hook(_keeps_input(view), with_kwargs=True)
             else:
                 handle = modules[layer].register_forward_hook(_keeps_output(view))
             stack.callback(handle.remove)

@@ -19,13 +19,12 @@ from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
 from hf_transfer_ext.recipes.teacher import (
     describe,
-    output_of,
     plan_of,
     prepared_teacher,
     settle_teacher,
     teacher_paths,
 )
-from hf_transfer_ext.recipes.training import start_training
+from hf_transfer_ext.recipes.training import output_of, start_training
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole

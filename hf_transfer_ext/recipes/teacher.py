@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_transfer_ext.evals.language import as_example
-from hf_transfer_ext.files import refuse_existing_output
 from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.recipes.run import load_named, model_path
@@ -44,8 +40,7 @@ def settle_teacher(job: Any, args: DistillationConfig) -> None:
         for name in ("trim_vocabulary", "teach_steps"):
             if getattr(job, name):
                 raise ValueError(f"`{name}` needs a model as the `teacher`, but `{found}` teaches. Leave it out.")
-    entries: Any = args.teachers or ()
-    for entry in entries:
+    for entry in cast(Any, args.teachers or ()):
         if entry.get("model"):
             entry["model"] = str(model_path(entry["model"]))
     if args.is_span_loss and (job.student is None or job.trim_vocabulary):
@@ -57,22 +52,9 @@ def settle_teacher(job: Any, args: DistillationConfig) -> None:
         job.teach_steps = job.learngene_steps = 0  # nothing is trained
 
 
-@contextmanager
-def output_of(job: Any, args: DistillationConfig) -> Iterator[None]:
-    """Within the block, a dry run writes to a scratch folder; an output that would be in the way is refused first."""
-    if not job.dry_run:
-        yield
-        return
-    refuse_existing_output(str(args.output_dir), overwrite=job.overwrite)
-    with tempfile.TemporaryDirectory() as scratch:
-        args.output_dir, args.resume_from_checkpoint, job.overwrite = f"{scratch}/out", None, False
-        yield
-
-
 def teacher_paths(job: Any, args: DistillationConfig) -> list[str]:
     """Files and folders that the teachers are read from."""
-    entries: Any = args.teachers or ()
-    named = [entry.get(kind) for entry in entries for kind in ("model", "cache")]
+    named = [entry.get(kind) for entry in cast(Any, args.teachers or ()) for kind in ("model", "cache")]
     return [str(path) for path in (job.teacher, args.teacher_cache, *named) if path]
 
 
@@ -110,14 +92,13 @@ def describe(trainer: Any, args: Any, record: RunRecord) -> None:
 
 def plan_of(trainer: Any) -> str:
     """What a training is going to do and which memory its frozen teachers take, in words."""
-    parameters = list(trainer.model.parameters())
-    trained = sum(one.numel() for one in parameters if one.requires_grad)
-    total = sum(one.numel() for one in parameters)
+    sizes = [(one.numel(), one.requires_grad) for one in trainer.model.parameters()]
+    total, trained = sum(size for size, _ in sizes) / 1e6, sum(size for size, learns in sizes if learns) / 1e6
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
+    name, losses = type(causal_lm_of(trainer.model)).__name__, (trainer.args.loss, trainer.args.hidden_loss)
     lines = [
-        f"Student: {type(causal_lm_of(trainer.model)).__name__}, {total / 1e6:.4g} M parameters, of which "
-        f"{trained / 1e6:.4g} M are trained",
-        f"Loss: {trainer.args.loss}" + (f", {trainer.args.hidden_loss}" if trainer.args.hidden_loss else ""),
+        f"Student: {name}, {total:.4g} M parameters, of which {trained:.4g} M are trained",
+        f"Loss: {', '.join(filter(None, losses))}",
         f"Memory of the frozen teachers: {shown_bytes(trainer.frozen_bytes)}",
         f"Training rows: {rows}",
     ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_transfer_ext.losses.rows import DenseBlock, DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.registry import Registry, unknown_name
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
@@ -290,6 +290,9 @@ def _arranged(parts: Sequence[Any], order: Tensor) -> DenseRows | SparseRows | S
 
     listed = SampledTokens(filled("ids", 0), filled("log_probs", -math.inf), filled("factors", 0.0))
     return SampledRows(listed, temperature=parts[0].temperature)
+
+
+COMBINED_TEACHERS = Registry("combination of teachers", [MixedTeachers, ConfidentTeachers, RoutedTeachers])
 
 
 def _single(teachers: Mapping[str, Any]) -> dict[str, Any]:

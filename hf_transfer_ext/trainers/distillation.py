@@ -50,7 +50,7 @@ from hf_transfer_ext.trainers.distillation_models import (
     teacher_loading,
     tokenizer_beside,
 )
-from hf_transfer_ext.trainers.hidden_loss import HiddenLoss, ProjectionCallback, label_directions
+from hf_transfer_ext.trainers.hidden_loss import HiddenLoss, ProjectionCallback
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
 from hf_transfer_ext.trainers.named_teachers import named_teachers
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
@@ -382,7 +382,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         loss = parts.loss + 0.0 * outputs.logits[..., :1].sum()
         between = None
         if hidden is not None:
-            between = self._between_layers(student_layers, teacher_layers, inputs, targets, mask)
+            between = hidden(student_layers, teacher_layers, inputs, mask, targets[mask], teacher.network)
             loss = loss + self.args.hidden_weight * weight * between.sum()
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
@@ -426,16 +426,6 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         assert isinstance(self.teacher, SpanTeacher)
         own, other = (ids.to(device) for ids in self.teacher.matched)
         return {"student_ids": own, "teacher_ids": other}
-
-    def _between_layers(
-        self, student_layers: Any, teacher_layers: Any, inputs: dict[str, Any], targets: Tensor, mask: Tensor
-    ) -> Tensor:
-        """The hidden loss at each labeled token."""
-        assert self.hidden_loss is not None and isinstance(self.teacher, LiveTeacher)
-        directions = None
-        if self.hidden_loss.reading == "directions":
-            directions = label_directions(self.teacher.network, targets[mask])
-        return self.hidden_loss(student_layers, teacher_layers, inputs, mask, directions)
 
     def _note(
         self, model: nn.Module, inputs: dict[str, Any], parts: FusedLoss, outputs: Any, **more: Tensor | None

@@ -13,7 +13,7 @@ from trl import SFTConfig
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import LAYER_MAPS
-from hf_transfer_ext.losses.layer_reading import hidden_options
+from hf_transfer_ext.losses.layer_reading import AT_HEADS, hidden_options, reading_of
 from hf_transfer_ext.losses.slopes import Form, own_options, require_form
 from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, takes_vocabularies
 from hf_transfer_ext.registry import keyword_options, unknown_name
@@ -211,6 +211,13 @@ class DistillationConfig(SFTConfig):
         if not self.hidden_weight > 0:
             raise ValueError(
                 f"`hidden_weight` must be > 0, got {self.hidden_weight}. Leave `hidden_loss` out instead."
+            )
+        if reading_of(HIDDEN_LOSSES[self.hidden_loss]) in AT_HEADS and (
+            self.layer_map != "uniform" or self.hidden_embeddings
+        ):
+            raise ValueError(
+                f"{self.hidden_loss} compares what the heads read, and no layers: leave `layer_map` and "
+                "`hidden_embeddings` out."
             )
         if isinstance(self.layer_map, str):
             if self.layer_map not in LAYER_MAPS:

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import layer_pairs
-from hf_transfer_ext.losses.layer_reading import reading_of
-from hf_transfer_ext.models.heads import causal_lm_of, head_of
-from hf_transfer_ext.models.layer_views import EMBEDDINGS, LayerView, layers_viewed
+from hf_transfer_ext.losses.layer_reading import AT_HEADS, reading_of
+from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_module, head_of
+from hf_transfer_ext.models.layer_views import EMBEDDINGS, FEATURES, LayerView, layers_viewed
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.registry import keyword_options
 from hf_transfer_ext.teachers.documents import documents_of
@@ -32,8 +33,13 @@ from hf_transfer_ext.tensors import Mask, predicting_rows
 
 logger = logging.getLogger(__name__)
 
-#: The projections in a checkpoint.
+#: The parameters that are trained along, in a checkpoint.
 PROJECTIONS_FILE = "distillation_projections.safetensors"
+
+#: The name of an auxiliary head among the projections.
+AUXILIARY_HEAD = "auxiliary_head"
+#: Tokens whose logits an auxiliary head is compared on at once.
+LOGIT_TOKENS = 128
 
 Views = dict[int, LayerView]
 
@@ -71,13 +77,16 @@ class HiddenLoss(nn.Module):
         if "causal" in keyword_options(self.loss):
             self.options["causal"] = True
         depths, widths = zip(*(_shape(model) for model in (student, teacher)), strict=True)
-        self.pairs = layer_pairs(mapping, *depths)
+        self.pairs = [(FEATURES, FEATURES)] if self.reading in AT_HEADS else layer_pairs(mapping, *depths)
         if embeddings:
             if self.reading in ("relations", "scores"):
                 raise ValueError(f"`hidden_embeddings` is set, but {name} reads attention, which embeddings have not.")
             self.pairs = [(EMBEDDINGS, EMBEDDINGS), *self.pairs]
         self.projections = nn.ParameterDict()
-        if self.reading in ("states", "directions") and widths[0] != widths[1]:
+        if self.reading == "logits":
+            start = head_module(student).weight.detach().float().clone()
+            self.projections[AUXILIARY_HEAD] = nn.Parameter(start)
+        if self.reading in ("states", "features") and widths[0] != widths[1]:
             generator = torch.Generator().manual_seed(seed)
             for pair in self.pairs:
                 start = torch.randn(widths[1], widths[0], generator=generator) / widths[0] ** 0.5
@@ -96,24 +105,33 @@ class HiddenLoss(nn.Module):
         return self.reading in ("relations", "scores")
 
     def forward(
-        self, student: Views, teacher: Views, inputs: Mapping[str, Any], mask: Mask, directions: Tensor | None = None
+        self,
+        student: Views,
+        teacher: Views,
+        inputs: Mapping[str, Any],
+        mask: Mask,
+        labels: Int[Tensor, " tokens"],
+        teacher_model: nn.Module,
     ) -> Float[Tensor, " tokens"]:
         """The loss at each position that predicts a labeled token, in the reading order of the batch.
 
         Args:
             student: What the student's layers computed; carries the gradient.
             teacher: What the teacher's layers computed.
-            directions: For losses that read them, the teacher's head rows of the labeled tokens.
+            labels: The labeled tokens.
+            teacher_model: The model that runs as the teacher, whose head some losses read.
 
         Raises:
             ValueError: No gradient flows through the student's layers.
         """
-        texts = None if self.reading in ("states", "directions") else _Texts(inputs, mask)
+        at_tokens = self.reading in ("states", *AT_HEADS)
+        texts = None if at_tokens else _Texts(inputs, mask)
+        head = teacher_head(teacher_model) if self.reading in AT_HEADS else None
         values = []
         for pair in self.pairs:
             own, other = student[pair[0]], teacher[pair[1]]
             if texts is None:
-                values.append(self._at_tokens(pair, own, other, mask, directions))
+                values.append(self._at_tokens(pair, own, other, mask, labels, head))
             else:
                 values.append(self._in_texts(own, other, texts))
         found = torch.stack(values).mean(0)
@@ -126,15 +144,32 @@ class HiddenLoss(nn.Module):
         return found
 
     def _at_tokens(
-        self, pair: tuple[int, int], own: LayerView, other: LayerView, mask: Mask, directions: Tensor | None
+        self, pair: tuple[int, int], own: LayerView, other: LayerView, mask: Mask, labels: Tensor, head: LMHead | None
     ) -> Tensor:
         assert own.states is not None and other.states is not None
         student = predicting_rows(own.states, mask)
         teacher = predicting_rows(other.states, mask).to(student.device)
         key = _key(pair)
-        more = [] if directions is None else [directions.to(student.device)]
+        if self.reading == "logits" and head is not None:
+            return self._of_logits(student, teacher, head)
+        more = [] if head is None else [head.weight[labels.to(head.weight.device)].to(student.device)]
         projection = self.projections[key] if key in self.projections else None
         return self.loss(student, teacher, projection, *more, **self.options)
+
+    def _of_logits(self, student: Tensor, teacher: Tensor, head: LMHead) -> Tensor:
+        """The loss between an auxiliary head and the teacher's, `LOGIT_TOKENS` tokens at a time."""
+        auxiliary = self.projections[AUXILIARY_HEAD]
+        shared = min(len(auxiliary), head.vocab_size)
+        top = min(self.options.get("top", keyword_options(self.loss)["top"]), shared)
+
+        def part(own: Tensor, other: Tensor) -> Tensor:
+            with torch.no_grad():
+                found = head.logits(other.to(head.weight.device))[:, :shared].float().topk(top)
+            logits = torch.einsum("tw,tkw->tk", own.float(), auxiliary[found.indices.to(own.device)])
+            return self.loss(logits, found.values.to(own.device), **self.options)
+
+        blocks = zip(student.split(LOGIT_TOKENS), teacher.split(LOGIT_TOKENS), strict=True)
+        return torch.cat([checkpoint(part, own, other, use_reentrant=False) for own, other in blocks])
 
     def _in_texts(self, own: LayerView, other: LayerView, texts: _Texts) -> Tensor:
         if self.reading == "sequences":
@@ -162,9 +197,9 @@ class HiddenLoss(nn.Module):
             is_sharded(accelerator=accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
         ):
             raise ValueError(
-                "Student and teacher differ in width, which needs trained projections; under FSDP and DeepSpeed these "
-                "cannot be trained beside the sharded student. Use a loss without projections (`attention_relation`, "
-                "`token_relation_graph`), a teacher of the student's width, or plain DDP."
+                "This `hidden_loss` trains a projection between different widths, or a head; under FSDP and DeepSpeed "
+                "these cannot be trained beside the sharded student. Use a loss without (`attention_relation`, "
+                "`token_relationship_graph`), a teacher of the student's width, or plain DDP."
             )
         self.to(accelerator.device)
 
@@ -270,16 +305,16 @@ def _shape(model: nn.Module) -> tuple[int, int]:
 
 
 def _key(pair: tuple[int, int]) -> str:
-    names = ("embeddings" if layer == EMBEDDINGS else str(layer) for layer in pair)
+    names = ({EMBEDDINGS: "embeddings", FEATURES: "features"}.get(layer, str(layer)) for layer in pair)
     return "student_{}_teacher_{}".format(*names)
 
 
-def label_directions(teacher: nn.Module, labels: Tensor) -> Float[Tensor, "tokens width"]:
-    """The rows of the teacher's head for some tokens.
+def teacher_head(teacher: nn.Module) -> LMHead:
+    """The teacher's head, for losses that read it.
 
     Raises:
         ValueError: The head is adapted or quantized, or sharded.
     """
     if is_sharded(teacher):
-        raise ValueError("The rows of a sharded teacher's head cannot be read. Use another `hidden_loss`, or DDP.")
-    return head_of(teacher).weight.detach()[labels.to(head_of(teacher).weight.device)]
+        raise ValueError("The head of a sharded teacher cannot be read. Use another `hidden_loss`, or plain DDP.")
+    return head_of(teacher).detach()

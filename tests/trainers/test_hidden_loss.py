@@ -21,11 +21,14 @@ PAIRS = [(0, 1), (1, 3)]  # "uniform" of 2 and 4 layers
 
 
 def deep(seed=2, **config):
-    return tiny_llama(seed, num_hidden_layers=4, **config)
+    """A deeper teacher, with larger features: equal ones would lie at the edge of feature_norm_direction."""
+    model = tiny_llama(seed, num_hidden_layers=4, **config)
+    torch.nn.init.constant_(model.model.norm.weight, 1.5)
+    return model
 
 
 def inside(model, ids):
-    """(output, queries, keys, values) of each layer, computed from the layers' own modules; scores without a mask."""
+    """Logits, (output, queries, keys, values) of each layer from the layers' own modules, and what the head reads."""
     found, inputs = [], []
     handles = [
         layer.register_forward_pre_hook(lambda m, args, named: inputs.append(args[0]), with_kwargs=True)
@@ -41,16 +44,22 @@ def inside(model, ids):
         q, k, v = (getattr(attention, f"{n}_proj")(normed).view(split).transpose(1, 2) for n in "qkv")
         q, k = apply_rotary_pos_emb(q, k, *model.model.rotary_emb(states, torch.arange(ids.shape[1])[None]))
         found.append((output, q, k, v))
-    return logits, found
+    return logits, found, model.model.norm(inputs[-1])
 
 
-def by_formula(name, own, other, teacher, ids, options):
+def by_formula(name, own, other, student_head, teacher, ids, options):
     """The loss at the positions that predict a token, of one pair of layers and one text without padding."""
     loss, mask = HIDDEN_LOSSES[name], torch.ones_like(ids, dtype=torch.bool)
+    if name == "token_relationship_graph":
+        return loss(own[0], other[0], mask, **options)[0, :-1]
+    if name == "dual_head":  # the auxiliary head starts as the student's own
+        return loss(own[-1][0, :-1] @ student_head.T, other[-1][0, :-1] @ teacher.lm_head.weight.T, **options)
+    if name == "feature_norm_direction":
+        return loss(own[-1][0, :-1], other[-1][0, :-1], None, teacher.lm_head.weight[ids[0, 1:]])
     if name in ("hidden_mse", "hidden_cosine"):
         return loss(own[0][0, :-1], other[0][0, :-1], None, **options)
     if name == "attention_relation":
-        sides = [[x.transpose(1, 2).flatten(2) for x in side[1:]] for side in (own, other)]
+        sides = [[x.transpose(1, 2).flatten(2) for x in side[1:4]] for side in (own, other)]
         total = sum(loss(x, y, mask, causal=True, **options) for x, y in zip(*sides, strict=True))
         return total[0, :-1]
     later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
@@ -69,12 +78,14 @@ def manual_step(student, teacher, texts, name, options, pairs=PAIRS, lr=0.5, hid
     total, tokens, between = 0.0, 0, 0.0
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
-        z, own = inside(student, ids)
+        z, *own = inside(student, ids)
         with torch.no_grad():
-            t, other = inside(teacher, ids)
+            t, *other = inside(teacher, ids)
         p = t[:, :-1].softmax(-1)
         kl = (p * (p.log() - z[:, :-1].log_softmax(-1))).sum()
-        values = [by_formula(name, own[i], other[j], teacher, ids, options) for i, j in pairs]
+        own, other = ([(*one, heads_input) for one in found] for found, heads_input in (own, other))
+        head = student.lm_head.weight.detach()
+        values = [by_formula(name, own[i], other[j], head, teacher, ids, options) for i, j in pairs]
         here = torch.stack(values).mean(0).sum()
         total, between, tokens = total + kl + hidden_weight * here, between + here.item(), tokens + ids.shape[1] - 1
     (total / tokens).backward()
@@ -89,6 +100,9 @@ ALL = [
     ("hidden_cosine", {}),
     ("attention_relation", {"heads": 2}),
     ("attention_mse", {}),
+    ("token_relationship_graph", {"neighbors": 3}),
+    ("feature_norm_direction", {}),
+    ("dual_head", {"top": 5}),
 ]
 
 
@@ -105,10 +119,10 @@ def test_one_step_is_the_step_of_the_formula(tmp_path, name, options, attention)
     assert_same(weights(trainer), expected, atol=1e-5)
     assert logged(trainer, "hidden")[0] == pytest.approx(between, rel=1e-3)
     assert logged(trainer, "loss")[0] == pytest.approx(loss, rel=1e-4)
-    assert trainer.hidden_loss.pairs == PAIRS
+    assert trainer.hidden_loss.pairs == ([(-2, -2)] if name in ("feature_norm_direction", "dual_head") else PAIRS)
 
 
-@pytest.mark.parametrize("name", ["hidden_mse", "attention_relation", "attention_mse"])
+@pytest.mark.parametrize("name", [name for name, _ in ALL])
 def test_packing_micro_batches_and_full_logits_change_nothing(tmp_path, name):
     options = {"texts": TEXTS[:4], "hidden_loss": name, "kd_weight": 0.0, "shuffle_dataset": False}
     one = trained(tmp_path / "a", teacher=deep(), **options)
@@ -239,6 +253,10 @@ def test_evaluation_adds_the_hidden_loss(tmp_path):
         ({"hidden_loss": "hidden_mse", "layer_map": [[0]]}, "has to be a name or pairs of layers"),
         ({"hidden_loss": "hidden_mse", "hidden_weight": 0.0}, "`hidden_weight` must be > 0"),
         ({"hidden_loss": "hidden_mse", "teacher_cache": "x"}, "a cache holds the teacher's predictions"),
+        (
+            {"hidden_loss": "feature_norm_direction", "layer_map": "last"},
+            "compares what the heads read, and no layers",
+        ),
         ({"layer_map": "last"}, "`layer_map` is given, but no `hidden_loss`"),
     ],
 )
