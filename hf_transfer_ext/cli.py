@@ -31,6 +31,7 @@ COMMANDS = {
     "cache-teacher": ("hf_transfer_ext.trainers.cache_command", "store a teacher's outputs on a dataset"),
     "push": ("hf_transfer_ext.hub.command", "publish a result: push FOLDER REPO"),
     "pull": ("hf_transfer_ext.hub.pull_command", "download a result: pull REPO FOLDER"),
+    "adapters": ("hf_transfer_ext.hub.adapters_of", "list the adapters of a base model on the Hub: adapters BASE"),
     "lineage": ("hf_transfer_ext.hub.lineage_tree", "show what a result was made from: lineage PATH_OR_REPO"),
     "reproduce": ("hf_transfer_ext.reproduce", "make a result again and compare: reproduce PATH_OR_REPO"),
     "methods": ("hf_transfer_ext.catalogue", "list the methods, or explain one: methods [NAME]"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
 from hf_transfer_ext.adapters.finish import base_of_config, finish_adapter
 from hf_transfer_ext.files import sha256_of, write_text, written_aside
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.inputs import Wanted
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.settings import arguments_for
@@ -230,7 +231,9 @@ def _dense_changes(model: Any) -> Mapping[str, Tensor]:
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext convert ADAPTER OUT`."""
     about = "Write a DoRA, LoKr, LoHa, IA3 or other PEFT adapter as a plain LoRA that every server loads."
-    print_report(
-        convert_to_lora(**arguments_for(convert_to_lora, argv, program="hf-transfer-ext convert", about=about))
-    )
+    program = "hf-transfer-ext convert"
+    arguments = arguments_for(convert_to_lora, argv, program=program, about=about, extra=PUSH_OPTIONS)
+    publication = Publication.taken_from(arguments)
+    print_report(convert_to_lora(**arguments))
+    publication.publish(arguments["out"])
     return 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted, call_of
 from hf_transfer_ext.hub.record import RunRecord, Stage
@@ -646,11 +647,12 @@ def main(argv: list[str] | None = None) -> int:
         program="hf-transfer-ext extract",
         about="Extract a LoRA adapter from a full fine-tune, for PeftModel.from_pretrained(base, OUT).",
         hidden=["progress"],
-        extra=[QUIET],
+        extra=[QUIET, *PUSH_OPTIONS],
         foreign=FOREIGN,
     )
-    quiet = arguments.pop("quiet", False)
+    quiet, publication = arguments.pop("quiet", False), Publication.taken_from(arguments)
     print_report(extract_lora(**arguments, progress=not quiet))
+    publication.publish(arguments["out"])
     return 0
 
 

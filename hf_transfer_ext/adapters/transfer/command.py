@@ -14,6 +14,7 @@ from hf_transfer_ext.adapters.transfer.methods import TRANSFER_METHODS
 from hf_transfer_ext.adapters.transfer.run import TransferReport, transfer_lora
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings
 from hf_transfer_ext.data.text import read_rows
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.settings import arguments_for, unknown_setting
 from hf_transfer_ext.weights.repository import base_of_adapter, local_folder
@@ -142,7 +143,10 @@ def transfer_with_words(
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext transfer ADAPTER TARGET_BASE OUT`."""
     about = "Move a LoRA to another base model. The result is a plain PEFT LoRA for the new base."
-    arguments = arguments_for(transfer_with_words, argv, program="hf-transfer-ext transfer", about=about)
+    arguments = arguments_for(
+        transfer_with_words, argv, program="hf-transfer-ext transfer", about=about, extra=PUSH_OPTIONS
+    )
+    publication = Publication.taken_from(arguments)
     report = transfer_with_words(**arguments)
     print(f"{report.folder}: transferred in {report.seconds:.1f} s")
     if isinstance(report, TransferReport):
@@ -152,4 +156,5 @@ def main(argv: list[str] | None = None) -> int:
             print(f"left out: {module}: {reason}")
     else:
         print(f"method {TRANS_LORA}, {report.rows} inputs; {report.acceptance:.0%} of the written ones accepted")
+    publication.publish(arguments["out"])
     return 0
