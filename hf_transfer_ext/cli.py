@@ -38,8 +38,10 @@ COMMANDS = {
     "cache-teacher": ("hf_transfer_ext.recipes.cache_teacher", "store a teacher's outputs on a dataset"),
     "push": ("hf_transfer_ext.hub.command", "publish a result: push FOLDER REPO"),
     "pull": ("hf_transfer_ext.hub.pull_command", "download a result: pull REPO FOLDER"),
+    "adapters": ("hf_transfer_ext.hub.adapters_of", "list the adapters of a base model on the Hub: adapters BASE"),
     "lineage": ("hf_transfer_ext.hub.lineage_tree", "show what a result was made from: lineage PATH_OR_REPO"),
     "reproduce": ("hf_transfer_ext.reproduce", "make a result again and compare: reproduce PATH_OR_REPO"),
+    "export": ("hf_transfer_ext.export", "write a model or LoRA as GGUF: export FOLDER OUT.gguf"),
     "methods": ("hf_transfer_ext.catalogue", "list the methods, or explain one: methods [NAME]"),
     "doctor": ("hf_transfer_ext.doctor", "show versions, devices, and what is missing for which job"),
 }

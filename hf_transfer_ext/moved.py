@@ -14,6 +14,7 @@ from typing import Any
 #: old module -> new module, below this package.
 MOVED = {
     "adapters.factors": "weights.lora",
+    "adapters.servable": "hub.servable",
     "checkpoints": "weights.checkpoints",
     "evals.audit.audit": "evals.audit.run",
     "evals.audit.membership.references": "evals.audit.references",

@@ -11,8 +11,10 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,6 +70,7 @@ class Repo:
     kind: str  # "models" or "datasets"
     repo_id: str
     private: bool = False
+    gated: bool | str = False  # a gated repository is listed to all and handed out to its owner alone
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -117,14 +120,21 @@ class HubServer:
         self.requests: list[str] = []
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self._handler = handler
+        self.start(0)
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+
+    def start(self, port: int) -> None:
+        """Serve on a port, 0 for a free one; after `close`, what was there before is served again."""
+        self._http = _Server(("127.0.0.1", port), self._handler)
+        self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def close(self) -> None:
+        """Stop as a killed server does: every connection drops, whatever was on its way."""
         self._http.shutdown()
         self._http.server_close()
+        self._http.drop_connections()
 
     def clear(self) -> None:
         """Forget all repositories; caches of the client keep what they have."""
@@ -184,6 +194,31 @@ def _line(repo: Repo, commit: Commit | None) -> list[Commit]:
         found.append(commit)
         commit = repo.commits.get(commit.parent or "")
     return found
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *args: Any) -> None:
+        self.connections: set[socket.socket] = set()
+        super().__init__(*args)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a dropped connection
+
+    def drop_connections(self) -> None:
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -291,6 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
             errors, warnings = check_card(found["content"])
             answer = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
             self._json(answer, 400 if errors else 200)
+        elif parts[0] in ("models", "datasets") and len(parts) == 1:
+            self._list(parts[0])
         elif parts[0] in ("models", "datasets") and len(parts) > 1:
             writes = self.command in ("POST", "PUT", "DELETE") and "paths-info" not in parts
             repo, rest = self._repo(parts[0], parts[1:], write=writes)
@@ -339,6 +376,22 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "RepoNotFound", "Repository not found")
         self._json({})
 
+    def _list(self, kind: str) -> None:
+        account, wanted = self._account(), self.query
+        found = []
+        for (own_kind, repo_id), repo in sorted(self.hub.repos.items()):
+            if own_kind != kind or (repo.private and account != repo_id.split("/")[0]):
+                continue
+            info = self._info(repo, repo.find("main"))
+            del info["siblings"], info["cardData"]
+            if (
+                set(wanted.get("filter", [])) <= set(info["tags"])
+                and wanted.get("search", [""])[0].lower() in repo_id.lower()
+                and wanted.get("author", [info["author"]])[0] == info["author"]
+            ):
+                found.append(info)
+        self._json(found[: int(wanted.get("limit", ["1000"])[0])])
+
     def _info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(commit.files)]
         if self.query.get("blobs"):
@@ -358,11 +411,11 @@ class _Handler(BaseHTTPRequestHandler):
             "lastModified": commit.date,
             "createdAt": commit.date,
             "private": repo.private,
-            "gated": False,
+            "gated": repo.gated,
             "disabled": False,
             "downloads": 0,
             "likes": 0,
-            "tags": (card or {}).get("tags") or [],
+            "tags": tags_of(card or {}),
             "cardData": card,
             "siblings": siblings,
         }
@@ -444,6 +497,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, None, f"Not served here: {self.path}")
         # A revision is one percent-encoded part, except for "refs/pr/1" and its like when a user pastes an address.
         length = 3 if rest[1] == "refs" and len(rest) > 4 else 1
+        if repo.gated and self._account() != repo.repo_id.split("/")[0]:
+            raise Refusal(403, "GatedRepo", f"Access to model {repo.repo_id} is restricted. Ask for access.")
         commit = repo.find("/".join(rest[1 : 1 + length]))
         path = "/".join(rest[1 + length :])
         blob = commit.files.get(path)
@@ -593,6 +648,16 @@ def _commit_header(commit: Commit) -> dict[str, str]:
 def _folder_oid(commit: Commit, folder: str) -> str:
     inside: Iterable[str] = sorted(path for path in commit.files if path.startswith(f"{folder}/"))
     return hashlib.sha1(json.dumps([(p, commit.files[p].git_oid) for p in inside]).encode()).hexdigest()
+
+
+def tags_of(card: dict[str, Any]) -> list[str]:
+    """The tags that a list of models is filtered by: those of the card, and its bases with their relation."""
+    bases = card.get("base_model") or []
+    bases = [bases] if isinstance(bases, str) else bases
+    relation = card.get("base_model_relation")
+    tags = [*(card.get("tags") or []), *(f"base_model:{base}" for base in bases)]
+    tags += [f"base_model:{relation}:{base}" for base in bases if relation]
+    return tags + ([f"license:{card['license']}"] if card.get("license") else [])
 
 
 def front_matter(card: str) -> dict[str, Any] | None:

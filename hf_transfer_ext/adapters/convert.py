@@ -17,6 +17,7 @@ from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, M
 from hf_transfer_ext.adapters.finish import base_of_config, finish_adapter
 from hf_transfer_ext.adapters.gguf import convert_to_gguf
 from hf_transfer_ext.files import sha256_of, write_text, written_aside
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.inputs import Wanted
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.settings import arguments_for
@@ -274,9 +275,16 @@ def convert(
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext convert ADAPTER OUT`."""
     about = "Write a DoRA, LoKr, LoHa or other PEFT adapter as a plain LoRA, or a LoRA as a GGUF file (--to gguf)."
-    found = convert(**arguments_for(convert, argv, program="hf-transfer-ext convert", about=about))
+    arguments = arguments_for(convert, argv, program="hf-transfer-ext convert", about=about, extra=PUSH_OPTIONS)
+    publication = Publication.taken_from(arguments)
+    if publication.repo is not None and arguments.get("to") == "gguf":
+        raise ValueError(
+            "A single GGUF file has no card to publish. `hf-transfer-ext export` writes a folder with one."
+        )
+    found = convert(**arguments)
     if isinstance(found, ExtractionReport):
         print_report(found)
+        publication.publish(found.folder)
     else:
         print(f"{found}: {found.stat().st_size / 1e6:.1f} MB; llama.cpp loads it, started with --lora {found.name}.")
     return 0

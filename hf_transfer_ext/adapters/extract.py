@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.adapters.finish import SERVING
-from hf_transfer_ext.adapters.servable import serving
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted, call_of
 from hf_transfer_ext.hub.record import RunRecord, Stage
+from hf_transfer_ext.hub.servable import serving
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.settings import QUIET, ForeignFlag, arguments_for
 from hf_transfer_ext.tensors import dtype_by_name
@@ -170,7 +170,6 @@ def extract_lora(
             record.stages.append(Stage("extract", round(report.seconds, 3)))
             record.metrics.append(report.measurement())
             inputs.put_into(record)
-            record.notes[SERVING] = serving(folder)
             finish_run(folder, record, quiet=True)
 
         return write_change(
@@ -649,11 +648,12 @@ def main(argv: list[str] | None = None) -> int:
         program="hf-transfer-ext extract",
         about="Extract a LoRA adapter from a full fine-tune, for PeftModel.from_pretrained(base, OUT).",
         hidden=["progress"],
-        extra=[QUIET],
+        extra=[QUIET, *PUSH_OPTIONS],
         foreign=FOREIGN,
     )
-    quiet = arguments.pop("quiet", False)
+    quiet, publication = arguments.pop("quiet", False), Publication.taken_from(arguments)
     print_report(extract_lora(**arguments, progress=not quiet))
+    publication.publish(arguments["out"])
     return 0
 
 

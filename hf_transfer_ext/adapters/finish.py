@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_transfer_ext.adapters.servable import serving
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.inputs import Wanted, call_of, described_or_named
 from hf_transfer_ext.hub.record import RunRecord, Stage
 from hf_transfer_ext.measurement import Measurement
-
-#: Heading of the card under which it says which servers load the adapter.
-SERVING = "Serving"
 
 
 def finish_adapter(
@@ -53,7 +49,6 @@ def finish_adapter(
     record.stages.append(Stage(job, round(seconds, 3)))
     record.metrics += metrics
     record.not_measured += not_measured
-    record.notes[SERVING] = serving(folder)
     finish_run(folder, record, quiet=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
 from hf_transfer_ext.adapters.finish import base_of_config, finish_adapter
 from hf_transfer_ext.files import sha256_of, write_text, written_aside
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.weights.lora import LoraFactors, decomposed, read_lora, save_like
 from hf_transfer_ext.weights.repository import local_folder
@@ -110,6 +111,8 @@ def kept_rank(
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext resize ADAPTER OUT --rank R`."""
     about = "Write the best approximation of a LoRA adapter at another rank: --rank, --energy or --ratio."
-    arguments = arguments_for(resize_lora, argv, program="hf-transfer-ext resize", about=about)
+    arguments = arguments_for(resize_lora, argv, program="hf-transfer-ext resize", about=about, extra=PUSH_OPTIONS)
+    publication = Publication.taken_from(arguments)
     print_report(resize_lora(**arguments))
+    publication.publish(arguments["out"])
     return 0

@@ -21,6 +21,7 @@ from hf_transfer_ext.edits.methods.acu import STATE_FILE
 from hf_transfer_ext.edits.subject import Rows, Subject, closing, data_digest, mean_loss
 from hf_transfer_ext.edits.write import write_lora, write_model, write_tensors_of
 from hf_transfer_ext.files import refuse_existing_output, sha256_of
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.inputs import InputsInBackground, call_of
 from hf_transfer_ext.hub.record import RunRecord, Stage, describe_dataset
@@ -280,9 +281,13 @@ def _record(
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext edit MODEL OUT --method NAME`."""
     about = "Unlearn without training: edit tensors in closed form, with a bound on the retain set's loss."
-    arguments = arguments_for(apply_edit, argv, program="hf-transfer-ext edit", about=about, hidden=["template"])
+    arguments = arguments_for(
+        apply_edit, argv, program="hf-transfer-ext edit", about=about, hidden=["template"], extra=PUSH_OPTIONS
+    )
+    publication = Publication.taken_from(arguments)
     report = apply_edit(**arguments)
     print(f"{report.folder}: {report.method}, {len(report.tensors)} tensors changed in {report.seconds:.1f} s")
     for name, value in report.found.items():
         print(f"{name}: {value}")
+    publication.publish(report.folder)
     return 0

@@ -44,6 +44,7 @@ from hf_transfer_ext.files import (
     write_text,
     written_aside,
 )
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.inputs import InputsInBackground
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, describe_input, digests_of
@@ -519,12 +520,16 @@ def main(argv: Sequence[str]) -> int:
     if command not in COMMANDS:
         raise ValueError(unknown_setting("command", command, COMMANDS))
     function, about = COMMANDS[command]
-    found = function(**arguments_for(function, rest, program=f"hf-transfer-ext requests {command}", about=about))
+    extra = PUSH_OPTIONS if command == "apply" else ()
+    arguments = arguments_for(function, rest, program=f"hf-transfer-ext requests {command}", about=about, extra=extra)
+    publication = Publication.taken_from(arguments)
+    found = function(**arguments)
     if command == "list":
         print(request_table(found))
     elif command == "apply":
         stack = ", ".join(found.requests) or "no request stands"
         print(f"{found.folder}: {stack}; {len(found.tensors)} tensors changed in {found.seconds:.1f} s")
+        publication.publish(found.folder)
     else:
         print(request_table([found]))
     return 0

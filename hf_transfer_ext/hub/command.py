@@ -1,9 +1,52 @@
-"""`hf-transfer-ext push FOLDER REPO`."""
+"""`hf-transfer-ext push FOLDER REPO`, and the options with which other commands publish their result."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from hf_transfer_ext.hub.publish import push
-from hf_transfer_ext.settings import arguments_for
+from hf_transfer_ext.settings import Setting, arguments_for
+from hf_transfer_ext.weights.repository import place_of
+
+#: Options of every command that writes a result.
+PUSH_OPTIONS = (
+    Setting("push_to_hub", str | None, None, "Publish the result on the Hub: REPO[@BRANCH][:SUBFOLDER]."),
+    Setting("private", bool | None, None, "Of push_to_hub: make a new repository private."),
+    Setting("create_pr", bool, False, "Of push_to_hub: open a pull request instead of changing the branch."),
+)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Where the result of a command is published, if anywhere."""
+
+    repo: str | None = None
+    private: bool | None = None
+    create_pr: bool = False
+
+    @classmethod
+    def taken_from(cls, arguments: dict[str, Any]) -> Publication:
+        """The options of `PUSH_OPTIONS`, removed from the arguments of a command; checked before any work.
+
+        Raises:
+            ValueError: An option without `push_to_hub`, a name that no repository has, or nothing to publish.
+        """
+        found = cls(*(arguments.pop(option.name, option.default) for option in PUSH_OPTIONS))
+        if found.repo is None and (found.private is not None or found.create_pr):
+            raise ValueError("`private` and `create_pr` say how to publish: set `push_to_hub` too.")
+        if found.repo is not None:
+            if arguments.get("dry_run"):
+                raise ValueError("A dry run writes nothing, so `push_to_hub` has nothing to publish.")
+            if place_of(found.repo).path.count("/") > 1 or found.repo.startswith((".", "/", "~")):
+                raise ValueError(f"`push_to_hub` takes REPO[@BRANCH][:SUBFOLDER], got {found.repo!r}.")
+        return found
+
+    def publish(self, folder: str | Path) -> None:
+        """Push the folder, where that was asked for, and print the address of the commit."""
+        if self.repo is not None:
+            print(f"Pushed to {push(folder, self.repo, private=self.private, create_pr=self.create_pr)}")
 
 
 def main(argv: list[str] | None = None) -> int:

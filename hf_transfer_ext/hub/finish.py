@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_transfer_ext.files import path_inside, sha256_of, write_text
 from hf_transfer_ext.hub.card import CARD_FILE
-from hf_transfer_ext.hub.publish import holds_weights, push, save_result
+from hf_transfer_ext.hub.publish import earlier_card, holds_weights, push, save_result
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, device_summary, read_record
 from hf_transfer_ext.hub.report import report_card
 from hf_transfer_ext.hub.table import comparison_plot, comparison_table
@@ -32,6 +32,7 @@ def finish_run(
     push_to: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    create_pr: bool = False,
     token: str | None = None,
     plot: str | None = "comparison.png",
     quiet: bool = False,
@@ -47,9 +48,10 @@ def finish_run(
         model: The model to save. None where the weights, or the files of a report, are in `folder` already.
         precision: Compute dtype, where it is not the model's own (bfloat16 under autocast).
         files: Name in the folder -> file to copy there.
-        push_to: Hub repository; None keeps the result here. With it, `private`, `revision` and `token` as in `push`.
+        push_to: Hub repository; None keeps the result here. With it, `private`, `revision`, `create_pr` and `token`
+            as in `push`.
         plot: File of the plot of what was measured; None for none.
-        quiet: Print nothing.
+        quiet: Print nothing but the address of what was published.
     """
     folder, tell = Path(folder), (lambda text: None) if quiet else print
     if measured is not None:
@@ -77,7 +79,8 @@ def finish_run(
             _complete_report(folder, record, extra_files)
     tell(f"Saved to {folder}")
     if push_to:
-        tell(f"Pushed to {push(folder, push_to, private=private, revision=revision, token=token)}")
+        how: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
+        print(f"Pushed to {push(folder, push_to, **how)}")
     return folder
 
 
@@ -87,7 +90,12 @@ def _complete_report(folder: Path, record: RunRecord, files: Mapping[str, str | 
         shutil.copyfile(source, path_inside(folder, name))
     if record.compared:
         write_text(folder / "table.txt", comparison_table(record.compared) + "\n")
-    write_text(folder / CARD_FILE, report_card(record))
+    # The report itself may quote the data, so it is published only by name (`push --include`).
+    shown = [path for path in folder.iterdir() if path.suffix == ".png" or path.name == "table.txt"]
+    record.result = {path.name: sha256_of(path) for path in sorted(shown) if path.is_file() and not path.is_symlink()}
+    earlier = earlier_card(folder)
+    plots = sorted(path.name for path in folder.glob("*.png"))
+    write_text(folder / CARD_FILE, report_card(record, plots=plots, earlier=earlier))
     record.write(folder)
 
 

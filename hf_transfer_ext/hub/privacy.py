@@ -7,8 +7,10 @@ import enum
 import math
 import os
 import re
+import socket
 import struct
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -109,7 +111,11 @@ _REMOTE_LOGIN = re.compile(r"(?<![\w.-])[\w.-]+@[\w.-]+:(?=[/~])")
 
 
 def public_text(text: str) -> str:
-    """`text` without secrets, logins in addresses, and the folders of local paths (the last component stays)."""
+    """`text` without secrets, logins in addresses, and the folders of local paths (the last component stays).
+
+    The name of this machine goes where it follows `_`, `@` or `/`, as in the folders of logs and in addresses; a word
+    that happens to be the same (a model's name) stays.
+    """
     for _, anchors, form in _FORMS:
         if any(anchor in text for anchor in anchors):
             text = form.sub(REMOVED, text)
@@ -119,11 +125,21 @@ def public_text(text: str) -> str:
             text = named.sub(lambda match: match["before"] + REMOVED, text)
     if "@" in text:
         text = _REMOTE_LOGIN.sub("", _URL_LOGIN.sub("", text))
+    host = _own_host()
+    if host and host in text:
+        text = re.sub(rf"(?<=[_@/]){re.escape(host)}(?![A-Za-z0-9])", "[host]", text)
     if is_absolute_path(text) or _is_here(text):
         return last_component(text)
     if "/" in text:
         text = _PATHS.sub(lambda match: match[0] if match["address"] else last_component(match[0]), text)
     return _WINDOWS_PATH.sub(lambda match: last_component(match[0]), text) if "\\" in text else text
+
+
+@cache
+def _own_host() -> str:
+    """The name of this machine without its domain; "" where it says nothing."""
+    name = socket.gethostname().split(".")[0]
+    return "" if name in ("", "localhost") else name
 
 
 def find_secret(text: str) -> str | None:

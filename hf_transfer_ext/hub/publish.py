@@ -11,7 +11,8 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,19 @@ from hf_transfer_ext.hub.card import (
     THIS_MODEL,
     base_models,
     eval_results_yaml,
+    is_built_with_llama,
+    is_generated,
+    listing_card,
     model_card,
+    own_text,
+    with_own_text,
 )
 from hf_transfer_ext.hub.privacy import find_secret, find_secret_in_file, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
+from hf_transfer_ext.hub.servable import Server, servable_by
 from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, push_cache
 from hf_transfer_ext.reading import one_line, parse_json, read_text
-from hf_transfer_ext.weights.repository import MODEL_FILES, connection_error, local_folder
+from hf_transfer_ext.weights.repository import MODEL_FILES, Place, connection_error, local_folder, place_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -63,6 +70,12 @@ _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "gene
 PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
 #: How often a push starts again because somebody else committed in the meantime.
 _ATTEMPTS = 40
+#: Seconds to wait before each further try after a dropped connection or an error of the Hub.
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+#: Jobs whose result is a report without weights.
+REPORTS = ("audit", "evaluation", "quickstart")
+#: Results in subfolders that the card of a repository lists.
+MAX_LISTED = 200
 
 
 def save_result(
@@ -97,6 +110,7 @@ def save_result(
             raise FileNotFoundError(
                 f"The extra file {name!r} is to be copied from {str(source)!r}, which is not a file."
             )
+    card_options.setdefault("earlier", earlier_card(Path(folder)))
     if model is None:
         return _complete(Path(folder), tokenizer, record, overwrite, extras, card_options)
     refuse_existing_output(folder, overwrite=overwrite, inputs=extras.values(), also=extras)
@@ -115,6 +129,7 @@ def push(
     *,
     private: bool | None = None,
     revision: str | None = None,
+    create_pr: bool = False,
     token: str | None = None,
     commit_message: str | None = None,
     include: Sequence[str] = (),
@@ -124,18 +139,22 @@ def push(
     Sent are the files of the result, as its record lists them, card and record, and what `include` names; nothing
     else that lies in the folder, and no link. Files of an earlier result that the new one lacks are removed in the
     same commit, so that nobody loads old weights under a new card. Other people's files in the repository stay, and
-    are named in a warning. A teacher cache goes to a data set repository (`push_cache`). Local paths that libraries
-    wrote into the configs (an adapter's base) are replaced in what is sent: by the base's Hub id if the record knows
-    it, else by the last component; the folder is not changed.
+    are named in a warning; so does what a user wrote into the card there, around its generated part. A teacher cache
+    goes to a data set repository (`push_cache`). Local paths that libraries wrote into the configs (an adapter's base)
+    are replaced in what is sent: by the base's Hub id if the record knows it, else by the last component; the folder
+    is not changed. A connection that drops is tried again; large files that have arrived are not sent twice.
 
     Args:
+        repo_id: `repo[@branch][:subfolder]`. In a subfolder, a result stands beside those of other jobs; the card of
+            the repository itself then lists them.
         private: For a new repository; None takes the account's default, and makes a teacher cache private.
-        revision: Branch, created if it does not exist; None is the main branch.
+        revision: Branch, created if it does not exist, or an open pull request (`refs/pr/N`); None is the main branch.
+        create_pr: Open a pull request with the commit instead of changing the branch.
         token: Access token; None takes the one of `hf auth login` or of HF_TOKEN.
         include: Further files to send, by name or pattern below `folder` ("notes.md", "figures/*.png").
 
     Returns:
-        The address of the commit.
+        The address of the commit, or of the pull request.
 
     Raises:
         FileNotFoundError: `folder` has no card, no record or no weights, or lacks a file of its result.
@@ -146,10 +165,12 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    folder = Path(folder)
+    folder, place = Path(folder), place_of(repo_id, revision)
     if (folder / FINGERPRINT_FILE).is_file():
-        if revision is not None or include:
-            raise ValueError(f"{str(folder)!r} is a teacher cache, pushed whole: leave `revision` and `include` out.")
+        if place.revision is not None or place.subfolder or include or create_pr:
+            raise ValueError(
+                f"{str(folder)!r} is a teacher cache, pushed whole to a repository's main branch: name it alone."
+            )
         return push_cache(folder, repo_id, private=private is not False, token=token, commit_message=commit_message)
     for needed in (CARD_FILE, RECORD_FILE):
         if not (folder / needed).is_file():
@@ -157,27 +178,71 @@ def push(
                 f"{str(folder)!r} has no {needed}, and a result is not published without one. "
                 "Write the folder with `save_result`, or add card and record with `save_result(folder, record=...)`."
             )
-    _require_weights(folder)
     record = read_record(folder)
+    if record.job not in REPORTS:
+        _require_weights(folder)
+    if create_pr and place.revision not in (None, "main"):
+        raise ValueError(f"A pull request goes to the main branch, not to {place.revision!r}: leave the branch out.")
+    if is_built_with_llama(record) and not place.path.rpartition("/")[2].lower().startswith("llama"):
+        logger.warning(
+            "A parent of this model is under a Llama license, which from Llama 3 on asks for a name that begins with "
+            "'Llama'; %r does not.", place.path,
+        )  # fmt: skip
     api = HfApi(token=token)
     try:
-        if "/" not in repo_id:
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
-        content = _content(folder, record, repo_id, include)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision not in (None, "main"):
-            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        if "/" not in place.path:
+            account = _again(lambda: api.whoami()["name"])
+            place = replace(place, path=f"{account}/{place.path}")
+        content = _content(folder, record, place, include)
+        branch = place.revision or "main"
+        _again(lambda: api.create_repo(place.path, private=private, exist_ok=True))
+        if branch != "main" and not branch.startswith("refs/pr/"):
+            _again(lambda: api.create_branch(place.path, branch=branch, exist_ok=True))
         message = commit_message or f"Add the result of a {record.job} run"
-        return _commit(api, repo_id, revision or "main", content, message)
+        return _again(lambda: _commit(api, place, content, message, create_pr))
     except LocalTokenNotFoundError as error:
-        raise PermissionError(_log_in(repo_id)) from error
+        raise PermissionError(_log_in(place.path)) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
-            raise PermissionError(f"{_log_in(repo_id)} The Hub answered {status}.") from error
-        raise ConnectionError(f"{repo_id!r} was not changed: the Hub answered {status}. {one_line(error)}") from error
+            raise PermissionError(f"{_log_in(place.path)} The Hub answered {status}.") from error
+        raise ConnectionError(
+            f"{place.path!r} was not changed: the Hub answered {status}. {one_line(error)}"
+        ) from error
     except connection_error() as error:
-        raise ConnectionError(f"{repo_id!r} was not changed: {type(error).__name__}: {one_line(error)}") from error
+        raise ConnectionError(f"{place.path!r} was not changed: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _again(work: Callable[[], Any]) -> Any:
+    """Do it again, after a wait, where the connection dropped or the Hub is out of order (5xx, 429)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in WAITS:
+        try:
+            return _unwrapped(work)
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 500
+            if status < 500 and status != 429:
+                raise
+            logger.warning("The Hub answered %d. Trying again in %g s.", status, wait)
+        except connection_error() as error:
+            logger.warning("The connection to the Hub dropped (%s). Trying again in %g s.", type(error).__name__, wait)
+        time.sleep(wait)
+    return _unwrapped(work)
+
+
+def _unwrapped(work: Callable[[], Any]) -> Any:
+    """`work()`, with the error of an upload in the place of the client's RuntimeError around it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return work()
+    except RuntimeError as error:
+        if isinstance(error.__cause__, (HfHubHTTPError, connection_error())):
+            raise error.__cause__ from error
+        if "client has been closed" in f"{error} {error.__cause__}":  # by another thread, whose connection dropped
+            raise connection_error()("The connection dropped during an upload.") from error
+        raise
 
 
 def pull(repo_id: str, revision: str | None = None) -> Path:
@@ -216,31 +281,43 @@ def path_inside_cache(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _commit(api: HfApi, repo_id: str, branch: str, content: Mapping[str, Path | bytes], message: str) -> str:
+def _commit(
+    api: HfApi, place: Place, content: Mapping[str, Path | bytes], message: str, create_pr: bool = False
+) -> str:
     """One commit on top of what was looked at; where somebody committed in between, it starts again."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
+    repo_id, branch, prefix = place.path, place.revision or "main", place.inside("")
     for attempt in range(_ATTEMPTS):
         info = api.model_info(repo_id, revision=branch)
-        present = {sibling.rfilename for sibling in info.siblings or []} - set(content)
-        earlier = _earlier_result(api, repo_id, str(info.sha))
+        everything = {sibling.rfilename for sibling in info.siblings or []}
+        present = {name.removeprefix(prefix) for name in everything if name.startswith(prefix)}
+        sent = {prefix + name: data for name, data in content.items()}
+        if CARD_FILE in present:
+            sent[prefix + CARD_FILE] = _with_text_there(api, place, str(info.sha), content[CARD_FILE])
+        if prefix:
+            listing = _listing(api, repo_id, str(info.sha), everything, {place.subfolder: content[RECORD_FILE]})
+            sent |= {} if listing is None else {CARD_FILE: listing.encode()}
+        present -= set(content)
+        earlier = _earlier_result(api, place, str(info.sha), everything)
         removed = {name for name in present if name in earlier or _fits(name, DECIDE_WHAT_IS_LOADED)}
         kept = sorted(present - removed - {".gitattributes"})
         if attempt == 0 and removed:
             logger.warning("Removed from %s in this commit: %s.", repo_id, ", ".join(sorted(removed)))
         if attempt == 0 and kept:
             logger.warning("Files in %s that no result of ours wrote stay there: %s.", repo_id, ", ".join(kept))
-        operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in sorted(removed)]
+        operations: list[Any] = [CommitOperationDelete(path_in_repo=prefix + name) for name in sorted(removed)]
         operations += [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=data if isinstance(data, bytes) else str(data))
-            for name, data in content.items()
+            for name, data in sent.items()
         ]
         try:
             commit = api.create_commit(
-                repo_id, operations, commit_message=message, revision=branch, parent_commit=info.sha
-            )
-            return str(commit.commit_url)
+                repo_id, operations, commit_message=message, revision=branch, parent_commit=info.sha,
+                create_pr=create_pr or None,
+            )  # fmt: skip
+            return str(commit.pr_url or commit.commit_url)
         except HfHubHTTPError as error:
             if error.response is None or error.response.status_code not in (409, 412):
                 raise
@@ -248,21 +325,58 @@ def _commit(api: HfApi, repo_id: str, branch: str, content: Mapping[str, Path | 
     raise ConnectionError(f"{repo_id!r} was not changed: others committed {_ATTEMPTS} times in between. Push again.")
 
 
-def _earlier_result(api: HfApi, repo_id: str, commit: str) -> set[str]:
-    """Files in a repository that an earlier push of a result wrote, by its record there."""
-    from huggingface_hub.errors import EntryNotFoundError
-
+def _with_text_there(api: HfApi, place: Place, commit: str, card: Path | bytes) -> bytes:
+    """Our card, with what a user wrote into the one in the repository, unless the folder's own has such text."""
+    ours = card.decode() if isinstance(card, bytes) else read_text(card)
+    if own_text(ours):
+        return ours.encode()
     try:
-        path = api.hf_hub_download(repo_id, RECORD_FILE, revision=commit)
-    except EntryNotFoundError:
+        there = read_text(api.hf_hub_download(place.path, place.inside(CARD_FILE), revision=commit))
+    except ValueError as error:
+        logger.warning("The card in %s is replaced: %s", place.path, error)
+        return ours.encode()
+    return with_own_text(ours, there).encode()
+
+
+def _listing(api: HfApi, repo_id: str, commit: str, present: set[str], new: Mapping[str, Path | bytes]) -> str | None:
+    """The card of a repository with results in subfolders; None where its card is somebody's own, or a result's."""
+    there = ""
+    if RECORD_FILE in present:
+        return None
+    if CARD_FILE in present:
+        try:
+            there = read_text(api.hf_hub_download(repo_id, CARD_FILE, revision=commit))
+        except ValueError:
+            return None
+        if there.strip() and not is_generated(there):
+            return None
+    folders = sorted(name.removesuffix(f"/{RECORD_FILE}") for name in present if name.endswith(f"/{RECORD_FILE}"))
+    records: dict[str, RunRecord] = {}
+    for folder in sorted({*folders, *new})[:MAX_LISTED]:
+        try:
+            if folder in new:
+                data = new[folder]
+                text = data.decode() if isinstance(data, bytes) else read_text(data)
+                records[folder] = RunRecord.from_dict(parse_json(text, folder))
+            else:
+                records[folder] = read_record(f"{repo_id}@{commit}:{folder}")
+        except (ValueError, OSError) as error:
+            logger.warning("%r is not listed in the card of %s: %s", folder, repo_id, one_line(error))
+    return with_own_text(listing_card(repo_id, records), there)
+
+
+def _earlier_result(api: HfApi, place: Place, commit: str, present: set[str]) -> set[str]:
+    """Files in a repository, or its subfolder, that an earlier push of a result wrote, by its record there."""
+    if place.inside(RECORD_FILE) not in present:
         return set()
+    path = api.hf_hub_download(place.path, place.inside(RECORD_FILE), revision=commit)
     try:
         record = read_record(Path(path).parent)
     except ValueError as error:
         logger.warning("%s Its files are not known.", error)
         return {RECORD_FILE, CARD_FILE}
-    listed = set(record.result) or {s.rfilename for s in api.model_info(repo_id, revision=commit).siblings or []
-                                    if _fits(s.rfilename, RESULT_PATTERNS)}  # fmt: skip
+    inside = {name.removeprefix(place.inside("")) for name in present if name.startswith(place.inside(""))}
+    listed = set(record.result) or {name for name in inside if _fits(name, RESULT_PATTERNS)}
     return {RECORD_FILE, CARD_FILE, *listed}
 
 
@@ -294,9 +408,15 @@ def _complete(
     (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)  # of an earlier result
     if results:
         write_text(folder / EVAL_RESULTS_FILE, results)
-    own = {*_result_files(folder), *extras, *([EVAL_RESULTS_FILE] if results else [])}
+    known = {name for name in record.result if name != EVAL_RESULTS_FILE and path_inside(folder, name).is_file()}
+    own = {*_result_files(folder), *known, *extras, *([EVAL_RESULTS_FILE] if results else [])} - {
+        CARD_FILE,
+        RECORD_FILE,
+    }
     record.result = {name: sha256_of(folder / name) for name in sorted(own)}
-    write_text(folder / CARD_FILE, str(model_card(record, adapter=adapter, chat=chat, **card_options)))
+    options = {"plots": [name for name in sorted(own) if name.endswith(".png")], **card_options}
+    servers = _servers(folder) if adapter else []
+    write_text(folder / CARD_FILE, str(model_card(record, adapter=adapter, chat=chat, servers=servers, **options)))
     record.write(folder)
     return folder
 
@@ -304,6 +424,26 @@ def _complete(
 def holds_weights(folder: Path) -> bool:
     """Whether a folder has tensors of a model or an adapter; the rows of a teacher cache are none."""
     return any(folder.glob("*.safetensors")) and not (folder / FINGERPRINT_FILE).is_file()
+
+
+def earlier_card(folder: Path) -> str:
+    """The card that is in a folder, for what its user wrote there; "" if there is none that can be read."""
+    try:
+        return read_text(folder / CARD_FILE)
+    except FileNotFoundError:
+        return ""
+    except (ValueError, OSError) as error:
+        logger.warning("%s The card is written anew.", error)
+        return ""
+
+
+def _servers(folder: Path) -> list[Server]:
+    """Which servers load an adapter; nothing is said of one that cannot be read."""
+    try:
+        return servable_by(folder)
+    except (ValueError, OSError) as error:
+        logger.warning("Which servers load %r is not known: %s", folder.name, error)
+        return []
 
 
 def _require_weights(folder: Path) -> None:
@@ -319,7 +459,7 @@ def _result_files(folder: Path) -> list[str]:
     return [name for path in files if _fits(name := path.relative_to(folder).as_posix(), RESULT_PATTERNS)]
 
 
-def _content(folder: Path, record: RunRecord, repo_id: str, include: Sequence[str]) -> dict[str, Path | bytes]:
+def _content(folder: Path, record: RunRecord, place: Place, include: Sequence[str]) -> dict[str, Path | bytes]:
     """Name in the repository -> file or bytes, for all that is published; secrets, links and changes are refused."""
     result = record.result or {name: "" for name in _result_files(folder)}
     named = {p.relative_to(folder).as_posix() for pattern in include for p in folder.glob(pattern) if not p.is_dir()}
@@ -343,7 +483,10 @@ def _content(folder: Path, record: RunRecord, repo_id: str, include: Sequence[st
                   - {Path(name).parts[0] for name in content})  # fmt: skip
     if left:
         logger.warning("Not part of the result, so not published: %s. Name them in `include` to send them.", left)
-    card = read_text(folder / CARD_FILE).replace(THIS_MODEL, repo_id)
+    card = read_text(folder / CARD_FILE)
+    if place.subfolder:
+        card = card.replace(f'"{THIS_MODEL}"', f'"{place.path}", subfolder="{place.subfolder}"')
+    card = card.replace(THIS_MODEL, place.path)
     content[CARD_FILE] = card.encode()
     bases = base_models(record, direct="adapter_config.json" in content)
     changed = {}

@@ -130,7 +130,7 @@ class RunRecord:
         call: All arguments of the call that made the result, defaults too, for `reproduce`; `input:N` stands for the
             N-th of `inputs` (`inputs.call_of`). {} where the settings in `config` are enough, or where no call from a
             record alone can make the result again.
-        notes: Heading -> sentences that the card shows under it: {"Serving": ["vLLM loads it ..."]}.
+        notes: Heading -> sentences that the card shows under it: {"Lineage": ["The layers are equal ..."]}.
         inputs: Models and data sets that were read (`describe_input`), in the user's order.
         metrics: Measurements of the *result*; these alone become the card's model-index.
         compared: Measurements of other models in the same run, by name: {"before": [...], "teacher": [...]}.

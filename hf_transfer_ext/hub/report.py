@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hf_transfer_ext.hub import card
 from hf_transfer_ext.hub.record import RunRecord
 
@@ -13,20 +15,29 @@ _ABOUT = {
 }
 
 
-def report_card(record: RunRecord) -> str:
-    """The README of a report, from its record alone: what was measured, of what, how, and with which versions."""
+def report_card(record: RunRecord, *, plots: Sequence[str] = (), earlier: str = "") -> str:
+    """The README of a report, from its record alone: what was measured, of what, how, and with which versions.
+
+    Args:
+        plots: Images beside the card.
+        earlier: The card that this one replaces, whose user's own text is kept.
+    """
     names = ", ".join(card._code(item.name) for item in record.inputs if item.role != "dataset")
     title = f"{record.job.capitalize()} of {names}" if names else record.job.capitalize()
     about = _ABOUT.get(record.job, "A report of hf_transfer_ext.")
     made = f"Written by {card._code(record.recipe)} of hf_transfer_ext on {record.created}."
     parts = [
+        card.START,
         f"# {title}",
         f"{about} {made}",
         "## Measurements\n\n" + card._measurements(record),
+        card._plots(plots),
+        card._limits(record),
         "## Not measured\n\n" + card._not_measured(record),
         "## Inputs\n\n" + card._inputs(record),
         card._history(record),
         "## Run\n\n" + card._run(record),
+        card.END,
     ]
     front = "---\ntags:\n- hf_transfer_ext\n- " + record.job + "\n---\n\n"
-    return front + "\n\n".join(part for part in parts if part) + "\n"
+    return card.with_own_text(front + "\n\n".join(part for part in parts if part) + "\n", earlier)

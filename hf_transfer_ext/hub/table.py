@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.measurement import Measurement
 
 Measured = Mapping[str, Sequence[Measurement]]
@@ -17,11 +18,11 @@ def comparison_table(measured: Measured) -> str:
 
     A missing metric (such as a teacher's divergence from itself) is shown as a dash.
     """
-    rows = [["metric", *measured]]
+    rows = [["metric", *map(public_text, measured)]]
     for name in _metric_names(measured):
         found = {model: _named(values, name) for model, values in measured.items()}
         first = next(m for m in found.values() if m is not None)
-        label = f"{name} {'↑' if first.higher_is_better else '↓'} ({first.unit})"
+        label = public_text(f"{name} {'↑' if first.higher_is_better else '↓'} ({first.unit})")
         rows.append([label, *("–" if m is None else f"{m.value:.4g}" for m in found.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -60,14 +61,15 @@ def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") ->
                 below, above = max(0.0, m.value - m.interval[0]), max(0.0, m.interval[1] - m.value)
                 axis.errorbar(place, m.value, [[below], [above]], color="black", capsize=3, linewidth=1)
             axis.annotate(f"{m.value:.3g}", (place, m.value), (4, 2), textcoords="offset points", fontsize=8)
-        axis.set_title(f"{name} ({'higher' if first.higher_is_better else 'lower'} is better)", fontsize=9)
-        axis.set_ylabel(first.unit, fontsize=8)
-        axis.set_xticks(range(len(measured)), list(measured), rotation=30, ha="right", fontsize=8)
+        better = "higher" if first.higher_is_better else "lower"
+        axis.set_title(f"{public_text(name)} ({better} is better)", fontsize=9)
+        axis.set_ylabel(public_text(first.unit), fontsize=8)
+        axis.set_xticks(range(len(measured)), [public_text(m) for m in measured], rotation=30, ha="right", fontsize=8)
         axis.margins(y=0.15)
         if min(values) > 0 and max(values) > 50 * min(values):
             axis.set_yscale("log")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(public_text(title), fontsize=10)
     figure.tight_layout()
     return save_figure(figure, path)
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from hf_transfer_ext.files import require_free_space
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.merging.foreign import MERGE_FLAGS
 from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.merging.run import MergeReport, merge
@@ -23,10 +24,11 @@ def main(argv: list[str] | None = None) -> int:
         about="Merge models according to a YAML configuration (in mergekit's format). A merge that was killed resumes "
         "when the same command is run again.",
         hidden=["progress", "alone"],
-        extra=[QUIET],
+        extra=[QUIET, *PUSH_OPTIONS],
         foreign=MERGE_FLAGS,
     )
     quiet, dry_run = arguments.pop("quiet", False), arguments.get("dry_run", False)
+    publication = Publication.taken_from(arguments)
     report = merge(**arguments, progress=not quiet and not dry_run)
     if not is_first_rank():
         return 0
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             lost = f"{report.adapter.residual_energy:.2%} of the update's energy is lost"
             print(f"LoRA of rank {report.adapter.rank} on {len(report.adapter.modules)} modules; {lost}")
         print(f"{report.tensors} tensors{resumed} in {report.seconds:.1f} s, {speed:.2f} GB/s read and written")
+    publication.publish(report.folder)
     return 0
 
 

@@ -57,6 +57,8 @@ class AuditArguments:
     batch_size: int = setting(16, "attacks", "Examples in a forward pass.")
     output_dir: str = setting("runs/audit", "", "Folder of the report.")
     seed: int = setting(0, "", "Seed of all random choices.")
+    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
+    private: bool | None = setting(None, "", "Make a new repository private.")
 
 
 def main(argv: list[str] | None = None) -> Any:
@@ -94,7 +96,8 @@ def main(argv: list[str] | None = None) -> Any:
         about["forget set"] = f"{job.forget_data or 'made-up people'}, {len(data.forget)} rows"
         report = save_audit(out, found, data, about=about, **vars(answers))
         answers.measurements["unlearned"][:0] = verdicts = found.measurements()
-        finish_run(out, record, answers.measurements, plot=None, quiet=True)
+        where: Any = {"push_to": job.push_to_hub, "private": job.private}
+        finish_run(out, record, answers.measurements, plot=None, quiet=True, **where)
         print(f"{'attack':<42} {'needs':<12} {'recovered':>9}")
         for v in found.verdicts:
             print(f"{v.attack:<42} {v.access:<12} {'–' if v.recovered is None else f'{v.recovered:.0%}':>9}  {v.note}")

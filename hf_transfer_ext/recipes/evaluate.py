@@ -56,6 +56,8 @@ class EvaluateArguments:
     per_example: Literal["jsonl", "parquet"] = setting("jsonl", "", "Every example as jsonl or parquet.")
     output_dir: str = setting("runs/evaluate", "", "Folder of the results.")
     seed: int = setting(0, "", "Seed of all random choices.")
+    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
+    private: bool | None = setting(None, "", "Make a new repository private.")
 
 
 def metric_run(job: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
@@ -112,7 +114,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compared |= {"in order": together} if together else {}
         print(*problems, sep="\n")
     if accelerator.is_main_process:
-        finish_run(out, record, compared, plot="measurements.png")
+        where: Any = {"push_to": job.push_to_hub, "private": job.private}
+        finish_run(out, record, compared, plot="measurements.png", **where)
     return compared
 
 

@@ -42,7 +42,8 @@ class MergeArguments:
     dtype: str = setting("float32", "evaluation", "Dtype in which the models are measured.")
     output_dir: str = setting("runs/merge", "", "Folder of the merged model.")
     overwrite: bool = setting(False, "", "Replace a model that is there.")
-    push_to_hub: str | None = setting(None, "", "Repository to publish the result in.")
+    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
+    private: bool | None = setting(None, "", "Make a new repository private.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         record.not_measured.append("Nothing was measured: the run had no data.")
     measured["merged"] = [*measured.get("merged", []), *merged.metrics]
-    finish_run(job.output_dir, record, measured, result="merged", push_to=job.push_to_hub, plot=None)
+    publish: Any = {"push_to": job.push_to_hub, "private": job.private}
+    finish_run(job.output_dir, record, measured, result="merged", plot=None, **publish)
     if report.adapter is not None:
         print(f"LoRA of rank {report.adapter.rank}: {report.adapter.residual_energy:.2%} of the update is left out")
     print(f"{report.tensors} tensors in {report.seconds:.1f} s -> {report.folder}")

@@ -1,12 +1,20 @@
+import json
 import re
 
 import pytest
 import yaml
 from hub_server import check_card, front_matter
 from huggingface_hub import ModelCard
+from tiny import tiny_llama
 
-from hf_transfer_ext.hub.card import base_models, eval_results_yaml, model_card
-from hf_transfer_ext.hub.record import RunInput, RunRecord
+from hf_transfer_ext.hub import privacy
+from hf_transfer_ext.hub.card import END, base_models, eval_results_yaml, model_card
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.lineage_tree import lineage_tree, tree_text
+from hf_transfer_ext.hub.publish import save_result
+from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input, read_record
+from hf_transfer_ext.hub.report import report_card
+from hf_transfer_ext.hub.servable import Server
 from hf_transfer_ext.measurement import Measurement
 
 TOKEN = "hf_" + "aB3" * 12
@@ -207,7 +215,7 @@ def test_text_from_models_and_data_cannot_act():
         if line.startswith("|"):
             cells = line.replace("\\|", "").count("|") - 1
             assert cells in (5, 7, 2)  # inputs, measurements, stages
-    assert settings.strip().startswith("````json") and settings.rstrip().endswith("````")
+    assert settings.strip().startswith("````json") and settings.removesuffix(f"{END}\n").rstrip().endswith("````")
     assert check_card(made)[0] == []
 
 
@@ -233,3 +241,124 @@ def test_earlier_steps_are_told_oldest_first():
     second = record(RunInput("student", "model", record=first), job="extraction")
     made = str(model_card(record(RunInput("adapter", "model", record=second), job="merging")))
     assert made.index("1. distillation by") < made.index("2. extraction by") < made.index("## Run")
+
+
+def test_each_kind_says_what_it_cannot_do():
+    def card_of(job, **fields):
+        adapter = fields.pop("adapter", False)
+        return str(model_card(record(on_hub("a/m"), on_hub("a/b", "base"), job=job, **fields), adapter=adapter))
+
+    assert "imitates its teacher" in card_of("distillation")
+    assert "On this one, only what the table shows" in card_of("transfer", adapter=True)
+    assert "Merging trains nothing" in card_of("merging")
+    mixture = card_of("merging", recipe="hf-transfer-ext moe")
+    assert (
+        "experts of one mixture" in mixture and "# Mixture of m" in mixture and "moe" in front_matter(mixture)["tags"]
+    )
+    assert front_matter(mixture)["base_model_relation"] == "merge" and "Merging trains" not in mixture
+    assert "No audit was made" in card_of("unlearning")
+    assert "leaves out 25.00% of the energy" in card_of(
+        "resizing", metrics=[Measurement("residual_energy(rank=2)", 0.25, "share of its energy", False, 3)]
+    )
+    assert "ran in the process" in card_of("distillation", config={"trust_remote_code": True})
+    assert "ran in the process" not in card_of("distillation", config={"trust_remote_code": False})
+
+
+def test_audits_are_told_in_plain_words():
+    def worst(value, *others):
+        found = [Measurement("recovered at worst", value, "share", False, 9, (value - 0.1, value + 0.1))]
+        return [*found, *(Measurement(f"recovered by {name}", v, "share", False, 9) for name, v in others)]
+
+    failed = str(model_card(record(on_hub("a/m"), job="unlearning", metrics=worst(0.6, ("relearn", 0.6), ("x", 0.0)))))
+    assert "**The audit failed**: the strongest attack got back 60% (95 % interval 50% to 70%)" in failed
+    assert "Attacks that worked: relearn (60%)." in failed and "No audit was made" not in failed
+    assert "The audit passed: no attack got back more than 4%" in str(
+        model_card(record(on_hub("a/m"), job="unlearning", metrics=worst(0.04)))
+    )
+    report = report_card(record(on_hub("a/m", "unlearned"), job="audit", compared={"unlearned": worst(0.6)}))
+    assert "The audit failed" in report and front_matter(report)["tags"] == ["hf_transfer_ext", "audit"]
+
+
+@pytest.mark.parametrize(
+    ("license", "words"),
+    [
+        ({"license": "cc-by-nc-4.0"}, "**No commercial use**: the license of `a/x` (cc-by-nc-4.0)"),
+        ({"license": "other", "license_name": "x-non-commercial"}, "**No commercial use**"),
+        ({"license": "llama3.1"}, 'begins with "Llama"'),
+        ({"license": "other", "license_name": "llama-4"}, "**Built with Llama**"),
+    ],
+)
+def test_conflicts_of_licenses_are_named_through_all_generations(license, words):
+    parent = on_hub("a/x", "teacher", license=license)
+    student = RunInput("student", "model", record=record(parent))
+    made = str(model_card(record(student, on_hub("a/y", license=MIT), job="merging")))
+    assert words in made and check_card(made) == ([], [])
+    assert words not in str(model_card(record(on_hub("a/y", license=MIT))))
+    assert "Built with Llama" not in str(model_card(record(on_hub("a/y", license=MIT, model_type="llama"))))
+
+
+def test_a_gated_parent_is_named(hub, tmp_path):
+    hub.seed("tester/gated", {"model.safetensors": "w", "config.json": "{}"})
+    hub.repos[("models", "tester/gated")].gated = "manual"
+    item = describe_input("tester/gated")
+    assert item.gated
+    made = record(item)
+    assert RunRecord.from_dict(made.to_dict()).inputs[0].gated
+    assert "**Gated parent**: the Hub hands out `tester/gated` only to those" in str(model_card(made))
+
+
+def test_servers_and_plots_are_shown():
+    servers = [
+        Server("peft", True),
+        Server("vllm", True, [], ["--max-lora-rank 64"]),
+        Server("llama.cpp", False, ["No."]),
+    ]
+    made = str(model_card(record(on_hub("a/b", "base")), adapter=True, servers=servers, plots=["a b.png"]))
+    assert (
+        "- vllm: loads it. Start it with `--max-lora-rank 64`." in made
+        and "- llama.cpp: does not load it. No." in made
+    )
+    assert "![a b](a%20b.png)" in made
+
+
+KINDS = ["distillation", "unlearning", "merging", "moe", "extraction", "resizing", "conversion", "transfer",
+         "fine-tuning", "audit", "evaluation", "quickstart"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_private_reaches_card_record_lineage_or_log(kind, tmp_path, monkeypatch, caplog, capsys):
+    """Planted in every field: a token, a user, a host, an absolute path and relative ones."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hidden-folder" / "deep").mkdir(parents=True)
+    monkeypatch.setattr(privacy, "_own_host", lambda: "planted-host")
+    planted = [
+        f"{TOKEN} and /home/planted-user/hidden-folder/a", "hidden-folder/deep", "../hidden-folder/b",
+        f"{tmp_path}/hidden-folder/c", "planted-user@planted-host:/srv/hidden-folder/d", "./hidden-folder/deep",
+        "runs/Nov28_12-00-00_planted-host", "~planted-user/hidden-folder/e", "http://planted-host:80/x",
+        "C:\\Users\\planted-user\\hidden-folder\\f",
+    ]  # fmt: skip
+    metrics = [perplexity(1.0, dataset=text) for text in planted]
+    made = record(
+        RunInput("input", "model", license={"license": planted[0]}),
+        job="merging" if kind == "moe" else kind,
+        recipe=f"hf-transfer-ext {kind}",
+        config={"own": planted, "hub_token": TOKEN, "nested": {text: text for text in planted}},
+        defaults={"logging_dir": planted[6], "more": planted},
+        command=["run", "--token", TOKEN, *planted],
+        call={"config": {"models": planted}},
+        metrics=metrics,
+        compared={text: metrics for text in planted},
+        not_measured=planted,
+    )
+    finish_run(tmp_path / "out", made, plot=None, quiet=True)
+    if kind not in ("audit", "evaluation", "quickstart"):
+        tiny_llama().save_pretrained(tmp_path / "model")
+        save_result(tmp_path / "model", record=made)
+        made = read_record(tmp_path / "model")
+    texts = [path.read_text() for path in tmp_path.glob("*/*") if path.suffix in (".md", ".json", ".txt")]
+    node = lineage_tree(tmp_path / "out")
+    texts += [tree_text(node), json.dumps(node.to_dict()), caplog.text, capsys.readouterr().out]
+    assert len(texts) > 5 and any("planted" not in text and "input" in text for text in texts)
+    for text in texts:
+        for word in (TOKEN, "planted-user", "planted-host", "hidden-folder", str(tmp_path)):
+            assert word not in text, (word, text[max(0, text.find(word) - 60) : text.find(word) + 60])

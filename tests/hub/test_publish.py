@@ -1,15 +1,24 @@
+import io
 import json
 import os
+import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hub_server import check_card, front_matter
+from hub_server import _Handler, check_card, front_matter
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.utils import _http
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from hf_transfer_ext.hub import publish
+from hf_transfer_ext.hub.card import END, START
+from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.publish import pull, push, save_result
 from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input, read_record
 from hf_transfer_ext.measurement import Measurement
@@ -405,3 +414,181 @@ def test_results_on_the_hubs_data_are_published_beside_the_card(hub, tmp_path):
     save_result(tmp_path / "out", record=made, overwrite=True)
     push(tmp_path / "out", "tester/measured", token=hub.token)
     assert ".eval_results/hf_transfer_ext.yaml" not in hub.files("tester/measured")
+
+
+def adapter_folder(folder, base="org/base", seed=0, job="unlearning", **fields):
+    made = record(RunInput(base, "model", True, "c" * 40), job=job, **fields)
+    return save_result(folder, model=lora(tiny_llama(), seed), record=made)
+
+
+def test_adapters_of_several_jobs_stand_in_subfolders_of_one_repository(hub, tmp_path):
+    worst = Measurement("recovered at worst", 0.4, "share", False, 4)
+    one = adapter_folder(tmp_path / "one", metrics=[worst])
+    two = adapter_folder(tmp_path / "two", seed=1, job="transfer")
+    push(one, "tester/many:forget/one", token=hub.token)
+    push(two, "tester/many:two", token=hub.token)
+    files = hub.files("tester/many")
+    assert len(hub.commits("tester/many")) == 3  # the one that creates it, and one for each adapter
+    assert {"forget/one/adapter_model.safetensors", "two/README.md", "two/hf_transfer_ext.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert check_card(card) == ([], []) and front_matter(card)["base_model"] == "org/base"
+    assert "| `forget/one` | unlearning | `org/base` | `recovered at worst` 0.4 |" in card and "| `two` |" in card
+    assert 'from_pretrained(base, "tester/many", subfolder="two")' in files["two/README.md"].decode()
+    loaded = PeftModel.from_pretrained(tiny_llama(), "tester/many", subfolder="two")
+    assert torch.equal(logits(loaded), logits(lora(tiny_llama(), 1)))
+    assert (pull("tester/many:two") / "adapter_model.safetensors").is_file()
+    assert read_record("tester/many:forget/one").job == "unlearning"
+    # Only the subfolder is replaced, and a card of somebody's own is left alone.
+    hub.seed("tester/many", {**files, "README.md": "My adapters.", "two/vocab.json": "{}"})
+    save_result(two, record=read_record(two), overwrite=True)
+    push(two, "tester/many:two", token=hub.token)
+    after = hub.files("tester/many")
+    assert after["README.md"] == b"My adapters." and "forget/one/adapter_model.safetensors" in after
+
+
+def test_branches_and_pull_requests(hub, tmp_path):
+    out = adapter_folder(tmp_path / "one")
+    push(out, "tester/a@trial", token=hub.token)
+    assert "adapter_config.json" in hub.files("tester/a", "trial")
+    assert "adapter_config.json" not in hub.files("tester/a")
+    url = push(out, "tester/a", create_pr=True, token=hub.token)
+    assert url.endswith("/tester/a/discussions/1") and "adapter_config.json" not in hub.files("tester/a")
+    assert "adapter_config.json" in hub.files("tester/a", "refs/pr/1")
+    push(adapter_folder(tmp_path / "two", seed=1), "tester/a", revision="refs/pr/1", token=hub.token)
+    new = (tmp_path / "two" / "adapter_model.safetensors").read_bytes()
+    assert hub.files("tester/a", "refs/pr/1")["adapter_model.safetensors"] == new
+    with pytest.raises(ValueError, match="leave the branch out"):
+        push(out, "tester/a@trial", create_pr=True, token=hub.token)
+
+
+def test_what_a_user_wrote_in_the_card_survives(hub, tmp_path):
+    out = adapter_folder(tmp_path / "one")
+    path = out / "README.md"
+    own = path.read_text().replace("tags:", "language: en\nmine: 3\ntags:\n- custom", 1)
+    own = own.replace(START, f"My words above.\n\n{START}") + "\nMy words below.\n"
+    path.write_text(own)
+    save_result(out, record=record(RunInput("org/b2", "model", True), job="unlearning", seed=9), overwrite=True)
+    card = path.read_text()
+    front = front_matter(card)
+    assert (front["language"], front["mine"], front["base_model"]) == ("en", 3, "org/b2") and "custom" in front["tags"]
+    assert card.index("My words above.") < card.index(START) < card.index("`9`") < card.index(END)
+    assert card.index(END) < card.index("My words below.") and card.count(START) == 1
+    save_result(out, model=lora(tiny_llama()), record=read_record(out), overwrite=True)
+    assert "My words below." in path.read_text() and front_matter(path.read_text())["mine"] == 3
+    # On the Hub too, where the folder's own card holds none; and the folder's own text comes before it.
+    plain = adapter_folder(tmp_path / "plain")
+    push(plain, "tester/a", token=hub.token)
+    there = hub.files("tester/a")
+    hub.seed("tester/a", {**there, "README.md": there["README.md"].decode() + "\nWritten on the Hub.\n"})
+    push(plain, "tester/a", token=hub.token)
+    assert "Written on the Hub." in hub.files("tester/a")["README.md"].decode()
+    push(out, "tester/a", token=hub.token)
+    sent = hub.files("tester/a")["README.md"].decode()
+    assert "My words above." in sent and "Written on the Hub." not in sent
+
+
+def test_a_model_of_a_llama_should_be_called_llama(hub, tmp_path, caplog):
+    made = record(RunInput("org/l", "teacher", True, license={"license": "llama3.2"}))
+    out = save_result(tmp_path / "out", model=tiny_llama(), record=made)
+    assert "Built with Llama" in (out / "README.md").read_text()
+    push(out, "tester/Llama-small", token=hub.token)
+    assert "begins with" not in caplog.text
+    push(out, "tester/small", token=hub.token)
+    assert "begins with 'Llama'" in caplog.text
+
+
+def test_a_report_is_published_without_the_rows_that_it_quotes(hub, tmp_path):
+    out = tmp_path / "audit"
+    out.mkdir()
+    (out / "report.html").write_text("a row to forget")
+    (out / "plot.png").write_bytes(b"png")
+    found = {"unlearned": [Measurement("recovered at worst", 0.5, "share", False, 4)]}
+    finish_run(out, record(job="audit"), found, plot=None, quiet=True, push_to="tester/a:audit", token=hub.token)
+    sent = hub.files("tester/a")
+    assert {"audit/README.md", "audit/hf_transfer_ext.json", "audit/plot.png", "audit/table.txt"} <= set(sent)
+    assert "audit/report.html" not in sent and "The audit failed" in sent["audit/README.md"].decode()
+
+
+def killed_after(hub, monkeypatch, place, count, *, back_after=None):
+    """The server dies in the middle of the `count`-th request whose address holds `place`."""
+    answer, seen = _Handler._answer, []
+
+    def dies(handler):
+        if place in handler.path and handler.command in ("PUT", "POST"):
+            seen.append(handler.path)
+            if len(seen) == count:
+                handler.rfile.read(100)
+                threading.Thread(target=hub.close).start()
+                if back_after is not None:
+                    threading.Timer(back_after, hub.start, [hub.port]).start()
+                handler.close_connection = True
+                return
+        answer(handler)
+
+    monkeypatch.setattr(_Handler, "_answer", dies)
+    return seen
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The waits of the push and of the client, cut short."""
+    monkeypatch.setattr(publish, "WAITS", (0.3, 0.3, 0.3))
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.05)), time=time.time))
+
+
+def in_shards(folder):
+    made = record(RunInput("org/b", "model", True), job="distillation")
+    tiny_llama().save_pretrained(folder, max_shard_size="40KB")
+    return save_result(folder, record=made)
+
+
+@pytest.mark.parametrize("place, count", [("/lfs/", 2), ("/commit/", 1), ("/preupload/", 1)])
+def test_a_push_goes_on_after_the_server_was_killed(hub, tmp_path, monkeypatch, impatient, place, count):
+    out = in_shards(tmp_path / "out")
+    push(adapter_folder(tmp_path / "old"), "tester/a", token=hub.token)
+    killed_after(hub, monkeypatch, place, count, back_after=0.5)
+    push(out, "tester/a", token=hub.token)
+    assert len(hub.commits("tester/a")) == 3
+    for path in out.iterdir():
+        assert path.name == "README.md" or hub.files("tester/a")[path.name] == path.read_bytes()
+
+
+def test_after_a_kill_the_old_result_is_whole_and_the_next_push_is_one_commit(hub, tmp_path, monkeypatch, impatient):
+    out = in_shards(tmp_path / "out")
+    shards = len(list(out.glob("*.safetensors")))
+    assert shards > 2
+    push(adapter_folder(tmp_path / "old"), "tester/a", token=hub.token)
+    before = hub.files("tester/a")
+    with monkeypatch.context() as patched:
+        killed_after(hub, patched, "/lfs/", 2)
+        try:
+            with pytest.raises(ConnectionError, match="was not changed"):
+                push(out, "tester/a", token=hub.token)
+        finally:
+            time.sleep(0.2)
+            hub.start(hub.port)
+    assert hub.files("tester/a") == before and len(hub.commits("tester/a")) == 2
+    sent, stored = len(hub.requests), set(hub.large)
+    push(out, "tester/a", token=hub.token)
+    assert len(hub.commits("tester/a")) == 3
+    uploaded = {request.rsplit("/", 1)[1] for request in hub.requests[sent:] if request.startswith("PUT /lfs/")}
+    assert not uploaded & stored and set(hub.files("tester/a")) >= {path.name for path in out.iterdir()}
+
+
+def test_an_answer_that_is_lost_after_the_commit_makes_no_second_one(hub, tmp_path, monkeypatch, impatient):
+    out = adapter_folder(tmp_path / "one")
+    answer, lost = _Handler._answer, []
+
+    def loses(handler):
+        if "/commit/" in handler.path and not lost:
+            lost.append(handler.path)
+            handler.wfile = io.BytesIO()  # the commit is made, and nobody hears of it
+            answer(handler)
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+            return
+        answer(handler)
+
+    monkeypatch.setattr(_Handler, "_answer", loses)
+    push(out, "tester/a", token=hub.token)
+    assert lost and len(hub.commits("tester/a")) == 2

@@ -10,6 +10,7 @@ from hf_transfer_ext.adapters.transfer.trainer import AUTO, TransferConfig, Tran
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import read_rows
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.settings import arguments_for, unknown_setting
 
 PROGRAM = "hf-transfer-ext transfer"
@@ -104,5 +105,9 @@ def run_transfer(trainer: TransferTrainer) -> None:
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext transfer ADAPTER TARGET_BASE OUT`."""
     about = "Move a LoRA to another base model. The result is a plain PEFT LoRA for the new base."
-    run_transfer(trainer_from_words(**arguments_for(trainer_from_words, argv, program=PROGRAM, about=about)))
+    arguments = arguments_for(trainer_from_words, argv, program=PROGRAM, about=about, extra=PUSH_OPTIONS)
+    publication = Publication.taken_from(arguments)
+    trainer = trainer_from_words(**arguments)
+    run_transfer(trainer)
+    publication.publish(trainer.out)
     return 0

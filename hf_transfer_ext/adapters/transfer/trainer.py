@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.adapters.finish import finish_adapter
-from hf_transfer_ext.adapters.servable import serving
 from hf_transfer_ext.adapters.transfer.by_training import (
     DISCRIMINATORS,
     LEARN,
@@ -42,6 +41,7 @@ from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, written_aside
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import describe_dataset, last_name, read_record
+from hf_transfer_ext.hub.servable import serving
 from hf_transfer_ext.launch import started_processes
 from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.registry import unknown_name

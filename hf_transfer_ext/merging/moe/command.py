@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.merging.foreign import MOE_FLAGS
 from hf_transfer_ext.merging.moe.assemble import assemble
 from hf_transfer_ext.settings import arguments_for
@@ -14,8 +15,10 @@ def main(argv: list[str] | None = None) -> int:
         program="hf-transfer-ext moe",
         about="Make a mixture of experts of dense models, as a YAML configuration says (the grammar of mergekit-moe): "
         "Mixtral of Llama or Mistral models, Qwen2-MoE and Qwen3-MoE of Qwen models.",
+        extra=PUSH_OPTIONS,
         foreign=MOE_FLAGS,
     )
+    publication = Publication.taken_from(arguments)
     report = assemble(**arguments)
     print(f"{report.architecture} -> {report.folder}")
     print(
@@ -25,4 +28,5 @@ def main(argv: list[str] | None = None) -> int:
     if report.alike_layers:
         layers = ", ".join(map(str, report.alike_layers))
         print(f"the gates of layers {layers} hardly tell the experts apart: choose prompts that differ more")
+    publication.publish(report.folder)
     return 0

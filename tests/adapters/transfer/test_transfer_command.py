@@ -43,7 +43,7 @@ def test_a_copy_where_the_bases_are_equal(folder, capsys):
     assert record.config["lineage"]["relation"] == "same" and record.config["lineage"]["recommended"] == "none"
     assert "The layers are equal" in " ".join(record.notes["Lineage of the bases"])
     card = (folder / "out" / "README.md").read_text()
-    assert "## Lineage of the bases" in card and "## Serving" in card and "started with --enable-lora" in card
+    assert "## Lineage of the bases" in card and "vllm: loads it. Start it with `--enable-lora`." in card
     assert not (folder / "out.transfer").exists()
 
 

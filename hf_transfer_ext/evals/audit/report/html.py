@@ -25,12 +25,10 @@ from hf_transfer_ext.evals.audit.run import Audit
 from hf_transfer_ext.evals.audit.subject import AuditData
 from hf_transfer_ext.evals.audit.verdict import Verdict
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.hub.card import CLEAN_SHARE as CLEAN
 from hf_transfer_ext.measurement import Measurement
 
 FOLDER = Path(__file__).parent
-
-#: Recovered shares below this count as nothing.
-CLEAN = 0.1
 
 #: Packages whose versions the report lists.
 PACKAGES = ("hf_transfer_ext", "torch", "transformers", "peft")

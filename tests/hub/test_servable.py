@@ -8,7 +8,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import tiny_llama
 
 from hf_transfer_ext.adapters.convert import convert_to_lora
-from hf_transfer_ext.adapters.servable import servable_by
+from hf_transfer_ext.hub.servable import servable_by
 
 
 def adapter(folder, **options):
