@@ -9,6 +9,7 @@ is left beside the output folder. Where the first run cannot be repeated (its in
 right, and a result only if it is that of an undisturbed run.
 
 - kill: SIGKILL after a random time, up to the length of an undisturbed run.
+- terminate: SIGTERM, likewise.
 - kill at a call: SIGKILL before the n-th call that opens, writes, renames, ... a file, for n spread evenly over a
   run that replaces an older result.
 - full disk: writing fails with ENOSPC after n bytes, and on a file system with too little room, if it can be mounted.
@@ -17,7 +18,9 @@ right, and a result only if it is that of an undisturbed run.
 - input rewritten, input deleted: while the job works.
 - two runs: at the same time, into one folder.
 
-Jobs run in forked processes, so that each costs milliseconds instead of the start of Python.
+Jobs run in forked processes, so that each costs milliseconds instead of the start of Python. Those that train or
+score (`benchmarks.long_jobs`) are killed and terminated; what they leave beside the output folder to go on from, and a
+cache that grows in place, are no losses.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import long_jobs
 from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.hub.record import RECORD_FILE
@@ -99,10 +103,31 @@ def make_models(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One way of creating a result from `base`, `one` and `two`."""
+    """One way of creating a result from the models.
+
+    Args:
+        is_long: It trains or scores: a fault is a signal, and the second run is a process of its own.
+        beside: Endings of what may stand beside the output folder, to go on from.
+        in_place: Its output folder grows file by file; what counts is the folder after the second run.
+        timed: Names of files that hold times or counts of the work that was done.
+        any_names: The names of its files are random; their contents count.
+    """
 
     name: str
     run: Callable[[Path, Path, bool], object]
+    is_long: bool = False
+    beside: tuple[str, ...] = ()
+    in_place: bool = False
+    timed: tuple[str, ...] = ()
+    any_names: bool = False
+
+    def content_of(self, folder: Path) -> Content:
+        """File -> content, without the card, the record and `timed`."""
+        unlike = ("README.md", RECORD_FILE, *self.timed)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unlike)
+        if self.any_names:
+            return {str(place): content for place, content in enumerate(sorted(path.read_bytes() for path in files))}
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def _plan(models: Path) -> dict[str, Any]:
@@ -130,7 +155,25 @@ def _moe(models: Path, out: Path, overwrite: bool) -> object:
 
 JOBS = {
     job.name: job
-    for job in (Job("merge", _merge), Job("merge to LoRA", _merge_to_lora), Job("extract", _extract), Job("moe", _moe))
+    for job in (
+        Job("merge", _merge),
+        Job("merge to LoRA", _merge_to_lora),
+        Job("extract", _extract),
+        Job("moe", _moe),
+        Job("distill", long_jobs.run_distill, is_long=True, beside=(".training",)),
+        Job("unlearn", long_jobs.run_unlearn, is_long=True, beside=(".training",)),
+        Job("cache-teacher", long_jobs.run_cache_teacher, is_long=True, in_place=True, any_names=True),
+        Job("transfer", long_jobs.run_transfer, is_long=True),
+        Job(
+            "evaluate",
+            long_jobs.run_evaluate,
+            is_long=True,
+            beside=(".scores",),
+            in_place=True,
+            timed=("measurements.json",),
+        ),
+        Job("audit", long_jobs.run_audit, is_long=True, in_place=True),
+    )
 }
 
 
@@ -158,24 +201,31 @@ class Bench:
         self.folder = folder
         self.models = folder / "models"
         make_models(self.models)
+        long_jobs.make_language_models(self.models)
         self.expected: dict[str, Content] = {}
         self.seconds: dict[str, float] = {}
 
     def prepare(self, job: Job) -> None:
         if job.name in self.expected:
             return
-        for _ in range(2):  # the first one imports
-            out = self.folder / "undisturbed"
-            shutil.rmtree(out, ignore_errors=True)
-            job.run(self.models, out, False)
-        began = time.perf_counter()
-        shutil.rmtree(out)
-        status = forked(lambda: job.run(self.models, out, False))
-        self.seconds[job.name] = time.perf_counter() - began
-        if status:
-            raise RuntimeError(f"The job {job.name} ended with status {status} without any fault.")
-        self.expected[job.name] = content_of(out)
-        shutil.rmtree(out)
+        folder = self.folder / "undisturbed"
+        out = folder / "out"
+        for run in range(3):  # the first ones import
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            if not job.is_long and run < 2:
+                job.run(self.models, out, False)
+                continue
+            began = time.perf_counter()
+            status = forked(lambda: job.run(self.models, out, False))
+            self.seconds[job.name] = time.perf_counter() - began
+            if status:
+                raise RuntimeError(f"The job {job.name} ended with status {status} without any fault.")
+            content = job.content_of(out)
+            if content != self.expected.setdefault(job.name, content):
+                unlike = sorted(name for name in content if content[name] != self.expected[job.name].get(name))
+                raise RuntimeError(f"Two undisturbed runs of the job {job.name} differ in {unlike}.")
+        shutil.rmtree(folder)
 
 
 def forked(function: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
@@ -190,6 +240,7 @@ def started(function: Callable[[], object], prepare: Callable[[], object] = lamb
     status = 1
     try:
         silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
         os.dup2(silence, 2)
         prepare()
         function()
@@ -198,29 +249,32 @@ def started(function: Callable[[], object], prepare: Callable[[], object] = lamb
         os._exit(status)
 
 
-def content_of(folder: Path) -> Content:
-    """File -> content, without the card and the record, which hold times."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("README.md", RECORD_FILE))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 def judge(
     tally: Tally, bench: Bench, job: Job, box: Path, *, models: Path | None = None, old: Content | None = None
 ) -> None:
     """Check what a disturbed run left in `box`, run the job again, and check again."""
     out, expected = box / "out", bench.expected[job.name]
-    now = content_of(out) if out.exists() else None
-    if now not in (None, expected) if old is None else now not in (old, expected):
+    now = job.content_of(out) if out.exists() else None
+    if not job.in_place and (now not in (None, expected) if old is None else now not in (old, expected)):
         tally.losses.append(f"the folder held {sorted(now or {})} after the fault")
     if models is None:
+        replaces = now is not None or old is not None
         try:
-            job.run(bench.models, out, now is not None or old is not None)
+            if job.is_long:
+                status = forked(lambda: job.run(bench.models, out, replaces))
+                if status:
+                    raise RuntimeError(f"status {status}")
+            else:
+                job.run(bench.models, out, replaces)
         except Exception as error:
             tally.losses.append(f"the second run failed: {error}")
             return
-        if content_of(out) != expected:
-            tally.losses.append("the second run made other bytes")
-        left = sorted(path.name for path in box.iterdir() if path.name not in ("out", "thesis.txt"))
+        again = job.content_of(out)
+        if again != expected:
+            unlike = sorted(name for name in again.keys() | expected.keys() if again.get(name) != expected.get(name))
+            tally.losses.append(f"the second run made other bytes: {unlike}")
+        known = ("out", "thesis.txt", *(f"out{ending}" for ending in job.beside))
+        left = sorted(path.name for path in box.iterdir() if path.name not in known)
         if left:
             tally.losses.append(f"left beside the folder: {left}")
     if (box / "thesis.txt").read_text() != "mine":
@@ -235,13 +289,22 @@ def box_of(bench: Bench) -> Iterator[Path]:
 
 
 def kill(bench: Bench, job: Job, count: int) -> Tally:
-    tally, moments = Tally(job.name, "kill"), random.Random(job.name)
+    return signaled(bench, job, count, "kill", signal.SIGKILL)
+
+
+def terminate(bench: Bench, job: Job, count: int) -> Tally:
+    return signaled(bench, job, count, "terminate", signal.SIGTERM)
+
+
+def signaled(bench: Bench, job: Job, count: int, fault: str, number: signal.Signals) -> Tally:
+    """At random moments of the run."""
+    tally, moments = Tally(job.name, fault), random.Random(job.name)
     while tally.count < count:
         with box_of(bench) as box:
             child = started(lambda: job.run(bench.models, box / "out", False))
             time.sleep(moments.uniform(0, bench.seconds[job.name]))
-            os.kill(child, signal.SIGKILL)
-            tally.hit += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            os.kill(child, number)
+            tally.hit += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
             tally.count += 1
             judge(tally, bench, job, box)
     return tally
@@ -291,7 +354,7 @@ def old_job(bench: Bench, job: Job, box: Path) -> Content:
     """An older result that the run replaces."""
     shutil.copytree(bench.models / "one", box / "out")
     (box / "out" / "vocab.txt").write_text("an older result")
-    return content_of(box / "out")
+    return job.content_of(box / "out")
 
 
 def full_disk(bench: Bench, job: Job, count: int) -> Tally:
@@ -448,6 +511,7 @@ def two_runs(bench: Bench, job: Job, count: int) -> Tally:
 
 FAULTS: dict[str, Callable[[Bench, Job, int], Tally]] = {
     "kill": kill,
+    "terminate": terminate,
     "kill at a call": kill_at_call,
     "full disk": full_disk,
     "small disk": small_disk,
@@ -457,6 +521,11 @@ FAULTS: dict[str, Callable[[Bench, Job, int], Tally]] = {
     "input deleted": input_deleted,
     "two runs": two_runs,
 }
+
+
+def faults_of(job: Job) -> dict[str, Callable[[Bench, Job, int], Tally]]:
+    """The faults that a job is disturbed by."""
+    return {name: fault for name, fault in FAULTS.items() if not job.is_long or fault in (kill, terminate)}
 
 
 def table_of(tallies: list[Tally]) -> str:
@@ -470,14 +539,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="writes OUT.md and OUT.json")
     parser.add_argument("--count", type=int, default=20, help="disturbed runs per job and fault (default: 20)")
     parser.add_argument("--calls", type=int, default=60, help="calls that a kill is aimed at (default: 60)")
+    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS), help="default: all")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     tallies = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for job in JOBS.values():
+        for job in (JOBS[name] for name in options.jobs):
             bench.prepare(job)
-            for name, fault in FAULTS.items():
+            for name, fault in faults_of(job).items():
                 tallies.append(fault(bench, job, options.calls if name == "kill at a call" else options.count))
                 print(table_of(tallies[-1:]).splitlines()[-1], *tallies[-1].losses, sep="\n  ", flush=True)
     losses = sum(len(tally.losses) for tally in tallies)

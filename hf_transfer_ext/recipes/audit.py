@@ -6,12 +6,13 @@ and a card. Attacks leave the models as they were. The verdicts go into the unle
 
 from __future__ import annotations
 
+import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
@@ -22,11 +23,11 @@ from hf_transfer_ext.evals.audit.report.html import save_audit
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.hub.finish import add_measurements, finish_run
-from hf_transfer_ext.hub.record import RunRecord, describe_dataset
+from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.retrain import retrained, work_of
 from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
-from hf_transfer_ext.trainers.taught import taught, teaching_arguments
 
 
 @dataclass
@@ -82,12 +83,14 @@ def main(argv: list[str] | None = None) -> Any:
             model, tokenizer = load_named(name, record, role, dtype=job.dtype, device=accelerator.device)
             if role == "retrained" and job.retrained is None:
                 tell("retraining without the forget set")
-                model = retrained(job, record, model, tokenizer, data.retain, template)
-            how = tokenizer, template, job.max_new_tokens, job.batch_size, accelerator, job.seed
-            subjects[role] = Subject(model.eval(), *how)
+                how: Any = {"epochs": job.retrain_epochs, "learning_rate": job.retrain_learning_rate}
+                how |= {"out": Path(job.output_dir), "seed": job.seed}
+                model = retrained(record, model, tokenizer, data.retain, template, **how)
+            asked = tokenizer, template, job.max_new_tokens, job.batch_size, accelerator, job.seed
+            subjects[role] = Subject(model.eval(), *asked)
     chosen: Any = {"attacks": job.attacks, "membership": job.membership, "seed": job.seed, "progress": tell}
     with record.stage("attack"):
-        found = audit(data=data, **subjects, **chosen)
+        found = audit(data=data, **subjects, **chosen, journal=work_of(job.output_dir))
     tell("measuring the forget and retain sets")
     with record.stage("measure"):
         answers = answers_of(subjects, data)
@@ -102,20 +105,9 @@ def main(argv: list[str] | None = None) -> Any:
         for v in found.verdicts:
             print(f"{v.attack:<42} {v.access:<12} {'–' if v.recovered is None else f'{v.recovered:.0%}':>9}  {v.note}")
         also = f"; the verdicts stand in the card of {job.unlearned}, too" * add_measurements(job.unlearned, verdicts)
+        shutil.rmtree(work_of(job.output_dir), ignore_errors=True)
         tell(f"Report: {report}{also}")
     return found
-
-
-def retrained(job: AuditArguments, record: RunRecord, model: Any, tokenizer: Any, rows: Any, template: Any) -> Any:
-    """`model` fine-tuned on the retain set, saved beside the report: a second audit may name it as `retrained`."""
-    out, how = Path(job.output_dir), {"epochs": job.retrain_epochs, "learning_rate": job.retrain_learning_rate}
-    quiet = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": model.device.type == "cpu"}
-    args = teaching_arguments(out / "retraining", seed=job.seed, **how, **quiet)
-    model = taught(model, tokenizer, rows, args, lora_rank=None, template=template)
-    if PartialState().is_main_process:
-        own = replace(record, job="fine-tuning", inputs=record.inputs[-1:])
-        finish_run(out / "retrained", own, model=model, tokenizer=tokenizer, overwrite=True, quiet=True)
-    return model
 
 
 if __name__ == "__main__":

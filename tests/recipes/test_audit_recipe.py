@@ -43,3 +43,25 @@ def test_own_data_and_a_typo(folders):
     assert found.scores["role_play"].shape == (2,) and found.membership == {}
     with pytest.raises(ValueError, match="Did you mean 'role_play'"):
         audit.main([*words.split(), "role_paly", *columns])
+
+
+def test_an_audit_that_was_cut_off_goes_on_and_leaves_nothing_beside_its_report(folders, monkeypatch, capsys):
+    words = f"--unlearned {folders}/unlearned --original {folders}/original --output_dir {folders}/out --seed 1"
+    words += " --people 3 --forget_people 1 --facts 2 --max_new_tokens 3 --membership []"
+    words += f" --retrain_from {folders}/original --retrain_epochs 1"
+    both = [*words.split(), "--attacks", "[plain_question, role_play]"]
+    real = audit.answers_of
+    monkeypatch.setattr(audit, "answers_of", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        audit.main(both)
+    kept = {path.name.split("-")[0] for path in (folders / "out.audit").iterdir()}
+    assert "retrained" in kept and len(kept) == 2
+    assert "role_play" in capsys.readouterr().out
+    monkeypatch.setattr(audit, "answers_of", real)
+    monkeypatch.setattr("hf_transfer_ext.trainers.taught.train_on_answers", None)  # nothing is trained again
+    resumed = audit.main(both)
+    assert " s  role_play" not in capsys.readouterr().out  # nor attacked
+    assert not (folders / "out.audit").exists()
+    monkeypatch.undo()
+    whole = audit.main([*both[:5], f"{folders}/whole", *both[6:]])
+    assert [v.to_dict() for v in resumed.verdicts] == [v.to_dict() for v in whole.verdicts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from hf_transfer_ext.evals.audit.attack import Attack, explanation_of
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.attacks.hidden_probe import probe_by_layer
+from hf_transfer_ext.evals.audit.journal import Journal
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
 from hf_transfer_ext.evals.audit.membership_scores import membership_scores
 from hf_transfer_ext.evals.audit.references import References, is_optimized_on_retrained
@@ -83,6 +85,7 @@ def audit(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     known: KnownScores | None = None,
+    journal: str | Path | None = None,
 ) -> Audit:
     """Run every attack on the unlearned model (and on a retrained one), and compare with the original.
 
@@ -97,6 +100,8 @@ def audit(
         progress: Called with the name of each attack before it runs.
         known: Scores of the original and the retrained model, filled by this audit. Give the same dictionary to
             several audits with the same `data`, `original` and `retrained`: these are then attacked once.
+        journal: Folder that keeps each finished attack, so that the same audit goes on after an interruption. Its
+            entries are keyed by models, data and settings; the caller removes it.
 
     Raises:
         ValueError: An unknown attack or option, no example, a row that cannot be used, or a model whose logits are
@@ -117,9 +122,17 @@ def audit(
             campaign.plain(subject, "plain_question")
         except ValueError as error:
             raise ValueError(f"The {model} model cannot be audited: {error}") from error
+    involved = subjects if shadow is None else {**subjects, "shadow": shadow}
+    finished = Journal(journal, involved, data, {"seed": seed, "resamples": resamples})
     verdicts, scores = [], {}
     for method, options in chosen:
         label = method.label(options)
+        before = finished.attack(label)
+        if before is not None:
+            verdicts.append(before[0])
+            if before[1] is not None:
+                scores[label] = before[1]
+            continue
         announce(label)
         verdict = Verdict(label, None, None, None, None, None, "", method.access, explanation_of(method))
         try:
@@ -130,11 +143,17 @@ def audit(
             scores[label] = evidence.found
             judge_recovery(evidence, verdict, needs_floor=method.needs_floor, resamples=resamples, seed=seed)
         verdicts.append(verdict)
+        finished.note_attack(label, verdict, scores.get(label))
     references = References(original, retrained, shadow)
     areas: dict[str, list[Measurement]] = {}
     for name, options in chosen_membership if len(data.holdout) else ():
-        announce(f"membership: {name}")
-        verdict, found = _membership(name, options, subjects, data, references, resamples, seed)
+        label = label_with(name, options)
+        judged = finished.membership(label)
+        if judged is None:
+            announce(f"membership: {name}")
+            judged = _membership(name, options, subjects, data, references, resamples, seed)
+            finished.note_membership(label, *judged)
+        verdict, found = judged
         verdicts.append(verdict)
         for model, measurement in found.items():
             areas.setdefault(model, []).append(measurement)

@@ -1,0 +1,52 @@
+"""The model that an audit trains without the forget set, and the folder in which an audit keeps what it finished."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_transfer_ext.evals.engine.cache import digest, model_fingerprint
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.models.loading import load_model
+from hf_transfer_ext.trainers.taught import taught, teaching_arguments
+
+
+def work_of(out: str | Path) -> Path:
+    """The folder beside a report for finished attacks and the retrained model: an audit that was killed reads them."""
+    return Path(f"{Path(out)}.audit")
+
+
+def retrained(
+    record: RunRecord,
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    template: Any,
+    *,
+    out: Path,
+    epochs: float,
+    learning_rate: float,
+    seed: int,
+) -> Any:
+    """`model` fine-tuned on the retain set, saved beside the report: a second audit may name it as `retrained`.
+
+    Args:
+        out: Folder of the report. In `work_of` it, the model is kept under the digest of all that it depends on, and
+            loaded from there where an audit goes on.
+    """
+    how: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    folder = work_of(out) / f"retrained-{digest([model_fingerprint(model), repr(rows), how, repr(template)])[:16]}"
+    quiet = {"disable_tqdm": True, "logging_strategy": "no", "use_cpu": model.device.type == "cpu"}
+    device = model.device
+    if not (folder / "config.json").is_file():
+        args = teaching_arguments(folder, **how, **quiet)
+        taught(model, tokenizer, rows, args, lora_rank=None, template=template, folder=folder)
+    model = load_model(folder, dtype=model.dtype).to(device)  # the same one in the first and in a resumed audit
+    if PartialState().is_main_process:
+        own = replace(record, job="fine-tuning", inputs=record.inputs[-1:])
+        finish_run(out / "retrained", own, model=model, tokenizer=tokenizer, overwrite=True, quiet=True)
+    return model
