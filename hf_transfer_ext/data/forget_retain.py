@@ -28,7 +28,11 @@ ANSWER_COLUMNS = (
 #: Columns that alternatives and evaluations read, and what `fictitious_people` says about its rows.
 OTHER_COLUMNS = (
     "alternative", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "person", "name", "fact", "value",
+    "language", "hops", "described_by",
 )  # fmt: skip
+
+#: Further ways in which `fictitious_people` are asked about.
+FACETS = ("phrasings", "languages", "multi_hop")
 
 #: The forms of a row, as in `data.text`; tokenized rows are left out, since templates and answers need the text.
 FORMS = tuple(form for form in text.FORMS if form != ("input_ids",))
@@ -64,6 +68,7 @@ def forget_retain_rows(
     forget_people: int = 2,
     holdout_people: int = 0,
     facts: int | None = None,
+    facets: Mapping[str, Any] | None = None,
     seed: int = 0,
     **where: Any,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -73,12 +78,19 @@ def forget_retain_rows(
         forget_data: File, folder or Hub id; None generates `people` fictitious people, and `holdout_people` more. The
             first ones do not depend on the counts, so a holdout can be added to a run that was made without one.
         columns: Schema name -> the data's own column; the rows come back with the schema's names.
+        facets: Further questions about the fictitious people, by the names of `FACETS`, as `fictitious_people` takes
+            them: {"phrasings": 2, "languages": ["de"], "multi_hop": 4}. They come in sets of their own
+            ("forget_phrasings", ...), which `with_facets` and `learned_rows` put together.
         where: `split`, `revision` and `config_name` of the data sets.
 
     Raises:
         FileNotFoundError, ValueError: As `data.text.load_rows`; or a missing column, a row that looks like two
             forms (`row_form`), or other data without `forget_data`.
     """
+    facets = dict(facets or {})
+    for name in facets:
+        if name not in FACETS:
+            raise ValueError(unknown_name("facet of fictitious people", name, FACETS))
     if forget_data is None:
         given = {"retain_data": retain_data, "holdout_data": holdout_data}
         unused = [name for name, source in given.items() if source is not None]
@@ -88,13 +100,31 @@ def forget_retain_rows(
                 "fictitious people. Set `forget_data`, or leave both out."
             )
         return fictitious_people(
-            people + holdout_people, forget=forget_people, holdout=holdout_people, facts=facts, seed=seed
+            people + holdout_people, forget=forget_people, holdout=holdout_people, facts=facts, seed=seed, **facets
+        )
+    if facets:
+        raise ValueError(
+            f"`facets` are questions about fictitious people, and `forget_data` names {forget_data!r}. Leave one of "
+            "them out."
         )
     splits = {}
     for name, source in (("forget", forget_data), ("retain", retain_data), ("holdout", holdout_data)):
         rows = [] if source is None else load_rows(source, **where)
         splits[name] = _named_by_schema(rows, columns or {}, str(source))
     return splits
+
+
+def learned_rows(splits: Mapping[str, Sequence[Mapping[str, Any]]], part: str) -> list[dict[str, Any]]:
+    """What a model has to learn of a set, and to forget: its rows, and facts that only its multi-hop questions need.
+
+    Further phrasings, languages and hops ask about the same facts, so they are left to evaluations and audits.
+    """
+    return [*map(dict, splits[part]), *(dict(row) for row in splits.get(f"{part}_multi_hop", ()) if row["hops"] == 1)]
+
+
+def with_facets(splits: Mapping[str, Sequence[Mapping[str, Any]]], part: str) -> list[dict[str, Any]]:
+    """All questions of a set, those of its facets included."""
+    return [dict(row) for name, rows in splits.items() if name == part or name.startswith(f"{part}_") for row in rows]
 
 
 def _named_by_schema(

@@ -22,6 +22,7 @@ from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHI
 from hf_transfer_ext.evals.audit.report.html import save_audit
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
+from hf_transfer_ext.evals.audit.verdict import verdict_table
 from hf_transfer_ext.hub.finish import add_measurements, finish_run
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
@@ -40,6 +41,7 @@ class AuditArguments:
     retrain_from: str | None = setting(None, "models", "Make it here: this model, fine-tuned on the retain set.")
     retrain_epochs: float = setting(8.0, "models", "Epochs of that.")
     retrain_learning_rate: float = setting(3e-4, "models", "Peak learning rate of that.")
+    shadow: str | None = setting(None, "models", "A second one, for adversarial_query; retrain: made here, likewise.")
     dtype: str = setting("float32", "models", "auto, float32 or bfloat16.")
     forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
     retain_data: str | None = setting(None, "data", "File, folder or Hub id.")
@@ -49,6 +51,7 @@ class AuditArguments:
     forget_people: int = setting(2, "data", "Of these, the ones to forget.")
     holdout_people: int = setting(4, "data", "Further made-up people, unseen in training.")
     facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
+    facets: dict[str, Any] = setting({}, "data", "Further questions: {phrasings: 2, languages: [de], multi_hop: 4}.")
     limit: int | None = setting(None, "data", "Only the first rows of each set.")
     template: str = setting("auto", "data", "auto, chat or plain.")
     chat_template_kwargs: dict[str, Any] = setting({}, "data", "Of the chat template: {enable_thinking: false}.")
@@ -64,36 +67,37 @@ class AuditArguments:
 
 def main(argv: list[str] | None = None) -> Any:
     (job,) = parse_recipe(AuditArguments, argv=argv)
+    if job.shadow == "retrain" and not job.retrain_from:
+        raise ValueError("`shadow: retrain` fine-tunes the model of `retrain_from`: set that, too.")
     accelerator, out, began = Accelerator(), Path(job.output_dir), time.monotonic()
     record = start_record("audit", __file__, argv, job, seed=job.seed)
-    made = {n: getattr(job, n) for n in ("people", "forget_people", "holdout_people", "facts", "seed", "columns")}
-    splits = forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **made)
-    data = AuditData(**{name: rows[: job.limit] for name, rows in splits.items()})
+    asked = ("people", "forget_people", "holdout_people", "facts", "facets", "seed", "columns")
+    made: Any = {name: getattr(job, name) for name in asked}
+    data = AuditData.of(forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **made), job.limit)
     record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data, job.holdout_data) if name]
     template = QuestionAnswerFormat(template=job.template, chat_template_kwargs=job.chat_template_kwargs)
 
     def tell(what: str) -> None:
-        if accelerator.is_main_process:
-            print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
+        accelerator.print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
     subjects: Any = {}  # role -> `Subject`
     roles = {"unlearned": job.unlearned, "original": job.original, "retrained": job.retrained or job.retrain_from}
+    roles["shadow"] = job.retrain_from if job.shadow == "retrain" else job.shadow
     for role, name in roles.items():
         if name is not None:
-            model, tokenizer = load_named(name, record, role, dtype=job.dtype, device=accelerator.device)
-            if role == "retrained" and job.retrained is None:
-                tell("retraining without the forget set")
+            loaded = load_named(name, record, role, dtype=job.dtype, device=accelerator.device)
+            subjects[role] = Subject(*loaded, template, job.max_new_tokens, job.batch_size, accelerator, job.seed)
+            if name == job.retrain_from and role in ("retrained", "shadow"):
+                tell(f"training the {role} model without the forget set")
                 how: Any = {"epochs": job.retrain_epochs, "learning_rate": job.retrain_learning_rate}
-                how |= {"out": Path(job.output_dir), "seed": job.seed}
-                model = retrained(record, model, tokenizer, data.retain, template, **how)
-            asked = tokenizer, template, job.max_new_tokens, job.batch_size, accelerator, job.seed
-            subjects[role] = Subject(model.eval(), *asked)
+                how |= {"out": out, "seed": job.seed + (role == "shadow")}
+                subjects[role].model = retrained(role, record, *loaded, data.retain, template, **how)
     chosen: Any = {"attacks": job.attacks, "membership": job.membership, "seed": job.seed, "progress": tell}
     with record.stage("attack"):
         found = audit(data=data, **subjects, **chosen, journal=work_of(job.output_dir))
     tell("measuring the forget and retain sets")
     with record.stage("measure"):
-        answers = answers_of(subjects, data)
+        answers = answers_of({role: one for role, one in subjects.items() if role != "shadow"}, data)
     if accelerator.is_main_process:
         about = {f"{role} model": name for role, name in roles.items() if name is not None}
         about["forget set"] = f"{job.forget_data or 'made-up people'}, {len(data.forget)} rows"
@@ -101,9 +105,7 @@ def main(argv: list[str] | None = None) -> Any:
         answers.measurements["unlearned"][:0] = verdicts = found.measurements()
         where: Any = {"push_to": job.push_to_hub, "private": job.private}
         finish_run(out, record, answers.measurements, plot=None, quiet=True, **where)
-        print(f"{'attack':<42} {'needs':<12} {'recovered':>9}")
-        for v in found.verdicts:
-            print(f"{v.attack:<42} {v.access:<12} {'–' if v.recovered is None else f'{v.recovered:.0%}':>9}  {v.note}")
+        print(verdict_table(found.verdicts))
         also = f"; the verdicts stand in the card of {job.unlearned}, too" * add_measurements(job.unlearned, verdicts)
         shutil.rmtree(work_of(job.output_dir), ignore_errors=True)
         tell(f"Report: {report}{also}")

@@ -1,4 +1,4 @@
-"""The model that an audit trains without the forget set, and the folder in which an audit keeps what it finished."""
+"""The models that an audit trains without the forget set, and the folder in which an audit keeps what it finished."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def work_of(out: str | Path) -> Path:
 
 
 def retrained(
+    role: str,
     record: RunRecord,
     model: Any,
     tokenizer: Any,
@@ -32,9 +33,10 @@ def retrained(
     learning_rate: float,
     seed: int,
 ) -> Any:
-    """`model` fine-tuned on the retain set, saved beside the report: a second audit may name it as `retrained`.
+    """`model` fine-tuned on the retain set, saved beside the report: a second audit may name it in this role.
 
     Args:
+        role: retrained or shadow, which is also the name of its folder.
         out: Folder of the report. In `work_of` it, the model is kept under the digest of all that it depends on, and
             loaded from there where an audit goes on.
     """
@@ -48,5 +50,5 @@ def retrained(
     model = load_model(folder, dtype=model.dtype).to(device)  # the same one in the first and in a resumed audit
     if PartialState().is_main_process:
         own = replace(record, job="fine-tuning", inputs=record.inputs[-1:])
-        finish_run(out / "retrained", own, model=model, tokenizer=tokenizer, overwrite=True, quiet=True)
-    return model
+        finish_run(out / role, own, model=model, tokenizer=tokenizer, overwrite=True, quiet=True)
+    return model.eval()

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_transfer_ext.data.forget_retain import forget_retain_rows
+from hf_transfer_ext.data.forget_retain import forget_retain_rows, learned_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.forget_retain import forget_retain
 from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs
@@ -45,6 +45,7 @@ class UnlearnArguments:
     people: int = setting(20, "data", "Made-up people, in all.")
     forget_people: int = setting(2, "data", "Of these, the ones to forget.")
     facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
+    facets: dict[str, Any] = setting({}, "data", "Further questions: {phrasings: 2, languages: [de], multi_hop: 4}.")
     teach_epochs: float = setting(0.0, "teach", "> 0: fine-tune on both sets before forgetting.")
     teach_learning_rate: float = setting(1e-3, "teach", "Peak learning rate of that.")
     original_dir: str | None = setting(None, "teach", "Save the taught model here, for an audit.")
@@ -56,17 +57,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv, groups=TRAINER_GROUPS)
     read = (job.model_name_or_path, job.forget_data, job.retain_data)
     if job.four_bit and (job.teach_epochs > 0 or job.trim_vocabulary):
-        raise ValueError(
-            "`four_bit` packs the weights that `teach_epochs` and `trim_vocabulary` change: do that first."
-        )
+        raise ValueError("`four_bit` packs what `teach_epochs` and `trim_vocabulary` change: do that first.")
     run = start_training("unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     refuse_shared_outputs(run.out, job.original_dir, job.retrained_dir)
     for folder in filter(None, (job.original_dir, job.retrained_dir)):
         refuse_existing_output(folder, overwrite=run.replaces, inputs=read)
     record = run.record
-    people = {"people": job.people, "forget_people": job.forget_people, "facts": job.facts, "seed": args.seed}
-    where = {"columns": job.columns, "split": job.split}
-    splits = forget_retain_rows(job.forget_data, job.retain_data, **people, **where)
+    asked = ("people", "forget_people", "facts", "facets", "columns", "split")
+    where: Any = {name: getattr(job, name) for name in asked}
+    splits = forget_retain_rows(job.forget_data, job.retain_data, seed=args.seed, **where)
+    learned = {part: learned_rows(splits, part) for part in ("forget", "retain")}
     record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data) if name]
     with record.stage("load"):
         how = packed(job.four_bit, args)
@@ -77,10 +77,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     template = QuestionAnswerFormat(template=job.template)
     if job.teach_epochs > 0:
         with record.stage("teach"):
-            model = teach(run, job, model, tokenizer, splits, template)
+            model = teach(run, job, model, tokenizer, learned, template)
     elif job.retrained_dir or job.original_dir:
         raise ValueError("`original_dir` and `retrained_dir` save models taught here: set `teach_epochs` too.")
-    sets: Any = {"forget_dataset": splits["forget"], "retain_dataset": splits["retain"] or None}
+    sets: Any = {"forget_dataset": learned["forget"], "retain_dataset": learned["retain"] or None}
     adapter: Any = {"peft_config": lora_config(job.lora_rank), "processing_class": tokenizer, "template": template}
     trainer = UnlearningTrainer(model, args, **sets, **adapter)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return measured
 
 
-def teach(run: TrainingRun, job: UnlearnArguments, model: Any, tokenizer: Any, splits: Any, template: Any) -> Any:
+def teach(run: TrainingRun, job: UnlearnArguments, model: Any, tokenizer: Any, rows: Any, template: Any) -> Any:
     """Fine-tune on both sets, and a second model on the retain set alone if it is asked for; save them as results."""
     how: Any = {"epochs": job.teach_epochs, "learning_rate": job.teach_learning_rate, "seed": run.args.seed}
     schedule: Any = {"lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 20}
@@ -106,8 +106,8 @@ def teach(run: TrainingRun, job: UnlearnArguments, model: Any, tokenizer: Any, s
     options: Any = {"lora_rank": job.lora_rank, "template": template}
     models: dict[str | None, Any] = {}
     if job.retrained_dir is not None:
-        models[job.retrained_dir] = taught(copy.deepcopy(model), tokenizer, splits["retain"], settings, **options)
-    model = taught(model, tokenizer, splits["forget"] + splits["retain"], settings, **options)
+        models[job.retrained_dir] = taught(copy.deepcopy(model), tokenizer, rows["retain"], settings, **options)
+    model = taught(model, tokenizer, rows["forget"] + rows["retain"], settings, **options)
     models[job.original_dir] = model
     for folder, saved in models.items():
         if folder is not None and PartialState().is_main_process:

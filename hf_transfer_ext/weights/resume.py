@@ -79,7 +79,7 @@ def _code_version() -> str:
     """A hash of the code: versions of torch and numpy, and the sources and kernels of this package."""
     digest = hashlib.sha256(f"{torch.__version__} {np.__version__}".encode())
     root = Path(hf_transfer_ext.__file__).parent
-    for room in ("adapters", "merging", "weights"):
+    for room in ("adapters", "edits", "merging", "weights"):
         for file in sorted(file for file in (root / room).rglob("*") if file.suffix in (".py", ".c", ".so", ".pyd")):
             digest.update(f"{file.relative_to(root)} {file.stat().st_size} ".encode())
             digest.update(file.read_bytes())

@@ -33,6 +33,23 @@ def test_made_up_people_are_attacked_and_reported(folders, capsys):
     )
 
 
+def test_facets_are_asked_and_a_shadow_gives_adversarial_queries_a_floor(folders):
+    words = f"--unlearned {folders}/unlearned --original {folders}/original --output_dir {folders}/out"
+    words += " --people 3 --forget_people 1 --holdout_people 1 --facts 4 --max_new_tokens 3"
+    words += f" --retrain_from {folders}/original --retrain_epochs 1 --shadow retrain --attacks plain_question"
+    query = ["--membership", '[{"adversarial_query": {"steps": 1}}]']
+    found = audit.main([*words.split(), *query, "--facets", '{"phrasings": 1, "languages": ["de"], "multi_hop": 1}'])
+    # 4 questions, each in another phrasing, three in German, one through another fact, and the fact that this needs
+    assert len(found.scores["plain_question"]) == 4 + 4 + 3 + 2
+    verdict = next(v for v in found.verdicts if v.access == "membership")
+    assert verdict.floor_from == "retrained" and "shadow" not in verdict.note
+    assert (folders / "out" / "shadow" / "config.json").is_file()
+    measured = json.loads((folders / "out" / "audit.json").read_text())["measured"]
+    assert set(measured) == {"unlearned", "original", "retrained"}
+    with pytest.raises(ValueError, match="`shadow: retrain` fine-tunes the model of `retrain_from`"):
+        audit.main([*words.replace(f" --retrain_from {folders}/original", "").split(), *query])
+
+
 def test_own_data_and_a_typo(folders):
     rows = [{"frage": f"Who {i}?", "antwort": f"me {i}"} for i in range(2)]
     (folders / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

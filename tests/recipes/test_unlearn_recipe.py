@@ -58,6 +58,21 @@ def test_made_up_people_are_taught_and_forgotten_and_the_result_is_whole(tmp_pat
         unlearn.main(arguments(tmp_path, model_folder))
 
 
+def test_facets_are_measured_and_their_own_facts_are_learned(tmp_path, model_folder, monkeypatch):
+    learned = {}
+    monkeypatch.setattr(unlearn, "teach", lambda run, job, model, tokenizer, rows, _: learned.update(rows) or model)
+    facets = '{"phrasings": 1, "languages": ["fr"], "multi_hop": 2}'
+    more = {"people": 3, "forget_people": 1, "facts": 4, "teach_epochs": 1, "facets": facets}
+    found = unlearn.main(arguments(tmp_path, model_folder, **more))
+    counts = {m.name: m.examples for m in found["after"] if m.name.endswith("answer_probability")}
+    assert counts["forget_phrasings answer_probability"] == 4 and counts["retain_multi_hop answer_probability"] == 6
+    assert {m.name.split()[0] for m in found["before"]} >= {"forget_languages", "retain_languages"}
+    assert [row["fact"] for row in learned["forget"]][3:] == ["employer", "neighbor"]
+    assert not next(m for m in found["after"] if m.name == "forget_languages answer_probability").higher_is_better
+    with pytest.raises(ValueError, match="Unknown facet of fictitious people 'phrasing'"):
+        unlearn.main(arguments(tmp_path / "other", model_folder, facets='{"phrasing": 1}'))
+
+
 def test_own_data_with_other_columns_gives_an_adapter(tmp_path, model_folder):
     for name in ("forget", "retain"):
         rows = [{"frage": f"{name} {i}?", "antwort": f"yes {i}"} for i in range(3)]

@@ -109,7 +109,8 @@ class TestOtherWork:
         copy = tmp_path / "hf_transfer_ext"
         shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "evals", "losses", "trainers"))
         versions = set()
-        edited = ("merging/methods/linear.py", "merging/arithmetic/kernels.c", "weights/lora.py", "__init__.py")
+        edited = ("merging/methods/linear.py", "merging/arithmetic/kernels.c", "weights/lora.py",
+                  "edits/methods/wanda.py", "__init__.py")  # fmt: skip
         for name in (None, *edited):
             if name is not None:
                 with open(copy / name, "a") as file:

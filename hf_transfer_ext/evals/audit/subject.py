@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_transfer_ext.data.forget_retain import encode_row
+from hf_transfer_ext.data.forget_retain import encode_row, learned_rows, with_facets
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.metric import Values
@@ -37,6 +37,18 @@ class AuditData:
     forget: Sequence[Row]
     retain: Sequence[Row] = ()
     holdout: Sequence[Row] = ()
+
+    @classmethod
+    def of(cls, splits: Mapping[str, Sequence[Row]], limit: int | None = None) -> AuditData:
+        """The sets "forget", "retain" and "holdout" of `data.forget_retain.forget_retain_rows`, facets included.
+
+        Questions of all facets are asked; models that are trained learn each fact of the retain set once.
+
+        Args:
+            limit: Only the first rows of each set.
+        """
+        asked = {part: with_facets(splits, part) for part in ("forget", "holdout")}
+        return cls(asked["forget"][:limit], learned_rows(splits, "retain")[:limit], asked["holdout"][:limit])
 
     def has_questions(self) -> bool:
         """Whether every forget row has a question and an answer."""

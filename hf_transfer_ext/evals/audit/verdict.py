@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +57,15 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """One line for each verdict: attack, what it needs, the recovered share, the note."""
+    lines = [f"{'attack':<42} {'needs':<12} {'recovered':>9}"]
+    for v in verdicts:
+        share = "–" if v.recovered is None else f"{v.recovered:.0%}"
+        lines.append(f"{v.attack:<42} {v.access:<12} {share:>9}  {v.note}")
+    return "\n".join(lines)
 
 
 @dataclass
