@@ -34,7 +34,7 @@ from hf_transfer_ext.weights.lora import (
 )
 from hf_transfer_ext.weights.opened import InputModel, Scratch, open_model
 from hf_transfer_ext.weights.reference import parse_reference
-from hf_transfer_ext.weights.repository import file_of, local_folder
+from hf_transfer_ext.weights.repository import file_of, local_folder, no_adapter
 
 
 def convert_to_lora(
@@ -78,7 +78,7 @@ def convert_to_lora(
     began = time.perf_counter()
     path = file_of(adapter, "adapter_config.json", revision=revision)
     if path is None:
-        raise FileNotFoundError(f"There is no adapter_config.json in {str(adapter)!r}; it is not a PEFT adapter.")
+        raise no_adapter(adapter)
     config = read_json(path)
     folder = local_folder(adapter, revision=revision)
     base_name = base or config.get("base_model_name_or_path")

@@ -71,7 +71,7 @@ class ExtractionReport:
         seconds: Wall time.
         saved_parameters: Parameters that are stored whole by themselves (A_log, class tokens), under their own names.
             PEFT loads them into the base model, as it does with trained biases.
-        left_out: Parameters that changed and that `include` or `exclude` leaves out -> norm of their change.
+        left_out: Parameters that changed and are not in the adapter -> norm of their change.
         notes: What a user of the adapter has to know; one sentence each.
     """
 
@@ -116,6 +116,7 @@ def extract_lora(
     base_name: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    modules_to_save: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
     progress: bool = False,
@@ -123,8 +124,8 @@ def extract_lora(
     """Write a PEFT LoRA folder that turns `base` into (nearly) `finetuned`; it loads with `PeftModel.from_pretrained`.
 
     The change of each linear layer becomes the best product of rank `rank`, with alpha = r; that of fused experts one
-    product for each expert (`target_parameters`). Changed embeddings, norms and heads are stored whole
-    (`modules_to_save`), as are changed biases (`bias: all`) and parameters of larger modules. One parameter is in
+    product for each expert (`target_parameters`). What changed beside them (embeddings, norms, biases, heads) is left
+    out and reported, since servers load nothing but linear modules; `modules_to_save` keeps it. One parameter is in
     memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside
     `out`; the same one started again goes on from there.
 
@@ -137,6 +138,8 @@ def extract_lora(
         base_name: `base_model_name_or_path` of the adapter, if it is not `base` (a local copy of a Hub model).
         include: Parts of names; only tensors with one of them go into the adapter. Empty: all.
         exclude: Parts of names; tensors with one of them do not. What changed and is left out is reported.
+        modules_to_save: Store changed embeddings, norms, heads, biases and parameters of larger modules whole. PEFT
+            loads such an adapter; vLLM and llama.cpp refuse it.
         overwrite: Replace an adapter that is there.
         allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
 
@@ -152,6 +155,7 @@ def extract_lora(
     base_reference, tuned_reference = parse_reference(base, "base"), parse_reference(finetuned, "finetuned")
     settings: dict[str, Any] = {"base": base, "finetuned": finetuned, "rank": rank, "dtype": dtype}
     settings |= {"base_name": base_name, "include": list(include), "exclude": list(exclude)}
+    settings |= {"modules_to_save": modules_to_save}
     wanted: list[Wanted] = [(base_reference.path, base_reference.revision, "base")]
     if tuned_reference.lora is not None:
         wanted.append((tuned_reference.lora, tuned_reference.lora_revision, "model"))
@@ -185,11 +189,13 @@ def extract_lora(
                     "base": base_name,
                     "include": list(include),
                     "exclude": list(exclude),
+                    "modules_to_save": modules_to_save,
                 },
                 [*start.opened, *end.opened],
             ),
             include=include,
             exclude=exclude,
+            keep_whole=modules_to_save,
             base_model=base_name or base_reference.path,
             revision=base_reference.revision,
             overwrite=overwrite,
@@ -213,6 +219,7 @@ def write_change(
     files: Mapping[str, str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    keep_whole: bool = True,
     complete: Callable[[Path, ExtractionReport], None] | None = None,
 ) -> ExtractionReport:
     """`extract_lora` for models that are open; `end` may be one that is calculated while it is read.
@@ -222,11 +229,12 @@ def write_change(
     Args:
         work: What the result depends on (`resume.work_of`).
         files: Name -> text of further files of the folder.
+        keep_whole: Store what changed beside linear layers and experts; without it, that is left out and reported.
         complete: Called with the folder and the report before the folder is published.
     """
     began = time.perf_counter()
     with resumable_folder(Path(out), work, overwrite=overwrite) as folder:
-        found = _Changes(start, end, Parts(folder / ".factors"), include, exclude)
+        found = _Changes(start, end, Parts(folder / ".factors"), include, exclude, keep_whole)
         found.collect(rank, progress=progress)
         save_lora(
             folder,
@@ -273,10 +281,16 @@ class _Changes:
     """
 
     def __init__(
-        self, start: InputModel, end: InputModel, parts: Parts, include: Sequence[str], exclude: Sequence[str]
+        self,
+        start: InputModel,
+        end: InputModel,
+        parts: Parts,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        keep_whole: bool,
     ) -> None:
         self.start, self.end, self.finished = start, end, parts
-        self.include, self.exclude = include, exclude
+        self.include, self.exclude, self.keep_whole = include, exclude, keep_whole
         self.architecture = end.architecture
         self.model, self.parts = self.architecture.model, self.architecture.modules
         self.head = self.model.get_output_embeddings()
@@ -287,6 +301,8 @@ class _Changes:
         self.saved_modules: list[str] = []
         self.residuals: list[ModuleResidual] = []
         self.left_out: dict[str, float] = {}
+        #: Of these, the parameters that only `keep_whole` would keep.
+        self.not_low_rank: list[str] = []
         self.notes: list[str] = []
         self.task_type = task_type_of(self.model)
         self.transposed = any(type(part).__name__ == "Conv1D" for part in self.parts.values())
@@ -301,6 +317,7 @@ class _Changes:
         self._save_tied()
         self._save_further()
         self._note_unloaded()
+        self._note_left_out()
         if not self.factors and not self.stacks:
             raise ValueError(
                 f"No linear layer differs between {str(self.start.reference)!r} and {str(self.end.reference)!r}, so "
@@ -375,9 +392,18 @@ class _Changes:
         change, tuned = self._change(parameter)
         if change is not None and not bool(change.any()):
             return
-        if not wanted:
+        if wanted and before is None and any(piece.isdigit() for piece in parameter.split(".")):
+            raise ValueError(
+                f"Tensor {parameter!r} of {str(self.end.reference)!r} is in a layer that "
+                f"{str(self.start.reference)!r} lacks. An adapter needs one architecture."
+            )
+        is_stack = change is not None and change.dim() == 3 and not _has_parts(part) and leaf != "weight"
+        held = is_stack or (is_factored and change is not None)
+        if not wanted or not (held or self.keep_whole):
             norm = float(torch.linalg.vector_norm(tuned.float() if change is None else change, dtype=torch.float64))
             self.left_out[parameter] = norm
+            if wanted and not held:
+                self.not_low_rank.append(parameter)
         elif change is None:  # the base has no such tensor, or one of another vocabulary
             self._save_new(parameter, owner, part, tuned)
         elif is_factored:
@@ -385,7 +411,7 @@ class _Changes:
             norms = torch.tensor([norm, lost], dtype=torch.float64)
             self.finished.put(parameter, {"left": factors.left, "right": factors.right, "norm_and_lost": norms})
             self._keep(owner, factors, norm, lost)
-        elif change.dim() == 3 and not _has_parts(part) and leaf != "weight":
+        elif is_stack:
             self._keep_stack(parameter, change, rank, bool(getattr(part, "is_transposed", False)))
         elif leaf == "bias" and self._is_linear(owner, part):
             self.replaced[parameter] = tuned
@@ -445,11 +471,6 @@ class _Changes:
     def _save_new(self, parameter: str, owner: str, part: Any, tuned: Tensor) -> None:
         """A tensor that the base lacks (a new head), or whose rows are those of a larger vocabulary."""
         before = self._before.get(parameter)
-        if before is None and any(piece.isdigit() for piece in parameter.split(".")):
-            raise ValueError(
-                f"Tensor {parameter!r} of {str(self.end.reference)!r} is in a layer that "
-                f"{str(self.start.reference)!r} lacks. An adapter needs one architecture."
-            )
         if before is not None:
             rows = tuned.shape[0]
             self.notes.append(
@@ -518,6 +539,18 @@ class _Changes:
                     f"{len(rest)} tensors of {str(model.reference)!r} are not loaded by {type(self.model).__name__} "
                     f"and are left out: {', '.join(rest[:5])}{' ...' if len(rest) > 5 else ''}."
                 )
+
+    def _note_left_out(self) -> None:
+        if not self.not_low_rank:
+            return
+        lost = sum(self.left_out[name] ** 2 for name in self.not_low_rank)
+        whole = lost + sum(one.change**2 for one in self.residuals)
+        first = ", ".join(self.not_low_rank[:3]) + (" ..." if len(self.not_low_rank) > 3 else "")
+        self.notes.append(
+            f"{len(self.not_low_rank)} changed parameters beside the linear layers are left out ({first}), with "
+            f"{lost / whole:.2%} of the energy of the whole update. --modules-to-save keeps them, for PEFT alone: "
+            "vLLM and llama.cpp refuse such an adapter."
+        )
 
     def _refuse_further_layers(self, unloaded: Sequence[str], loaded: set[str]) -> None:
         """Refuse layers that the base has no place for; those that transformers ignores are left out."""
@@ -667,8 +700,10 @@ def print_report(report: ExtractionReport) -> None:
         print(f"stored in full: {', '.join(report.saved_modules) or 'no module'}, {report.saved_biases} biases")
     if report.saved_parameters:
         print(f"stored by themselves: {', '.join(report.saved_parameters)}")
-    for name, norm in report.left_out.items():
+    for name, norm in sorted(report.left_out.items(), key=lambda one: -one[1])[:5]:
         print(f"left out: {name}, whose change has norm {norm:.4g}")
+    if len(report.left_out) > 5:
+        print(f"left out: {len(report.left_out) - 5} more; {RESIDUALS_FILE} names them")
     for note in report.notes:
         print(f"note: {note}")
     print("\n".join(serving(report.folder)))

@@ -37,7 +37,8 @@ def resize_lora(
     Args:
         adapter: Folder or Hub id of a PEFT LoRA. rsLoRA, rank and alpha patterns, embeddings and Conv1D are exact.
         out: Folder of the new adapter, written atomically, in plain LoRA with alpha = r.
-        rank: Largest rank of a module, >= 1.
+        rank: Largest rank of a module, >= 1. Alone, it gives all modules one rank, which PEFT's `hotswap_adapter` asks
+            for; the other criteria give each module its own.
         energy: Share of the squared Frobenius norm that is kept at least, in (0, 1].
         ratio: Keep the singular values that are at least the largest one divided by this, > 1.
         revision: Hub revision of the adapter.

@@ -10,7 +10,7 @@ from typing import Any
 from hf_transfer_ext.reading import field_of, read_json
 from hf_transfer_ext.weights.checkpoints import Checkpoint
 from hf_transfer_ext.weights.lora import CONVERTIBLE, PREFIX, lora_scale, read_lora
-from hf_transfer_ext.weights.repository import local_folder
+from hf_transfer_ext.weights.repository import local_folder, no_adapter
 
 #: Values that vLLM takes for `--max-lora-rank`; its default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -73,7 +73,7 @@ def servable_by(folder: str | Path) -> list[Server]:
     """
     path = local_folder(folder)
     if not (path / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is not a PEFT adapter.")
+        raise no_adapter(folder)
     config = read_json(path / "adapter_config.json")
     stored = (path / "adapter_model.safetensors").is_file()
     peft = Server("peft", stored, [] if stored else ["It has no adapter_model.safetensors; pickles are not loaded."])

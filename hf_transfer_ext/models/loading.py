@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hf_transfer_ext.reading import check_patterns, field_of, one_line, read_json
 from hf_transfer_ext.tensors import dtype_by_name
-from hf_transfer_ext.weights.repository import base_of_adapter, file_of, local_folder, place_of
+from hf_transfer_ext.weights.repository import adapters_in, base_of_adapter, file_of, local_folder, place_of
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
@@ -56,6 +57,9 @@ def load_model(
 ) -> PreTrainedModel | Any:
     """Load a causal language model; a folder with `adapter_config.json` gives a `PeftModel` on its base model.
 
+    A folder of several adapters of one base, as PEFT saves them, gives a `PeftModel` with all of them under the names
+    of their folders; the first by name is active.
+
     Args:
         name: A folder, or `repo[@revision][:subfolder]` on the Hub.
         dtype: "auto" (of the checkpoint), "float32", "bfloat16" or "float16".
@@ -70,6 +74,9 @@ def load_model(
     adapter_config = file_of(name, "adapter_config.json", revision=revision)
     if adapter_config is not None:
         return _load_adapter(name, adapter_config, revision, dtype, kwargs)
+    several = adapters_in(name)
+    if several:
+        return _load_adapters(several, dtype, kwargs)
     place = place_of(name, revision)
     inside = {"subfolder": place.subfolder} if place.subfolder else {}
     try:
@@ -105,6 +112,31 @@ def _load_adapter(name: str | Path, adapter_config: Path, revision: str | None, 
         return PeftModel.from_pretrained(base, folder)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"Adapter {str(name)!r} does not fit {base_name!r}: {one_line(error)}") from error
+
+
+def _load_adapters(folders: Sequence[Path], dtype: Any, kwargs: Any) -> Any:
+    """Several adapters of one base model, under the names of their folders."""
+    from peft import PeftModel
+
+    bases = {base_of_adapter(folder / "adapter_config.json") for folder in folders}
+    if len(bases) > 1:
+        raise ValueError(
+            f"The adapters in {str(folders[0].parent)!r} have different base models "
+            f"({', '.join(sorted(base for base, _ in bases))}). Load them one by one."
+        )
+    ((base_name, base_revision),) = bases
+    model = load_model(base_name, revision=base_revision, dtype=dtype, **kwargs)
+    for folder in folders:
+        name = folder.name.replace(".", "-")
+        try:
+            checked = str(checked_adapter(folder, model))
+            if folder is folders[0]:
+                model = PeftModel.from_pretrained(model, checked, adapter_name=name)
+            else:
+                model.load_adapter(checked, adapter_name=name)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"Adapter {str(folder)!r} does not fit {base_name!r}: {one_line(error)}") from error
+    return model
 
 
 def checked_adapter(name: str | Path, base: Any, *, revision: str | None = None) -> Path:

@@ -54,7 +54,7 @@ class QuickstartArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     (job,) = parse_recipe(QuickstartArguments, argv=argv)
-    root = Path(job.output_dir)
+    root, student = Path(job.output_dir), Path(job.output_dir) / "student"
     for folder in ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned"):
         refuse_existing_output(root / folder, overwrite=job.overwrite, inputs=(job.teacher, job.dataset))
     chain = start_record("quickstart", __file__, argv, job, seed=job.seed)
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
 
     def measure(title: str, name: str) -> None:
         """Measure a stage's folder, and put the result into its card."""
-        found = measure_stage(root / name, load_tokenizer(root / "student"), people, test, job.test_rows, job.dataset)
+        found = measure_stage(root / name, load_tokenizer(student), people, test, job.test_rows, job.dataset)
         measured[title], record = found, read_record(root / name)
         chain.stages += record.stages
         if name in ("learnt", "adapter", "merged"):
@@ -73,20 +73,20 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
 
     shared = ("teacher", "dataset", "student_layers", "teach_steps", "test_rows", "seed")
     same: Any = {name: getattr(job, name) for name in shared} | {"max_steps": job.distill_steps, "overwrite": True}
-    same |= {"output_dir": root / "student", "compare_with_ce": False}
+    same |= {"output_dir": student, "compare_with_ce": False}
     distill.main(as_words(config=CONFIGS / "distill" / "demo.yaml", **same))
     measure("student", "student")
 
     teacher = root / "student.training" / "teacher" if job.teach_steps > 0 else job.teacher
-    same = {"source_base": teacher, "adapter": root / "lora", "target_base": root / "student", "seed": job.seed}
+    same = {"source_base": teacher, "adapter": root / "lora", "target_base": student, "seed": job.seed}
     same |= {"people": job.task_people, "output_dir": root / "moved", "overwrite": True}
     transfer_lora.main(as_words(config=CONFIGS / "transfer" / "quickstart.yaml", **same))
     measure("moved LoRA", "moved")
 
     record = start_record("fine-tuning", __file__, argv, job, seed=job.seed)
-    record.inputs.append(describe_input(root / "student", role="base"))
+    record.inputs.append(describe_input(student, role="base"))
     with record.stage("learn people"):
-        learnt, tokenizer = load_model(root / "student"), load_tokenizer(root / "student")
+        learnt, tokenizer = load_model(student), load_tokenizer(student)
         how: Any = {"epochs": job.learn_epochs, "learning_rate": 3e-4, "seed": job.seed, "logging_steps": 10}
         args = teaching_arguments(root / "learnt.training", **how)
         # Fine-tuning on the people alone would overwrite the facts.
@@ -95,11 +95,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     finish_run(root / "learnt", record, model=learnt, tokenizer=tokenizer, overwrite=True, quiet=True)
     measure("+ people", "learnt")
 
-    extract_lora(root / "student", root / "learnt", root / "adapter", rank=job.rank, overwrite=True)
+    extract_lora(student, root / "learnt", root / "adapter", rank=job.rank, modules_to_save=True, overwrite=True)
     measure("student + LoRA", "adapter")
-    models = [str(root / "learnt"), f"{root / 'student'}+{root / 'adapter'}"]
+    models = [str(root / "learnt"), f"{student}+{root / 'adapter'}"]
     parents = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
-    plan = {"merge_method": "task_arithmetic", "base_model": str(root / "student"), "models": parents}
+    plan = {"merge_method": "task_arithmetic", "base_model": str(student), "models": parents}
     merge({**plan, "dtype": "float32"}, root / "merged", overwrite=True)
     measure("merged", "merged")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.reading import check_patterns, field_of, module_pattern, read_json
 from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, write_checkpoint
+from hf_transfer_ext.weights.repository import no_adapter
 
 if TYPE_CHECKING:
     from hf_transfer_ext.weights.architecture import Architecture
@@ -87,7 +88,7 @@ def read_lora(folder: str | Path, *, allow: Sequence[str] = ()) -> LoraAdapter:
     folder = Path(folder)
     path = folder / "adapter_config.json"
     if not path.exists():
-        raise FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is not a PEFT adapter.")
+        raise no_adapter(folder)
     config = read_json(path)
     _refuse_other_kinds(config, folder, allow)
     checkpoint = Checkpoint(folder, stem="adapter_model")

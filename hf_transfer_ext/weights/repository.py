@@ -114,6 +114,24 @@ def file_of(folder_or_repo: str | Path, name: str, *, revision: str | None = Non
         return None
 
 
+def adapters_in(folder: str | Path) -> list[Path]:
+    """The adapters inside a folder, by name: PEFT gives each adapter that is not `default` a folder of its own.
+
+    [] for a folder that is an adapter or a model itself.
+    """
+    path = Path(folder)
+    if not path.is_dir() or any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+        return []
+    return sorted(one.parent for one in path.glob("*/adapter_config.json"))
+
+
+def no_adapter(folder: str | Path) -> FileNotFoundError:
+    """The error for a folder or repository without an adapter in its root."""
+    inside = [one.name for one in adapters_in(folder)]
+    hint = f" It holds several, {', '.join(inside)}: name the folder of one." if inside else ""
+    return FileNotFoundError(f"There is no adapter_config.json in {str(folder)!r}; it is not a PEFT adapter.{hint}")
+
+
 def base_of_adapter(adapter_config: Path) -> tuple[str, str | None]:
     """The base model that an `adapter_config.json` names, by path or Hub id, and its revision."""
     config, where = read_json(adapter_config), f"{adapter_config.name} of {str(adapter_config.parent)!r}"

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from hf_transfer_ext.adapters.servable import servable_by
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
@@ -109,7 +110,7 @@ def test_everything_that_changed_is_carried(tmp_path, tied):
     base = save(qwen(tied), tmp_path / "base")
     model = qwen(tied)
     disturb(model, "weight", "bias")
-    report = extract_lora(base, save(model, tmp_path / "tuned"), tmp_path / "out", rank=32)
+    report = extract_lora(base, save(model, tmp_path / "tuned"), tmp_path / "out", rank=32, modules_to_save=True)
     assert {one.rank for one in report.modules} == {16, 32}  # k_proj and v_proj have 16 rows only
     assert {"model.embed_tokens", "lm_head", "model.norm"} <= set(report.saved_modules)
     assert report.saved_biases == 6
@@ -120,11 +121,42 @@ def test_everything_that_changed_is_carried(tmp_path, tied):
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model), atol=2e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_by_default_servers_load_what_was_extracted(tmp_path, capsys, tied):
+    base = save(qwen(tied), tmp_path / "base")
+    model = qwen(tied)
+    disturb(model, "weight", "bias")
+    words = [base, save(model, tmp_path / "tuned"), str(tmp_path / "out"), "--rank", "32", "--quiet"]
+    assert main(["extract", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "vllm loads it" in printed and "llama.cpp loads it" in printed and "--modules-to-save" in printed
+    assert all(server.loads for server in servable_by(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert not config["modules_to_save"] and config["bias"] == "none"
+    residuals = json.loads((tmp_path / "out" / "residuals.json").read_text())
+    assert not residuals["stored_whole"] and residuals["residual_energy"] < 1e-9
+    changed = {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"}
+    assert changed <= set(residuals["left_out"]) and ("lm_head.weight" in residuals["left_out"]) is not tied
+    plain = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    norm = float((model.model.norm.weight - plain["model.norm.weight"]).norm())
+    assert residuals["left_out"]["model.norm.weight"] == pytest.approx(norm, rel=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm loads it, started with --enable-lora --max-lora-rank 32" in card
+    # The linear layers themselves are the fine-tune's.
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    merged = loaded.merge_and_unload().state_dict()
+    for name, tensor in model.state_dict().items():
+        if "_proj.weight" in name:
+            torch.testing.assert_close(merged[name], tensor, atol=1e-5, rtol=1e-5)
+    assert main(["extract", *words, "--modules-to-save", "--overwrite"]) == 0
+    assert "vllm does not load it" in capsys.readouterr().out
+
+
 def test_layers_that_are_stored_transposed(tmp_path):
     base = save(gpt2(), tmp_path / "base")
     model = gpt2()
     disturb(model, "c_attn.weight", "ln_f.bias", "c_proj.bias")
-    report = extract_lora(base, save(model, tmp_path / "tuned"), tmp_path / "out", rank=32)
+    report = extract_lora(base, save(model, tmp_path / "tuned"), tmp_path / "out", rank=32, modules_to_save=True)
     assert report.residual_energy < 1e-9 and report.saved_modules == ["transformer.ln_f"]
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)

@@ -63,7 +63,7 @@ def test_full_rank_is_the_fine_tune(tmp_path, name):
             parameter.add_(0.03 * torch.randn_like(parameter))
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    report = extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=256)
+    report = extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=256, modules_to_save=True)
     assert report.residual_energy < 1e-9 and not report.left_out
     kind = getattr(transformers, name)
     loaded = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
@@ -103,7 +103,7 @@ def test_added_tokens_are_stored_and_reported(tmp_path):
     tuned = tiny("LlamaForCausalLM", 1)
     tuned.resize_token_embeddings(100, mean_resizing=False)
     tuned.save_pretrained(tmp_path / "tuned")
-    report = extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=64)
+    report = extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=64, modules_to_save=True)
     assert any("resize_token_embeddings(100)" in note for note in report.notes)
     resized = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     resized.resize_token_embeddings(100, mean_resizing=False)
