@@ -37,15 +37,24 @@ from hf_transfer_ext.teachers.signal import Teacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences, refuse_without_effect
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
-from hf_transfer_ext.trainers.trl_names import converted, refuse_prompts_alone, takes_trl_names
+from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
+from hf_transfer_ext.trainers.rollouts import (
+    ROLLOUT,
+    WritesRollouts,
+    holds_prompts_alone,
+    require_room,
+    tokenized_prompts,
+    with_prompts,
+)
+from hf_transfer_ext.trainers.trl_names import converted, takes_trl_names
 
 logger = logging.getLogger(__name__)
 
 
 @takes_trl_names
 @dataclass
-class DistillationConfig(SFTConfig):
-    """`SFTConfig` with a teacher and a loss.
+class DistillationConfig(OnPolicyOptions, SFTConfig):
+    """`SFTConfig` with a teacher and a loss; `OnPolicyOptions` let the student write the texts.
 
     What it inherits is listed in `trainers/inherited.py`: obeyed, refused, or without meaning here. TRL's names of
     settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
@@ -100,6 +109,8 @@ class DistillationConfig(SFTConfig):
         "loss_options",
         "teacher_model_init_kwargs",
         "teacher_cache_options",
+        "on_policy_options",
+        "generation_options",
     ]
 
     def __post_init__(self) -> None:
@@ -123,6 +134,7 @@ class DistillationConfig(SFTConfig):
             raise ValueError("`teacher_cache_options` are given, but no `teacher_cache`. Name its folder.")
         if self.teacher_form is not None:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
+        self.check_on_policy()
         refuse_without_effect(self)
 
     @property
@@ -163,6 +175,7 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     plain.kd_weight, plain.ce_weight = 0.0, 1.0
     plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
     plain.teacher_cache_options = {}
+    plain.on_policy = None
     forget_loading(plain)
     return plain
 
@@ -181,8 +194,10 @@ def forget_loading(args: DistillationConfig) -> None:
         setattr(args, name, nothing)
 
 
-class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
-    """Minimize `kd_weight * D(student, teacher) + ce_weight * CE` per labelled token, on fixed data.
+class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
+    """Minimize `kd_weight * D(student, teacher) + ce_weight * CE` per labeled token.
+
+    The texts are those of the data, or written by the student and the teacher during training (`on_policy`).
 
     Args:
         model: Student: a model, a `PeftModel`, a path or a Hub id.
@@ -221,7 +236,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
     ) -> None:
         args = DistillationConfig() if args is None else converted(args, DistillationConfig)
         refuse_empty(train_dataset)
-        refuse_prompts_alone(train_dataset)
+        train_dataset, eval_dataset = with_prompts(train_dataset, args), with_prompts(eval_dataset, args)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "`compute_loss_func` cannot be used here: the loss is computed inside the model's head, from `loss`, "
@@ -229,7 +244,10 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
                 "`compute_loss`."
             )
         if kwargs.pop("tools", None):
-            raise ValueError("`tools` are called while text is generated, and none is generated during training here.")
+            raise ValueError(
+                "`tools` are functions to call while a text is written, which does not happen here: no result would "
+                "come back. Leave `tools` out; a column `tools`, and results among the turns of a prompt, are read."
+            )
         if isinstance(processing_class, (Dataset, IterableDataset, dict)):
             raise TypeError(
                 "The fifth argument is `processing_class`, and it is a data set. Give `eval_dataset` and "
@@ -285,6 +303,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         self._fused = None if args.fused else False  # None until the first batch shows whether the head allows it
         self._taught_by = teacher
         self.teacher = self._teacher_of(teacher) if args.kd_weight > 0 else None
+        self.start_rollouts()
 
     @property
     def job(self) -> str:
@@ -327,7 +346,12 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
+        if holds_prompts_alone(dataset):
+            prompts = tokenized_prompts(dataset, processing_class, args, self.chat_template)
+            require_room(prompts, args, self._context)
+            return prompts
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **kwargs)
+        require_room(prepared, args, self._context)
         if packing or "input_ids" not in (prepared.column_names or []):
             return prepared
         return checked_samples(dataset, prepared, args, self._context)
@@ -340,11 +364,13 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         num_items_in_batch: Any = None,
     ) -> Any:
         inputs = {**inputs, "use_cache": False}
+        known = inputs.pop(ROLLOUT, None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         targets, mask = next_token_targets(inputs.pop("labels"))
         weight = self.token_weight(mask, num_items_in_batch)
-        signal = self.teacher.signal(model, inputs, mask) if self.teacher is not None else None
+        written = None if known is None else self.rollout_tokens(known, mask)
+        signal = None if self.teacher is None else self.teacher_signal(model, inputs, mask, targets, written)
         if signal is not None and signal.mask is not None and signal.targets is not None:
             targets, mask = signal.targets, signal.mask
         terms = {
@@ -357,6 +383,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             "temperature": self.args.distill_temperature,
             "statistics": True,
             **self.args.loss_options,
+            **self.rollout_terms(written),
         }
         if self._fused is None:
             self._fused = head_is_understood(model)
