@@ -8,7 +8,7 @@ which stay in the processor's cache; its temporaries cost nothing worth counting
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,8 @@ def fused_divergence(
         kd_factors: Further factor of each token's divergence, of any sign; 1 without it.
         ce_factors: Further factor of each token's cross entropy, of any sign; 1 without it.
         statistics: Compute `TokenStatistics` as well; needs `labels`.
-        options: Passed to the divergence (`beta`, `skew`, ...).
+        options: Passed to the divergence (`beta`, `skew`, ...). A tensor has one value for each token; its divergence
+            gets them as a column, `(rows, 1)`.
 
     With dense rows the divergence is taken over the vocabulary that both models share, the first
     min(V_student, V_teacher) entries: padding rows of the larger head take no part. With sparse rows it is taken over
@@ -129,7 +130,7 @@ def fused_divergence(
     objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
     _check(len(student_hidden), student_head.vocab_size, teacher, labels, statistics, objective)
     chunk = chunk_tokens or _chunk_tokens(student_head.weight, student_head.vocab_size, teacher)
-    tokens = _Tokens.of(weights, labels, statistics, student_head.weight.device, kd_factors, ce_factors)
+    tokens = _Tokens.of(weights, labels, statistics, student_head.weight.device, kd_factors, ce_factors, options)
     loss = _FusedLinearDivergence.apply(
         student_hidden, student_head.weight, student_head.bias, student_head.finish, teacher, objective, tokens, chunk,
         torch.is_grad_enabled(),
@@ -179,7 +180,7 @@ def divergence_of_logits(
     teacher = LogitRows(teacher) if isinstance(teacher, Tensor) else teacher
     objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
     _check(len(student_logits), student_logits.shape[1], teacher, labels, statistics, objective)
-    tokens = _Tokens.of(weights, labels, statistics, student_logits.device, kd_factors, ce_factors)
+    tokens = _Tokens.of(weights, labels, statistics, student_logits.device, kd_factors, ce_factors, options)
     chunk = _chunk_tokens(student_logits, student_logits.shape[1], teacher)
     loss = _DivergenceOfLogits.apply(student_logits, teacher, objective, tokens, chunk, torch.is_grad_enabled())
     return tokens.result(loss)
@@ -206,6 +207,7 @@ class _Tokens:
     statistics: TokenStatistics | None
     kd_factors: Float[Tensor, " tokens"] | None = None
     ce_factors: Float[Tensor, " tokens"] | None = None
+    options: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -215,6 +217,7 @@ class _Tokens:
         device: torch.device,
         kd_factors: Tensor | None,
         ce_factors: Tensor | None,
+        options: dict[str, Any],
     ) -> _Tokens:
         room = torch.zeros(4 if statistics else 2, len(weights), device=device)
         return _Tokens(
@@ -223,15 +226,20 @@ class _Tokens:
             room[0],
             room[1],
             TokenStatistics(room[2], room[3]) if statistics else None,
-            *(None if one is None else one.detach().to(device, torch.float32) for one in (kd_factors, ce_factors)),
+            None if kd_factors is None else kd_factors.detach().to(device, torch.float32),
+            None if ce_factors is None else ce_factors.detach().to(device, torch.float32),
+            {name: one.detach().to(device) for name, one in options.items() if isinstance(one, Tensor)},
         )
 
     def __getitem__(self, part: slice) -> _Tokens:
         """Views of a slice."""
         labels = None if self.labels is None else self.labels[part]
         found = None if self.statistics is None else TokenStatistics(*(values[part] for values in self.statistics))
-        factors = [None if one is None else one[part] for one in (self.kd_factors, self.ce_factors)]
-        return _Tokens(self.weights[part], labels, self.kd[part], self.ce[part], found, *factors)
+        kd_factors, ce_factors = (None if one is None else one[part] for one in (self.kd_factors, self.ce_factors))
+        options = {name: one[part] for name, one in self.options.items()}
+        return _Tokens(
+            self.weights[part], labels, self.kd[part], self.ce[part], found, kd_factors, ce_factors, options
+        )
 
     def total(self, objective: _Objective) -> Float[Tensor, ""]:
         """The loss. A sum over no token is 0, and the infinite loss of a token without weight stays out."""
@@ -493,6 +501,9 @@ def _losses(
     """Note the losses of a few rows of the student's logits z; the gradient of kd_weight * D + ce_weight * CE in z."""
     d_z = log_q = None
     if teacher is not None:
+        if tokens.options:
+            columns = {name: one[:, None] for name, one in tokens.options.items()}
+            objective = objective._replace(options={**objective.options, **columns})
         value, d_z, log_q = _divergence(z, teacher, teacher_finish, objective)
         tokens.kd.copy_(value)
         d_z = _times(d_z.mul_(objective.kd_weight), tokens.kd_factors)

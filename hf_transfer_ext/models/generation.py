@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,54 @@ class DrawnLogProbs(LogitsProcessor):
         self._note(written[:, -1])
         self._last = None
         return torch.stack(self.found, 1).tolist()
+
+
+class TeacherMixture(LogitsProcessor):
+    r"""Lets a student and a teacher write together: tokens are drawn from :math:`\alpha p + (1 - \alpha) q`.
+
+    Notes the log-probabilities of each drawn token under both, a step late.
+
+    Args:
+        running: Gives the teacher, ready to run; called for each token.
+        mask: Attention mask of the prompts, padded on the left.
+        share: :math:`\alpha`, the teacher's share of the mixture, in (0, 1).
+    """
+
+    def __init__(self, running: Callable[[], AbstractContextManager[Any]], mask: Tensor, share: float) -> None:
+        self.running, self.mask, self.share = running, mask, share
+        self._cache: Any = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._note(input_ids[:, -1])
+        new = input_ids if self._cache is None else input_ids[:, -1:]
+        if self._cache is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(new), 1)], 1)
+        places = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        with self.running() as teacher:
+            output = teacher(
+                input_ids=new, attention_mask=self.mask, position_ids=places, past_key_values=self._cache,
+                use_cache=True,
+            )  # fmt: skip
+        self._cache = output.past_key_values
+        logits = output.logits[:, -1, : scores.shape[1]].float()
+        logits = torch.nn.functional.pad(logits, (0, scores.shape[1] - logits.shape[1]), value=-torch.inf)
+        log_q, log_p = scores.float().log_softmax(-1), logits.log_softmax(-1)
+        self._last = log_q, log_p
+        return torch.logaddexp(log_p + math.log(self.share), log_q + math.log1p(-self.share))
+
+    def _note(self, drawn: Tensor) -> None:
+        if self._last is not None:
+            log_q, log_p = (one.gather(1, drawn[:, None]).squeeze(1) for one in self._last)
+            self.found.append((log_q, log_p))
+
+    def of(self, written: Int[Tensor, "batch length"]) -> tuple[list[list[float]], list[list[float]]]:
+        """(under the student, under the teacher), in nats; entries after a row's end say nothing."""
+        self._note(written[:, -1])
+        self._last = self._cache = None
+        log_q, log_p = (torch.stack(one, 1).tolist() for one in zip(*self.found, strict=True))
+        return log_q, log_p
 
 
 @torch.no_grad()

@@ -68,6 +68,8 @@ class RolloutMethod:
     #: Whether the log-probabilities of written tokens are noted while they are drawn; sampling cannot be truncated
     #: then.
     notes_log_probs: ClassVar[bool] = False
+    #: Who writes the texts of an evaluation on prompts alone.
+    evaluated_on: ClassVar[Source] = "student"
     #: The teacher's share of each next-token distribution, for the source "mixture".
     teacher_mix: float = 0.0
 
@@ -77,6 +79,10 @@ class RolloutMethod:
         Raises:
             ValueError: With the setting and what to do.
         """
+
+    def needs_completions(self, args: Any) -> bool:
+        """Whether the data have to hold completions, and not prompts alone."""
+        return args.on_policy_share < 1 and not args.teacher_writes
 
     def sources(self, draw: float, args: Any, progress: float) -> tuple[Source, ...]:
         """Who writes the texts of one batch; each source answers the same prompts.

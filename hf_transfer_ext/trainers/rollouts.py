@@ -11,18 +11,25 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import LogitsProcessor, Trainer
+from transformers import Trainer
 from trl.data_utils import is_conversational, maybe_convert_to_chatml
 
 from hf_transfer_ext.files import write_text
-from hf_transfer_ext.models.generation import DrawnLogProbs, continuations, stop_token_ids
+from hf_transfer_ext.models.generation import (
+    DrawnLogProbs,
+    TeacherMixture,
+    continuations,
+    padded_left,
+    stop_token_ids,
+)
 from hf_transfer_ext.models.plumbing import evaluation_mode, is_sharded, pad_token_id
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.teachers.live import LiveTeacher
@@ -124,27 +131,33 @@ class WritesRollouts(Trainer):
         room = (self.args.max_length or self._context or 10**9) - max(map(len, prompts))
         if not min(map(len, prompts)) or room < self.args.max_new_tokens:
             raise ValueError(no_room(prompts, self.args, self._context))
-        live = self.teacher.running(student) if source in ("teacher", "mixture") else None
-        notes = DrawnLogProbs(self.args.sampling_temperature) if method.notes_log_probs else None
-        processors: list[LogitsProcessor] = [notes] if notes is not None and source == "student" else []
+        writer = self.teacher.running(student) if source == "teacher" else nullcontext(student)
+        notes: DrawnLogProbs | TeacherMixture | None = None
+        if source == "mixture":
+            _, mask = padded_left(prompts, 0, next(student.parameters()).device)
+            notes = TeacherMixture(lambda: self.teacher.running(student), mask, method.teacher_mix)
+        elif source == "student" and method.notes_log_probs:
+            notes = DrawnLogProbs(self.args.sampling_temperature)
         settings: dict[str, Any] = {
             "pad_id": pad_token_id(tokenizer), "max_new_tokens": self.args.max_new_tokens, "seed": seed,
             "stop_ids": stop_token_ids(student, tokenizer), "temperature": self.args.sampling_temperature,
-            "processors": processors, **self.args.generation_options,
+            "processors": [] if notes is None else [notes], **self.args.generation_options,
         }  # fmt: skip
-        with self.compute_loss_context_manager(), evaluation_mode(student):
-            if live is None:
-                texts, written = continuations(student, prompts, **settings)
-            else:
-                with live as teacher:
-                    texts, written = continuations(self.accelerator.unwrap_model(teacher), prompts, **settings)
-        found = notes.of(written) if processors and notes is not None else None
+        with self.compute_loss_context_manager(), evaluation_mode(student), writer as model:
+            texts, written = continuations(self.accelerator.unwrap_model(model), prompts, **settings)
+        by_student: list[list[float]] | None = None
+        by_teacher: list[list[float]] | None = None
+        if isinstance(notes, TeacherMixture):
+            by_student, by_teacher = notes.of(written)
+        elif notes is not None:
+            by_student = notes.of(written)
         return [
             Rollout(
                 prompt + text,
                 [IGNORE_INDEX] * len(prompt) + text,
                 source,
-                found[i][: len(text)] if found is not None else None,
+                None if by_student is None else by_student[i][: len(text)],
+                None if by_teacher is None else by_teacher[i][: len(text)],
             )
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
@@ -200,7 +213,7 @@ class WritesRollouts(Trainer):
         if method is not None and (method.sampled_tokens or not bool((inputs["labels"] != IGNORE_INDEX).any())):
             seed = seed_of(self.args.seed, "evaluation", self._evaluated, self.accelerator.process_index)
             self._evaluated += 1
-            inputs = self._collated(self.rollouts_from("student", inputs, seed))
+            inputs = self._collated(self.rollouts_from(method.evaluated_on, inputs, seed))
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -335,16 +348,17 @@ def with_prompts(dataset: Any, args: Any) -> Any:
             f"`on_policy` writes after the prompts of the data, but the rows have the columns {', '.join(columns)}. "
             "Give `prompt` (and `completion`), `messages`, or `input_ids` with `labels` that are -100 in the prompt."
         )
-    if holds_prompts_alone(dataset) and args.on_policy_share < 1 and not args.teacher_writes:
+    if holds_prompts_alone(dataset) and args.rollout_method().needs_completions(args):
         raise ValueError(
-            f"The data hold prompts without completions, and `on_policy_share` is {args.on_policy_share:g}: the other "
-            "batches would have nothing to learn. Set `on_policy_share=1`, or let the teacher write them "
-            "(`teacher_writes`)."
+            f"The data hold prompts without completions, but {args.on_policy} learns from completions as well "
+            f"(`on_policy_share` {args.on_policy_share:g}, `ce_weight` {args.ce_weight:g}). Let the student write all "
+            "(`on_policy_share=1`), or the teacher the others (`teacher_writes`), with `ce_weight=0`; or add a column "
+            "`completion`."
         )
     return dataset
 
 
-def _last_turn_apart(row: dict[str, Any], index: int) -> dict[str, Any]:
+def _last_turn_apart(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     messages = row["messages"]
     if not messages or messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise ValueError(
@@ -357,8 +371,8 @@ def _last_turn_apart(row: dict[str, Any], index: int) -> dict[str, Any]:
 def tokenized_prompts(dataset: Any, tokenizer: Any, args: Any, chat_template: str | None) -> Any:
     """Prompts alone as token ids with labels that are -100 throughout."""
 
-    def tokenized(row: dict[str, Any]) -> dict[str, Any]:
-        if not is_conversational(row):
+    def tokenized(row: Mapping[str, Any]) -> dict[str, Any]:
+        if not is_conversational(dict(row)):
             ids = tokenizer(row["prompt"])["input_ids"]
         else:
             tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")

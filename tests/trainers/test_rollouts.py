@@ -311,7 +311,7 @@ def test_settings_that_cannot_be_obeyed_are_refused(tmp_path, options, message):
 
 @pytest.mark.parametrize("data, options, message", [
     ({"text": ["gold is a metal"]}, {}, "writes after the prompts of the data, but the rows have the columns text"),
-    (PROMPTS, {"on_policy_share": 0.5}, "`on_policy_share` is 0.5: the other batches would have nothing to learn"),
+    (PROMPTS, {"on_policy_share": 0.5}, r"gkd learns from completions as well \(`on_policy_share` 0.5"),
     ({"prompt": [""]}, {}, "Row 0: a prompt has no token"),
     ({"prompt": ["a" * 60]}, {}, "Row 0: a prompt has 60 tokens, which leaves no room for `max_new_tokens`"),
     ({"messages": [CHATS[0][:1]]}, {}, "Row 0 does not end with an answer of the assistant"),
