@@ -25,8 +25,8 @@ class distillm_2(RolloutMethod):
     When to use it: the data hold the teacher's answers (or it can write), and the student's mistakes are to be
     unlearned as well.
 
-    Deviations: the skew is constant (`loss_options={"skew": ...}` of the config, .1 by default), where the paper adapts
-    it to each sample; and one mean is taken over all tokens of a step, not one for each kind of answer.
+    Deviations: the skew is constant (`loss_options={"skew": ...}` of the config, .1 by default), where the paper
+    adapts it to each sample; and one mean is taken over all tokens of a step, not one for each kind of answer.
 
     Source: DistiLLM-2, Ko et al. 2025, equations 4 and 5, https://arxiv.org/abs/2503.07067
     """
@@ -41,8 +41,8 @@ class distillm_2(RolloutMethod):
     def check(self, args: Any) -> None:
         if args.loss != "skew_kl":
             raise ValueError(
-                f"`loss` is {args.loss!r}, but distillm_2 takes skew_kl on the teacher's answers and skew_reverse_kl on "
-                'the student\'s. Set `loss="skew_kl"`.'
+                f"`loss` is {args.loss!r}, but distillm_2 takes skew_kl on the teacher's answers and skew_reverse_kl "
+                'on the student\'s. Set `loss="skew_kl"`.'
             )
         if args.on_policy_share < 1:
             raise ValueError(

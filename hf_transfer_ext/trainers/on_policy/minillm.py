@@ -48,8 +48,10 @@ class minillm(RolloutMethod):
         self.teacher_mix, self.discount = teacher_mix, discount
 
     def check(self, args: Any) -> None:
-        needed = {"loss": "reverse_kl", "sampling_temperature": 1.0, "distill_temperature": 1.0, "on_policy_share": 1.0,
-                  "teacher_writes": False}  # fmt: skip
+        needed = {
+            "loss": "reverse_kl", "sampling_temperature": 1.0, "distill_temperature": 1.0, "on_policy_share": 1.0,
+            "teacher_writes": False,
+        }  # fmt: skip
         for name, value in needed.items():
             if getattr(args, name) != value:
                 raise ValueError(f"`{name}` is {getattr(args, name)!r}, but minillm needs {value!r}.")

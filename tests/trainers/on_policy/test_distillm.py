@@ -48,8 +48,8 @@ def test_the_buffer_keeps_the_newest_and_gives_them_back_by_seed():
 
 
 def test_a_resumed_run_has_the_same_buffer_and_threshold(tmp_path):
-    settings = {**DISTILLM, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2,
-                "eval_strategy": "steps", "eval_steps": 1, "on_policy_share": 0.6,
+    settings = {**DISTILLM, "max_steps": 6, "save_strategy": "steps", "save_steps": 3,
+                "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 1, "on_policy_share": 0.6,
                 "on_policy_options": {"capacity": 3, "tolerance": 0.0}}  # fmt: skip
     whole = trained(tmp_path / "a", **settings)
     assert logged(whole, "on_policy_raised")[-1] == whole.rollout_method.raised
