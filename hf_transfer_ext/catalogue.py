@@ -13,6 +13,7 @@ from hf_transfer_ext.settings import arguments_for
 #: Title -> (module, registry in it).
 CATALOGUE = {
     "Distillation losses": ("hf_transfer_ext.losses.distillation", "DISTILLATION_LOSSES"),
+    "On-policy distillation": ("hf_transfer_ext.trainers.on_policy", "ON_POLICY_METHODS"),
     "Losses across tokenizers": ("hf_transfer_ext.losses.spans", "SPAN_LOSSES"),
     "Losses inside the network": ("hf_transfer_ext.losses.hidden", "HIDDEN_LOSSES"),
     "Teachers combined": ("hf_transfer_ext.teachers.several", "COMBINED_TEACHERS"),

@@ -31,6 +31,7 @@ from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.recipes import RECIPES
 from hf_transfer_ext.registry import Registry
 from hf_transfer_ext.students import STUDENT_INITS
+from hf_transfer_ext.trainers.on_policy import ON_POLICY_METHODS
 
 ROOT = Path(hf_transfer_ext.__file__).parent
 TESTS = Path(__file__).parent
@@ -50,6 +51,7 @@ METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
     "evals/audit/membership": ([MEMBERSHIP_ATTACKS], lambda f: "higher" in f.__doc__ or "score" in f.__doc__.lower()),
     "evals/suites": ([SUITES], lambda f: True),
     "students/inits": ([STUDENT_INITS], lambda f: True),
+    "trainers/on_policy": ([ON_POLICY_METHODS], lambda f: 0 <= f.default_share <= 1),
 }
 METHODS = [
     (folder, name, function)

@@ -8,7 +8,7 @@ which stay in the processor's cache; its temporaries cost nothing worth counting
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,8 @@ def fused_divergence(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    kd_factors: Float[Tensor, " tokens"] | None = None,
+    ce_factors: Float[Tensor, " tokens"] | None = None,
     statistics: bool = False,
     **options: Any,
 ) -> FusedLoss:
@@ -111,8 +113,11 @@ def fused_divergence(
         ce_weight: Factor of the cross entropy, >= 0.
         temperature: > 0, divides both models' logits in the divergence.
         chunk_tokens: Tokens whose logits exist at once; by default as many as fit in `CHUNK_BYTES`.
+        kd_factors: Further factor of each token's divergence, of any sign; 1 without it.
+        ce_factors: Further factor of each token's cross entropy, of any sign; 1 without it.
         statistics: Compute `TokenStatistics` as well; needs `labels`.
-        options: Passed to the divergence (`beta`, `skew`, ...).
+        options: Passed to the divergence (`beta`, `skew`, ...). A tensor has one value for each token; its divergence
+            gets them as a column, `(rows, 1)`.
 
     With dense rows the divergence is taken over the vocabulary that both models share, the first
     min(V_student, V_teacher) entries: padding rows of the larger head take no part. With sparse rows it is taken over
@@ -125,7 +130,7 @@ def fused_divergence(
     objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
     _check(len(student_hidden), student_head.vocab_size, teacher, labels, statistics, objective)
     chunk = chunk_tokens or _chunk_tokens(student_head.weight, student_head.vocab_size, teacher)
-    tokens = _Tokens.of(weights, labels, statistics, student_head.weight.device)
+    tokens = _Tokens.of(weights, labels, statistics, student_head.weight.device, kd_factors, ce_factors, options)
     loss = _FusedLinearDivergence.apply(
         student_hidden, student_head.weight, student_head.bias, student_head.finish, teacher, objective, tokens, chunk,
         torch.is_grad_enabled(),
@@ -162,6 +167,8 @@ def divergence_of_logits(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    kd_factors: Float[Tensor, " tokens"] | None = None,
+    ce_factors: Float[Tensor, " tokens"] | None = None,
     statistics: bool = False,
     **options: Any,
 ) -> FusedLoss:
@@ -173,7 +180,7 @@ def divergence_of_logits(
     teacher = LogitRows(teacher) if isinstance(teacher, Tensor) else teacher
     objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
     _check(len(student_logits), student_logits.shape[1], teacher, labels, statistics, objective)
-    tokens = _Tokens.of(weights, labels, statistics, student_logits.device)
+    tokens = _Tokens.of(weights, labels, statistics, student_logits.device, kd_factors, ce_factors, options)
     chunk = _chunk_tokens(student_logits, student_logits.shape[1], teacher)
     loss = _DivergenceOfLogits.apply(student_logits, teacher, objective, tokens, chunk, torch.is_grad_enabled())
     return tokens.result(loss)
@@ -198,9 +205,20 @@ class _Tokens:
     kd: Float[Tensor, " tokens"]
     ce: Float[Tensor, " tokens"]
     statistics: TokenStatistics | None
+    kd_factors: Float[Tensor, " tokens"] | None = None
+    ce_factors: Float[Tensor, " tokens"] | None = None
+    options: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(weights: Tensor, labels: Tensor | None, statistics: bool, device: torch.device) -> _Tokens:
+    def of(
+        weights: Tensor,
+        labels: Tensor | None,
+        statistics: bool,
+        device: torch.device,
+        kd_factors: Tensor | None,
+        ce_factors: Tensor | None,
+        options: dict[str, Any],
+    ) -> _Tokens:
         room = torch.zeros(4 if statistics else 2, len(weights), device=device)
         return _Tokens(
             weights.detach().to(device, torch.float32),
@@ -208,17 +226,25 @@ class _Tokens:
             room[0],
             room[1],
             TokenStatistics(room[2], room[3]) if statistics else None,
+            None if kd_factors is None else kd_factors.detach().to(device, torch.float32),
+            None if ce_factors is None else ce_factors.detach().to(device, torch.float32),
+            {name: one.detach().to(device) for name, one in options.items() if isinstance(one, Tensor)},
         )
 
     def __getitem__(self, part: slice) -> _Tokens:
         """Views of a slice."""
         labels = None if self.labels is None else self.labels[part]
         found = None if self.statistics is None else TokenStatistics(*(values[part] for values in self.statistics))
-        return _Tokens(self.weights[part], labels, self.kd[part], self.ce[part], found)
+        kd_factors, ce_factors = (None if one is None else one[part] for one in (self.kd_factors, self.ce_factors))
+        options = {name: one[part] for name, one in self.options.items()}
+        return _Tokens(
+            self.weights[part], labels, self.kd[part], self.ce[part], found, kd_factors, ce_factors, options
+        )
 
     def total(self, objective: _Objective) -> Float[Tensor, ""]:
         """The loss. A sum over no token is 0, and the infinite loss of a token without weight stays out."""
-        values = objective.kd_weight * self.kd + objective.ce_weight * self.ce
+        kd, ce = _times(self.kd, self.kd_factors), _times(self.ce, self.ce_factors)
+        values = objective.kd_weight * kd + objective.ce_weight * ce
         return torch.where(self.weights != 0, self.weights * values, 0.0).sum()
 
     def unit(self, objective: _Objective, finish: LogitFinish, dtype: torch.dtype) -> Float[Tensor, ""]:
@@ -228,12 +254,23 @@ class _Tokens:
         incoming gradient (and the scale of a gradient scaler in it), in the backward pass.
         """
         largest = self.weights.abs().amax() if len(self.weights) else self.weights.new_ones(())
-        unit = largest * abs(finish.scale) * (objective.kd_weight + objective.ce_weight)
+        kd, ce = (
+            1.0 if one is None or not len(one) else one.abs().amax() for one in (self.kd_factors, self.ce_factors)
+        )
+        unit = largest * abs(finish.scale) * (objective.kd_weight * kd + objective.ce_weight * ce)
         gain = FLOAT16_GAIN if dtype == torch.float16 else 1.0
         return torch.where(unit > 0, unit / gain, 1.0)
 
     def result(self, loss: Tensor) -> FusedLoss:
         return FusedLoss(loss, self.kd, self.ce, self.statistics)
+
+
+def _times(values: Tensor, factors: Tensor | None) -> Tensor:
+    """`values * factors`, row by row; 0 where a factor is 0, even of an infinite value."""
+    if factors is None:
+        return values
+    factors = factors.view(-1, *[1] * (values.dim() - 1))
+    return torch.where(factors != 0, values * factors, 0.0)
 
 
 def _chunk_tokens(student: Tensor, vocab: int, teacher: TeacherRows | None) -> int:
@@ -464,9 +501,12 @@ def _losses(
     """Note the losses of a few rows of the student's logits z; the gradient of kd_weight * D + ce_weight * CE in z."""
     d_z = log_q = None
     if teacher is not None:
+        if tokens.options:
+            columns = {name: one[:, None] for name, one in tokens.options.items()}
+            objective = objective._replace(options={**objective.options, **columns})
         value, d_z, log_q = _divergence(z, teacher, teacher_finish, objective)
         tokens.kd.copy_(value)
-        d_z.mul_(objective.kd_weight)
+        d_z = _times(d_z.mul_(objective.kd_weight), tokens.kd_factors)
     if tokens.labels is not None:
         log_probs = z.log_softmax(-1) if log_q is None else log_q
         tokens.ce.copy_(-log_probs.gather(1, tokens.labels[:, None]).squeeze(1))
@@ -476,6 +516,7 @@ def _losses(
         if objective.ce_weight and with_gradient:
             d_ce = log_probs.exp()
             d_ce[torch.arange(len(d_ce), device=d_ce.device), tokens.labels] -= 1.0
+            d_ce = _times(d_ce, tokens.ce_factors)
             alpha = objective.ce_weight
             d_z = d_ce.mul_(alpha) if d_z is None else d_z.add_(d_ce, alpha=alpha)
     return torch.zeros_like(z) if d_z is None else d_z

@@ -1,14 +1,19 @@
-"""Generate answers: the settings, and greedy or sampled decoding of a batch of prompts."""
+"""Generate text: answers as text, greedy or sampled; and continuations as tokens, drawn from the model's softmax."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.models.plumbing import pad_token_id
 
 
@@ -60,21 +65,15 @@ def generate(
     Raises:
         ValueError: The model's logits are NaN.
     """
-    length = max(len(prompt) for prompt in prompts)
     pad_id = pad_token_id(tokenizer)
-    device = next(model.parameters()).device
-    ids = torch.full((len(prompts), length), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, length - len(prompt) :] = torch.tensor(list(prompt))
-        mask[i, length - len(prompt) :] = 1
+    ids, mask = padded_left(prompts, pad_id, next(model.parameters()).device)
     sampled = settings.temperature > 0
     with torch.random.fork_rng(enabled=sampled):
         if sampled:
             torch.manual_seed(settings.seed)
         written = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
             num_beams=1,
             pad_token_id=pad_id,
@@ -83,6 +82,171 @@ def generate(
             top_p=None,
             top_k=None,
             logits_processor=LogitsProcessorList([RefuseNaN()]),
-        )[:, length:]
+        )[:, ids.shape[1] :]
     tokens = int((written != pad_id).sum())
     return tokenizer.batch_decode(written, skip_special_tokens=True), tokens
+
+
+def padded_left(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+    """The prompts as one batch that ends where each of them ends, and its attention mask."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt) :] = torch.tensor(list(prompt))
+        mask[i, length - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which generation stops: those of the model's generation config, and the tokenizer's own."""
+    named = getattr(causal_lm_of(model).generation_config, "eos_token_id", None)
+    named = named if isinstance(named, (list, tuple)) else [named]
+    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+
+
+class DrawnLogProbs(LogitsProcessor):
+    """Notes the log-probability of each token that is drawn, a step late: only one step's scores are ever held.
+
+    It stands before the temperature, which is applied here as well.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.found: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._note(input_ids[:, -1])
+        self._last = scores
+        return scores
+
+    def _note(self, drawn: Tensor) -> None:
+        if self._last is not None:
+            log_probs = (self._last.float() / self.temperature).log_softmax(-1)
+            self.found.append(log_probs.gather(1, drawn[:, None]).squeeze(1))
+
+    def of(self, written: Int[Tensor, "batch length"]) -> list[list[float]]:
+        """Of each token of `written`, in nats; entries after a row's end say nothing."""
+        self._note(written[:, -1])
+        self._last = None
+        return torch.stack(self.found, 1).tolist()
+
+
+class TeacherMixture(LogitsProcessor):
+    r"""Lets a student and a teacher write together: tokens are drawn from :math:`\alpha p + (1 - \alpha) q`.
+
+    Notes the log-probabilities of each drawn token under both, a step late.
+
+    Args:
+        running: Gives the teacher, ready to run; called for each token.
+        mask: Attention mask of the prompts, padded on the left.
+        share: :math:`\alpha`, the teacher's share of the mixture, in (0, 1).
+    """
+
+    def __init__(self, running: Callable[[], AbstractContextManager[Any]], mask: Tensor, share: float) -> None:
+        self.running, self.mask, self.share = running, mask, share
+        self._cache: Any = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._note(input_ids[:, -1])
+        new = input_ids if self._cache is None else input_ids[:, -1:]
+        if self._cache is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(new), 1)], 1)
+        places = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        with self.running() as teacher:
+            output = teacher(
+                input_ids=new, attention_mask=self.mask, position_ids=places, past_key_values=self._cache,
+                use_cache=True,
+            )  # fmt: skip
+        self._cache = output.past_key_values
+        logits = output.logits[:, -1, : scores.shape[1]].float()
+        logits = torch.nn.functional.pad(logits, (0, scores.shape[1] - logits.shape[1]), value=-torch.inf)
+        log_q, log_p = scores.float().log_softmax(-1), logits.log_softmax(-1)
+        self._last = log_q, log_p
+        return torch.logaddexp(log_p + math.log(self.share), log_q + math.log1p(-self.share))
+
+    def _note(self, drawn: Tensor) -> None:
+        if self._last is not None:
+            log_q, log_p = (one.gather(1, drawn[:, None]).squeeze(1) for one in self._last)
+            self.found.append((log_q, log_p))
+
+    def of(self, written: Int[Tensor, "batch length"]) -> tuple[list[list[float]], list[list[float]]]:
+        """(under the student, under the teacher), in nats; entries after a row's end say nothing."""
+        self._note(written[:, -1])
+        self._last = self._cache = None
+        log_q, log_p = (torch.stack(one, 1).tolist() for one in zip(*self.found, strict=True))
+        return log_q, log_p
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    processors: Sequence[LogitsProcessor] = (),
+    **options: Any,
+) -> tuple[list[list[int]], Int[Tensor, "batch length"]]:
+    """Sample a continuation of each prompt with a cache of keys and values; the random state is restored afterward.
+
+    Defaults of the model's own generation config (top_p, a repetition penalty, ...) are left out: tokens are drawn
+    from softmax(logits / temperature), unless `options` say otherwise.
+
+    Args:
+        stop_ids: Tokens that end a continuation; it includes the one that ended it.
+        temperature: > 0.
+        seed: Of the draws.
+        options: Of transformers' `GenerationConfig`.
+
+    Returns:
+        The tokens of each continuation, at least one; and all of them as generated, padded on the right.
+
+    Raises:
+        ValueError: The model's logits are NaN.
+    """
+    ids, mask = padded_left(prompts, pad_id, next(model.parameters()).device)
+    config = GenerationConfig(
+        **{
+            "max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
+            "num_beams": 1, "use_cache": True, "pad_token_id": pad_id, "eos_token_id": list(stop_ids) or None,
+            **options,
+        }
+    )  # fmt: skip
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _generating_as(model, config):
+        torch.manual_seed(seed)
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([RefuseNaN(), *processors]),
+        )[:, ids.shape[1] :]
+    return [_until_stop(row, stop_ids) for row in written.tolist()], written
+
+
+def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return tokens[:end]
+
+
+@contextmanager
+def _generating_as(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Replace the model's own generation config within the block: `generate` falls back on it for every default."""
+    holders = [one for one in (model, causal_lm_of(model)) if "generation_config" in vars(one)]
+    own = [one.generation_config for one in holders]
+    for one in holders:
+        one.generation_config = config
+    try:
+        yield
+    finally:
+        for one, before in zip(holders, own, strict=True):
+            one.generation_config = before

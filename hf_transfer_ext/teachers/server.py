@@ -16,15 +16,16 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_transfer_ext.losses.rows import SparseRows, TopTokens
@@ -42,6 +43,7 @@ from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
 logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 #: A text whose tokens tell tokenizers apart: words, case, digits, spaces, accents, another script, an emoji.
 PROBE = "The quick brown fox, 1984:\n\n    naïve Zürich 東京 🙂 unbelievably"
@@ -129,6 +131,29 @@ class ServerTeacher:
         )
         return TeacherSignal(SparseRows(joined.to(inputs["input_ids"].device)))
 
+    def token_log_probs(self, inputs: dict[str, Any], mask: Mask) -> Float[Tensor, " tokens"]:
+        """The server's log-probability of each labeled token itself, in nats, at temperature 1.
+
+        Raises:
+            OSError: The server does not answer, after all attempts.
+            ValueError: It does not tell the probability of the tokens that it was sent.
+        """
+        found = [value for values in self._each(documents_of(inputs, mask), self._own_tokens) for value in values]
+        return torch.tensor(found, device=inputs["input_ids"].device)
+
+    def _own_tokens(self, document: Document) -> list[float]:
+        ids = document.ids.tolist()
+        listed = self._whole(ids)
+        found = [listed[position + 1].get(ids[position + 1]) for position in document.positions.tolist()]
+        if None in found:
+            position = document.positions.tolist()[found.index(None)] + 1
+            raise ValueError(
+                f"The server at {self.url} was sent token {ids[position]} and lists only likelier ones at its place, "
+                "so that its own probability is not known. Use a server that lists the tokens of its prompt, as vLLM "
+                "does."
+            )
+        return [float(value) for value in found if value is not None]
+
     def document_rows(self, documents: Iterable[Document]) -> Iterator[tuple[Document, SparseRows]]:
         """Each document with its rows, in order.
 
@@ -138,20 +163,29 @@ class ServerTeacher:
             ValueError: It gives no log-probabilities, too few, or those of another tokenizer.
         """
         documents = list(documents)
+        yield from zip(documents, self._each(documents, self._rows), strict=True)
+
+    def _each(self, documents: Iterable[Document], asked: Callable[[Document], Answer]) -> Iterator[Answer]:
+        """What `asked` gives for each document, in order, several at a time."""
+        documents = list(documents)
         if self._style is None and documents:  # one request alone: all others know then how to ask
-            yield documents[0], self._rows(documents[0])
+            yield asked(documents[0])
             documents = documents[1:]
         with ThreadPoolExecutor(self.parallel) as pool:
-            yield from zip(documents, pool.map(self._rows, documents), strict=True)
+            yield from pool.map(asked, documents)
 
-    def _rows(self, document: Document) -> SparseRows:
-        ids = document.ids.tolist()
+    def _whole(self, ids: list[int]) -> list[dict[int, float]]:
+        """What the server lists for each token of a prompt, refused where some are missing."""
         listed = self._listed(ids)
         if len(listed) != len(ids):
             raise ValueError(
                 f"The server at {self.url} was sent {len(ids)} tokens and answered for {len(listed)}: the answer is "
                 "cut, or the server changes the prompt. Check its longest context (`--max-model-len` of vLLM)."
             )
+        return listed
+
+    def _rows(self, document: Document) -> SparseRows:
+        listed = self._whole(document.ids.tolist())
         rows = [self._likeliest(listed[position + 1]) for position in document.positions.tolist()]
         log_probs = torch.tensor([[value for _, value in row] for row in rows])
         tail = (1 - log_probs.double().exp().sum(1)).clamp(min=0).float()

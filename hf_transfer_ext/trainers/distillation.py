@@ -54,14 +54,24 @@ from hf_transfer_ext.trainers.hidden_loss import HiddenLoss, ProjectionCallback
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
 from hf_transfer_ext.trainers.named_teachers import named_teachers
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
+from hf_transfer_ext.trainers.rollouts import (
+    ROLLOUT,
+    WritesRollouts,
+    holds_prompts_alone,
+    require_room,
+    tokenized_prompts,
+    with_prompts,
+)
 from hf_transfer_ext.trainers.several_teachers import KeepsRoutes, combined, server_teacher, started
-from hf_transfer_ext.trainers.trl_names import converted, refuse_prompts_alone
+from hf_transfer_ext.trainers.trl_names import converted
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
+class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
     """Minimize `kd_weight * D(student, teacher) + ce_weight * CE + hidden_weight * H` per labeled token.
+
+    The texts are those of the data, or written by the student and the teacher during training (`on_policy`).
 
     Args:
         model: Student: a model, a `PeftModel`, a path or a Hub id.
@@ -101,7 +111,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
     ) -> None:
         args = DistillationConfig() if args is None else converted(args, DistillationConfig)
         refuse_empty(train_dataset)
-        refuse_prompts_alone(train_dataset)
+        train_dataset, eval_dataset = with_prompts(train_dataset, args), with_prompts(eval_dataset, args)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "`compute_loss_func` cannot be used here: the loss is computed inside the model's head, from `loss`, "
@@ -109,7 +119,10 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
                 "`compute_loss`."
             )
         if kwargs.pop("tools", None):
-            raise ValueError("`tools` are called while text is generated, and none is generated during training here.")
+            raise ValueError(
+                "`tools` are functions to call while a text is written, which does not happen here: no result would "
+                "come back. Leave `tools` out; a column `tools`, and results among the turns of a prompt, are read."
+            )
         if isinstance(processing_class, (Dataset, IterableDataset, dict)):
             raise TypeError(
                 "The fifth argument is `processing_class`, and it is a data set. Give `eval_dataset` and "
@@ -176,6 +189,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         if self.teacher is not None:
             logger.info("Memory of the frozen teachers: %s.", shown_bytes(self.frozen_bytes))
         self.hidden_loss = self._hidden_loss(kwargs.get("optimizers")) if args.hidden_loss is not None else None
+        self.start_rollouts()
 
     @property
     def job(self) -> str:
@@ -330,7 +344,12 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
+        if holds_prompts_alone(dataset):
+            prompts = tokenized_prompts(dataset, processing_class, args, self.chat_template)
+            require_room(prompts, args, self._context)
+            return prompts
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **kwargs)
+        require_room(prepared, args, self._context)
         if packing or "input_ids" not in (prepared.column_names or []):
             return prepared
         return checked_samples(dataset, prepared, args, self._context)
@@ -343,14 +362,18 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
         num_items_in_batch: Any = None,
     ) -> Any:
         inputs = {**inputs, "use_cache": False}
+        known = inputs.pop(ROLLOUT, None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         targets, mask = next_token_targets(inputs.pop("labels"))
         weight = self.token_weight(mask, num_items_in_batch)
+        written = None if known is None else self.rollout_tokens(known, mask)
         hidden, teacher = self.hidden_loss, cast(Any, self.teacher)
         with nullcontext({}) if hidden is None else hidden.teacher_viewed(teacher.network) as teacher_layers:
             spans = teacher.spans(model, inputs, mask) if isinstance(teacher, SpanTeacher) else None
-            signal = teacher.signal(model, inputs, mask) if teacher is not None and spans is None else None
+            signal = None
+            if teacher is not None and spans is None:
+                signal = self.teacher_signal(model, inputs, mask, targets, written)
         if signal is not None and signal.mask is not None and signal.targets is not None:
             targets, mask = signal.targets, signal.mask
         terms = {
@@ -363,6 +386,7 @@ class DistillationTrainer(TokenLossNormalization, SFTTrainer):  # type: ignore[m
             "temperature": self.args.distill_temperature,
             "statistics": True,
             **({} if spans is not None else self.args.loss_options),
+            **self.rollout_terms(written),
         }
 
         def losses_of(states: Tensor, head: LMHead | None) -> FusedLoss:

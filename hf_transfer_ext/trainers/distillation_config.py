@@ -20,13 +20,14 @@ from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
+from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
 from hf_transfer_ext.trainers.trl_names import takes_trl_names
 
 
 @takes_trl_names
 @dataclass
-class DistillationConfig(SFTConfig):
-    """`SFTConfig` with a teacher and a loss.
+class DistillationConfig(OnPolicyOptions, SFTConfig):
+    """`SFTConfig` with a teacher and a loss; `OnPolicyOptions` let the student write the texts.
 
     What it inherits is listed in `trainers/inherited.py`: obeyed, refused, or without meaning here. TRL's names of
     settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
@@ -114,6 +115,8 @@ class DistillationConfig(SFTConfig):
         "teacher_cache_options",
         "hidden_options",
         "teacher_server_options",
+        "on_policy_options",
+        "generation_options",
     ]
 
     def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ class DistillationConfig(SFTConfig):
             self._check_span_loss()
         elif self.teacher_form is not None:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
+        self.check_on_policy()
         refuse_without_effect(self)
 
     def _check_teachers(self) -> None:
@@ -307,6 +311,7 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
     plain.teacher_cache_options = {}
     plain.hidden_loss = plain.teacher_server = plain.teachers = None
+    plain.on_policy = None
     forget_loading(plain)
     return plain
 

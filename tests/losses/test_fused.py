@@ -390,3 +390,35 @@ def test_hidden_states_and_heads_or_logits_can_be_given_as_they_are():
     logits = divergence_of_logits(student.logits(hidden), teacher.logits(teacher_hidden), kl, weights=weights)
     assert torch.equal(plain.loss, rows.loss)
     torch.testing.assert_close(logits.loss, rows.loss)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_factors_scale_each_tokens_parts_apart(fused):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    teacher, labels = torch.randn(5, 7), torch.randint(0, 7, (5,))
+    kd_factors, ce_factors = torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0]), torch.tensor([0.0, -1.5, 1.0, 2.0, 0.0])
+    weights = torch.rand(5)
+    leaf = hidden.float().requires_grad_()
+    settings = {"weights": weights, "labels": labels, "kd_weight": 0.7, "ce_weight": 0.3,
+                "kd_factors": kd_factors, "ce_factors": ce_factors}  # fmt: skip
+    if fused:
+        found = fused_divergence(
+            leaf,
+            LMHead(weight.float(), None),
+            LogitRows(teacher),
+            DISTILLATION_LOSSES["reverse_kl"],
+            chunk_tokens=2,
+            **settings,
+        )
+    else:
+        found = divergence_of_logits(leaf @ weight.float().T, teacher, DISTILLATION_LOSSES["reverse_kl"], **settings)
+    found.loss.backward()
+    exact = hidden.clone().requires_grad_()
+    log_q, log_p = (exact @ weight.T).log_softmax(-1), teacher.double().log_softmax(-1)
+    kd = (log_q.exp() * (log_q - log_p)).sum(-1)
+    ce = -log_q[torch.arange(5), labels]
+    loss = (weights * (0.7 * kd_factors * kd + 0.3 * ce_factors * ce)).sum()
+    loss.backward()
+    torch.testing.assert_close(found.loss.double(), loss.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)

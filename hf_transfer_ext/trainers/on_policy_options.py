@@ -1,0 +1,126 @@
+"""The settings of on-policy distillation, as a part of `DistillationConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_transfer_ext.trainers.on_policy import ON_POLICY_METHODS
+from hf_transfer_ext.trainers.rollout_method import RolloutMethod, method_from
+
+#: Options of generation that cut tokens out of the distribution, or change it, so that the probability of a token is
+#: another one than the student's.
+_DISTORTING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+               "no_repeat_ngram_size", "encoder_repetition_penalty", "bad_words_ids", "suppress_tokens",
+               "min_new_tokens", "min_length")  # fmt: skip
+#: Options of generation that are settings of their own, or would return something else than one text for a prompt.
+_REFUSED = {
+    "max_new_tokens": "set `max_new_tokens` itself",
+    "max_length": "set `max_new_tokens`",
+    "temperature": "set `sampling_temperature`",
+    "do_sample": "texts are sampled, as the methods assume",
+    "num_beams": "texts are sampled, as the methods assume",
+    "num_return_sequences": "repeat the prompts in the data",
+    "return_dict_in_generate": "it is for callers of `generate`",
+    "output_scores": "it is for callers of `generate`",
+}
+
+
+@dataclass
+class OnPolicyOptions:
+    """Training texts that are written during training.
+
+    Args:
+        on_policy: A name of `ON_POLICY_METHODS` (gkd, ...); None trains on the data as they are.
+        on_policy_options: The method's own options.
+        on_policy_share: Share of the batches that the student writes, in [0, 1]; None for the method's default.
+        teacher_writes: Where the student does not write, the teacher does, instead of the data set.
+        max_new_tokens: Most tokens that are written after a prompt.
+        sampling_temperature: Divides the writer's logits when tokens are drawn, > 0. The divergence has its own,
+            `distill_temperature`.
+        generation_options: Further options of transformers' `GenerationConfig` (top_p, repetition_penalty, ...).
+            Without them tokens are drawn from the whole softmax, whatever the model's own config says.
+        log_rollouts: Texts of each step that go to `rollouts.jsonl` in `output_dir`.
+    """
+
+    on_policy: str | None = None
+    on_policy_options: dict[str, Any] | str | None = field(default_factory=dict)
+    on_policy_share: float | None = None
+    teacher_writes: bool = False
+    max_new_tokens: int = 128
+    sampling_temperature: float = 1.0
+    generation_options: dict[str, Any] | str | None = field(default_factory=dict)
+    log_rollouts: int = 0
+
+    def check_on_policy(self) -> None:
+        """Fill in what follows from the method, and refuse what cannot be followed; called when all else is set."""
+        config: Any = self
+        self.on_policy_options: dict[str, Any] = dict(self.on_policy_options or {})  # type: ignore[arg-type]
+        self.generation_options: dict[str, Any] = dict(self.generation_options or {})  # type: ignore[arg-type]
+        if self.on_policy is None and not self.on_policy_share and not self.teacher_writes:
+            self._refuse_without_method()
+            return
+        if self.on_policy is None:
+            self.on_policy = "gkd"
+            self.on_policy_share = self.on_policy_share or 0.0
+        method = self.rollout_method()
+        if self.on_policy_share is None:
+            self.on_policy_share = method.default_share
+        if not 0 <= self.on_policy_share <= 1:
+            raise ValueError(f"`on_policy_share` has to lie in [0, 1], got {self.on_policy_share}.")
+        if self.max_new_tokens < 1 or self.log_rollouts < 0 or not self.sampling_temperature > 0:
+            raise ValueError(
+                "`max_new_tokens` has to be >= 1, `log_rollouts` >= 0 and `sampling_temperature` > 0, got "
+                f"{self.max_new_tokens}, {self.log_rollouts} and {self.sampling_temperature}."
+            )
+        for name, advice in _REFUSED.items():
+            if name in self.generation_options:
+                raise ValueError(f"`generation_options` has {name!r}, which is not taken: {advice}.")
+        distorting = [name for name in self.generation_options if name in _DISTORTING]
+        if method.notes_log_probs and distorting:
+            raise ValueError(
+                f"`generation_options` has {distorting[0]!r}, but {self.on_policy} needs the probability with which "
+                "each token was drawn: it has to be drawn from the whole softmax. Leave the option out."
+            )
+        if config.packing or config.padding_free:
+            raise ValueError(
+                "`packing` and `padding_free` join texts, but on-policy distillation writes one text after each "
+                "prompt. Set both to False."
+            )
+        if not config.is_taught:
+            raise ValueError("`kd_weight` is 0, so nobody teaches, and on-policy distillation has nothing to learn.")
+        if config.teacher_cache is not None:
+            raise ValueError(
+                "`teacher_cache` stores a teacher's outputs for texts that come again, but on-policy distillation "
+                "writes new ones in each step. Leave `teacher_cache` or `on_policy` out."
+            )
+        if config.teachers is not None and config.teachers_by == "column":
+            raise ValueError(
+                "`teachers_by: column` reads from each row who teaches it, but texts that are written during training "
+                "come without that column. Combine the teachers by weight or by confidence."
+            )
+        if config.is_span_loss and self.on_policy != "gkd":
+            raise ValueError(
+                f"{self.on_policy} needs the teacher's log-probabilities of the student's own tokens, but `loss: "
+                f"{config.loss}` is for a teacher with another tokenizer. Use `on_policy: gkd`."
+            )
+        if self.max_new_tokens >= (config.max_length or self.max_new_tokens + 1):
+            raise ValueError(
+                f"`max_new_tokens` ({self.max_new_tokens}) leaves no room for a prompt within `max_length` "
+                f"({config.max_length})."
+            )
+        method.check(self)
+
+    def rollout_method(self) -> RolloutMethod:
+        """The method with its options."""
+        return method_from(ON_POLICY_METHODS[str(self.on_policy)], self.on_policy_options)  # type: ignore[arg-type]
+
+    def _refuse_without_method(self) -> None:
+        plain = OnPolicyOptions()
+        for name in ("on_policy_options", "max_new_tokens", "sampling_temperature", "generation_options",
+                     "log_rollouts"):  # fmt: skip
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but no text is written during training. Choose a method "
+                    f"with `on_policy` ({', '.join(ON_POLICY_METHODS)}), or leave `{name}` out."
+                )

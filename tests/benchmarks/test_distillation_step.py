@@ -1,0 +1,29 @@
+import json
+
+from benchmarks.distillation_step import METHODS, main, rows_of
+
+
+def test_it_measures_whole_steps_beside_trl(tmp_path):
+    small = "--rounds 1 --batch 2 --prompt 8 --completion 6 --hidden 64 --layers 1 --vocabulary 300".split()
+    methods = ["sft", "ours, on-policy reverse KL", "trl gkd, on-policy reverse KL"]
+    records = main([*small, "--methods", *methods, "--out", str(tmp_path / "steps")])
+    assert [record["method"] for record in records] == methods
+    assert all(record["status"] == "ok" and record["cpu_s"] > 0 for record in records)
+    assert records[0]["tokens"] == 2 * 14  # whole texts are seen, prompt and completion
+    assert all(16 < record["tokens"] <= 2 * 14 for record in records[1:])
+    page = (tmp_path / "steps.md").read_text()
+    assert all(f"| {method} |" in page for method in methods)
+    assert json.loads((tmp_path / "steps.json").read_text())["records"] == records
+
+
+def test_ratios_are_trls_over_ours_within_a_round():
+    def record(method, seconds, growth, number):
+        return {"method": method, "round": number, "status": "ok", "cpu_s": seconds, "growth_bytes": growth,
+                "tokens": 100.0}  # fmt: skip
+
+    records = [
+        *(record("ours, JSD", 1.0 * slow, 1e9, n) for n, slow in enumerate((1, 2, 3))),
+        *(record("trl gkd, JSD", 4.0 * slow, 5e9, n) for n, slow in enumerate((1, 2, 3))),
+    ]
+    assert rows_of(records)[0] == ["ours, JSD", "50", "1.00", "4.0x", "5.0x"]
+    assert "ours, JSD" in METHODS

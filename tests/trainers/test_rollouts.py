@@ -1,0 +1,332 @@
+"""Texts that are written during training: by whom, after which prompts, how they are counted, and resumed runs."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from processes import on_two_ranks
+from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
+from trainers.test_distillation import assert_same, config, logged, weights
+
+from hf_transfer_ext import DistillationTrainer
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.models.generation import continuations
+from hf_transfer_ext.tensors import next_token_view
+from hf_transfer_ext.trainers.rollouts import Rollout, prompt_of, rows_of, seed_of
+
+ROWS = {
+    "prompt": ["what is gold? ", "paris ", "tin: ", "name a tree "],
+    "completion": ["a metal", "a city in France", "zinc", "oak"],
+}
+PROMPTS = {"prompt": ROWS["prompt"]}
+WRITES = {"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6}
+
+
+def trainer_of(folder, student=None, teacher=None, data=ROWS, **options):
+    tokenizer = options.pop("tokenizer", None) or byte_tokenizer(CHAT_TEMPLATE)
+    trainer = DistillationTrainer(
+        student if student is not None else tiny_llama(1),
+        teacher if teacher is not None or options.get("teacher_adapter") else tiny_llama(2),
+        config(folder, **{**WRITES, **options}),
+        Dataset.from_dict(data),
+        eval_dataset=Dataset.from_dict(options.pop("eval_data", data)),
+        processing_class=tokenizer,
+    )
+    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    return trainer
+
+
+def trained(*args, **options):
+    trainer = trainer_of(*args, **options)
+    trainer.train()
+    return trainer
+
+
+def written_by(model, prompts, seed, max_new_tokens=6, temperature=1.0):
+    """Sequences sampled by plain `generate`, with their labels: ids until the first end, none for the prompt."""
+    texts, _ = continuations(
+        model.eval(), prompts, pad_id=257, stop_ids=[257], max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=seed,
+    )  # fmt: skip
+    return [(prompt + text, [-100] * len(prompt) + text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def step_by_hand(student, teacher, rows, loss="forward_kl", lr=0.5, **options):
+    """One SGD step on the mean over all written tokens, each row alone and without padding."""
+    student, total, tokens = copy.deepcopy(student).train(), 0.0, 0
+    for ids, labels in rows:
+        z, _, mask = next_token_view(student(torch.tensor([ids])).logits, torch.tensor([labels]))
+        with torch.no_grad():
+            t = teacher(torch.tensor([ids])).logits[:, :-1]
+        total = total + (DISTILLATION_LOSSES[loss](z, t, **options) * mask).sum()
+        tokens += int(mask.sum())
+    (total / tokens).backward()
+    return {n: (p - lr * p.grad).detach() for n, p in student.named_parameters()}, (total / tokens).item(), tokens
+
+
+def prompt_ids():
+    return [byte_tokenizer()(text)["input_ids"] for text in ROWS["prompt"]]
+
+
+def prompt_batch():
+    """The first prompt alone, as the collator gives it."""
+    ids = torch.tensor([prompt_ids()[0]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
+
+
+@pytest.mark.parametrize("data", [ROWS, PROMPTS], ids=["with completions", "prompts alone"])
+def test_a_step_is_the_one_by_hand(tmp_path, data):
+    trainer = trained(tmp_path, data=data, loss="reverse_kl", distill_temperature=2.0, sampling_temperature=0.7)
+    seed = seed_of(1, 0, 0, "student", 0)
+    rows = written_by(tiny_llama(1), prompt_ids(), seed, temperature=0.7)
+    expected, loss, tokens = step_by_hand(tiny_llama(1), tiny_llama(2), rows, "reverse_kl", temperature=2.0)
+    assert_same(weights(trainer), expected)
+    assert logged(trainer, "loss")[0] == pytest.approx(loss, rel=1e-4)
+    assert logged(trainer, "rollout_tokens")[0] == pytest.approx(tokens / 4)
+
+
+def test_tokens_are_counted_after_they_are_written(tmp_path):
+    """Micro-batches of unequal length are one mean over all of their tokens, not over those of the data."""
+    trainer = trained(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    rows = [
+        written_by(tiny_llama(1), [prompt], seed_of(1, 0, i, "student", 0))[0] for i, prompt in enumerate(prompt_ids())
+    ]
+    expected, loss, _ = step_by_hand(tiny_llama(1), tiny_llama(2), rows)
+    assert_same(weights(trainer), expected)
+    assert logged(trainer, "loss")[0] == pytest.approx(loss, rel=1e-4)
+
+
+def test_processes_write_texts_of_their_own_and_count_them_together(tmp_path):
+    def rank(_):
+        return weights(trained(tmp_path / "two", per_device_train_batch_size=2))
+
+    rows = [
+        row
+        for process, part in enumerate((prompt_ids()[:2], prompt_ids()[2:]))
+        for row in written_by(tiny_llama(1), part, seed_of(1, 0, 0, "student", process))
+    ]
+    expected, _, _ = step_by_hand(tiny_llama(1), tiny_llama(2), rows)
+    for part in on_two_ranks(rank, tmp_path):
+        assert_same(part, expected)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
+    trainer = trainer_of(tmp_path, tiny_llama(1), tiny_llama(1), loss="reverse_kl", stop_on_nan=True)
+    trainer.train()
+    assert logged(trainer, "kd")[0] == pytest.approx(0.0, abs=1e-6)
+    assert_same(weights(trainer), dict(tiny_llama(1).named_parameters()), atol=1e-5)
+
+
+def test_the_share_and_the_writers_are_those_of_the_config(tmp_path):
+    def sources(**options):
+        trainer = trainer_of(tmp_path, log_rollouts=9, **options)
+        seen = []
+        for step in range(200):
+            trainer.state.global_step = step
+            draw = random.Random(seed_of(1, step, 0, "source")).random()
+            seen += trainer.rollout_method.sources(draw, trainer.args, 0.0)
+        return seen
+
+    mixed = sources(on_policy_share=0.25)
+    assert set(mixed) == {"student", "data"} and 30 <= mixed.count("student") <= 70
+    assert set(sources(on_policy_share=0.5, teacher_writes=True)) == {"student", "teacher"}
+    assert set(sources(on_policy_share=0.0)) == {"data"}
+
+
+def test_the_teacher_writes(tmp_path):
+    trainer = trained(tmp_path, on_policy_share=0.0, teacher_writes=True, ce_weight=0.0, data=PROMPTS)
+    rows = written_by(tiny_llama(2), prompt_ids(), seed_of(1, 0, 0, "teacher", 0))
+    expected, _, _ = step_by_hand(tiny_llama(1), tiny_llama(2), rows)
+    assert_same(weights(trainer), expected)
+
+
+def test_cross_entropy_leaves_out_what_the_student_wrote(tmp_path):
+    both = trained(tmp_path / "a", ce_weight=0.7)
+    without = trained(tmp_path / "b", ce_weight=0.0)
+    assert_same(weights(both), weights(without))
+    data = trained(tmp_path / "c", ce_weight=0.7, on_policy_share=0.0)
+    plain = trained(tmp_path / "d", ce_weight=0.7, on_policy=None, on_policy_share=None, max_new_tokens=128)
+    assert_same(weights(data), weights(plain))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulated"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, options):
+    student = tiny_llama(1, attention_dropout=0.2)
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2,
+                "on_policy_share": 0.6, "optim": "adamw_torch", "learning_rate": 1e-2, **options}  # fmt: skip
+    whole = trained(tmp_path / "a", copy.deepcopy(student), **settings)
+    resumed = trainer_of(tmp_path / "b", copy.deepcopy(student), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt tuning", "checkpointing"])
+def test_modes_and_caches_are_restored(tmp_path, kind):
+    student = tiny_llama(1, attention_dropout=0.3)
+    own = student.generation_config = copy.deepcopy(student.generation_config)
+    student.generation_config.top_k, student.generation_config.repetition_penalty = 1, 5.0  # not obeyed
+    if kind == "lora":
+        student = get_peft_model(student, LoraConfig(r=2, init_lora_weights=False))
+    if kind == "prompt tuning":
+        student = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    trainer = trainer_of(tmp_path, student, gradient_checkpointing=kind == "checkpointing")
+    trainer.model.train()
+    batch = prompt_batch()
+    one, other = (trainer.rollouts_from("student", batch, 7) for _ in range(2))
+    assert one == other and all(module.training for module in trainer.model.modules())
+    assert trainer.model.generation_config is own and own.top_k == 1
+    assert trainer.rollouts_from("student", batch, 8) != one
+    trainer.train()
+    assert len({len(row.written) for row in one}) == 1 and logged(trainer, "loss")[0] > 0
+
+
+def test_the_models_own_defaults_of_generation_are_not_obeyed(tmp_path):
+    model, changed = tiny_llama(1), tiny_llama(1)
+    changed.generation_config.top_k, changed.generation_config.repetition_penalty = 1, 5.0
+    one, other = (written_by(m, prompt_ids(), 3) for m in (model, changed))
+    assert one == other and changed.generation_config.top_k == 1
+
+
+CHATS = [
+    [{"role": "user", "content": "gold?"}, {"role": "assistant", "content": "metal"},
+     {"role": "user", "content": "tin?"}, {"role": "assistant", "content": "also a metal"}],
+    [{"role": "user", "content": "oak?"}, {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "look", "arguments": {}}}]},
+     {"role": "tool", "content": "tree"}, {"role": "assistant", "content": "a tree"}],
+]  # fmt: skip
+
+
+def test_earlier_turns_and_results_of_tools_stay_in_the_prompt_without_labels(tmp_path):
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE)
+    wanted = [
+        "<|user|>gold?</s><|assistant|>metal</s><|user|>tin?</s><|assistant|>",
+        "<|user|>oak?</s><|assistant|></s><|tool|>tree</s><|assistant|>",
+    ]
+    alone = {"prompt": [chat[:-1] for chat in CHATS]}
+    for data in ({"messages": CHATS}, alone, {**alone, "completion": [chat[-1:] for chat in CHATS]}):
+        trainer = trainer_of(tmp_path, data=data, max_length=256, tokenizer=tokenizer)
+        (batch,) = trainer.get_train_dataloader()
+        prompts = [prompt_of(row) for row in rows_of(batch)]
+        assert sorted(tokenizer.decode(prompt) for prompt in prompts) == sorted(wanted)
+        (rolled,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        rows = rows_of(rolled)
+        assert [row.labels[: len(p)] for row, p in zip(rows, prompts, strict=True)] == [
+            [-100] * len(p) for p in prompts
+        ]
+        assert count == sum(len(row.written) for row in rows) > 0
+
+
+def test_assistant_only_labels_show_the_last_turn(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}</s>"
+        "{% endgeneration %}{% else %}U:{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(template)
+    trainer = trainer_of(
+        tmp_path, data={"messages": CHATS[:1]}, max_length=256, tokenizer=tokenizer, assistant_only_loss=True
+    )
+    (batch,) = trainer.get_train_dataloader()
+    assert tokenizer.decode(prompt_of(rows_of(batch)[0])) == "U:gold?A:metal</s>U:tin?A:"
+
+
+def test_a_text_that_ends_at_once_is_one_token_and_padding_is_never_learned(tmp_path):
+    """A student that always ends, whose padding token is its end token: one label a row."""
+    student = tiny_llama(1)
+    student.lm_head.weight.data.zero_()
+    student.lm_head.weight.data[257] = 1.0
+    student.model.norm.weight.data.fill_(1.0)
+    head = torch.nn.Linear(32, 258, bias=True)
+    head.weight.data.zero_()
+    head.bias.data.fill_(-50.0)
+    head.bias.data[257] = 50.0
+    student.lm_head = head
+    trainer = trainer_of(tmp_path, student)
+    (batch,) = trainer.get_train_dataloader()
+    (rolled,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert [row.written for row in rows_of(rolled)] == [[257]] * 4 and count == 4
+    trainer.train()
+    assert logged(trainer, "rollout_ended") == [1.0] and logged(trainer, "rollout_tokens") == [1.0]
+
+
+def test_texts_are_written_to_a_file(tmp_path):
+    trained(tmp_path, log_rollouts=2, max_steps=2)
+    entries = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [0, 0, 1, 1]
+    ids, _ = written_by(tiny_llama(1), prompt_ids(), seed_of(1, 0, 0, "student", 0))[0]
+    assert entries[0]["prompt"] + entries[0]["text"] == byte_tokenizer().decode(ids)
+    assert entries[0]["source"] == "student" and entries[0]["prompt"] == ROWS["prompt"][0]
+
+
+def test_prompts_alone_are_evaluated_on_texts_of_the_student(tmp_path):
+    trainer = trainer_of(tmp_path, data=PROMPTS, per_device_eval_batch_size=4)
+    found = trainer.evaluate()
+    rows = written_by(tiny_llama(1), prompt_ids(), seed_of(1, "evaluation", 0, 0))
+    _, loss, _ = step_by_hand(tiny_llama(1), tiny_llama(2), rows)
+    assert found["eval_kd"] == pytest.approx(loss, rel=1e-4)
+    assert trainer.evaluate()["eval_kd"] == found["eval_kd"]  # the same texts each time for the same student
+    fixed = trainer_of(tmp_path).evaluate()
+    plain = trainer_of(tmp_path, on_policy=None, on_policy_share=None, max_new_tokens=128).evaluate()
+    assert fixed["eval_kd"] == plain["eval_kd"]
+
+
+def test_an_adapter_teaches_and_writes(tmp_path):
+    torch.manual_seed(3)
+    student = get_peft_model(tiny_llama(1), LoraConfig(r=2, init_lora_weights=False))
+    trainer = trained(tmp_path, student, teacher_adapter="base", on_policy_share=0.0, teacher_writes=True)
+    assert logged(trainer, "kd")[0] > 0
+    batch = prompt_batch()
+    (row,) = trainer.rollouts_from("teacher", batch, 5)
+    assert row.ids == written_by(tiny_llama(1), prompt_ids()[:1], 5)[0][0]
+    assert student.active_adapters == ["default"]
+
+
+def test_the_prompt_is_what_stands_before_the_last_labeled_stretch():
+    assert prompt_of(Rollout([1, 2, 3, 4, 5], [-100, 2, -100, 4, 5], "data")) == [1, 2, 3]
+    assert prompt_of(Rollout([1, 2], [-100, -100], "data")) == [1, 2]
+    assert prompt_of(Rollout([1, 2], [1, 2], "data")) == []
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"on_policy": "gdk"}, "Did you mean 'gkd'"),
+    ({"on_policy_share": 1.5}, r"`on_policy_share` has to lie in \[0, 1\], got 1.5"),
+    ({"sampling_temperature": 0.0}, "`sampling_temperature` > 0, got 6, 0 and 0.0"),
+    ({"max_new_tokens": 0}, "`max_new_tokens` has to be >= 1"),
+    ({"max_new_tokens": 64}, "leaves no room for a prompt"),
+    ({"generation_options": {"temperature": 2.0}}, "set `sampling_temperature`"),
+    ({"on_policy_options": {"beta": 1}}, "Unknown option of gkd 'beta'"),
+    ({"packing": True}, "`packing` and `padding_free` join texts"),
+    ({"kd_weight": 0.0, "ce_weight": 1.0}, "nobody teaches"),
+    ({"teacher_cache": "cache"}, "writes new ones in each step"),
+    ({"on_policy": None, "on_policy_share": None}, "no text is written during training. Choose a method"),
+])  # fmt: skip
+def test_settings_that_cannot_be_obeyed_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **{**WRITES, **options})
+
+
+@pytest.mark.parametrize("data, options, message", [
+    ({"text": ["gold is a metal"]}, {}, "writes after the prompts of the data, but the rows have the columns text"),
+    (PROMPTS, {"on_policy_share": 0.5}, r"gkd learns from completions as well \(`on_policy_share` 0.5"),
+    ({"prompt": [""]}, {}, "Row 0: a prompt has no token"),
+    ({"prompt": ["a" * 60]}, {}, "Row 0: a prompt has 60 tokens, which leaves no room for `max_new_tokens`"),
+    ({"messages": [CHATS[0][:1]]}, {}, "Row 0 does not end with an answer of the assistant"),
+])  # fmt: skip
+def test_data_that_cannot_be_written_after_are_refused(tmp_path, data, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, data=data, **options)
+
+
+def test_only_a_model_can_write_as_the_teacher(tmp_path):
+    class Says:
+        form = "dense"
+
+        def signal(self, student, inputs, mask):
+            raise AssertionError("never called")
+
+    with pytest.raises(ValueError, match="lets the teacher write, which a Says cannot do"):
+        trainer_of(tmp_path, teacher=Says(), teacher_writes=True, on_policy_share=0.0)
