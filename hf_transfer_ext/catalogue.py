@@ -15,7 +15,7 @@ CATALOGUE = {
     "Distillation losses": ("hf_transfer_ext.losses.distillation", "DISTILLATION_LOSSES"),
     "Losses across tokenizers": ("hf_transfer_ext.losses.spans", "SPAN_LOSSES"),
     "Losses inside the network": ("hf_transfer_ext.losses.hidden", "HIDDEN_LOSSES"),
-    "Teachers combined": ("hf_transfer_ext.teachers.several", "COMBINED_TEACHERS"),
+    "Teachers combined": ("hf_transfer_ext.teachers.combinations", "COMBINED_TEACHERS"),
     "Student initializations": ("hf_transfer_ext.students", "STUDENT_INITS"),
     "Merge methods": ("hf_transfer_ext.merging.methods", "MERGE_METHODS"),
     "Transfer methods of adapters": ("hf_transfer_ext.adapters.transfer.methods", "TRANSFER_METHODS"),
