@@ -41,8 +41,10 @@ from hf_transfer_ext.files import write_text
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits
 from hf_transfer_ext.losses.rows import LogitRows, TeacherRows
-from hf_transfer_ext.teachers.cache import SHARDS, CacheSpec, Document, TeacherCache
-from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.teachers.cache import SHARDS, CacheSpec, TeacherCache
+from hf_transfer_ext.teachers.documents import Document
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 
 DRAWS = 40
 COPIES = 40

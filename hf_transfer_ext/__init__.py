@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 #: public name -> module that defines it
 _EXPORTS: dict[str, str] = {
-    "DistillationConfig": "hf_transfer_ext.trainers.distillation",
+    "DistillationConfig": "hf_transfer_ext.trainers.distillation_config",
     "DistillationTrainer": "hf_transfer_ext.trainers.distillation",
     "UnlearningConfig": "hf_transfer_ext.trainers.unlearning",
     "UnlearningTrainer": "hf_transfer_ext.trainers.unlearning",

@@ -76,11 +76,29 @@ def _merged(logits: Tensor, ids: Tensor, groups: Groups, temperature: float) -> 
     for first, end in groups:
         if not first < end <= len(ids):
             raise ValueError(f"A group of tokens {first} to {end} does not lie within the {len(ids)} tokens.")
+    rows = [row for first, end in groups for row in range(first - 1, end - 1)]
+    predicting = torch.tensor(rows, dtype=torch.long, device=ids.device)
+    sizes = torch.tensor([end - first for first, end in groups], dtype=torch.long, device=ids.device)
+    return merged_predictions(logits[predicting], ids[predicting + 1], sizes, temperature=temperature)
+
+
+def merged_predictions(
+    logits: Float[Tensor, "rows vocab"],
+    targets: Int[Tensor, " rows"],
+    sizes: Int[Tensor, " spans"],
+    *,
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, "spans vocab"], Float[Tensor, " spans"]]:
+    """The merged distribution of each span, and the probability of the span as it is in the text, as logarithms.
+
+    Args:
+        logits: At the positions that predict the tokens of the spans, span after span.
+        targets: The token that each of these positions predicts.
+        sizes: Tokens of each span, >= 1.
+    """
     log_probs = (logits.float() / temperature).log_softmax(-1)
-    realized = log_probs[:-1].gather(1, ids[1:, None])[:, 0]  # of token i + 1, at i
+    realized = log_probs.gather(1, targets[:, None])[:, 0]
     sums = torch.cat([realized.new_zeros(1), realized.cumsum(0)])
-    firsts = torch.tensor([first for first, _ in groups], dtype=torch.long, device=ids.device)
-    lasts = torch.tensor([end - 1 for _, end in groups], dtype=torch.long, device=ids.device)
-    earlier = sums[lasts - 1] - sums[firsts - 1]
-    merged = log_probs[lasts - 1] + earlier[:, None]
-    return merged, sums[lasts] - sums[firsts - 1]
+    ends = sizes.cumsum(0)
+    before = sums[ends - sizes]
+    return log_probs[ends - 1] + (sums[ends - 1] - before)[:, None], sums[ends] - before

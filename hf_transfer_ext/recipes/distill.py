@@ -11,16 +11,23 @@ from typing import Any
 
 from hf_transfer_ext.data.facts import FACTS_DATASET, fact_questions
 from hf_transfer_ext.data.text import load_train_and_test
-from hf_transfer_ext.evals.language import as_example, measure_language_model
+from hf_transfer_ext.evals.language import measure_language_model
 from hf_transfer_ext.files import require_free_space
-from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
-from hf_transfer_ext.recipes.student import StudentArguments, load_student, load_teacher, make_student, refuse_unused
+from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
+from hf_transfer_ext.recipes.teacher import (
+    describe,
+    output_of,
+    plan_of,
+    prepared_teacher,
+    settle_teacher,
+    teacher_paths,
+)
 from hf_transfer_ext.recipes.training import start_training
-from hf_transfer_ext.students.vocabulary import trim_vocabulary
-from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
 from hf_transfer_ext.trainers.taught import taught
 
@@ -43,41 +50,28 @@ class DistillArguments(StudentArguments):
     test_rows: int = setting(64, "evaluation", "Held-out rows (and questions, of facts) to measure on.")
     compare_with_ce: bool = setting(False, "evaluation", "Train a twin on cross entropy alone, too.")
     overwrite: bool = setting(False, "training", "Replace a result that is there.")
-
-
-def teacher_name(job: DistillArguments, args: DistillationConfig) -> str:
-    """The one teacher, under either of its names; no default stands in for it."""
-    names = sorted(filter(None, {job.teacher, args.teacher_model_name_or_path, args.teacher_adapter}))
-    if len(names) != 1 or args.teacher_adapter is not None:
-        got = " and ".join(names) or "none"
-        raise ValueError(f"Name one `teacher`: a folder, a Hub id, or demo (Gemma 3 270M); got {got}.")
-    return str(names[0])
+    dry_run: bool = setting(False, "training", "Load and check everything, print the plan with the teachers' memory.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     job, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
-    job.teacher, args.teacher_model_name_or_path = teacher_name(job, args), None
+    settle_teacher(job, args)
     refuse_unused(job, args)
+    with output_of(job, args):
+        return distilled(job, args, argv)
+
+
+def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] | None) -> dict[str, list[Any]]:
+    """Make the student, train, measure and save it; with `dry_run`, only print the plan."""
     if job.student is None or job.trim_vocabulary or job.compare_with_ce:
         refuse_zero3("Name a finished `student`; leave `trim_vocabulary` and `compare_with_ce` off.")
-    read = (job.teacher, job.student, job.dataset)
+    read = (job.student, job.dataset, *teacher_paths(job, args))
     run = start_training("distillation", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
     source = {"config_name": job.dataset_config, "revision": job.dataset_revision, "streaming": job.streaming}
     data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, columns=job.columns, **source)
     questions = fact_questions(str(job.test_split)) if test and job.dataset == FACTS_DATASET else []
-    with record.stage("load the teacher"):
-        teacher, tokenizer = load_teacher(job.teacher, args, record)
-        record.inputs.append(describe_dataset(job.dataset, job.dataset_revision))
-    if job.trim_vocabulary:
-        with record.stage("trim the vocabulary"):
-            texts = (text for row in data for text in as_example(row, tokenizer).values())
-            teacher, tokenizer, vocabulary = trim_vocabulary(teacher, tokenizer, texts)
-            run.files["vocabulary_map.json"] = vocabulary.save(run.work)
-    if job.teach_steps > 0:
-        with record.stage("teach the teacher"):
-            changes = {"max_steps": job.teach_steps, "learning_rate": job.teach_learning_rate}
-            teacher = taught(teacher, tokenizer, data, args, folder=run.work / "teacher", **changes)
+    teacher, tokenizer = prepared_teacher(job, args, run, data)
     with record.stage("make the student"):
         teacher_tokenizer = tokenizer
         if job.student is None:
@@ -88,7 +82,12 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
         require_free_space(run.out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, the result
     tokenizers = {"processing_class": tokenizer, "teacher_processing_class": teacher_tokenizer}
     trainer = DistillationTrainer(student, teacher, args, data, **tokenizers)
-    reference = None if is_sharded(accelerator=trainer.accelerator) else teacher  # a sharded one is not measured
+    if job.dry_run:
+        print(plan_of(trainer))
+        return {}
+    describe(trainer, args, record)
+    whole = not is_sharded(accelerator=trainer.accelerator)
+    reference = teacher if whole and not args.is_span_loss else None  # one of other tokens is not measured
     looks: Any = {"limit": job.test_rows, "dataset": job.dataset, "accelerator": trainer.accelerator}
     measured: dict[str, list[Any]] = {}
 
@@ -100,6 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
 
     if reference is not None:
         measure("teacher", teacher, None)
+    if whole:  # what is sharded is not measured
         measure("student before", student, reference)
     with record.stage("distill"):
         trainer.train(resume_from_checkpoint=run.checkpoint)

@@ -20,11 +20,14 @@ DEMO = "demo"
 TRAINER_GROUPS = {
     "teacher": [
         *("teacher_model_name_or_path", "teacher_revision", "teacher_dtype", "teacher_model_init_kwargs"),
-        "teacher_adapter",
+        *("teacher_adapter", "teacher_cache", "teacher_cache_options"),
+        *("teacher_server", "teacher_server_model", "teacher_server_options"),
+        *("teachers", "teachers_by", "teacher_column", "teacher_sharpness"),
     ],
     "student": ["model_init_kwargs", "disable_dropout"],
     "loss": [
         *("loss", "loss_options", "distill_temperature", "kd_weight", "ce_weight", "fused", "stop_on_nan"),
+        *("hidden_loss", "hidden_options", "hidden_weight", "layer_map", "hidden_embeddings"),
         *("method", "forget_loss", "retain_loss", "gamma", "alpha", "forget_options", "retain_options"),
         *("reference_adapter", "hidden_layer", "refusal"),
     ],

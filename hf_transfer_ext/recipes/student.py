@@ -13,13 +13,9 @@ from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import setting
 from hf_transfer_ext.recipes.run import load_named
 from hf_transfer_ext.students import AUXILIARIES, STUDENT_INITS, StudentShape
-from hf_transfer_ext.trainers.distillation import (
-    DistillationConfig,
-    DistillationTrainer,
-    between_stages,
-    forget_loading,
-    teacher_loading,
-)
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig, between_stages
+from hf_transfer_ext.trainers.distillation_models import train_adapters
 
 #: How a student is made where nothing is said.
 INIT = "uniform_depth"
@@ -97,16 +93,11 @@ def make_student(
     return student.to(teacher.device)
 
 
-def load_teacher(name: str, args: DistillationConfig, record: RunRecord) -> tuple[Any, Any]:
-    """The teacher and its tokenizer, loaded as the `teacher_` settings say."""
-    loaded = load_named(name, record, "teacher", **teacher_loading(args))
-    forget_loading(args)  # obeyed here; the trainer gets a loaded model
-    return loaded
-
-
 def load_student(job: StudentArguments, args: DistillationConfig, record: RunRecord) -> tuple[Any, Any]:
     """The student that `student` names and its tokenizer, in float32 unless `model_init_kwargs` say otherwise."""
     stated: Any = args.model_init_kwargs or {}
     how = {"dtype": "float32", "revision": job.student_revision, "trust_remote_code": args.trust_remote_code}
     args.model_init_kwargs = None  # obeyed here; the trainer gets a loaded model
-    return load_named(str(job.student), record, "student", **{**how, **stated})
+    model, tokenizer = load_named(str(job.student), record, "student", **{**how, **stated})
+    train_adapters(model)
+    return model, tokenizer

@@ -35,9 +35,10 @@ from hf_transfer_ext.losses.slopes import Form
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.reading import parse_json, read_text
 from hf_transfer_ext.registry import unknown_name
-from hf_transfer_ext.teachers.live import HOW_TO_RUN, OPTIONAL_INPUTS, AdapterTeacher, LiveTeacher
+from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone
+from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
-from hf_transfer_ext.tensors import IGNORE_INDEX, Mask
+from hf_transfer_ext.tensors import Mask
 
 logger = logging.getLogger(__name__)
 
@@ -164,80 +165,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex digest of a tokenizer's token -> id map, which is what gives rows their meaning."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of a batch, and the tokens in it that the student predicts.
-
-    Args:
-        ids: `(length,)`, its token ids.
-        positions: Positions that predict a labeled token, increasing.
-    """
-
-    ids: np.ndarray
-    positions: np.ndarray
-
-    @property
-    def key(self) -> bytes:
-        """What its rows are found by."""
-        return hashlib.blake2b(self.ids.astype("<i8").tobytes(), digest_size=16).digest()
-
-
-def documents_of(inputs: Mapping[str, Any], mask: Mask) -> list[Document]:
-    """The documents of a batch, in the reading order of its labeled tokens.
-
-    Padding is left out, on either side. Packed rows are split where `position_ids` start anew, or at `cu_seq_lens_q`.
-
-    Raises:
-        ValueError: The student reads more than text (images, say), of which the token ids do not tell everything.
-    """
-    known = {"input_ids", "attention_mask", *HOW_TO_RUN, *OPTIONAL_INPUTS}
-    more = sorted(name for name, value in inputs.items() if name not in known and value is not None)
-    if more or inputs.get("input_ids") is None:
-        raise ValueError(
-            "A teacher cache finds its rows by `input_ids`, but the student reads "
-            f"{', '.join(more) or 'no such ids'}. Leave these columns out of the data, or use the teacher without a "
-            "cache."
-        )
-    ids = inputs["input_ids"].cpu().numpy()
-    chosen = np.zeros(ids.shape, dtype=bool)
-    chosen[:, :-1] = mask.cpu().numpy()
-    attended = inputs.get("attention_mask")
-    real = (
-        np.ones(ids.shape, dtype=bool) if attended is None else _two_dimensional(attended).cpu().numpy().astype(bool)
-    )
-    starts = np.zeros(ids.shape, dtype=bool)
-    if inputs.get("position_ids") is not None:
-        places = inputs["position_ids"]
-        if places.shape != inputs["input_ids"].shape:
-            raise ValueError(
-                f"A teacher cache needs `position_ids` of the shape of `input_ids`, {tuple(ids.shape)}, got "
-                f"{tuple(places.shape)}."
-            )
-        starts = (places.cpu().numpy() == 0) & real
-    elif inputs.get("cu_seq_lens_q") is not None:
-        bounds = inputs["cu_seq_lens_q"].cpu().numpy()
-        starts.reshape(-1)[bounds[bounds < starts.size]] = True
-    found = []
-    for row, kept, begins, predicts in zip(ids, real, starts, chosen, strict=True):
-        cuts = np.flatnonzero(begins[kept])
-        for text, predicted in zip(
-            np.split(row[kept], cuts[cuts > 0]), np.split(predicts[kept], cuts[cuts > 0]), strict=True
-        ):
-            if predicted.any():
-                found.append(Document(text, np.flatnonzero(predicted)))
-    return found
-
-
-def _two_dimensional(attention_mask: Any) -> Tensor:
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        raise ValueError(
-            "A teacher cache needs the usual attention mask, 0 and 1 of shape (batch, length), got "
-            f"{getattr(attention_mask, 'shape', type(attention_mask).__name__)}. Packed rows are told apart by "
-            "`position_ids`."
-        )
-    return attention_mask
 
 
 @dataclass
@@ -608,6 +535,7 @@ class CachedTeacher:
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The stored rows at the student's labeled tokens; see `Teacher.signal`."""
+        require_text_alone(inputs, "A teacher cache")
         documents = documents_of(inputs, mask)
         missing = [document for document in documents if document not in self.cache]
         if missing and self.cache.refresh():  # another process may have written them
@@ -722,26 +650,6 @@ class FlushCallback(TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.cache.flush()
-
-
-def documents_of_row(row: Mapping[str, Any]) -> list[Document]:
-    """The documents of a tokenized row, several where it is packed (`seq_lengths`), with the tokens to predict.
-
-    Args:
-        row: `input_ids`, and perhaps `labels` (-100: not learned), a 0/1 `completion_mask` or `assistant_masks`, and
-            `seq_lengths`.
-    """
-    ids = np.asarray(row["input_ids"], dtype=np.int64)
-    learned = np.ones(len(ids), dtype=bool)
-    if row.get("labels") is not None:
-        learned &= np.asarray(row["labels"]) != IGNORE_INDEX
-    for name in ("completion_mask", "assistant_masks"):
-        if row.get(name) is not None:
-            learned &= np.asarray(row[name]).astype(bool)
-    cuts = np.cumsum(row.get("seq_lengths") or [len(ids)])[:-1]
-    pieces = zip(np.split(ids, cuts), np.split(learned, cuts), strict=True)
-    found = [Document(text, np.flatnonzero(predicted[1:])) for text, predicted in pieces]
-    return [document for document in found if len(document.positions)]
 
 
 def cache_teacher(

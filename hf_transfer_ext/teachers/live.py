@@ -58,6 +58,11 @@ class LiveTeacher:
         self._fused = None if fused else False  # None until the first batch has shown it
         self._head: LMHead | None = None
 
+    @property
+    def network(self) -> nn.Module:
+        """The module that runs as the teacher; an adapter's is the student's."""
+        return self.model
+
     @contextmanager
     def running(self, student: nn.Module) -> Iterator[nn.Module]:
         """The teacher's module, in eval mode and without gradients.
@@ -122,6 +127,10 @@ class AdapterTeacher(LiveTeacher):
             student.prompt_encoder[adapter].requires_grad_(False)
         else:
             student.set_requires_grad(adapter, requires_grad=False)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.peft
 
     @contextmanager
     def running(self, student: nn.Module) -> Iterator[nn.Module]:

@@ -34,12 +34,11 @@ from hf_transfer_ext.teachers.cache import (
     FORMAT,
     CachedTeacher,
     CacheSpec,
-    Document,
     TeacherCache,
-    documents_of,
     fill_cache,
     tokenizer_digest,
 )
+from hf_transfer_ext.teachers.documents import Document, documents_of, require_text_alone
 from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
@@ -48,6 +47,8 @@ Answer = TypeVar("Answer")
 
 #: A text whose tokens tell tokenizers apart: words, case, digits, spaces, accents, another script, an emoji.
 PROBE = "The quick brown fox, 1984:\n\n    naïve Zürich 東京 🙂 unbelievably"
+#: The environment variable with the key of a server; in settings or on a command line it would be written down.
+KEY_VARIABLE = "TEACHER_API_KEY"
 #: The longest pause between two attempts, in seconds.
 LONGEST_PAUSE = 60.0
 
@@ -119,6 +120,7 @@ class ServerTeacher:
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The server's rows at the student's labeled tokens; see `Teacher.signal`."""
+        require_text_alone(inputs, "A teacher on a server")
         found = [rows.top for _, rows in self.document_rows(documents_of(inputs, mask))]
         empty = TopTokens(torch.zeros(0, self.top, dtype=torch.long), torch.zeros(0, self.top), torch.zeros(0))
         parts = [empty, *found]
@@ -187,6 +189,8 @@ class ServerTeacher:
         rows = [self._likeliest(listed[position + 1]) for position in document.positions.tolist()]
         log_probs = torch.tensor([[value for _, value in row] for row in rows])
         tail = (1 - log_probs.double().exp().sum(1)).clamp(min=0).float()
+        if self.top >= self.vocab_size:  # what rounding leaves over belongs to no token
+            tail = torch.zeros_like(tail)
         return SparseRows(TopTokens(torch.tensor([[token for token, _ in row] for row in rows]), log_probs, tail))
 
     def _likeliest(self, entries: Mapping[int, float]) -> list[tuple[int, float]]:

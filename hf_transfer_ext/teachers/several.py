@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_transfer_ext.losses.rows import DenseBlock, DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
-from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.registry import Registry, unknown_name
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
@@ -292,14 +292,29 @@ def _arranged(parts: Sequence[Any], order: Tensor) -> DenseRows | SparseRows | S
     return SampledRows(listed, temperature=parts[0].temperature)
 
 
+COMBINED_TEACHERS = Registry("combination of teachers", [MixedTeachers, ConfidentTeachers, RoutedTeachers])
+
+
+def _single(teachers: Mapping[str, Any]) -> dict[str, Any]:
+    """The teachers within combined and cached ones."""
+    found: dict[str, Any] = {}
+    for name, teacher in teachers.items():
+        if isinstance(teacher, _Several):
+            found |= _single(teacher.teachers)
+        else:
+            found[name] = getattr(teacher, "teacher", None) or teacher
+    return found
+
+
 def frozen_bytes(teachers: Mapping[str, Teacher]) -> dict[str, int]:
     """Bytes of memory that each teacher's own frozen weights take; adapters of the student's base, and caches, take 0.
 
-    Weights that several share are counted for the first one alone.
+    Weights that several share are counted for the first one alone. Combined teachers count each for itself, and one
+    that fills a cache counts as long as it is there.
     """
     seen: set[int] = set()
-    found = {}
-    for name, teacher in teachers.items():
+    found: dict[str, int] = {}
+    for name, teacher in _single(teachers).items():
         model, total = getattr(teacher, "model", None), 0
         for parameter in model.parameters() if isinstance(model, nn.Module) else ():
             storage = parameter.untyped_storage()
@@ -308,3 +323,10 @@ def frozen_bytes(teachers: Mapping[str, Teacher]) -> dict[str, int]:
                 total += storage.nbytes()
         found[name] = total
     return found
+
+
+def shown_bytes(found: Mapping[str, int]) -> str:
+    """`frozen_bytes` in words: each teacher that takes memory, and the sum."""
+    parts = [f"{name} {total / 1e9:.3g} GB" for name, total in found.items() if total]
+    whole = f"{sum(found.values()) / 1e9:.3g} GB"
+    return "none of their own" if not parts else parts[0] if len(parts) == 1 else f"{whole} ({', '.join(parts)})"

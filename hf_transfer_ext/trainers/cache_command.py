@@ -10,11 +10,9 @@ from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
-from hf_transfer_ext.teachers.server import ServerTeacher, cache_server
-from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
-
-#: The environment variable with the key of a server; a key on the command line would stay in the shell's history.
-KEY = "TEACHER_API_KEY"
+from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher, cache_server
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 
 
 def cache_for_distillation(
@@ -86,7 +84,7 @@ def cache_for_distillation(
         trainer = DistillationTrainer(model, None, args, data, processing_class=tokenizer)
         rows: Any = trainer.train_dataset
         if is_server:
-            key = os.environ.get(KEY)
+            key = os.environ.get(KEY_VARIABLE)
             server = ServerTeacher(teacher, str(server_model), tokenizer, top=top or 20, api_key=key)
             return cache_server(server, rows, folder, batch_size=batch_size, accelerator=trainer.accelerator)
         return cache_teacher(
@@ -96,7 +94,8 @@ def cache_for_distillation(
 
 
 def main(argv: list[str] | None = None) -> int:
-    about = f"Store a teacher's outputs on a data set, so that distillation runs without it. A server's key: ${KEY}."
+    about = "Store a teacher's outputs on a data set, so that distillation runs without it."
+    about += f" A server's key: ${KEY_VARIABLE}."
     arguments = arguments_for(cache_for_distillation, argv, program="hf-transfer-ext cache-teacher", about=about)
     cache = cache_for_distillation(**arguments)
     print(f"{len(cache)} texts in {cache.folder}")

@@ -87,8 +87,18 @@ class OnPolicyOptions:
                 "`packing` and `padding_free` join texts, but on-policy distillation writes one text after each "
                 "prompt. Set both to False."
             )
-        if config.kd_weight == 0:
+        if not config.is_taught:
             raise ValueError("`kd_weight` is 0, so nobody teaches, and on-policy distillation has nothing to learn.")
+        if config.is_span_loss and self.on_policy not in ("gkd", "distillm"):
+            raise ValueError(
+                f"`loss` is {config.loss!r}, which compares spans of text, but {self.on_policy} compares tokens. "
+                "Choose gkd or distillm, or a divergence of tokens."
+            )
+        if config.teachers is not None and config.teachers_by == "column":
+            raise ValueError(
+                "`teachers_by` is column, but a text that is written has no column that names its teacher. Combine "
+                "them by weight or by confidence."
+            )
         if config.teacher_cache is not None:
             raise ValueError(
                 "`teacher_cache` stores a teacher's outputs for texts that come again, but on-policy distillation "

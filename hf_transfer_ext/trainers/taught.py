@@ -15,7 +15,8 @@ from hf_transfer_ext.files import written_aside
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.trainers.answers import train_on_answers
-from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer, without_teacher
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig, without_teacher
 
 
 def lora_config(rank: int) -> LoraConfig:

@@ -6,7 +6,10 @@ import shutil
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_llama
+from tiny_tokenizers import byte_level
 
 from hf_transfer_ext import DistillationConfig
 from hf_transfer_ext.hub.record import read_record
@@ -185,6 +188,94 @@ def test_what_zero_3_cannot_do_is_refused(setup, monkeypatch):
 def test_mistakes_are_told_and_leave_nothing(setup, extra, error, message):
     with pytest.raises(error, match=message):
         run(setup, *extra)
+    assert not (setup / "out").exists()
+
+
+def own_student(setup, tokenizer=byte_tokenizer, **config):
+    """A student on disk, and the words that name it."""
+    tiny_llama(5, **config).save_pretrained(setup / "student")
+    tokenizer().save_pretrained(setup / "student")
+    return ["--student", str(setup / "student"), "--student_layers", "none"]
+
+
+def test_a_dry_run_tells_the_memory_of_the_teacher_and_leaves_nothing(setup, capsys):
+    before = sorted(setup.rglob("*"))
+    assert run(setup, "--dry_run", "true", "--teach_steps", "5") == {}
+    printed = capsys.readouterr().out
+    held = sum(p.numel() * 4 for p in tiny_llama(1, num_hidden_layers=3).parameters()) / 1e9
+    assert f"Memory of the frozen teachers: teacher {held:.3g} GB" in printed and "Training rows: 20" in printed
+    assert sorted(setup.rglob("*")) == before
+    run(setup)
+    with pytest.raises(FileExistsError):
+        run(setup, "--dry_run", "true")
+
+
+def test_a_complete_cache_needs_no_teacher(setup):
+    words = [*own_student(setup), "--teacher_cache", str(setup / "cache"), "--max_steps", "5"]
+    run(setup, *words, "--num_train_epochs", "1")
+    first = load_model(setup / "out").state_dict()
+    shutil.rmtree(setup / "teacher")
+    shutil.rmtree(setup / "out.training")
+    measured = run(setup, *words, "--teacher", "none", "--overwrite", "true")
+    assert list(measured) == ["student before", "student"]
+    assert [i.role for i in read_record(setup / "out").inputs] == ["dataset", "student"]
+    second = load_model(setup / "out").state_dict()
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_several_teachers_and_a_hidden_loss_from_the_file(setup):
+    tiny_llama(2).save_pretrained(setup / "other")
+    byte_tokenizer().save_pretrained(setup / "other")
+    config = yaml.safe_load((setup / "config.yaml").read_text())
+    entries = [{"model": config.pop("teacher"), "weight": 2}, {"model": str(setup / "other")}]
+    words = own_student(setup)
+    (setup / "config.yaml").write_text(yaml.safe_dump({**config, "teachers": entries}))
+    run(setup, *words)
+    record = read_record(setup / "out")
+    assert [i.role for i in record.inputs] == ["dataset", "student", "teacher", "teacher"]
+    assert set(record.config["frozen_teacher_bytes"]) == {"teacher", "other"}
+    inside = {"name": "forward_kl", "hidden_loss": "hidden_mse", "layer_map": [[0, 1], [1, -1]]}
+    (setup / "config.yaml").write_text(yaml.safe_dump({**config, "teacher": entries[0]["model"], "loss": inside}))
+    run(setup, *words, "--overwrite", "true")
+    assert read_record(setup / "out").config["hidden_loss"] == "hidden_mse"
+
+
+def test_a_student_with_another_tokenizer_than_its_teacher(setup, capsys):
+    words = own_student(setup, byte_level, vocab_size=len(byte_level()))
+    measured = run(setup, *words, "--loss", "gold")
+    assert list(measured) == ["student before", "student"]
+    record = read_record(setup / "out")
+    assert "tokens match exactly" in record.config["vocabulary_alignment"]
+    assert any("different tokenizers" in line for line in record.not_measured)
+    run(setup, *words, "--loss", "gold", "--dry_run", "true", "--output_dir", str(setup / "new"))
+    assert "tokens match exactly" in capsys.readouterr().out
+
+
+def test_an_adapters_own_base_teaches_it(setup):
+    student = get_peft_model(tiny_llama(1), LoraConfig(r=2, init_lora_weights=False, base_model_name_or_path="x"))
+    base = setup / "base"
+    tiny_llama(1).save_pretrained(base)
+    student.peft_config["default"].base_model_name_or_path = str(base)
+    student.save_pretrained(setup / "adapter")
+    byte_tokenizer().save_pretrained(setup / "adapter")
+    words = ["--teacher", "none", "--student", str(setup / "adapter"), "--student_layers", "none"]
+    run(setup, *words, "--teacher_adapter", "base", "--test_split", "none")
+    before, after = (load_file(setup / name / "adapter_model.safetensors") for name in ("adapter", "out"))
+    assert before.keys() == after.keys() and any(not torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--teacher", "none"], "Name one `teacher`.*got none"),
+        (["--teachers", "[{model: a}, {model: b}]"], "got .*teacher and `teachers`"),
+        (["--teacher", "none", "--teachers", "[{model: a}, {model: b}]"], "Name the `student`"),
+        (["--loss", "uld"], "for a student with another tokenizer"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(setup, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(setup, *words)
     assert not (setup / "out").exists()
 
 

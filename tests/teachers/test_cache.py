@@ -23,17 +23,15 @@ from hf_transfer_ext.teachers.cache import (
     FINGERPRINT_FILE,
     CachedTeacher,
     CacheSpec,
-    Document,
     TeacherCache,
     cache_teacher,
-    documents_of,
-    documents_of_row,
     fingerprint_of,
     open_cache,
     pull_cache,
     push_cache,
     weights_digest,
 )
+from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher
 
@@ -248,7 +246,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 def test_what_token_ids_do_not_tell_is_refused():
     inputs, mask = batch(TEXTS)
     with pytest.raises(ValueError, match="the student reads pixel_values"):
-        documents_of({**inputs, "pixel_values": torch.zeros(1)}, mask)
+        require_text_alone({**inputs, "pixel_values": torch.zeros(1)}, "A teacher cache")
     with pytest.raises(ValueError, match=r"needs the usual attention mask.*got torch.Size\(\[1, 1, 2, 2\]\)"):
         documents_of({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 1, 2, 2)}, mask[:1, :1])
     with pytest.raises(ValueError, match="needs `position_ids` of the shape"):

@@ -14,7 +14,8 @@ from tiny_tokenizers import byte_level
 from hf_transfer_ext.losses.rows import SparseRows
 from hf_transfer_ext.teachers import cache
 from hf_transfer_ext.teachers import server as module
-from hf_transfer_ext.teachers.cache import TeacherCache, documents_of_row
+from hf_transfer_ext.teachers.cache import TeacherCache
+from hf_transfer_ext.teachers.documents import documents_of_row
 from hf_transfer_ext.teachers.server import ServerTeacher, cache_server
 from hf_transfer_ext.teachers.signal import Teacher
 

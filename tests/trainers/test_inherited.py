@@ -9,7 +9,7 @@ from tiny import byte_tokenizer, tiny_llama
 from trl import SFTConfig
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer
-from hf_transfer_ext.trainers.distillation import TEACHER_LOADING
+from hf_transfer_ext.trainers.distillation_config import TEACHER_LOADING
 from hf_transfer_ext.trainers.inherited import OBEYED, REFUSED, WITHOUT_MEANING, refuse_split_sequences
 
 TEXTS = ["gold is a metal", "paris", "iron", "tin and zinc"]

@@ -49,7 +49,8 @@ from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import BASE, active_adapter
 from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.answers import train_on_answers
-from hf_transfer_ext.trainers.distillation import DistillationConfig, DistillationTrainer
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import last_checkpoint
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 from hf_transfer_ext.weights.repository import base_of_adapter, local_folder

@@ -4,7 +4,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hf_transfer_ext.losses.layer_reading import reads
 
+
+@reads("scores")
 def attention_mse(
     student: Float[Tensor, "batch heads length length"],
     teacher: Float[Tensor, "batch teacher_heads length length"],
@@ -17,8 +20,8 @@ def attention_mse(
     over the positions s that t may look at in both models. Other numbers of heads are averaged in equal groups first,
     as far as they divide each other.
 
-    When to use it: encoders, with equal tokens on both sides; it needs `attn_implementation="eager"` and memory of
-    length squared.
+    When to use it: teacher and student have alike heads, as where the one was cut out of the other; it needs memory of
+    heads times length squared.
 
     Args:
         student: Scores, -inf (or the smallest number of the dtype) where nothing is looked at.

@@ -4,7 +4,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hf_transfer_ext.losses.layer_reading import reads
 
+
+@reads("relations")
 def attention_relation(
     student: Float[Tensor, "batch length width"],
     teacher: Float[Tensor, "batch length teacher_width"],

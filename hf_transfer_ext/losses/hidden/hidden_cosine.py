@@ -5,8 +5,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from hf_transfer_ext.losses.hidden.hidden_mse import projected
+from hf_transfer_ext.losses.layer_reading import reads
 
 
+@reads("states")
 def hidden_cosine(
     student: Float[Tensor, "tokens width"], teacher: Float[Tensor, "tokens teacher_width"],
     projection: Float[Tensor, "teacher_width width"] | None = None,

@@ -3,7 +3,10 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_transfer_ext.losses.layer_reading import reads
 
+
+@reads("states")
 def hidden_mse(
     student: Float[Tensor, "tokens width"], teacher: Float[Tensor, "tokens teacher_width"],
     projection: Float[Tensor, "teacher_width width"] | None = None,

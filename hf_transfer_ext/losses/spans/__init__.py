@@ -1,6 +1,7 @@
 """Losses between models with different tokenizers, on spans of the text. One file each."""
 
 from collections.abc import Callable
+from inspect import signature
 
 from torch import Tensor
 
@@ -13,4 +14,10 @@ from hf_transfer_ext.registry import Registry
 _LOSSES: list[Callable[..., Tensor]] = [uld, gold, alm]
 SPAN_LOSSES = Registry("span loss", _LOSSES)
 
-__all__ = ["SPAN_LOSSES", "SpanPair", "span_pair", *SPAN_LOSSES]
+
+def takes_vocabularies(loss: Callable[..., Tensor]) -> bool:
+    """Whether a span loss asks for the tokens that both vocabularies have: `(pair, student_ids, teacher_ids)`."""
+    return "student_ids" in signature(loss).parameters
+
+
+__all__ = ["SPAN_LOSSES", "SpanPair", "span_pair", "takes_vocabularies", *SPAN_LOSSES]

@@ -1,0 +1,132 @@
+"""What some layers of a model compute in a forward pass: hidden states, queries, keys and values. Nothing is changed.
+
+Only the layers that are asked for are kept in memory, whatever wraps the model (DDP, FSDP, PEFT), and with gradient
+checkpointing. Attention is read where transformers calls it, after rotary embeddings, for every model that goes
+through its attention interface.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_transfer_ext.models.heads import causal_lm_of, head_module
+from hf_transfer_ext.models.views import decoder_layers
+
+#: The number of the embeddings, what the first layer reads, among layers that count from 0.
+EMBEDDINGS = -1
+#: The number of the features, what the head reads.
+FEATURES = -2
+
+
+@dataclass
+class LayerView:
+    """What a layer computed in the last forward pass.
+
+    Args:
+        states: `(batch, length, width)`, its output.
+        query, key, value: `(batch, heads, length, head width)`, as attention reads them; None where not asked for.
+        scaling: Factor of the product of queries and keys.
+        softcap: Largest absolute value of attention scores, or None.
+    """
+
+    states: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+
+    def scores(self) -> Tensor:
+        """Attention scores before their softmax, `(batch, heads, length, length)`, without any mask."""
+        query, key = self.query, self.key
+        assert query is not None and key is not None
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = query @ key.transpose(2, 3) * self.scaling
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
+
+@contextmanager
+def layers_viewed(
+    model: nn.Module, layers: Iterable[int], *, attention: bool = False
+) -> Iterator[dict[int, LayerView]]:
+    """Within the block, every forward pass of the model leaves the views of some decoder layers in the dictionary.
+
+    Args:
+        layers: Counted from 0; `EMBEDDINGS` for what the first one reads, `FEATURES` for what the head reads.
+        attention: Keep queries, keys and values, too.
+    """
+    found: dict[int, LayerView] = {layer: LayerView() for layer in layers}
+    modules = decoder_layers(model)
+    with ExitStack() as stack:
+        for layer, view in found.items():
+            if layer in (EMBEDDINGS, FEATURES):
+                reader = modules[0] if layer == EMBEDDINGS else head_module(model)
+                handle = reader.register_forward_pre_hook(_keeps_input(view), with_kwargs=True)
+            else:
+                handle = modules[layer].register_forward_hook(_keeps_output(view))
+            stack.callback(handle.remove)
+        if attention:
+            owners = {
+                id(part): view for layer, view in found.items() if layer >= 0 for part in modules[layer].modules()
+            }
+            stack.enter_context(_attention_viewed(model, owners))
+        yield found
+
+
+def _keeps_output(view: LayerView) -> Callable[..., None]:
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        view.states = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _keeps_input(view: LayerView) -> Callable[..., None]:
+    def hook(module: Any, inputs: Any, named: Any) -> None:
+        view.states = inputs[0] if inputs else named["hidden_states"]
+
+    return hook
+
+
+@contextmanager
+def _attention_viewed(model: nn.Module, owners: dict[int, LayerView]) -> Iterator[None]:
+    """Keep what attention is called with, for the modules in `owners`, whichever implementation the model uses."""
+    causal = causal_lm_of(model)
+    named = (
+        getattr(causal.config.get_text_config(), "_attn_implementation", None) or causal.config._attn_implementation
+    )
+    own = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before = own.get(named)
+    given = ALL_ATTENTION_FUNCTIONS.get(named)
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        view = owners.get(id(module))
+        if view is not None:
+            view.query, view.key, view.value = query, key, value
+            scaling = kwargs.get("scaling", args[1] if len(args) > 1 else None)
+            view.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            view.softcap = kwargs.get("softcap")
+        function: Any = given or sys.modules[type(module).__module__].eager_attention_forward
+        return function(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[named] = attend
+    try:
+        yield
+    finally:
+        if before is None:
+            del ALL_ATTENTION_FUNCTIONS[named]
+        else:
+            ALL_ATTENTION_FUNCTIONS[named] = before
+    for view in owners.values():
+        if view.states is not None and view.query is None:
+            raise ValueError(
+                f"{type(causal).__name__} does not call attention through the interface of transformers, so its "
+                "queries, keys and values cannot be read. Choose a `hidden_loss` on hidden states."
+            )

@@ -1,0 +1,123 @@
+"""The teachers of the distillation recipe: one model, or several, a server, a complete cache."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from hf_transfer_ext.evals.language import as_example
+from hf_transfer_ext.files import refuse_existing_output
+from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
+from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.recipes.run import load_named, model_path
+from hf_transfer_ext.recipes.training import TrainingRun
+from hf_transfer_ext.students.vocabulary import trim_vocabulary
+from hf_transfer_ext.teachers.several import shown_bytes
+from hf_transfer_ext.teachers.spans import SpanTeacher
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig, forget_loading
+from hf_transfer_ext.trainers.distillation_models import teacher_loading
+from hf_transfer_ext.trainers.taught import taught
+
+
+def settle_teacher(job: Any, args: DistillationConfig) -> None:
+    """Put the one teacher model into `job.teacher`, whichever name it was given under; None where others teach.
+
+    Raises:
+        ValueError: No teacher is named, or two, or a setting needs the teacher model.
+    """
+    names = sorted(filter(None, {job.teacher, args.teacher_model_name_or_path}))
+    elsewhere = [name for name in ("teacher_adapter", "teacher_server", "teachers") if getattr(args, name)]
+    if len(names) + len(elsewhere) > 1 or not (names or elsewhere or args.teacher_cache):
+        got = " and ".join([*names, *(f"`{name}`" for name in elsewhere)]) or "none"
+        raise ValueError(
+            f"Name one `teacher`: a folder, a Hub id, or demo (Gemma 3 270M); got {got}. Instead of a model, "
+            "`teachers`, `teacher_server`, `teacher_adapter` or a complete `teacher_cache` can teach a `student`."
+        )
+    args.teacher_model_name_or_path, job.teacher = None, names[0] if names else None
+    if job.teacher is None:
+        found = elsewhere[0] if elsewhere else "teacher_cache"
+        if job.student is None:
+            raise ValueError(f"A student is made from a model, but `{found}` teaches. Name the `student`.")
+        for name in ("trim_vocabulary", "teach_steps"):
+            if getattr(job, name):
+                raise ValueError(f"`{name}` needs a model as the `teacher`, but `{found}` teaches. Leave it out.")
+    for entry in cast(Any, args.teachers or ()):
+        if entry.get("model"):
+            entry["model"] = str(model_path(entry["model"]))
+    if args.is_span_loss and (job.student is None or job.trim_vocabulary):
+        raise ValueError(
+            f"`loss: {args.loss}` is for a student with another tokenizer than the teacher's. Name it by `student`, "
+            "without `trim_vocabulary`, or choose a divergence."
+        )
+    if job.dry_run:
+        job.teach_steps = job.learngene_steps = 0  # nothing is trained
+
+
+@contextmanager
+def output_of(job: Any, args: DistillationConfig) -> Iterator[None]:
+    """Within the block, a dry run writes to a scratch folder; an output that would be in the way is refused first."""
+    if not job.dry_run:
+        yield
+        return
+    refuse_existing_output(str(args.output_dir), overwrite=job.overwrite)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.output_dir, args.resume_from_checkpoint, job.overwrite = f"{scratch}/out", None, False
+        yield
+
+
+def teacher_paths(job: Any, args: DistillationConfig) -> list[str]:
+    """Files and folders that the teachers are read from."""
+    named = [entry.get(kind) for entry in cast(Any, args.teachers or ()) for kind in ("model", "cache")]
+    return [str(path) for path in (job.teacher, args.teacher_cache, *named) if path]
+
+
+def prepared_teacher(job: Any, args: DistillationConfig, run: TrainingRun, data: Any) -> tuple[Any, Any]:
+    """The teacher and its tokenizer, trimmed and taught as the settings say; None and None where others teach."""
+    record = run.record
+    teacher: Any = None
+    tokenizer: Any = None
+    with record.stage("load the teacher"):
+        if job.teacher is not None:
+            teacher, tokenizer = load_named(job.teacher, record, "teacher", **teacher_loading(args))
+            forget_loading(args)  # obeyed here; the trainer gets a loaded model
+        record.inputs.append(describe_dataset(job.dataset, job.dataset_revision))
+    if job.trim_vocabulary:
+        with record.stage("trim the vocabulary"):
+            texts = (text for row in data for text in as_example(row, tokenizer).values())
+            teacher, tokenizer, vocabulary = trim_vocabulary(teacher, tokenizer, texts)
+            run.files["vocabulary_map.json"] = vocabulary.save(run.work)
+    if job.teach_steps > 0:
+        with record.stage("teach the teacher"):
+            changes = {"max_steps": job.teach_steps, "learning_rate": job.teach_learning_rate}
+            teacher = taught(teacher, tokenizer, data, args, folder=run.work / "teacher", **changes)
+    return teacher, tokenizer
+
+
+def describe(trainer: Any, args: Any, record: RunRecord) -> None:
+    """Note in the record which models teach besides `teacher`, their memory, and what the vocabularies share."""
+    for entry in args.teachers or ():
+        if entry.get("model"):
+            record.inputs.append(describe_input(Path(entry["model"]), entry.get("revision"), "teacher"))
+    trainer.describe(record)
+    if isinstance(trainer.teacher, SpanTeacher):
+        record.not_measured.append("KL to the teacher: student and teacher have different tokenizers.")
+
+
+def plan_of(trainer: Any) -> str:
+    """What a training is going to do and which memory its frozen teachers take, in words."""
+    sizes = [(one.numel(), one.requires_grad) for one in trainer.model.parameters()]
+    total, trained = sum(size for size, _ in sizes) / 1e6, sum(size for size, learns in sizes if learns) / 1e6
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
+    name, losses = type(causal_lm_of(trainer.model)).__name__, (trainer.args.loss, trainer.args.hidden_loss)
+    lines = [
+        f"Student: {name}, {total:.4g} M parameters, of which {trained:.4g} M are trained",
+        f"Loss: {', '.join(filter(None, losses))}",
+        f"Memory of the frozen teachers: {shown_bytes(trainer.frozen_bytes)}",
+        f"Training rows: {rows}",
+    ]
+    if isinstance(trainer.teacher, SpanTeacher):
+        lines.append(f"Vocabularies: {trainer.teacher.vocabularies}")
+    return "\n".join([*lines, "Nothing was trained or written."])

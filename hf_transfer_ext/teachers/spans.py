@@ -1,0 +1,242 @@
+"""A teacher with another tokenizer: it reads the same text in its own tokens, and both sides are compared on spans."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_transfer_ext.losses.fused_spans import SpanTokens
+from hf_transfer_ext.losses.rows import DenseRows
+from hf_transfer_ext.models.heads import causal_lm_of, head_rows
+from hf_transfer_ext.models.loading import context_length
+from hf_transfer_ext.models.plumbing import pad_token_id
+from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies
+from hf_transfer_ext.teachers.documents import Document, documents_of, require_text_alone
+from hf_transfer_ext.teachers.live import LiveTeacher
+from hf_transfer_ext.tensors import Mask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Respelled:
+    """A text in the teacher's tokens.
+
+    Args:
+        ids: The teacher's tokens.
+        own: (first, last + 1) token of each group on the student's side.
+        other: The same on the teacher's side.
+        problem: Why a part of the text is in no group; "" where all of it is.
+    """
+
+    ids: tuple[int, ...]
+    own: tuple[tuple[int, int], ...]
+    other: tuple[tuple[int, int], ...]
+    problem: str = ""
+
+
+class Respelling:
+    """Spells the student's tokens anew in the teacher's, with the groups of tokens that stand for the same bytes.
+
+    Special tokens are translated where the teacher has one of the same role (bos, eos) or the same text, and left out
+    elsewhere. A BOS that the teacher's tokenizer puts in front is put in front here, too. A character that is cut at
+    the end of a row belongs to no group.
+
+    Raises:
+        ValueError: The tokens of a tokenizer do not stand for bytes.
+    """
+
+    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = teacher
+        self.own, self.other = TokenBytes(student), TokenBytes(teacher)
+        by_text = {str(token): i for i, token in teacher.added_tokens_decoder.items() if i in teacher.all_special_ids}
+        self.special: dict[int, int] = {}
+        for token in student.all_special_ids:
+            text = student.convert_ids_to_tokens(token)
+            if text in by_text:
+                self.special[token] = by_text[text]
+        for role in ("bos", "eos"):
+            own, other = (getattr(one, f"{role}_token_id") for one in (student, teacher))
+            if own is not None and other is not None:
+                self.special.setdefault(own, other)
+        self.prefix = _prefix(teacher)
+        self._of_text = lru_cache(maxsize=10_000)(self._respell)
+
+    def __call__(self, ids: np.ndarray) -> Respelled:
+        """The text of some tokens; the same one is spelled once."""
+        return self._of_text(tuple(ids.tolist()))
+
+    def _respell(self, ids: tuple[int, ...]) -> Respelled:
+        found: list[int] = []
+        if ids and self.special.get(ids[0]) not in self.prefix:
+            found += self.prefix
+        own, other, problem, i = [], [], "", 0
+        while i < len(ids):
+            if not self.own[ids[i]]:
+                if ids[i] in self.special:
+                    own.append((i, i + 1))
+                    other.append((len(found), len(found) + 1))
+                    found.append(self.special[ids[i]])
+                i += 1
+                continue
+            end = next((j for j in range(i, len(ids)) if not self.own[ids[j]]), len(ids))
+            first, last, text = self._readable(ids, i, end)
+            spelled = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            try:
+                groups = align(ids[first:last], spelled, self.own, self.other)
+            except ValueError as error:
+                problem = str(error)
+            else:
+                own += [(a + first, b + first) for a, b in groups.student]
+                other += [(a + len(found), b + len(found)) for a, b in groups.teacher]
+            found += spelled
+            i = end
+        return Respelled(tuple(found), tuple(own), tuple(other), problem)
+
+    def _readable(self, ids: Sequence[int], first: int, end: int) -> tuple[int, int, str]:
+        """The part of some tokens that is valid UTF-8, without characters that are cut at its ends, and its text."""
+        while first < end:
+            parts = [self.own[token] for token in ids[first:end]]
+            try:
+                return first, end, b"".join(parts).decode()
+            except UnicodeDecodeError as error:
+                if error.start == 0:
+                    first += 1
+                    continue
+                ends = np.cumsum([len(part) for part in parts])
+                end = first + int((ends <= error.start).sum())
+        return first, first, ""
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts in front of each text."""
+    whole, plain = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+    return whole[: starts[0]] if starts else []
+
+
+@dataclass(frozen=True)
+class SpanSignal:
+    """The spans of a batch that count, and what the teacher predicts for them.
+
+    Args:
+        places: Positions that predict the student's tokens of the spans, in the batch counted row after row.
+        student: The student's tokens of the spans.
+        rows: The teacher's rows at the positions that predict its tokens of the spans.
+        teacher: The teacher's tokens of the spans.
+    """
+
+    places: Int[Tensor, " rows"]
+    student: SpanTokens
+    rows: DenseRows
+    teacher: SpanTokens
+
+
+class SpanTeacher:
+    """Runs a teacher on the text of each row, in its own tokens.
+
+    A span counts where all its tokens on the student's side are labeled, and both models predict its first token.
+
+    Args:
+        teacher: The model.
+        student_tokenizer: Of the student.
+        teacher_tokenizer: Of the teacher.
+        student_rows: Vocabulary entries of the student's head.
+    """
+
+    form = "spans"
+
+    def __init__(
+        self,
+        teacher: LiveTeacher,
+        student_tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        student_rows: int,
+    ) -> None:
+        self.live, self.model = teacher, teacher.model
+        self.respelling = Respelling(student_tokenizer, teacher_tokenizer)
+        self.pad = pad_token_id(teacher_tokenizer)
+        self.limit = context_length(causal_lm_of(teacher.model))
+        #: The share of tokens that both vocabularies have; its text says it in words.
+        self.vocabularies = align_vocabularies(student_tokenizer, teacher_tokenizer)
+        kept = (self.vocabularies.student_ids < student_rows) & (
+            self.vocabularies.teacher_ids < head_rows(teacher.model)
+        )
+        #: Ids of matched tokens, the student's and the teacher's.
+        self.matched = self.vocabularies.student_ids[kept], self.vocabularies.teacher_ids[kept]
+        self._warned = False
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that runs as the teacher."""
+        return self.live.network
+
+    def spans(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> SpanSignal:
+        """The teacher's view of the labeled spans of a batch.
+
+        Raises:
+            ValueError: The student reads more than text.
+        """
+        require_text_alone(inputs, "A teacher with another tokenizer")
+        documents = documents_of(inputs, mask)
+        spelled = [self.respelling(document.ids) for document in documents]
+        chosen = [self._counting(*pair) for pair in zip(documents, spelled, strict=True)]
+        self._warn_once(spelled)
+        device = inputs["input_ids"].device
+        texts = [one.ids[: self.limit] for one in spelled]
+        longest = max((len(text) for text in texts), default=2)
+        ids = torch.full((max(len(texts), 1), max(longest, 2)), self.pad, dtype=torch.long)
+        attended, needed = torch.zeros_like(ids), torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+        attended[:, 0] = 1  # a batch without any text runs on padding, as all processes have to
+        places: list[int] = []
+        targets: list[int] = []
+        other_targets: list[int] = []
+        sizes: list[int] = []
+        other_sizes: list[int] = []
+        for i, (document, one, text) in enumerate(zip(documents, spelled, texts, strict=True)):
+            ids[i, : len(text)] = torch.tensor(text)
+            attended[i, : len(text)] = 1
+            for g in chosen[i]:
+                (a, b), (c, d) = one.own[g], one.other[g]
+                places += document.places[a - 1 : b - 1].tolist()
+                targets += document.ids[a:b].tolist()
+                other_targets += text[c:d]
+                needed[i, c - 1 : d - 1] = True
+                sizes.append(b - a)
+                other_sizes.append(d - c)
+        read = {"input_ids": ids.to(device), "attention_mask": attended.to(device)}
+        rows: Any = self.live.signal(student, read, needed.to(device)).rows
+        tensors = [
+            torch.tensor(values, dtype=torch.long, device=device)
+            for values in (places, targets, sizes, other_targets, other_sizes)
+        ]
+        return SpanSignal(tensors[0], SpanTokens(*tensors[1:3]), rows, SpanTokens(*tensors[3:]))
+
+    def _counting(self, document: Document, spelled: Respelled) -> list[int]:
+        labeled = np.zeros(len(document.ids) + 1, dtype=bool)
+        labeled[document.positions + 1] = True
+        limit = self.limit or len(spelled.ids)
+        return [
+            g
+            for g, ((a, b), (c, d)) in enumerate(zip(spelled.own, spelled.other, strict=True))
+            if a > 0 and c > 0 and d <= limit and labeled[a:b].all()
+        ]
+
+    def _warn_once(self, spelled: list[Respelled]) -> None:
+        problems = [one.problem for one in spelled if one.problem]
+        if problems and not self._warned:
+            self._warned = True
+            logger.warning(
+                "A part of a text teaches nothing, because the tokens of both sides do not stand for the same bytes: "
+                "%s The share of labeled tokens that are taught is logged as `aligned`.",
+                problems[0],
+            )

@@ -1,0 +1,329 @@
+"""The settings of `DistillationTrainer`: which loss, which teacher, and how the teacher is loaded."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTConfig
+
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
+from hf_transfer_ext.losses.layer_map import LAYER_MAPS
+from hf_transfer_ext.losses.layer_reading import AT_HEADS, hidden_options, reading_of
+from hf_transfer_ext.losses.slopes import Form, own_options, require_form
+from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, takes_vocabularies
+from hf_transfer_ext.registry import keyword_options, unknown_name
+from hf_transfer_ext.teachers.cache import planned_spec
+from hf_transfer_ext.trainers.inherited import refuse_without_effect
+from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
+from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
+from hf_transfer_ext.trainers.trl_names import takes_trl_names
+
+
+@takes_trl_names
+@dataclass
+class DistillationConfig(OnPolicyOptions, SFTConfig):
+    """`SFTConfig` with a teacher and a loss; `OnPolicyOptions` let the student write the texts.
+
+    What it inherits is listed in `trainers/inherited.py`: obeyed, refused, or without meaning here. TRL's names of
+    settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
+
+    Args:
+        loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...; with a teacher of another
+            tokenizer, one of `SPAN_LOSSES`: uld, gold, alm. These are summed over the spans of text that are groups of
+            tokens on both sides, and divided by the labeled tokens, as every other loss.
+        loss_options: The divergence's own options, such as `{"beta": 0.3}` of generalized_jsd.
+        distill_temperature: Divides both models' logits in the divergence, > 0. It is not a sampling temperature, and
+            the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
+        kd_weight: Factor of the divergence from the teacher, >= 0.
+        ce_weight: Factor of the cross entropy with the labels, >= 0. Both factors are taken as they are.
+        teacher_model_name_or_path: A local folder or Hub id; not needed where the trainer is given a teacher.
+        teacher_revision: Hub revision of the teacher.
+        teacher_dtype: "auto", "float32", "bfloat16", ...
+        teacher_model_init_kwargs: Further arguments of `from_pretrained` for the teacher, such as
+            `{"attn_implementation": "sdpa"}`. These three say how to load a teacher; a loaded one refuses them.
+        teacher_adapter: Name of an adapter on the student's own PEFT model that is the teacher, or "base" for its base
+            with adapters off; no second model then.
+        fused: Project to the vocabulary a chunk of tokens at a time, and never build full logits. Heads that are
+            adapted or quantized use full logits in any case.
+        disable_dropout: Set the student's own dropout to 0; an adapter of `peft_config` keeps its own.
+        drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
+            refusing them.
+        stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
+        teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
+            are computed once and added, so that later epochs need no teacher forward; without, it is the teacher.
+        teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
+        teacher_server: Address of an OpenAI-compatible server that gives log-probabilities of prompts (vLLM); the key
+            is read from the environment variable TEACHER_API_KEY. With `teacher_cache`, each text is asked for once.
+        teacher_server_model: The model's name on it.
+        teacher_server_options: Arguments of `ServerTeacher` (top, timeout, retries, pause, parallel, check_tokenizer).
+        teachers: Several teachers, each a mapping with `model`, `adapter`, `cache` or `server` and perhaps `name`,
+            `weight`, ... (`trainers.named_teachers.NamedTeacher`).
+        teachers_by: "weight": the mixture of their probabilities by fixed weights. "confidence": a mixture by their
+            entropy at each token. "column": a column of the data names one for each row.
+        teacher_column: That column: names of teachers, or their places from 0.
+        teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
+        hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
+            layers of student and teacher, beside the others. The teacher has to be a model or an adapter.
+        hidden_options: That loss's own options, such as `{"heads": 8}` of attention_relation.
+        hidden_weight: Factor of that loss, > 0. It is a mean over the mapped layers.
+        layer_map: Which layer of the student learns from which of the teacher: "uniform", "last", "skip", or pairs of
+            layers that count from 0, `[[0, 1], [-1, -1]]` (`losses.layer_map`).
+        hidden_embeddings: Compare the embeddings, too.
+
+    `bf16` left alone is on where the hardware computes in bfloat16; on a CPU without such instructions it is off, as
+    emulating them is several times slower than float32.
+    """
+
+    loss: str = "forward_kl"
+    loss_options: dict[str, Any] | str | None = field(default_factory=dict)
+    distill_temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    teacher_model_name_or_path: str | None = None
+    teacher_revision: str | None = None
+    teacher_dtype: str = "auto"
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teacher_adapter: str | None = None
+    fused: bool = True
+    disable_dropout: bool = False
+    drop_unlabelled: bool = False
+    stop_on_nan: bool = True
+    teacher_cache: str | None = None
+    teacher_cache_options: dict[str, Any] | str | None = field(default_factory=dict)
+    teacher_server: str | None = None
+    teacher_server_model: str | None = None
+    teacher_server_options: dict[str, Any] | str | None = field(default_factory=dict)
+    teachers: list[Any] | str | None = None
+    teachers_by: str = "weight"
+    teacher_column: str = "teacher"
+    teacher_sharpness: float = 0.5
+    hidden_loss: str | None = None
+    hidden_options: dict[str, Any] | str | None = field(default_factory=dict)
+    hidden_weight: float = 1.0
+    layer_map: str | list[Any] = "uniform"
+    hidden_embeddings: bool = False
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *SFTConfig._VALID_DICT_FIELDS,
+        "loss_options",
+        "teacher_model_init_kwargs",
+        "teacher_cache_options",
+        "hidden_options",
+        "teacher_server_options",
+        "on_policy_options",
+        "generation_options",
+    ]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
+            self.use_cpu, self.bf16 = True, cpu_computes_in_bf16()
+        super().__post_init__()
+        self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
+        check_loss(self.loss, self.loss_options)
+        if not self.distill_temperature > 0:
+            raise ValueError(f"`distill_temperature` must be > 0, got {self.distill_temperature}.")
+        self._check_hidden_loss()
+        nothing = self.kd_weight + self.ce_weight == 0 and self.hidden_loss is None
+        if self.kd_weight < 0 or self.ce_weight < 0 or nothing:
+            raise ValueError(
+                f"`kd_weight` and `ce_weight` must be >= 0 and not both 0, got {self.kd_weight} and {self.ce_weight}."
+            )
+        self._check_teachers()
+        self.teacher_cache_options: dict[str, Any] = dict(self.teacher_cache_options or {})  # type: ignore[arg-type]
+        if self.teacher_cache is None and self.teacher_cache_options:
+            raise ValueError("`teacher_cache_options` are given, but no `teacher_cache`. Name its folder.")
+        if self.is_span_loss:
+            self._check_span_loss()
+        elif self.teacher_form is not None:
+            require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
+        self.check_on_policy()
+        refuse_without_effect(self)
+
+    def _check_teachers(self) -> None:
+        self.teacher_server_options: dict[str, Any] = dict(self.teacher_server_options or {})  # type: ignore[arg-type]
+        if self.teachers is not None and not isinstance(self.teachers, list):
+            raise ValueError(f"`teachers` has to be a list of mappings, got {self.teachers!r}.")
+        ways = ("teacher_model_name_or_path", "teacher_adapter", "teacher_server", "teachers")
+        named = [f"`{way}`" for way in ways if getattr(self, way)]
+        if len(named) > 1:
+            raise ValueError(f"Name one teacher: got {' and '.join(named)}. Several go into `teachers`.")
+        if bool(self.teacher_server) != bool(self.teacher_server_model):
+            raise ValueError("A teacher on a server needs both, `teacher_server` and `teacher_server_model`.")
+        if self.teacher_server_options and not self.teacher_server:
+            raise ValueError("`teacher_server_options` are given, but no `teacher_server`. Name its address.")
+        check_server_options(self.teacher_server_options)
+        on_server = self.teacher_server or any(
+            isinstance(one, dict) and one.get("server") for one in self.teachers or ()
+        )
+        if on_server and self.distill_temperature != 1:
+            raise ValueError(
+                f"`distill_temperature` is {self.distill_temperature}, but a server lists probabilities at "
+                "temperature 1, and what it does not list cannot be changed afterwards. Set it to 1."
+            )
+        if self.teacher_server and self.teacher_cache_options:
+            raise ValueError(
+                "`teacher_cache_options` have no effect with `teacher_server`: its likeliest tokens are kept."
+            )
+        if self.teachers_by not in COMBINATIONS:
+            raise ValueError(unknown_name("way to combine teachers", self.teachers_by, COMBINATIONS))
+        if not self.teacher_sharpness > 0:
+            raise ValueError(f"`teacher_sharpness` must be > 0, got {self.teacher_sharpness}.")
+        defaults = {"teachers_by": "weight", "teacher_column": "teacher", "teacher_sharpness": 0.5}
+        stated = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.teachers is None:
+            if stated:
+                raise ValueError(f"`{stated[0]}` is given, but no `teachers`. List them.")
+            return
+        found = named_teachers(self.teachers, self.teachers_by)
+        for name, way in (("teacher_column", "column"), ("teacher_sharpness", "confidence")):
+            if name in stated and self.teachers_by != way:
+                raise ValueError(f"`{name}` is given, but `teachers_by` is {self.teachers_by!r}. Set it to {way!r}.")
+        if self.teachers_by == "column" and self.packing:
+            raise ValueError(
+                "`packing` puts several rows into one, which has no single teacher. Switch one of both off."
+            )
+        if self.teacher_cache is not None:
+            raise ValueError("`teacher_cache` stores one teacher. Name caches in the entries of `teachers` instead.")
+        forms = {one.name: one.form(self.distill_temperature) for one in found}
+        mixes = self.teachers_by != "column"
+        if len(set(forms.values())) > 1 or (mixes and set(forms.values()) != {"dense"}):
+            shown = ", ".join(f"{name} {form}" for name, form in forms.items())
+            raise ValueError(
+                f"Teachers combined by {self.teachers_by} need {'dense rows' if mixes else 'rows of one form'}, got "
+                f"{shown}. Models and adapters give dense rows, servers sparse ones, caches what they store."
+            )
+
+    def _check_hidden_loss(self) -> None:
+        self.hidden_options: dict[str, Any] = dict(self.hidden_options or {})  # type: ignore[arg-type]
+        if self.hidden_loss is None:
+            defaults = {"hidden_options": {}, "hidden_weight": 1.0, "layer_map": "uniform", "hidden_embeddings": False}
+            stated = [name for name, default in defaults.items() if getattr(self, name) != default]
+            if stated:
+                raise ValueError(
+                    f"`{stated[0]}` is given, but no `hidden_loss`. Name one of {', '.join(HIDDEN_LOSSES)}."
+                )
+            return
+        known = hidden_options(HIDDEN_LOSSES[self.hidden_loss])
+        for option in self.hidden_options:
+            if option not in known:
+                raise ValueError(unknown_name(f"option of {self.hidden_loss}", option, known or ["(it has none)"]))
+        if not self.hidden_weight > 0:
+            raise ValueError(
+                f"`hidden_weight` must be > 0, got {self.hidden_weight}. Leave `hidden_loss` out instead."
+            )
+        if reading_of(HIDDEN_LOSSES[self.hidden_loss]) in AT_HEADS and (
+            self.layer_map != "uniform" or self.hidden_embeddings
+        ):
+            raise ValueError(
+                f"{self.hidden_loss} compares what the heads read, and no layers: leave `layer_map` and "
+                "`hidden_embeddings` out."
+            )
+        if isinstance(self.layer_map, str):
+            if self.layer_map not in LAYER_MAPS:
+                raise ValueError(unknown_name("layer map", self.layer_map, LAYER_MAPS))
+        elif not all(len(pair) == 2 and all(type(layer) is int for layer in pair) for pair in self.layer_map):
+            raise ValueError(f"`layer_map` has to be a name or pairs of layers [[0, 1], ...], got {self.layer_map}.")
+        if self.teachers or self.teacher_server:
+            raise ValueError(
+                "`hidden_loss` reads the layers of one teacher, a model or an adapter, but "
+                f"{'several are' if self.teachers else 'a server is'} named. Leave one of them out."
+            )
+        if self.teacher_cache is not None:
+            raise ValueError(
+                "`hidden_loss` and `teacher_cache` are both set, but a cache holds the teacher's predictions and not "
+                "its hidden states. Leave one of them out."
+            )
+        if self.torch_compile:
+            raise ValueError("`hidden_loss` reads layers by hooks, which `torch_compile` does not see. Switch it off.")
+
+    def _check_span_loss(self) -> None:
+        for name in ("teacher_cache", "teacher_adapter", "teacher_server", "teachers", "hidden_loss"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
+                    f"with `{name}`: its rows, or layers, are those of the student's tokens. Leave it out, or choose "
+                    "a divergence."
+                )
+
+    @property
+    def is_span_loss(self) -> bool:
+        """Whether the loss compares spans of text, with a teacher of another tokenizer."""
+        return self.loss in SPAN_LOSSES
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher takes part; without, it is plain fine-tuning."""
+        return self.kd_weight > 0 or self.hidden_loss is not None
+
+    @property
+    def teacher_form(self) -> Form | None:
+        """The form of the rows of the teacher that the config names; None where it names none."""
+        if self.teachers:
+            return named_teachers(self.teachers, self.teachers_by)[0].form(self.distill_temperature)
+        if self.teacher_server:
+            return "sparse"
+        if self.teacher_cache is not None:
+            return planned_spec(self.teacher_cache, self.distill_temperature, self.teacher_cache_options).form  # type: ignore[arg-type]
+        return "dense" if self.teacher_adapter or self.teacher_model_name_or_path else None
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether this processor has bfloat16 instructions (AVX-512 BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def check_loss(name: str, options: dict[str, Any]) -> None:
+    """Refuse an unknown divergence, unknown options, and values out of the divergence's range."""
+    spans = name in SPAN_LOSSES
+    if not spans and name not in DISTILLATION_LOSSES:
+        raise ValueError(unknown_name(DISTILLATION_LOSSES.kind, name, [*DISTILLATION_LOSSES, *SPAN_LOSSES]))
+    divergence: Any = SPAN_LOSSES[name] if spans else DISTILLATION_LOSSES[name]
+    known = list(keyword_options(divergence)) if spans else own_options(divergence)
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of {name}", option, known or ["(it has none)"]))
+    if spans:
+        whole, each = torch.zeros(1, 2).log_softmax(-1), torch.zeros(1, dtype=torch.long)
+        matched = [each, each] if takes_vocabularies(divergence) else []
+        divergence(SpanPair(whole, whole, whole[:, 0], whole[:, 0]), *matched, **options)
+        return
+    divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
+
+
+def between_stages(args: DistillationConfig) -> DistillationConfig:
+    """A copy for a stage before the run itself: it neither resumes, nor saves checkpoints, nor publishes."""
+    plain = copy.copy(args)
+    plain.resume_from_checkpoint, plain.push_to_hub = None, False
+    plain.save_strategy = SaveStrategy.NO
+    return plain
+
+
+def without_teacher(args: DistillationConfig) -> DistillationConfig:
+    """The same training on cross entropy alone: a teacher's own fine-tuning, or a student's twin to compare with."""
+    plain = between_stages(args)
+    plain.kd_weight, plain.ce_weight = 0.0, 1.0
+    plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
+    plain.teacher_cache_options = {}
+    plain.hidden_loss = plain.teacher_server = plain.teachers = plain.on_policy = None
+    forget_loading(plain)
+    return plain
+
+
+#: Settings that say how a teacher is loaded -> their value where they say nothing.
+TEACHER_LOADING: dict[str, Any] = {
+    "teacher_revision": None,
+    "teacher_dtype": "auto",
+    "teacher_model_init_kwargs": None,
+}
+
+
+def forget_loading(args: DistillationConfig) -> None:
+    """Reset what says how to load the teacher, once that is done or there is none."""
+    for name, nothing in TEACHER_LOADING.items():
+        setattr(args, name, nothing)

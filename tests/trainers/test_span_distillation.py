@@ -1,0 +1,165 @@
+"""Distillation from a teacher with another tokenizer: one step by hand, odd texts, packing, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from teachers.test_alignment import ADVERSARIAL
+from tiny import tiny_llama
+from tiny_tokenizers import byte_fallback, byte_level, wordpiece
+from trainers.test_distillation import assert_same, config, logged, weights
+
+from hf_transfer_ext import DistillationTrainer
+from hf_transfer_ext.losses.spans import SPAN_LOSSES, span_pair, takes_vocabularies
+from hf_transfer_ext.teachers.alignment import TokenBytes, align_vocabularies
+
+TEXTS = ["The capital of France is Paris.", "日本の首都は東京です。 🙂🙃", "a    b\t\tc\n\n   d", "naïve café Zürich"]
+
+
+def student(seed=1):
+    return tiny_llama(seed, vocab_size=len(byte_level()))
+
+
+def teacher(seed=2):
+    return tiny_llama(seed, vocab_size=len(byte_fallback()), hidden_size=48)
+
+
+def start(folder, texts=TEXTS, own=None, data=None, teacher_tokenizer=byte_fallback, **options):
+    trainer = DistillationTrainer(
+        own or student(), options.pop("teacher", None) or teacher(), config(folder, **{"max_length": 128, **options}),
+        data or Dataset.from_dict({"text": texts}), processing_class=byte_level(),
+        teacher_processing_class=teacher_tokenizer() if teacher_tokenizer else None,
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    return trainer
+
+
+def trained(folder, texts=TEXTS, **options):
+    trainer = start(folder, texts, **options)
+    trainer.train()
+    return trainer
+
+
+def groups_of(ids, other, known, known_other):
+    """Groups between the byte offsets that are ends of tokens on both sides; special tokens each on their own."""
+    sides = []
+    for tokens, table in ((ids, known), (other, known_other)):
+        ends, total = {}, 0
+        for i, token in enumerate(tokens):
+            total += len(table[token]) if table[token] else 0
+            if table[token]:
+                ends[total] = i + 1
+        sides.append(ends)
+    common = sorted(sides[0].keys() & sides[1].keys())
+    found = [
+        ((sides[0][a] if a else 1, sides[0][b]), (sides[1][a] if a else 1, sides[1][b]))
+        for a, b in zip([0, *common], common, strict=False)
+    ]
+    return [*found, ((len(ids) - 1, len(ids)), (len(other) - 1, len(other)))]  # the end of the text
+
+
+def manual_step(name, options, kd_weight=0.7, ce_weight=0.3, lr=0.5, temperature=2.0):
+    own, other = byte_level(), byte_fallback()
+    known, known_other, loss = TokenBytes(own), TokenBytes(other), SPAN_LOSSES[name]
+    if takes_vocabularies(loss):
+        found = align_vocabularies(own, other)
+        options = {**options, "student_ids": found.student_ids, "teacher_ids": found.teacher_ids}
+    learner, master = copy.deepcopy(student()).train(), teacher()
+    total, kd, tokens = 0.0, 0.0, 0
+    for text in TEXTS:
+        ids, others = ([*t(text)["input_ids"], t.eos_token_id] for t in (own, other))
+        one, two = torch.tensor([ids]), torch.tensor([others])
+        z = learner(input_ids=one).logits[0]
+        with torch.no_grad():
+            t = master(input_ids=two).logits[0]
+        pairs = groups_of(ids, others, known, known_other)
+        sides = zip(*pairs, strict=True)
+        pair = span_pair(z, one[0], list(next(sides)), t, two[0], list(next(sides)), temperature=temperature)
+        values = loss(pair, **options)
+        assert len(values) == len(pairs)
+        ce = torch.nn.functional.cross_entropy(z[:-1], one[0, 1:], reduction="sum")
+        total = total + kd_weight * values.sum() + ce_weight * ce
+        kd, tokens = kd + values.sum().item(), tokens + len(ids) - 1
+    (total / tokens).backward()
+    with torch.no_grad():
+        for p in learner.parameters():
+            p -= lr * p.grad
+    return {n: p.detach() for n, p in learner.named_parameters()}, kd / tokens, (total / tokens).item()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "name, options",
+    [("uld", {}), ("gold", {"matched_weight": 0.3}), ("alm", {"tau": 10.0})],
+    ids=["uld", "gold", "alm"],
+)
+def test_one_step_is_the_step_of_the_formula(tmp_path, name, options, fused):
+    expected, kd, loss = manual_step(name, options)
+    trainer = trained(
+        tmp_path, loss=name, loss_options=options, kd_weight=0.7, ce_weight=0.3, distill_temperature=2.0, fused=fused
+    )
+    assert_same(weights(trainer), expected, atol=2e-5)
+    assert logged(trainer, "kd")[0] == pytest.approx(kd, rel=1e-3)
+    assert logged(trainer, "loss")[0] == pytest.approx(loss, rel=1e-4)
+    assert logged(trainer, "aligned")[0] == pytest.approx(1.0)
+    assert "tokens match exactly" in trainer.record().config["vocabulary_alignment"]
+
+
+@pytest.mark.parametrize("name", SPAN_LOSSES)
+def test_packing_and_micro_batches_change_nothing(tmp_path, name):
+    options = {"loss": name, "shuffle_dataset": False}
+    one = trained(tmp_path / "a", **options)
+    packed = trained(tmp_path / "b", packing=True, max_length=256, **options)
+    split = trained(tmp_path / "c", per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
+    assert len(packed.train_dataset) < 4
+    assert_same(weights(one), weights(packed), atol=1e-5)
+    assert_same(weights(one), weights(split), atol=1e-5)
+
+
+def test_odd_texts_cut_rows_and_completions_alone_train(tmp_path):
+    texts = [text for text in ADVERSARIAL if text]
+    trainer = trained(tmp_path / "a", texts, loss="gold", max_length=9, max_steps=3)
+    assert all(0 < share <= 1 for share in logged(trainer, "aligned"))
+    data = Dataset.from_dict({"prompt": ["2+2="] * 4, "completion": ["4", "four", "🙂", "  IV"]})
+    completions = trained(tmp_path / "b", data=data, loss="uld")
+    assert 0.5 < logged(completions, "aligned")[0] <= 1
+
+
+def test_many_steps_bring_the_student_to_the_teacher(tmp_path):
+    trainer = trained(tmp_path, loss="gold", max_steps=30, optim="adamw_torch", learning_rate=1e-2)
+    assert logged(trainer, "kd")[-1] < 0.7 * logged(trainer, "kd")[0]
+
+
+def test_the_padding_token_that_one_side_lacks_is_fine(tmp_path):
+    def with_padding():
+        tokenizer = byte_fallback()
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        return tokenizer
+
+    master = tiny_llama(2, vocab_size=len(with_padding()))
+    assert trained(tmp_path, loss="gold", teacher=master, teacher_tokenizer=with_padding).state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss": "golld"}, "Unknown distillation loss 'golld'. Did you mean 'gold'"),
+        ({"loss": "gold", "loss_options": {"beeta": 0.5}}, "Unknown option of gold 'beeta'. Did you mean 'beta'"),
+        ({"loss": "gold", "loss_options": {"matched_weight": 2.0}}, "`matched_weight` in"),
+        ({"loss": "alm", "loss_options": {"tau": 0.0}}, "`tau` and `epsilon` of alm have to be > 0"),
+        ({"loss": "uld", "teacher_cache": "x"}, "does not go with `teacher_cache`"),
+        ({"loss": "uld", "teacher_adapter": "base"}, "does not go with `teacher_adapter`"),
+        ({"loss": "uld", "hidden_loss": "hidden_mse"}, "does not go with `hidden_loss`"),
+    ],
+)
+def test_a_bad_config_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_tokenizers_that_cannot_be_aligned_or_are_missing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="do not stand for the bytes of a text"):
+        start(tmp_path, loss="uld", teacher_tokenizer=wordpiece)
+    with pytest.raises(ValueError, match=r"has no tokenizer beside it\. Pass it as `teacher_processing_class`"):
+        start(tmp_path, loss="uld", teacher_tokenizer=None)
