@@ -33,6 +33,10 @@ TRAINER_GROUPS = {
         *("method", "forget_loss", "retain_loss", "gamma", "alpha", "forget_options", "retain_options"),
         *("reference_adapter", "hidden_layer", "refusal"),
     ],
+    "on_policy": [
+        *("on_policy", "on_policy_options", "on_policy_share", "teacher_writes", "max_new_tokens"),
+        *("sampling_temperature", "generation_options", "log_rollouts"),
+    ],
     "data": ["drop_unlabelled"],
 }
 

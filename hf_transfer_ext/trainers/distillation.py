@@ -377,9 +377,8 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         hidden, teacher = self.hidden_loss, cast(Any, self.teacher)
         with nullcontext({}) if hidden is None else hidden.teacher_viewed(teacher.network) as teacher_layers:
             spans = teacher.spans(model, inputs, mask) if isinstance(teacher, SpanTeacher) else None
-            signal = None
-            if teacher is not None and spans is None:
-                signal = self.teacher_signal(model, inputs, mask, targets, written)
+            says = teacher is not None and spans is None
+            signal = self.teacher_signal(model, inputs, mask, targets, written) if says else None
         if signal is not None and signal.mask is not None and signal.targets is not None:
             targets, mask = signal.targets, signal.mask
         terms = {

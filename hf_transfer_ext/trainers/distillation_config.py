@@ -311,8 +311,7 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     plain.kd_weight, plain.ce_weight = 0.0, 1.0
     plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
     plain.teacher_cache_options = {}
-    plain.hidden_loss = plain.teacher_server = plain.teachers = None
-    plain.on_policy = None
+    plain.hidden_loss = plain.teacher_server = plain.teachers = plain.on_policy = None
     forget_loading(plain)
     return plain
 

@@ -89,20 +89,20 @@ class OnPolicyOptions:
             )
         if not config.is_taught:
             raise ValueError("`kd_weight` is 0, so nobody teaches, and on-policy distillation has nothing to learn.")
+        if config.is_span_loss and self.on_policy not in ("gkd", "distillm"):
+            raise ValueError(
+                f"`loss` is {config.loss!r}, which compares spans of text, but {self.on_policy} compares tokens. "
+                "Choose gkd or distillm, or a divergence of tokens."
+            )
+        if config.teachers is not None and config.teachers_by == "column":
+            raise ValueError(
+                "`teachers_by` is column, but a text that is written has no column that names its teacher. Combine "
+                "them by weight or by confidence."
+            )
         if config.teacher_cache is not None:
             raise ValueError(
                 "`teacher_cache` stores a teacher's outputs for texts that come again, but on-policy distillation "
                 "writes new ones in each step. Leave `teacher_cache` or `on_policy` out."
-            )
-        if config.teachers is not None and config.teachers_by == "column":
-            raise ValueError(
-                "`teachers_by: column` reads from each row who teaches it, but texts that are written during training "
-                "come without that column. Combine the teachers by weight or by confidence."
-            )
-        if config.is_span_loss and self.on_policy != "gkd":
-            raise ValueError(
-                f"{self.on_policy} needs the teacher's log-probabilities of the student's own tokens, but `loss: "
-                f"{config.loss}` is for a teacher with another tokenizer. Use `on_policy: gkd`."
             )
         if self.max_new_tokens >= (config.max_length or self.max_new_tokens + 1):
             raise ValueError(

@@ -44,7 +44,7 @@ NOT_USED = {
     "wandb_log_unique_prompts": "`rollouts.jsonl` holds the texts of each step",
     "log_completions_steps": "`rollouts.jsonl` holds the texts of each step",
 }  # fmt: skip
-_CROSS_TOKENIZER = "losses across tokenizers are listed by `hf-transfer-ext methods`; leave this setting of GOLD out"
+_CROSS_TOKENIZER = "choose a loss across tokenizers with `loss` (uld, gold, alm) and its `loss_options`"
 #: TRL's settings that would train something else if they were left out: setting -> (value that is taken, what to do).
 ANSWERED: dict[str, tuple[Any, str]] = {
     "vllm_structured_outputs_regex": (None, "texts are not held to a pattern here; leave it out"),
