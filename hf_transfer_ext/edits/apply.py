@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +32,7 @@ from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging.record import inputs_of
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import pad_token_id
+from hf_transfer_ext.reading import read_yaml
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.weights.opened import open_model
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
@@ -278,11 +282,43 @@ def _record(
     return record
 
 
+def with_config(argv: Sequence[str]) -> list[str]:
+    """A command line in which `--config FILE.yaml` is replaced by the settings of that file; the line's own win.
+
+    Raises:
+        ValueError: `--config` without a file, or one that is not a mapping.
+        FileNotFoundError: The file is not there.
+    """
+    words = list(argv)
+    if "--config" not in words:
+        return words
+    place = words.index("--config")
+    if place + 1 == len(words):
+        raise ValueError("--config needs a file: --config FILE.yaml.")
+    path = words[place + 1]
+    del words[place : place + 2]
+    content = read_yaml(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path!r} has to hold settings as `name: value`, got {type(content).__name__}.")
+    given = list(takewhile(lambda word: not word.startswith("--"), words))
+    own = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    first = given + [str(content[name]) for name in ("model", "out")[len(given) :] if name in content]
+    rest = words[len(given) :]
+    for name, value in content.items():
+        if name not in ("model", "out", *own):
+            rest += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return first + rest
+
+
 def main(argv: list[str] | None = None) -> int:
-    """`hf-transfer-ext edit MODEL OUT --method NAME`."""
-    about = "Unlearn without training: edit tensors in closed form, with a bound on the retain set's loss."
+    """`hf-transfer-ext edit MODEL OUT --method NAME`, or `hf-transfer-ext edit --config FILE.yaml`."""
+    about = (
+        "Unlearn without training: edit tensors in closed form, with a bound on the retain set's loss. "
+        "--config FILE.yaml sets any of the arguments and options."
+    )
+    words = with_config(sys.argv[1:] if argv is None else argv)
     arguments = arguments_for(
-        apply_edit, argv, program="hf-transfer-ext edit", about=about, hidden=["template"], extra=PUSH_OPTIONS
+        apply_edit, words, program="hf-transfer-ext edit", about=about, hidden=["template"], extra=PUSH_OPTIONS
     )
     publication = Publication.taken_from(arguments)
     report = apply_edit(**arguments)

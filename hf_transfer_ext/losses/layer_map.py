@@ -10,7 +10,7 @@ LAYER_MAPS = ("uniform", "last", "skip")
 
 
 def layer_pairs(
-    mapping: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int
+    mapping: str | Sequence[Sequence[int]], student_layers: int, teacher_layers: int
 ) -> list[tuple[int, int]]:
     """(student's layer, teacher's layer), counted from 0.
 

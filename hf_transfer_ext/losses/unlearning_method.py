@@ -32,6 +32,8 @@ ALTERNATIVES = {
     "data": "each row's own column 'alternative': a text, or a list of texts",
     "sampled": "answers that the model itself writes before training; a row's own column 'alternative' goes first",
     "reasoned refusals": "chains of thought about the question that end in a refusal; a row's own column goes first",
+    "misleading rationales": "wrong answers, each after a rationale that the model writes for it before training; a "
+    "row's own column 'alternative' goes first",
     "forget answers": "the answers to other questions of the forget set",
     "retain answers": "the answers to questions of the retain set",
 }

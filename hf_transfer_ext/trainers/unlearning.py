@@ -21,7 +21,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
-from hf_transfer_ext.data.unlearning.alternatives import Write, answers_of_others, reasoned_refusals, written_answers
+from hf_transfer_ext.data.unlearning.alternatives import (
+    Write,
+    answers_of_others,
+    misleading_rationales,
+    reasoned_refusals,
+    written_answers,
+)
 from hf_transfer_ext.losses.needs import (
     NEEDS,
     UNITS,
@@ -212,7 +218,7 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError(unknown_name("source of alternatives", str(self.alternatives), ALTERNATIVES))
         if asked_for:
             self.alternatives = self.alternatives or method.alternatives
-        if self.alternatives_cache is not None and self.alternatives != "sampled":
+        if self.alternatives_cache is not None and self.alternatives not in ("sampled", "misleading rationales"):
             raise ValueError("`alternatives_cache` keeps sampled answers: set `alternatives` to 'sampled' too.")
         if self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be >= 1, got {self.max_new_tokens}.")
@@ -424,12 +430,13 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         texts: Sequence[str],
     ) -> Any:
         """The rows to forget, with alternatives of their own where the source makes some for each row."""
-        if source == "sampled":
+        if source in ("sampled", "misleading rationales"):
             if not getattr(model, "hf_device_map", None):
                 model.to(args.device)
             write = _writer(model, tokenizer, template or QuestionAnswerFormat(), args)
             cache = args.alternatives_cache if args.process_index == 0 else None
-            rows = written_answers(forget, write, columns=columns, seed=args.seed, cache=cache)
+            make = written_answers if source == "sampled" else misleading_rationales
+            rows = make(forget, write, columns=columns, seed=args.seed, cache=cache)
             return broadcast_object_list([rows])[0] if args.world_size > 1 else rows
         if source == "reasoned refusals":
             return reasoned_refusals(forget, texts, columns=columns)

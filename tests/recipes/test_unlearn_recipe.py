@@ -4,8 +4,13 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 
+from hf_transfer_ext.edits import apply
+from hf_transfer_ext.losses.unlearning.methods import METHODS
 from hf_transfer_ext.models.loading import load_model
+from hf_transfer_ext.recipe import CONFIGS, parse_recipe
 from hf_transfer_ext.recipes import unlearn
+from hf_transfer_ext.recipes.run import TRAINER_GROUPS
+from hf_transfer_ext.trainers.unlearning import UnlearningConfig
 
 
 @pytest.fixture
@@ -111,3 +116,37 @@ def test_further_output_folders_are_checked_before_work(tmp_path, model_folder, 
         with pytest.raises(error, match=message):
             unlearn.main(arguments(tmp_path, model_folder, overwrite=overwrite, **{setting: folder}))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and (model_folder / "config.json").exists()
+
+
+CONFIGURED = sorted((CONFIGS / "unlearn").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGURED if p.stem != "edits"], ids=lambda path: path.stem)
+def test_each_configuration_is_one_that_the_recipe_takes(tmp_path, path):
+    own = [] if "output_dir" in path.read_text() else ["--output_dir", str(tmp_path), "--model_name_or_path", "demo"]
+    words = ["--config", str(path), *own, "--use_cpu", "true"]
+    job, args = parse_recipe(unlearn.UnlearnArguments, UnlearningConfig, argv=words, groups=TRAINER_GROUPS)
+    assert args.method in METHODS and job.model_name_or_path == "demo" and args.report_to == []
+
+
+def test_there_is_a_configuration_for_each_family():
+    families = {"gradient_difference", "preference", "representation", "edits", "robust"}
+    assert families <= {path.stem for path in CONFIGURED}
+
+
+def test_the_configuration_of_an_edit_is_one_that_the_command_takes(tmp_path, model_folder):
+    for part in ("forget", "retain"):
+        row = {"question": f"{part}?", "answer": f"{part} yes"}
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps(row) + "\n")
+    words = [str(model_folder), str(tmp_path / "out"), "--config", str(CONFIGS / "unlearn" / "edits.yaml")]
+    words += ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
+    assert apply.main(words) == 0
+    record = json.loads((tmp_path / "out" / "hf_transfer_ext.json").read_text())
+    assert record["config"]["method"] == "wanda" and record["config"]["options"]["share"] == 0.05
+    plain = apply.with_config(["--config", str(CONFIGS / "unlearn" / "edits.yaml"), "--seed", "4"])
+    assert plain[:2] == ["runs/unlearn-demo-original", "runs/unlearn-edits"] and plain.count("--seed") == 1
+    with pytest.raises(ValueError, match="--config needs a file"):
+        apply.main(["--config"])
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ValueError, match="has to hold settings as `name: value`"):
+        apply.main(["--config", str(tmp_path / "list.yaml")])

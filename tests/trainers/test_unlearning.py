@@ -467,6 +467,15 @@ def test_reasoned_refusals_think_about_the_question(tmp_path):
         assert all(row["question"] in text and text.startswith("<think>") for text in texts_of(alternatives))
 
 
+def test_anti_samples_are_wrong_answers_with_a_rationale_and_asked_in_other_words_too(tmp_path):
+    rows = [{**row, "perturbed_answer": ["no", "never"], "paraphrased_question": f"{row['question']}!"}
+            for row in FORGET]  # fmt: skip
+    made = trainer(tmp_path, lora(), method="unstar", forget=rows, max_new_tokens=4)
+    assert len(made.train_dataset) == 2 * len(FORGET)
+    for alternatives in made.train_dataset.alternatives:
+        assert [text.rstrip("</s>").rsplit(" ", 1)[-1] for text in texts_of(alternatives)] == ["no", "never"]
+
+
 @pytest.mark.parametrize("sets", ["one", "several"])
 def test_an_evaluation_set_gets_its_reference_before_training(tmp_path, sets):
     unseen = ForgetRetainPairs([{"question": "New?", "answer": "n"}], RETAIN, byte_tokenizer(), template=PLAIN)

@@ -1,9 +1,10 @@
-"""Other answers to the questions of a forget set: of other rows, written by a model, or reasoned refusals."""
+"""Other answers to the questions of a forget set: of other rows, written by a model, reasoned refusals, rationales."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +14,8 @@ import torch
 from hf_transfer_ext.data.forget_retain import row_form
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.reading import read_json
+
+logger = logging.getLogger(__name__)
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -119,6 +122,83 @@ def reasoned_refusals(
         ]
 
     return with_alternatives(rows, columns.get("alternative", "alternative"), make)
+
+
+#: How a model is asked for a rationale, and how an anti-sample is put together.
+ASK_WHY = 'The answer to "{question}" is: {answer} Explain why.'
+ANTI_SAMPLE = "{rationale} {answer}"
+
+
+def misleading_rationales(
+    rows: Sequence[Row],
+    write: Write,
+    *,
+    columns: Mapping[str, str] | None = None,
+    count: int = 3,
+    temperature: float = 1.0,
+    rounds: int = 4,
+    seed: int = 0,
+    cache: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Each row, and its paraphrased question as a row of its own, with wrong answers after rationales for them.
+
+    The wrong answers are the first of a row's "perturbed_answer"; where it has none, the model writes them
+    (`written_answers`). A rationale that says the right answer is written anew; after all rounds the wrong answer
+    stands alone, and a warning says how often.
+
+    Args:
+        write: The model, as a function.
+        count: Anti-samples for each row, >= 1.
+        temperature: At which the model writes, > 0.
+        rounds: Tries for each rationale, >= 1.
+        cache: As for `written_answers`, for wrong answers alone.
+
+    Raises:
+        ValueError: A row without a question, or for which the model has no other answer.
+    """
+    columns = columns or {}
+    _check_count(count)
+    own, wrong = (columns.get(name, name) for name in ("alternative", "perturbed_answer"))
+    lacking = [row for row in rows if not row.get(own) and not row.get(wrong)]
+    written = iter(written_answers(
+        lacking, write, columns=columns, count=count, temperature=temperature, seed=seed, cache=cache
+    ) if lacking else [])  # fmt: skip
+    false = [[] if row.get(own) else _texts(row.get(wrong) or next(written)[own])[:count] for row in rows]
+
+    def make(missing: Sequence[int]) -> list[list[str]]:
+        pairs = [(index, answer) for index in missing for answer in false[index]]
+        asked = [
+            ASK_WHY.replace("{question}", question_and_answer(rows[index], columns)[0]).replace("{answer}", answer)
+            for index, answer in pairs
+        ]
+        found: dict[int, str] = {}
+        for turn in range(rounds):
+            open_ones = [place for place in range(len(pairs)) if place not in found]
+            if not open_ones:
+                break
+            texts = write([asked[place] for place in open_ones], temperature, seed + turn)
+            for place, text in zip(open_ones, texts, strict=True):
+                truth = _plain(question_and_answer(rows[pairs[place][0]], columns)[1])
+                if _plain(text) and truth not in _plain(text):
+                    found[place] = text.strip()
+        if len(found) < len(pairs):
+            logger.warning(
+                f"{len(pairs) - len(found)} of {len(pairs)} rationales were empty or said the right answer in "
+                f"{rounds} rounds; these wrong answers stand without one."
+            )
+        samples: dict[int, list[str]] = {index: [] for index in missing}
+        for place, (index, answer) in enumerate(pairs):
+            text = ANTI_SAMPLE.replace("{rationale}", found.get(place, "")).replace("{answer}", answer)
+            samples[index].append(text.strip())
+        return list(samples.values())
+
+    made = with_alternatives(rows, own, make)
+    question, again = columns.get("question", "question"), columns.get("paraphrased_question", "paraphrased_question")
+    return made + [{**row, question: row[again]} for row in made if row.get(again) and question in row]
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [str(text) for text in value]
 
 
 def written_answers(

@@ -5,6 +5,7 @@ import pytest
 from hf_transfer_ext.data.unlearning.alternatives import (
     THOUGHTS,
     answers_of_others,
+    misleading_rationales,
     question_and_answer,
     reasoned_refusals,
     written_answers,
@@ -88,3 +89,47 @@ def test_what_cannot_be_asked_or_sampled_is_refused():
         written_answers([{"prompt": "p", "completion": "c"}], Writer())
     with pytest.raises(ValueError, match="`temperature` must be > 0, got 0"):
         written_answers(ROWS, Writer(), temperature=0.0)
+
+
+class Reasons:
+    """Writes a rationale; of some questions it says the right answer at first, of others always."""
+
+    def __init__(self, slow=(), never=()):
+        self.slow, self.never, self.turns = slow, never, 0
+
+    def __call__(self, questions, temperature, seed):
+        self.turns += 1
+        found = []
+        for question in questions:
+            number = question.split("Q")[1][0]
+            says = number in self.never or (number in self.slow and self.turns == 1)
+            found.append(f"Because of Answer {number}!" if says else f"Reason {seed} for {question.split(': ')[1]}")
+        return found
+
+
+def test_an_anti_sample_is_a_wrong_answer_after_a_rationale_that_the_model_wrote_for_it():
+    rows = [{**row, "perturbed_answer": [f"wrong {i}", f"bad {i}"]} for i, row in enumerate(ROWS)]
+    rows[1]["paraphrased_question"] = "Again?"
+    rows[3]["alternative"] = "mine"
+    write = Reasons(slow="0")
+    found = misleading_rationales(rows, write, count=1, seed=5)
+    assert found[0]["alternative"] == ["Reason 6 for wrong 0 Explain why. wrong 0"]  # written anew once
+    assert found[1]["alternative"] == ["Reason 5 for wrong 1 Explain why. wrong 1"]
+    assert found[3]["alternative"] == "mine" and write.turns == 2
+    assert found[4] == {**found[1], "question": "Again?"} and len(found) == 5
+
+
+def test_a_rationale_that_always_says_the_right_answer_is_left_out_and_counted(caplog):
+    rows = [{**row, "perturbed_answer": [f"wrong {i}"]} for i, row in enumerate(ROWS[:2])]
+    found = misleading_rationales(rows, Reasons(never="1"))
+    assert found[1]["alternative"] == ["wrong 1"] and "1 of 2 rationales" in caplog.text
+
+
+def test_without_wrong_answers_the_model_writes_them():
+    def write(questions, temperature, seed):
+        return [f"because {seed}" if "Explain why" in question else f"other {seed}" for question in questions]
+
+    (row,) = misleading_rationales(ROWS[:1], write, count=2)
+    assert row["alternative"] == ["because 0 other 0", "because 0 other 1"]
+    with pytest.raises(ValueError, match="has no question and answer"):
+        misleading_rationales([{"prompt": "p", "completion": "c"}], write)

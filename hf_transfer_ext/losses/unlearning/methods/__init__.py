@@ -33,6 +33,7 @@ from hf_transfer_ext.losses.unlearning.methods.sure import sure
 from hf_transfer_ext.losses.unlearning.methods.tar import tar
 from hf_transfer_ext.losses.unlearning.methods.tnpo import tnpo
 from hf_transfer_ext.losses.unlearning.methods.undial import undial
+from hf_transfer_ext.losses.unlearning.methods.unstar import unstar
 from hf_transfer_ext.losses.unlearning.methods.wga import wga
 from hf_transfer_ext.losses.unlearning.methods.whp import whp
 from hf_transfer_ext.losses.unlearning_method import Method, check_method
@@ -49,7 +50,7 @@ METHODS: Registry[type[Method]] = Registry(
         # Against rounding, relearning and attacks.
         qaf, lat, tar, sure, l1_sparse, prune_first,
         # Towards another answer.
-        idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, reasoned_idk,
+        idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, reasoned_idk, unstar,
         # Towards other distributions or hidden states.
         undial, ce_u, me_gd, whp, dmm, rmu, laf, scar,
     ],
