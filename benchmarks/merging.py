@@ -204,18 +204,24 @@ def run_engine(
     engine: str, config: Path, out: Path, threads: int, timeout_s: float, *, dry_run: bool = False
 ) -> Record:
     """Run one merge in a child process; returns wall and CPU seconds and peak resident bytes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     if engine == "ours":
         command = [sys.executable, "-m", "hf_transfer_ext.cli", "merge", str(config), str(out), "--quiet"]
         command += ["--threads", str(threads), *(["--dry-run"] if dry_run else [])]
     else:
         start = "from mergekit.scripts.run_yaml import main; main()"
         command = [os.environ[VARIABLE], "-c", start, str(config), str(out)]
+    record = run_command(command, threads, timeout_s)
+    if dry_run and "no merge can take less" in record.get("output", ""):
+        record["status"] = "ok"
+    return record
+
+
+def run_command(command: Sequence[str], threads: int, timeout_s: float) -> Record:
+    """Run a command in a process of its own: status, wall and CPU seconds, and peak resident bytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     started = [sys.executable, "-S", "-c", _LAUNCHER, str(timeout_s), *command]
     done = subprocess.run(started, env=environment, capture_output=True, text=True)
     record: Record = json.loads(done.stdout.splitlines()[-1])
-    if dry_run and "no merge can take less" in done.stderr:
-        record["status"] = "ok"
     if record["status"] != "ok":
         record["output"] = done.stderr[-2000:]
     return record
