@@ -528,6 +528,14 @@ def faults_of(job: Job) -> dict[str, Callable[[Bench, Job, int], Tally]]:
     return {name: fault for name, fault in FAULTS.items() if not job.is_long or fault in (kill, terminate)}
 
 
+def with_earlier(tallies: list[Tally], file: Path) -> list[Tally]:
+    """These rows and those of an earlier file for other jobs and faults, in the order of `JOBS` and then of time."""
+    new = {(tally.job, tally.fault) for tally in tallies}
+    earlier = [Tally(**row) for row in json.loads(file.read_text())]
+    kept = [tally for tally in earlier if (tally.job, tally.fault) not in new]
+    return sorted(kept + tallies, key=lambda tally: list(JOBS).index(tally.job))
+
+
 def table_of(tallies: list[Tally]) -> str:
     lines = ["| job | fault | runs | ended by it | losses |", "|---|---|---:|---:|---:|"]
     lines += [f"| {t.job} | {t.fault} | {t.count} | {t.hit} | {len(t.losses)} |" for t in tallies if t.count]
@@ -540,6 +548,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=20, help="disturbed runs per job and fault (default: 20)")
     parser.add_argument("--calls", type=int, default=60, help="calls that a kill is aimed at (default: 60)")
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS), help="default: all")
+    parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=list(FAULTS), help="default: all")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of OUT.json for all other jobs and faults")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     tallies = []
@@ -548,8 +558,12 @@ def main(argv: list[str] | None = None) -> int:
         for job in (JOBS[name] for name in options.jobs):
             bench.prepare(job)
             for name, fault in faults_of(job).items():
+                if name not in options.faults:
+                    continue
                 tallies.append(fault(bench, job, options.calls if name == "kill at a call" else options.count))
                 print(table_of(tallies[-1:]).splitlines()[-1], *tallies[-1].losses, sep="\n  ", flush=True)
+    if options.keep:
+        tallies = with_earlier(tallies, options.out.with_suffix(".json"))
     losses = sum(len(tally.losses) for tally in tallies)
     text = (
         "# Faults\n\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -27,6 +29,20 @@ def test_nothing_is_lost(bench, job, fault):
     if tally.count == 0:
         pytest.skip("needs the right to mount")
     assert tally.hit >= 1
+
+
+@pytest.mark.slow
+def test_a_job_that_does_not_go_on_where_it_was_is_found(bench):
+    """Every run of it trains with another seed, as one would that forgets its random state."""
+
+    def run(models, out, overwrite):
+        words = [*faults.long_jobs.TRAINING, "--seed", str(os.getpid())]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(faults.long_jobs, "TRAINING", words)
+            return faults.long_jobs.run_unlearn(models, out, overwrite)
+
+    bench.prepare(faults.JOBS["unlearn"])
+    assert faults.kill(bench, dataclasses.replace(faults.JOBS["unlearn"], run=run), 1).losses
 
 
 @pytest.mark.parametrize("job", ["merge", "extract"])
@@ -55,3 +71,7 @@ def test_the_command_writes_a_table(tmp_path, monkeypatch):
     assert faults.main(["--out", str(tmp_path / "faults"), "--count", "2"]) == 0
     assert "| extract | full disk | 2 |" in (tmp_path / "faults.md").read_text()
     assert json.loads((tmp_path / "faults.json").read_text())[0]["losses"] == []
+    monkeypatch.setattr(faults, "FAULTS", {"kill": faults.kill})
+    assert faults.main(["--out", str(tmp_path / "faults"), "--count", "1", "--keep"]) == 0
+    rows = json.loads((tmp_path / "faults.json").read_text())
+    assert [(row["fault"], row["count"]) for row in rows] == [("full disk", 2), ("kill", 1)]
