@@ -63,8 +63,9 @@ class EvaluateArguments:
 def metric_run(job: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
     """The data sets and the reference, loaded once for all models."""
     resolve_all(job.metrics)
-    where: Any = {"split": job.split, "config_name": job.data_config, "limit": job.limit, "seed": job.seed}
-    sets = load_sets(job.data or [PEOPLE], **where)
+    sets = load_sets(
+        job.data or [PEOPLE], split=job.split, config_name=job.data_config, limit=job.limit, seed=job.seed
+    )
     reference: Any = job.reference
     if reference not in (None, "base"):
         reference, _ = load_named(reference, dtype=job.dtype, device=shared["accelerator"].device)
@@ -76,8 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator, out, first = Accelerator(), Path(job.output_dir), job.compared_with
     record = start_record("evaluation", __file__, argv, job, seed=job.seed)
     shared: dict[str, Any] = {name: getattr(job, name) for name in ("columns", "batch_size", "cache", "seed")}
-    chat = job.chat_template_kwargs
-    shared["template"] = QuestionAnswerFormat(job.template, job.prompt, chat_template_kwargs=chat)
+    shared["template"] = QuestionAnswerFormat(job.template, job.prompt, chat_template_kwargs=job.chat_template_kwargs)
     shared |= {"generation": GenerationSettings(job.max_new_tokens), "accelerator": accelerator, "progress": True}
     suite = None
     if job.adapters and len(job.models) > 1:
@@ -114,8 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compared |= {"in order": together} if together else {}
         print(*problems, sep="\n")
     if accelerator.is_main_process:
-        where: Any = {"push_to": job.push_to_hub, "private": job.private}
-        finish_run(out, record, compared, plot="measurements.png", **where)
+        finish_run(out, record, compared, plot="measurements.png", push_to=job.push_to_hub, private=job.private)
     return compared
 
 
