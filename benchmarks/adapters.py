@@ -9,7 +9,8 @@ share of the squared norm of the changes that the adapter does not hold. Random 
 the worst case for a random sketch.
 
 *Resizing*: the factors of an adapter with these shapes, cut to a smaller rank, by QR and a small core, and by a full
-SVD of B A; both in memory, on some of the layers. The *difference* between the two results is relative, on the smallest matrix.
+SVD of B A; both in memory, on some of the layers. The *difference* between the two results is relative, and taken on
+the smallest matrix.
 """
 
 from __future__ import annotations

@@ -27,12 +27,12 @@ from hf_transfer_ext.hub.finish import add_measurements, finish_run
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.retrain import retrained, work_of
-from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
+from hf_transfer_ext.recipes.run import PublishArguments, load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 
 
 @dataclass
-class AuditArguments:
+class AuditArguments(PublishArguments):
     """Which model is attacked, how, and which models it is compared with."""
 
     unlearned: str = setting(REQUIRED, "models", "Folder or Hub id of the unlearned model, or of its adapter.")
@@ -61,8 +61,6 @@ class AuditArguments:
     batch_size: int = setting(16, "attacks", "Examples in a forward pass.")
     output_dir: str = setting("runs/audit", "", "Folder of the report.")
     seed: int = setting(0, "", "Seed of all random choices.")
-    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
-    private: bool | None = setting(None, "", "Make a new repository private.")
 
 
 def main(argv: list[str] | None = None) -> Any:
@@ -103,8 +101,7 @@ def main(argv: list[str] | None = None) -> Any:
         about["forget set"] = f"{job.forget_data or 'made-up people'}, {len(data.forget)} rows"
         report = save_audit(out, found, data, about=about, **vars(answers))
         answers.measurements["unlearned"][:0] = verdicts = found.measurements()
-        where: Any = {"push_to": job.push_to_hub, "private": job.private}
-        finish_run(out, record, answers.measurements, plot=None, quiet=True, **where)
+        finish_run(out, record, answers.measurements, plot=None, quiet=True, **job.publication)
         print(verdict_table(found.verdicts))
         also = f"; the verdicts stand in the card of {job.unlearned}, too" * add_measurements(job.unlearned, verdicts)
         shutil.rmtree(work_of(job.output_dir), ignore_errors=True)

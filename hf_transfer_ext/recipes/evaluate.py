@@ -22,14 +22,14 @@ from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import describe_dataset, describe_input
 from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.recipe import parse_recipe, setting
-from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
+from hf_transfer_ext.recipes.run import PublishArguments, load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 
 USUAL = ["perplexity", "answer_probability", "truth_ratio", "exact_memorization", "extraction_strength"]
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(PublishArguments):
     """Which models to measure, and on which data."""
 
     models: list[str] = setting(REQUIRED, "models", "Folders or Hub ids, or demo (Gemma 3 270M).")
@@ -56,8 +56,6 @@ class EvaluateArguments:
     per_example: Literal["jsonl", "parquet"] = setting("jsonl", "", "Every example as jsonl or parquet.")
     output_dir: str = setting("runs/evaluate", "", "Folder of the results.")
     seed: int = setting(0, "", "Seed of all random choices.")
-    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
-    private: bool | None = setting(None, "", "Make a new repository private.")
 
 
 def metric_run(job: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
@@ -114,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compared |= {"in order": together} if together else {}
         print(*problems, sep="\n")
     if accelerator.is_main_process:
-        finish_run(out, record, compared, plot="measurements.png", push_to=job.push_to_hub, private=job.private)
+        finish_run(out, record, compared, plot="measurements.png", **job.publication)
     return compared
 
 

@@ -18,14 +18,14 @@ from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe, read_yaml, setting
-from hf_transfer_ext.recipes.run import DEMO, model_path, run_recipe, start_record
+from hf_transfer_ext.recipes.run import DEMO, PublishArguments, model_path, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.weights.ranks import is_first_rank
 from hf_transfer_ext.weights.reference import ModelReference
 
 
 @dataclass
-class MergeArguments:
+class MergeArguments(PublishArguments):
     """Which models to merge, and which data to measure them on."""
 
     merge_config: str = setting(REQUIRED, "merge", "YAML of the merge; the model `demo` in it is Gemma 3 270M.")
@@ -42,8 +42,6 @@ class MergeArguments:
     dtype: str = setting("float32", "evaluation", "Dtype in which the models are measured.")
     output_dir: str = setting("runs/merge", "", "Folder of the merged model.")
     overwrite: bool = setting(False, "", "Replace a model that is there.")
-    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
-    private: bool | None = setting(None, "", "Make a new repository private.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -82,8 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         record.not_measured.append("Nothing was measured: the run had no data.")
     measured["merged"] = [*measured.get("merged", []), *merged.metrics]
-    publish: Any = {"push_to": job.push_to_hub, "private": job.private}
-    finish_run(job.output_dir, record, measured, result="merged", plot=None, **publish)
+    finish_run(job.output_dir, record, measured, result="merged", plot=None, **job.publication)
     if report.adapter is not None:
         print(f"LoRA of rank {report.adapter.rank}: {report.adapter.residual_energy:.2%} of the update is left out")
     print(f"{report.tensors} tensors in {report.seconds:.1f} s -> {report.folder}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ import torch
 from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.record import RunRecord, describe_input
 from hf_transfer_ext.models.loading import four_bit, load_model, load_tokenizer
-from hf_transfer_ext.recipe import inherited_defaults, settings_of, use_all_cores
+from hf_transfer_ext.recipe import inherited_defaults, setting, settings_of, use_all_cores
 from hf_transfer_ext.settings import run_program
 from hf_transfer_ext.teachers.demo import demo_model
 
@@ -39,6 +40,19 @@ TRAINER_GROUPS = {
     ],
     "data": ["drop_unlabelled"],
 }
+
+
+@dataclass(kw_only=True)
+class PublishArguments:
+    """Where a recipe publishes its result, if anywhere."""
+
+    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
+    private: bool | None = setting(None, "", "Make a new repository private.")
+
+    @property
+    def publication(self) -> dict[str, Any]:
+        """Arguments of `finish_run`."""
+        return {"push_to": self.push_to_hub, "private": self.private}
 
 
 def model_path(name: str | Path) -> str | Path:

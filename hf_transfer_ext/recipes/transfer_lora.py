@@ -17,12 +17,12 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.files import refuse_existing_output
 from hf_transfer_ext.hub.publish import push
 from hf_transfer_ext.recipe import parse_recipe, setting
-from hf_transfer_ext.recipes.run import model_path, run_recipe
+from hf_transfer_ext.recipes.run import PublishArguments, model_path, run_recipe
 from hf_transfer_ext.settings import REQUIRED
 
 
 @dataclass
-class TransferArguments:
+class TransferArguments(PublishArguments):
     """Which adapter, to which base, and the data to measure it on. How it is moved is set by `TransferConfig`."""
 
     adapter: str = setting(REQUIRED, "source", "Folder or Hub id of the source adapter.")
@@ -37,7 +37,6 @@ class TransferArguments:
     columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
     template: str = setting("auto", "data", "auto, chat or plain.")
     texts: str | None = setting(None, "data", "Texts that both models read, for closed forms that need activations.")
-    push_to_hub: str | None = setting(None, "", "Repository to publish the result in.")
 
 
 #: Groups of the settings of `TransferConfig`.
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> TransferTrainer:
         teach_source(job.adapter, source, trainer.train_rows, args, **how)
     run_transfer(trainer)
     if job.push_to_hub is not None:
-        print(f"Pushed to {push(args.output_dir, job.push_to_hub)}")
+        print(f"Pushed to {push(args.output_dir, job.push_to_hub, private=job.private)}")
     return trainer
 
 
