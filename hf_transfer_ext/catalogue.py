@@ -16,7 +16,7 @@ CATALOGUE = {
     "On-policy distillation": ("hf_transfer_ext.trainers.on_policy", "ON_POLICY_METHODS"),
     "Losses across tokenizers": ("hf_transfer_ext.losses.spans", "SPAN_LOSSES"),
     "Losses inside the network": ("hf_transfer_ext.losses.hidden", "HIDDEN_LOSSES"),
-    "Teachers combined": ("hf_transfer_ext.teachers.several", "COMBINED_TEACHERS"),
+    "Teachers combined": ("hf_transfer_ext.teachers.combinations", "COMBINED_TEACHERS"),
     "Student initializations": ("hf_transfer_ext.students", "STUDENT_INITS"),
     "Merge methods": ("hf_transfer_ext.merging.methods", "MERGE_METHODS"),
     "Transfer methods of adapters": ("hf_transfer_ext.adapters.transfer.methods", "TRANSFER_METHODS"),

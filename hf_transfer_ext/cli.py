@@ -14,9 +14,16 @@ from hf_transfer_ext.recipes import RECIPES
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.settings import run_program
 
+#: Command -> the recipe of the same job that runs it where it is given `--config`, with measurements.
+_WITH_CONFIG = {"merge": "merge", "transfer": "transfer_lora"}
+
 #: command -> (module whose `main(argv)` runs it, what it does). Modules are imported only when their command runs.
 COMMANDS = {
-    **{name: (f"hf_transfer_ext.recipes.{name}", about) for name, about in RECIPES.items() if name != "merge"},
+    **{
+        name: (f"hf_transfer_ext.recipes.{name}", about)
+        for name, about in RECIPES.items()
+        if name not in _WITH_CONFIG.values()
+    },
     "merge": ("hf_transfer_ext.merging.command", "merge checkpoints: merge CONFIG.yml OUT_DIR"),
     "moe": ("hf_transfer_ext.merging.moe.command", "make a mixture of experts: moe CONFIG.yml OUT_DIR"),
     "extract": ("hf_transfer_ext.adapters.extract", "extract a LoRA: extract BASE FINETUNED OUT --rank R"),
@@ -25,12 +32,14 @@ COMMANDS = {
         "move a LoRA to a new base: transfer ADAPTER BASE OUT",
     ),
     "resize": ("hf_transfer_ext.adapters.resize", "change the rank of a LoRA: resize ADAPTER OUT --rank R"),
-    "convert": ("hf_transfer_ext.adapters.convert", "write any adapter as a plain LoRA: convert ADAPTER OUT"),
+    "convert": ("hf_transfer_ext.adapters.convert", "write any adapter as a plain LoRA or GGUF: convert ADAPTER OUT"),
     "edit": ("hf_transfer_ext.edits.apply", "unlearn without training: edit MODEL OUT --method NAME"),
     "requests": ("hf_transfer_ext.edits.requests", "forget requests: requests add|list|revoke|apply STORE"),
-    "cache-teacher": ("hf_transfer_ext.trainers.cache_command", "store a teacher's outputs on a dataset"),
+    "cache-teacher": ("hf_transfer_ext.recipes.cache_teacher", "store a teacher's outputs on a dataset"),
     "push": ("hf_transfer_ext.hub.command", "publish a result: push FOLDER REPO"),
     "pull": ("hf_transfer_ext.hub.pull_command", "download a result: pull REPO FOLDER"),
+    "lineage": ("hf_transfer_ext.hub.lineage_tree", "show what a result was made from: lineage PATH_OR_REPO"),
+    "reproduce": ("hf_transfer_ext.reproduce", "make a result again and compare: reproduce PATH_OR_REPO"),
     "methods": ("hf_transfer_ext.catalogue", "list the methods, or explain one: methods [NAME]"),
     "doctor": ("hf_transfer_ext.doctor", "show versions, devices, and what is missing for which job"),
 }
@@ -61,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf-transfer-ext: {unknown_name('command', command, COMMANDS)}", file=sys.stderr)
         return 2
     module = COMMANDS[command][0]
-    if command == "merge" and any(word.startswith(("--config", "--merge_config")) for word in rest):
-        module = "hf_transfer_ext.recipes.merge"  # with measurements of all models
+    if command in _WITH_CONFIG and any(word.startswith(("--config", "--merge_config")) for word in rest):
+        module = f"hf_transfer_ext.recipes.{_WITH_CONFIG[command]}"
     return run_program(f"hf-transfer-ext {command}", lambda words: _imported(module).main(words), rest)
 
 

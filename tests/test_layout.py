@@ -93,7 +93,7 @@ def problems_of(path: Path, registries: list[Registry], has_unit: Callable[[Any]
 FLOORS = [
     "registry", "tensors", "files", "reading", "measurement", "launch", "settings", "recipe",
     "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers",
-    "evals", "adapters", "merging", "edits", "testing", "recipes",
+    "evals", "adapters", "merging", "edits", "testing", "recipes", "reproduce",
     "catalogue", "doctor", "cli", "__main__", "moved",
 ]  # fmt: skip
 

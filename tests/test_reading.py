@@ -84,10 +84,10 @@ def test_json_that_is_refused(text, message):
     ],
 )
 def test_yaml_that_is_refused(text, message):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=message) as error:
         parse_yaml(text, "the file")
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert str(error.value).startswith("the file") and len(str(error.value)) < 500
 
 

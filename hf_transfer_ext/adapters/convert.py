@@ -1,4 +1,6 @@
-"""Convert an adapter to a plain LoRA, which every server and every merge takes: exactly where that is possible."""
+"""Convert an adapter to a plain LoRA, which every server and every merge loads, exactly where that is possible; or a
+LoRA to a GGUF file for llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
 from hf_transfer_ext.adapters.finish import base_of_config, finish_adapter
+from hf_transfer_ext.adapters.gguf import convert_to_gguf
 from hf_transfer_ext.files import sha256_of, write_text, written_aside
 from hf_transfer_ext.hub.inputs import Wanted
 from hf_transfer_ext.reading import read_json
@@ -107,10 +110,12 @@ def convert_to_lora(
         )
         write_text(aside / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
         own_base: list[Wanted] = [(base, None, "base")] if base is not None else base_of_config(config)
+        settings = {"base": base, "rank": rank, "revision": revision}
         finish_adapter(
-            aside, "conversion", "convert", {"base": base, "rank": rank, "revision": revision},
+            aside, "conversion", "convert", settings,
             [(adapter, revision, "adapter"), *own_base], recipe_sha256=sha256_of(__file__),
             seconds=report.seconds, metrics=[report.measurement()],
+            call={"adapter": adapter, **settings, "base": base_name},
         )  # fmt: skip
     return report
 
@@ -225,10 +230,53 @@ def _dense_changes(model: Any) -> Mapping[str, Tensor]:
     }
 
 
+#: What an adapter can be converted to.
+FORMATS = ("lora", "gguf")
+
+
+def convert(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    to: str = "lora",
+    base: str | Path | None = None,
+    rank: int | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> ExtractionReport | Path:
+    """`convert_to_lora` or `convert_to_gguf`, by name.
+
+    Args:
+        adapter: Folder or Hub id of a PEFT adapter.
+        out: Folder of the new adapter, or the new file (`to="gguf"`).
+        to: lora or gguf.
+        base: The base model; by default the one that the adapter's config names.
+        rank: Rank of the factors where the change is cut (DoRA, LoKr, ...), to lora only.
+        dtype: Of the factors in a GGUF file: float32 or float16.
+        revision: Hub revision of the adapter.
+        overwrite: Replace what is in `out`.
+
+    Raises:
+        ValueError: An unknown format, or an argument of the other one.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"`to` must be one of {', '.join(FORMATS)}, got {to!r}.")
+    if to == "lora":
+        if dtype != "float32":
+            raise ValueError(f"`dtype` is for `to: gguf`; factors of a LoRA are written in float32, got {dtype!r}.")
+        return convert_to_lora(adapter, out, base=base, rank=rank, revision=revision, overwrite=overwrite)
+    if rank is not None:
+        raise ValueError("A GGUF file has the ranks of its LoRA: convert to a LoRA of that `rank` first.")
+    return convert_to_gguf(adapter, out, base=base, dtype=dtype, revision=revision, overwrite=overwrite)
+
+
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext convert ADAPTER OUT`."""
-    about = "Write a DoRA, LoKr, LoHa, IA3 or other PEFT adapter as a plain LoRA that every server loads."
-    print_report(
-        convert_to_lora(**arguments_for(convert_to_lora, argv, program="hf-transfer-ext convert", about=about))
-    )
+    about = "Write a DoRA, LoKr, LoHa or other PEFT adapter as a plain LoRA, or a LoRA as a GGUF file (--to gguf)."
+    found = convert(**arguments_for(convert, argv, program="hf-transfer-ext convert", about=about))
+    if isinstance(found, ExtractionReport):
+        print_report(found)
+    else:
+        print(f"{found}: {found.stat().st_size / 1e6:.1f} MB; llama.cpp loads it, started with --lora {found.name}.")
     return 0

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.adapters.finish import SERVING
+from hf_transfer_ext.adapters.servable import serving
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted
+from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted, call_of
 from hf_transfer_ext.hub.record import RunRecord, Stage
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.settings import QUIET, ForeignFlag, arguments_for
@@ -151,11 +153,12 @@ def extract_lora(
     settings: dict[str, Any] = {"base": base, "finetuned": finetuned, "rank": rank, "dtype": dtype}
     settings |= {"base_name": base_name, "include": list(include), "exclude": list(exclude)}
     wanted: list[Wanted] = [(base_reference.path, base_reference.revision, "base")]
-    if tuned_reference.lora is None:
-        wanted.append((tuned_reference.path, tuned_reference.revision, "model"))
-    else:
+    if tuned_reference.lora is not None:
         wanted.append((tuned_reference.lora, tuned_reference.lora_revision, "model"))
+    if (tuned_reference.path, tuned_reference.revision) != wanted[0][:2]:
+        wanted.append((tuned_reference.path, tuned_reference.revision, "model"))
     record = RunRecord("extraction", "hf-transfer-ext extract", settings, recipe_sha256=sha256_of(__file__))
+    record.call = call_of({**settings, "allow_pickle": allow_pickle}, wanted)
     with ExitStack() as opened:
         start = open_model(base_reference, allow_pickle=allow_pickle)
         opened.callback(start.close)
@@ -167,6 +170,7 @@ def extract_lora(
             record.stages.append(Stage("extract", round(report.seconds, 3)))
             record.metrics.append(report.measurement())
             inputs.put_into(record)
+            record.notes[SERVING] = serving(folder)
             finish_run(folder, record, quiet=True)
 
         return write_change(
@@ -667,3 +671,4 @@ def print_report(report: ExtractionReport) -> None:
         print(f"left out: {name}, whose change has norm {norm:.4g}")
     for note in report.notes:
         print(f"note: {note}")
+    print("\n".join(serving(report.folder)))

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.adapters.servable import serving
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.inputs import Wanted, described_or_named
+from hf_transfer_ext.hub.inputs import Wanted, call_of, described_or_named
 from hf_transfer_ext.hub.record import RunRecord, Stage
 from hf_transfer_ext.measurement import Measurement
+
+#: Heading of the card under which it says which servers load the adapter.
+SERVING = "Serving"
 
 
 def finish_adapter(
@@ -24,6 +28,7 @@ def finish_adapter(
     metrics: Sequence[Measurement] = (),
     not_measured: Sequence[str] = (),
     seed: int | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> None:
     """Add card and record to the folder of an adapter, before it is renamed to its final name.
 
@@ -37,8 +42,10 @@ def finish_adapter(
         metrics: What was measured of the adapter.
         not_measured: Sentences on what was not.
         seed: Of random choices; None if there are none.
+        call: All arguments of the call but the output; None where the record alone cannot repeat it.
     """
     record = RunRecord(job, f"hf-transfer-ext {command}", dict(settings), seed=seed, recipe_sha256=recipe_sha256)
+    record.call = call_of(call or {}, inputs)
     for one in inputs:
         described, problem = described_or_named(*one)
         record.inputs.append(described)
@@ -46,6 +53,7 @@ def finish_adapter(
     record.stages.append(Stage(job, round(seconds, 3)))
     record.metrics += metrics
     record.not_measured += not_measured
+    record.notes[SERVING] = serving(folder)
     finish_run(folder, record, quiet=True)
 
 

@@ -73,7 +73,7 @@ def convert_to_gguf(
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("Writing GGUF files needs the package gguf: pip install gguf") from error
+        raise ImportError("Writing GGUF files needs the package gguf: pip install 'hf_transfer_ext[gguf]'") from error
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     out = Path(out)

@@ -84,10 +84,11 @@ def resize_lora(
         )
         found.checkpoint.close()
         write_text(folder / RESIDUALS_FILE, json.dumps(report.residuals(), indent=2) + "\n")
+        settings = {"rank": rank, "energy": energy, "ratio": ratio, "revision": revision}
         finish_adapter(
-            folder, "resizing", "resize", {"rank": rank, "energy": energy, "ratio": ratio, "revision": revision},
+            folder, "resizing", "resize", settings,
             [(adapter, revision, "adapter"), *base_of_config(found.config)], recipe_sha256=sha256_of(__file__),
-            seconds=report.seconds, metrics=[report.measurement()],
+            seconds=report.seconds, metrics=[report.measurement()], call={"adapter": adapter, **settings},
         )  # fmt: skip
     return report
 

@@ -38,6 +38,17 @@ class Server:
     reasons: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
 
+    def sentence(self) -> str:
+        """For a card or a terminal."""
+        if not self.loads:
+            return f"{self.name} does not load it. {' '.join(self.reasons)}"
+        return f"{self.name} loads it{', started with ' + ' '.join(self.options) if self.options else ''}."
+
+
+def serving(folder: str | Path) -> list[str]:
+    """Which servers load an adapter folder, one sentence for each."""
+    return [server.sentence() for server in servable_by(folder)]
+
 
 def servable_by(folder: str | Path) -> list[Server]:
     """Check an adapter folder by the rules of PEFT, vLLM and llama.cpp.
@@ -109,7 +120,7 @@ def servable_by(folder: str | Path) -> list[Server]:
     return [
         peft,
         Server("vllm", not vllm, vllm, [] if vllm else options),
-        Server("llama.cpp", not llama, llama, [] if llama else ["--lora FILE.gguf (made by `convert_to_gguf`)"]),
+        Server("llama.cpp", not llama, llama, [] if llama else ["--lora FILE.gguf (made by `convert --to gguf`)"]),
     ]
 
 

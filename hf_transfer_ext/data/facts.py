@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -324,10 +325,11 @@ def _element_tables() -> tuple[list[dict[str, Any]], dict[int, str]]:
 
 
 def _missing(package: str) -> str:
-    return (
-        f"The dataset 'facts' is generated from the package {package!r}, which is not installed. "
-        "Run: pip install 'hf_transfer_ext[demo]'"
-    )
+    if package == "countryinfo" and sys.version_info < (3, 11):
+        how = "It needs Python 3.11 or later: use a newer Python, or name another data set."
+    else:
+        how = "Run: pip install 'hf_transfer_ext[demo]'"
+    return f"The dataset 'facts' is generated from the package {package!r}, which is not installed. {how}"
 
 
 def _split_of_prose(entity: str, seed: int) -> str:

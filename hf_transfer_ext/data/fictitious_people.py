@@ -447,6 +447,38 @@ def fictitious_person(index: int, *, seed: int = 0, name: str | None = None) -> 
     return rows
 
 
+def sorted_statements(
+    people: int, *, facts: int | None = None, seed: int = 0
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """A task with checkable answers: say what a statement about a made-up person is about.
+
+    Example: *Beth Novic plays the cello.* is about *instrument*.
+
+    Args:
+        people: How many people, >= 3; the statements of the last third are the test.
+        facts: How many kinds of statements, the first of `FACTS`; None for all twelve.
+        seed: Other seeds are other people.
+
+    Returns:
+        Training and test rows, with the statement as `question` and its kind as `answer`.
+
+    Raises:
+        ValueError: Fewer than three people.
+    """
+    if people < 3:
+        raise ValueError(f"Training and test statements need at least 3 people, got {people}.")
+    rows = [
+        [
+            {"question": row["answer"], "answer": row["fact"].replace("_", " ")}
+            for row in fictitious_person(index, seed=seed)[:facts]
+        ]
+        for index in range(people)
+    ]
+    held_out = people // 3
+    train, test = rows[:-held_out], rows[-held_out:]
+    return [row for own in train for row in own], [row for own in test for row in own]
+
+
 def fictitious_people(
     people: int = 20,
     *,

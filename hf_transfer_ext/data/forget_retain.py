@@ -362,11 +362,15 @@ class ForgetRetainPairs(Dataset):
             self._orders[turn] = torch.randperm(len(self.retain or ()), generator=shuffled).tolist()
         return self._orders[turn]
 
+    def sample(self, part: str, index: int) -> dict[str, Any]:
+        """One answer of the "forget" or "retain" set, as it is in batches."""
+        return _with_labels(getattr(self, part)[index], index)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample: dict[str, Any] = {"forget": _with_labels(self.forget[index], index)}
+        sample: dict[str, Any] = {"forget": self.sample("forget", index)}
         if self.retain is not None:
             chosen = self.retain_index(index)
-            sample["retain"] = _with_labels(self.retain[chosen], chosen)
+            sample["retain"] = self.sample("retain", chosen)
             if self.retain_alternatives is not None:
                 sample["retain_alternative"] = self._drawn(self.retain_alternatives[chosen], index)
         if self.alternatives is not None:

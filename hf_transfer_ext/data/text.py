@@ -14,6 +14,7 @@ from hf_transfer_ext.data.facts import FACTS_DATASET, fact_texts
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.reading import parse_json, read_text
 from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.weights.repository import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def load_text_dataset(
 
     Args:
         name_or_path: "facts" (see `data.facts`), a file (.json, .jsonl, .csv, .parquet, .txt), a folder of such files
-            or of `Dataset.save_to_disk`, or a Hub id.
+            or of `Dataset.save_to_disk`, or `repo[@revision][:subfolder]` on the Hub.
         split: Name of the split, or a slice of it as in "train[:1000]". A single file is all "train".
         columns: Role -> column name, for example `{"text": "content"}` or
             `{"question": "q", "answer": "a"}`. Roles: text; messages; prompt and completion; question and answer;
@@ -264,7 +265,9 @@ def _loaded(
     elif path.suffix in FILE_KINDS or path.is_absolute() or str(name).startswith((".", "~")):
         raise FileNotFoundError(f"There is no data file or folder at {str(name)!r}. Fix the path, or pass a Hub id.")
     else:
-        source, options["revision"], options["name"] = str(name), revision, config_name
+        place = place_of(name, revision)
+        source, options["revision"], options["name"] = place.path, place.revision, config_name
+        options |= {"data_dir": place.subfolder} if place.subfolder else {}
     try:
         return load_dataset(source, **options)
     except (DatasetNotFoundError, ConnectionError) as error:

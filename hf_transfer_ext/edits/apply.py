@@ -22,7 +22,7 @@ from hf_transfer_ext.edits.subject import Rows, Subject, closing, data_digest, m
 from hf_transfer_ext.edits.write import write_lora, write_model, write_tensors_of
 from hf_transfer_ext.files import refuse_existing_output, sha256_of
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.inputs import InputsInBackground
+from hf_transfer_ext.hub.inputs import InputsInBackground, call_of
 from hf_transfer_ext.hub.record import RunRecord, Stage, describe_dataset
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging.record import inputs_of
@@ -127,7 +127,8 @@ def apply_edit(
         opened.close()
         raise
     references = [one for one in (reference, tuned_reference) if one is not None]
-    with closing(opened, end), InputsInBackground(inputs_of(references, reference)) as described:
+    wanted = inputs_of(references, reference)
+    with closing(opened, end), InputsInBackground(wanted) as described:
         subject = Subject(
             opened, end, rows["forget"], rows["retain"], template or QuestionAnswerFormat(), columns or {}, seed
         )
@@ -138,6 +139,12 @@ def apply_edit(
         edited = chosen(subject, **own)
         record = _record(chosen, own, retain_bound, {"forget": forget, "retain": retain}, rows, edited, seed)
         record.metrics += measured
+        sources = [data for data in (forget, retain) if isinstance(data, (str, Path))]
+        if not chosen.private and len(sources) == sum(rows[part] is not None for part in rows):
+            call: dict[str, Any] = {"model": model, "method": method, "options": options, "tuned": tuned}
+            call |= {"forget": forget, "retain": retain, "columns": columns, "template": template}
+            call |= {"retain_bound": retain_bound, "lora_rank": lora_rank, "seed": seed}
+            record.call = call_of(call, [*((data, None, "dataset") for data in sources), *wanted])
 
         def complete(folder: Path, adapter: ExtractionReport | None) -> None:
             for name, tensors in edited.files.items():

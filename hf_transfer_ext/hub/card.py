@@ -111,6 +111,7 @@ def model_card(
         _what_was_done(record, bases, [name for name in base_models(record) if name not in bases]),
         _terms(record),
         "## Load it\n\n" + _how_to_load(adapter, bases, chat),
+        *(f"## {_text(head)}\n\n{_list(lines)}" for head, lines in record.notes.items()),
         "## Measurements\n\n" + _measurements(record),
         "## Not measured\n\n" + _not_measured(record),
         "## Inputs\n\n" + _inputs(record),
@@ -288,7 +289,7 @@ def _how_to_load(adapter: bool, bases: Sequence[str], chat: bool) -> str:
             f'model = PeftModel.from_pretrained(base, "{THIS_MODEL}")',
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
         ]
-        note = "It is a plain LoRA in PEFT's format: whatever serves LoRA adapters can serve it."
+        note = "It is in the format of PEFT."
     else:
         code = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -340,7 +341,11 @@ def _not_measured(record: RunRecord) -> str:
         if not any(word in name for name in names for word in words)
     ]
     general = "Safety, bias, and any language or task that the table above does not name."
-    return "\n".join(f"- {_text(sentence, keep=True)}" for sentence in [*record.not_measured, *missing, general])
+    return _list([*record.not_measured, *missing, general])
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {_text(sentence, keep=True)}" for sentence in sentences)
 
 
 def _inputs(record: RunRecord) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hf_transfer_ext.files import path_inside, write_text
+from hf_transfer_ext.files import path_inside, sha256_of, write_text
 from hf_transfer_ext.hub.card import CARD_FILE
-from hf_transfer_ext.hub.publish import push, save_result
+from hf_transfer_ext.hub.publish import holds_weights, push, save_result
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, device_summary, read_record
 from hf_transfer_ext.hub.report import report_card
 from hf_transfer_ext.hub.table import comparison_plot, comparison_table
+from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, SHARDS
 from hf_transfer_ext.measurement import Measurement
 
 
@@ -67,7 +68,7 @@ def finish_run(
                 tell(f"No plot was drawn: {error}")
         if record.stages:
             tell(stage_table(record.stages) + "\n")
-        if model is not None or any(folder.glob("*.safetensors")):
+        if model is not None or holds_weights(folder):
             replace = overwrite if model is not None else True
             save_result(
                 folder, model=model, tokenizer=tokenizer, record=record, overwrite=replace, extra_files=extra_files
@@ -90,13 +91,23 @@ def _complete_report(folder: Path, record: RunRecord, files: Mapping[str, str | 
     record.write(folder)
 
 
+def finish_cache(folder: Path, record: RunRecord) -> None:
+    """Add card and record to a teacher cache; data sets of earlier runs into the same folder stay among the inputs."""
+    if (folder / RECORD_FILE).is_file():
+        before = [item for item in read_record(folder).inputs if item.role == "dataset"]
+        record.inputs += [item for item in before if item not in record.inputs]
+    names = [FINGERPRINT_FILE, *sorted(path.name for path in folder.glob(SHARDS))]
+    record.result = {name: sha256_of(folder / name) for name in names}
+    finish_run(folder, record, quiet=True)
+
+
 def add_measurements(folder: str | Path, found: Sequence[Measurement]) -> bool:
     """Put measurements that were made later, an audit's verdicts say, into the card and record of a model folder.
 
     Those of the same name are replaced. False where `folder` is not a local folder with a record.
     """
     folder = Path(folder)
-    if not (folder / RECORD_FILE).is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / RECORD_FILE).is_file() or not holds_weights(folder):
         return False
     record = read_record(folder)
     names = {m.name for m in found}

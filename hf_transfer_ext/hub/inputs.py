@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from hf_transfer_ext.hub.privacy import public_value
 from hf_transfer_ext.hub.record import RECORD_FILE, RunInput, RunRecord, describe_input, last_name
 
 #: Path or Hub id, revision, role.
@@ -52,3 +55,31 @@ def described_or_named(path: str | Path, revision: str | None, role: str) -> tup
     if described.record is None and (Path(path) / RECORD_FILE).is_file():
         return described, f"Where the input {described.name} comes from: its record cannot be read."
     return described, ""
+
+
+def call_of(arguments: Mapping[str, Any], inputs: Sequence[Wanted]) -> dict[str, Any]:
+    """The arguments of a call for `RunRecord.call`: where one names an input, with or without revision, `input:N`.
+
+    Args:
+        inputs: What was read, in the order of the record's `inputs`.
+    """
+    numbered = sorted(enumerate(inputs), key=lambda one: -len(str(one[1][0])))
+    forms = [
+        (number, re.compile(rf"(?:^|(?<=\+)){re.escape(str(path))}(?:@[^+]*)?(?=$|\+)"))
+        for number, (path, _, _) in numbered
+    ]
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: replaced(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [replaced(one) for one in value]
+        if isinstance(value, (str, Path)):
+            text = str(Path(value).expanduser()) if str(value).startswith("~") else str(value)
+            for number, form in forms:
+                text = form.sub(f"input:{number}", text)
+            return text
+        return value
+
+    found: dict[str, Any] = public_value({name: replaced(value) for name, value in arguments.items()})
+    return found

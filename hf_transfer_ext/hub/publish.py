@@ -33,6 +33,7 @@ from hf_transfer_ext.hub.card import (
 )
 from hf_transfer_ext.hub.privacy import find_secret, find_secret_in_file, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
+from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, push_cache
 from hf_transfer_ext.reading import one_line, parse_json, read_text
 from hf_transfer_ext.weights.repository import MODEL_FILES, connection_error, local_folder
 
@@ -59,7 +60,7 @@ DECIDE_WHAT_IS_LOADED = (
 )  # fmt: skip
 #: Files in which libraries write the path that a model was loaded from, and the keys they use.
 _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json")
-_PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
+PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
 #: How often a push starts again because somebody else committed in the meantime.
 _ATTEMPTS = 40
 
@@ -123,11 +124,12 @@ def push(
     Sent are the files of the result, as its record lists them, card and record, and what `include` names; nothing
     else that lies in the folder, and no link. Files of an earlier result that the new one lacks are removed in the
     same commit, so that nobody loads old weights under a new card. Other people's files in the repository stay, and
-    are named in a warning. Local paths that libraries wrote into the configs (an adapter's base) are replaced in what
-    is sent: by the base's Hub id if the record knows it, else by the last component; the folder is not changed.
+    are named in a warning. A teacher cache goes to a data set repository (`push_cache`). Local paths that libraries
+    wrote into the configs (an adapter's base) are replaced in what is sent: by the base's Hub id if the record knows
+    it, else by the last component; the folder is not changed.
 
     Args:
-        private: For a new repository; None takes the account's default.
+        private: For a new repository; None takes the account's default, and makes a teacher cache private.
         revision: Branch, created if it does not exist; None is the main branch.
         token: Access token; None takes the one of `hf auth login` or of HF_TOKEN.
         include: Further files to send, by name or pattern below `folder` ("notes.md", "figures/*.png").
@@ -145,6 +147,10 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     folder = Path(folder)
+    if (folder / FINGERPRINT_FILE).is_file():
+        if revision is not None or include:
+            raise ValueError(f"{str(folder)!r} is a teacher cache, pushed whole: leave `revision` and `include` out.")
+        return push_cache(folder, repo_id, private=private is not False, token=token, commit_message=commit_message)
     for needed in (CARD_FILE, RECORD_FILE):
         if not (folder / needed).is_file():
             raise FileNotFoundError(
@@ -295,8 +301,13 @@ def _complete(
     return folder
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has tensors of a model or an adapter; the rows of a teacher cache are none."""
+    return any(folder.glob("*.safetensors")) and not (folder / FINGERPRINT_FILE).is_file()
+
+
 def _require_weights(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
+    if not holds_weights(folder):
         raise FileNotFoundError(
             f"{str(folder)!r} holds no safetensors weights. Save a model there first, or pass it as `model=`."
         )
@@ -361,7 +372,7 @@ def _without_local_paths(config_json: str, base: str | None) -> str:
     """A config file's text with local paths under the known keys replaced; all else stays as it is."""
     config = parse_json(config_json, "a config file", kind=None)
     changed = False
-    for key in _PATH_KEYS:
+    for key in PATH_KEYS:
         value = config.get(key) if isinstance(config, dict) else None
         if isinstance(value, str) and (
             is_absolute_path(value) or re.match(r"\.{1,2}[/\\]", value) or _is_folder(value)

@@ -32,7 +32,7 @@ from hf_transfer_ext.hub.privacy import (
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.reading import card_metadata, one_line, parse_json, read_json, read_text
 from hf_transfer_ext.settings import COMMAND
-from hf_transfer_ext.weights.repository import connection_error, file_of
+from hf_transfer_ext.weights.repository import Place, connection_error, file_of, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 #: Digests of smaller files are calculated each time.
 _REMEMBERED_BYTES = 16_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SNAPSHOT = re.compile(r"(?P<kind>models|datasets)--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
+_SNAPSHOT = re.compile(
+    r"(?P<kind>models|datasets)--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})(?P<inside>.*)", re.DOTALL
+)
 
 
 @dataclass
@@ -67,6 +69,8 @@ class RunInput:
         role: What it is to the run: one of `ROLES`, or another lower-case word ("expert", "reference").
         on_hub: True where `name` is a Hub id; a local folder's name means nothing to others.
         revision: Commit hash on the Hub; None for local files, which `sha256` tells apart.
+        subfolder: Folder inside the repository; "" for the repository itself.
+        gated: The Hub hands the repository out only to those who accept its terms.
         sha256: File name -> hex digest of its content, for weight files (data files of a data set).
         license: License as the input's own card states it (`license`, `license_name`, `license_link`); {} if unknown.
         model_type: `model_type` of the input's config.json.
@@ -83,6 +87,13 @@ class RunInput:
     model_type: str | None = None
     base_model: list[str] = field(default_factory=list)
     record: RunRecord | None = None
+    subfolder: str = ""
+    gated: bool = False
+
+    @property
+    def place(self) -> str:
+        """What names it to a user: `repo` or `repo:subfolder` on the Hub, else the last component of its path."""
+        return str(Place(self.name, None, self.subfolder)) if self.on_hub else self.name
 
     def __post_init__(self) -> None:
         if not isinstance(self.role, str) or not _ROLE.fullmatch(self.role):
@@ -116,6 +127,10 @@ class RunRecord:
         command: The words of the command line, without secrets and local folders; by default those of
             this process's command, [] for a call from Python.
         recipe_sha256: Hex digest of the file of the recipe or command.
+        call: All arguments of the call that made the result, defaults too, for `reproduce`; `input:N` stands for the
+            N-th of `inputs` (`inputs.call_of`). {} where the settings in `config` are enough, or where no call from a
+            record alone can make the result again.
+        notes: Heading -> sentences that the card shows under it: {"Serving": ["vLLM loads it ..."]}.
         inputs: Models and data sets that were read (`describe_input`), in the user's order.
         metrics: Measurements of the *result*; these alone become the card's model-index.
         compared: Measurements of other models in the same run, by name: {"before": [...], "teacher": [...]}.
@@ -146,13 +161,15 @@ class RunRecord:
     defaults: dict[str, Any] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: list(COMMAND.get([])))
     recipe_sha256: str | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.files = {**files_named_in(self.config), **self.files}
         self.config = public_value(self.config)
         if not isinstance(self.config, dict):
             raise TypeError(f"`config` has to be a dictionary or a dataclass, got {type(self.config).__name__}.")
-        self.defaults = public_value(dict(self.defaults))
+        self.defaults, self.call = public_value(dict(self.defaults)), public_value(dict(self.call))
         self.command = public_command(self.command)
         self.versions = self.versions or installed_versions()
         self.created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -225,6 +242,7 @@ class RunRecord:
     def _own_dict(self, digests: Mapping[int, str]) -> dict[str, Any]:
         """This record alone; its inputs refer to their records by digest (`id(record)` -> digest)."""
         later = {"defaults": self.defaults, "command": self.command, "recipe_sha256": self.recipe_sha256}
+        later |= {"call": self.call, "notes": self.notes}
         return public_value(
             {
                 "job": self.job,
@@ -245,6 +263,8 @@ class RunRecord:
                         "model_type": item.model_type,
                         "base_model": item.base_model,
                         "record": None if item.record is None else digests[id(item.record)],
+                        **({"subfolder": item.subfolder} if item.subfolder else {}),
+                        **({"gated": True} if item.gated else {}),
                     }
                     for item in self.inputs
                 ],
@@ -303,22 +323,25 @@ def describe_input(
     Raises:
         FileNotFoundError: A local path that is not there, or a Hub id that neither the Hub nor the cache knows.
     """
-    path = Path(name_or_path)
+    path, place = Path(name_or_path), place_of(name_or_path, revision)
     if path.exists():
         inside_cache = _SNAPSHOT.search(str(path.absolute()))
         if inside_cache:
-            name, on_hub, commit = inside_cache["repo"].replace("--", "/"), True, inside_cache["commit"]
+            inside = inside_cache["inside"].strip("/\\").replace("\\", "/")
+            where = Place(
+                inside_cache["repo"].replace("--", "/"), inside_cache["commit"], inside if path.is_dir() else ""
+            )
+            described = RunInput(where.path, role, True, where.revision, subfolder=where.subfolder)
         else:
-            name, on_hub, commit = last_name(path), False, None
-        described = RunInput(name, role, on_hub, commit, digests_of(path, dataset=role == "dataset"))
-    elif is_absolute_path(str(name_or_path)) or str(name_or_path).count("/") > 1 or str(path).startswith("."):
+            described = RunInput(last_name(path), role)
+        described.sha256 = digests_of(path, dataset=role == "dataset")
+    elif is_absolute_path(str(name_or_path)) or place.path.count("/") > 1 or str(path).startswith("."):
         raise FileNotFoundError(f"There is no {role} at {str(name_or_path)!r}. Fix the path, or give a Hub id.")
     else:
-        commit, digests, cached = _on_hub(str(name_or_path), revision, role, getattr(model, "config", None))
-        described = RunInput(str(name_or_path), role, True, commit, digests)
+        described, cached = _on_hub(place, role, getattr(model, "config", None))
         path = cached or path
     if role != "dataset":
-        _read_card_and_config(described, path if path.exists() else described.name, described.revision)
+        _read_card_and_config(described, path if path.exists() else described.place, described.revision)
         described.model_type = described.model_type or getattr(getattr(model, "config", None), "model_type", None)
     return described
 
@@ -480,6 +503,8 @@ def _linked(
                     str(name) for name in reading.field_of(item, "base_model", list, where="an input", default=[])
                 ],
                 record=built.get(digest) if digest is not None else None,
+                subfolder=text(item, "subfolder", default=""),
+                gated=item.get("gated") is True,
             )
         )
     compared = reading.field_of(data, "compared", dict, where="the record", default={})
@@ -502,7 +527,9 @@ def _linked(
         created=str(data["created"]),
         defaults=dict(data.get("defaults") or {}),
         command=[str(word) for word in data.get("command") or []],
-        recipe_sha256=data.get("recipe_sha256"),
+        recipe_sha256=text(data, "recipe_sha256", default=None),
+        call=public_value(reading.field_of(data, "call", dict, where="the record", default={})),
+        notes={str(head): [str(one) for one in lines] for head, lines in dict(data.get("notes") or {}).items()},
     )
 
 
@@ -534,31 +561,39 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts) or path.name in ("dataset_info.json", "state.json")
 
 
-def _on_hub(name: str, revision: str | None, role: str, config: Any) -> tuple[str, dict[str, str], Path | None]:
+def _on_hub(place: Place, role: str, config: Any) -> tuple[RunInput, Path | None]:
     """Commit and digests of a Hub repository: from the Hub; without a connection from the cache, with its folder."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     repo_type = "dataset" if role == "dataset" else "model"
-    wanted = getattr(config, "_commit_hash", None) or revision or "main"
+    described = RunInput(place.path, role, True, subfolder=place.subfolder)
+    wanted = getattr(config, "_commit_hash", None) or place.revision or "main"
     try:
         look_up = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
-        info = look_up(name, revision=wanted, files_metadata=True)
+        info = look_up(place.path, revision=wanted, files_metadata=True)
+        prefix = place.inside("")
         large = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs is not None}
-        kept = {file: digest for file, digest in sorted(large.items()) if Path(file).name not in _NOT_WEIGHTS}
-        return str(info.sha), kept, None
+        inside = {file.removeprefix(prefix): digest for file, digest in large.items() if file.startswith(prefix)}
+        kept = {file: digest for file, digest in sorted(inside.items()) if Path(file).name not in _NOT_WEIGHTS}
+        if repo_type == "model" and not place.subfolder and any("/" not in file for file in kept):
+            kept = {file: digest for file, digest in kept.items() if "/" not in file}  # other jobs' adapters beside it
+        described.revision, described.sha256, described.gated = str(info.sha), kept, bool(info.gated)
+        return described, None
     except (HfHubHTTPError, HFValidationError, OSError, connection_error()) as error:
-        cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)
+        cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=place.path, repo_type=repo_type)
         ref = cache / "refs" / wanted
         commit = wanted if _COMMIT.fullmatch(wanted) else ref.read_text().strip() if ref.is_file() else ""
-        if not commit or not (cache / "snapshots" / commit).is_dir():
+        folder = cache / "snapshots" / commit / place.subfolder
+        if not commit or not folder.is_dir():
+            at = f" at revision {place.revision!r}" if place.revision else ""
             raise FileNotFoundError(
-                f"The {role} {name!r}{f' at revision {revision!r}' if revision else ''} is neither a local path nor a "
+                f"The {role} {str(Place(place.path, None, place.subfolder))!r}{at} is neither a local path nor a "
                 f"repository that the Hub or the local cache knows ({type(error).__name__}). Fix the name, or log in."
             ) from error
-    folder = cache / "snapshots" / commit
-    return commit, digests_of(folder, dataset=repo_type == "dataset"), folder
+    described.revision, described.sha256 = commit, digests_of(folder, dataset=repo_type == "dataset")
+    return described, folder
 
 
 def _read_card_and_config(described: RunInput, source: str | Path, revision: str | None) -> None:

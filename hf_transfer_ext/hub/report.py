@@ -8,6 +8,7 @@ from hf_transfer_ext.hub.record import RunRecord
 _ABOUT = {
     "evaluation": "Models were measured on the same data.",
     "audit": "An unlearned model was attacked to see how much of the removed knowledge comes back.",
+    "caching": "The next-token distributions of a teacher on a data set, for distillation without the teacher.",
     "quickstart": "The jobs of this package were run one after the other; each result is a folder of its own.",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_transfer_ext.measurement import Measurement
 
@@ -68,11 +69,23 @@ def comparison_plot(measured: Measured, path: str | Path, *, title: str = "") ->
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure of matplotlib as `.png` or `.svg`, atomically and without the time of day, and close it."""
+    from matplotlib import pyplot, rc_context
+
     path = Path(path)
-    aside = path.with_name(f".{path.stem}.partial-{os.getpid()}.png")
-    figure.savefig(aside, dpi=130)
-    pyplot.close(figure)
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        with rc_context({"svg.hashsalt": "hf_transfer_ext", "svg.fonttype": "none"}):
+            is_svg = path.suffix.lower() == ".svg"
+            figure.savefig(aside, dpi=130, metadata={"Date": None} if is_svg else None)
+        os.replace(aside, path)
+    finally:
+        pyplot.close(figure)
+        aside.unlink(missing_ok=True)
     return path
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hf_transfer_ext.losses.autoencoder import rebuilt_by
 from hf_transfer_ext.registry import unknown_name
 
 Tokens = Float[Tensor, " tokens"]
@@ -49,6 +50,9 @@ class ForwardPass:
         hidden: Hidden state of one layer at each token, where a loss asks for it.
         refusal_ids: Token ids of the refusal that some losses pull towards.
         seed: Of whatever a need draws at random.
+        part: "forget" or "retain": the set that the answers are from.
+        index: Place of each answer in that set.
+        prepared: What the method computed before the first step (`Method.prepare`).
     """
 
     log_probs: Tokens
@@ -58,6 +62,18 @@ class ForwardPass:
     hidden: HiddenRows | None = None
     refusal_ids: Sequence[int] = ()
     seed: int = 0
+    part: str = "forget"
+    index: Int[Tensor, " sequences"] | None = None
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def computed_before(self, name: str) -> Tensor:
+        """A tensor of `prepared`, which the method has to compute."""
+        if name not in self.prepared:
+            raise ValueError(
+                f"The loss reads {name!r}, which the method has to compute before the first step "
+                f"(`Method.prepare`); it computed {', '.join(self.prepared) or 'nothing'}. Choose a method that does."
+            )
+        return self.prepared[name]
 
     def kept(self, name: Literal["logits", "hidden"]) -> Tensor:
         """The logits or hidden states, which a need has to declare with `keeps`."""
@@ -74,13 +90,14 @@ class Need:
     Args:
         name: The argument.
         meaning: What it holds, with its unit.
-        axes: Names of its dimensions, out of tokens, sequences, vocab and hidden.
+        axes: Names of its dimensions, out of tokens, sequences, vocab, hidden and clusters.
         values: Which values it can have; example values are drawn accordingly.
         read: Reads it from a forward pass.
         keeps: What this forward pass has to keep.
         differentiable: Whether a gradient flows through it to the trained model.
         of_model: Which model it is about.
         of_alternative: Whether it is about an alternative answer to the same question instead of the answer itself.
+        of_row: Whether it was computed for each row of the training sets, so that no other rows can be evaluated.
     """
 
     name: str
@@ -92,6 +109,7 @@ class Need:
     differentiable: bool = False
     of_model: OfModel = "trained"
     of_alternative: bool = False
+    of_row: bool = False
 
     @property
     def of_reference(self) -> bool:
@@ -103,12 +121,16 @@ class Need:
         return self.of_alternative, self.of_model
 
     def example(self, sizes: Mapping[str, int], generator: torch.Generator | None = None) -> Tensor:
-        """A random value of the right shape and range, in float64 (ids: int64), for checks and tests."""
+        """A random value of the right shape and range, in float64 (ids: int64), for checks and tests.
+
+        Counts share out the tokens among the sequences, so that they fit other examples of the same sizes.
+        """
         shape = [sizes[axis] for axis in self.axes]
         if self.values == "token id":
             return torch.randint(sizes["vocab"], shape, generator=generator)
         if self.values == "count":
-            return torch.randint(1, 9, shape, generator=generator).double()
+            each, more = divmod(sizes["tokens"], max(1, *shape))
+            return torch.tensor([float(each + (i < more)) for i in range(*shape)], dtype=torch.float64).clamp(min=1)
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
         return {"any": drawn, "<= 0": -drawn.abs(), ">= 0": 9 * drawn.abs()}[self.values]
 
@@ -145,10 +167,19 @@ def of_alternative(need: Need) -> Need:
     )
 
 
+def answer_of_tokens(lengths: Int[Tensor, " sequences"] | Sequences) -> Int[Tensor, " tokens"]:
+    """Place of the answer that each token belongs to."""
+    counts = lengths.long()
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
+def answer_sums(values: Tokens, lengths: Int[Tensor, " sequences"] | Sequences) -> Sequences:
+    """Sum over each answer's tokens."""
+    return values.new_zeros(len(lengths)).index_add(0, answer_of_tokens(lengths), values)
+
+
 def _nll(found: ForwardPass) -> Sequences:
-    lengths = found.lengths
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    return found.log_probs.new_zeros(len(lengths)).index_add(0, sequence, -found.log_probs)
+    return answer_sums(-found.log_probs, found.lengths)
 
 
 def _refusal_targets(found: ForwardPass) -> TokenIds:
@@ -162,6 +193,12 @@ def _refusal_targets(found: ForwardPass) -> TokenIds:
 def _control(found: ForwardPass) -> Float[Tensor, " hidden"]:
     hidden = found.kept("hidden")
     return random_direction(hidden.shape[-1], found.seed).to(hidden)
+
+
+def _target_outputs(found: ForwardPass) -> Sequences:
+    if found.index is None:
+        raise ValueError("The forward pass does not know which rows its answers are from, so it has no targets.")
+    return found.computed_before(f"{found.part}_outputs")[found.index].to(found.log_probs)
 
 
 @lru_cache
@@ -213,9 +250,30 @@ NEEDS: dict[str, Need] = {
             "control", "a fixed random direction of length 1 in the space of hidden states", ("hidden",), "any",
             _control, keeps="hidden",
         ),
+        Need(
+            "rebuilt", "the hidden states as the autoencoder of their set rebuilds them", ("tokens", "hidden"), "any",
+            lambda found: rebuilt_by(found.kept("hidden"), found.prepared, found.part), keeps="hidden",
+            differentiable=True,
+        ),
+        Need(
+            "cluster_centers", "centers of clusters of hidden states", ("clusters", "hidden"), "any",
+            lambda found: found.computed_before("cluster_centers"), keeps="hidden",
+        ),
+        Need(
+            "cluster_tokens", "id of the token that each cluster predicts", ("clusters",), "token id",
+            lambda found: found.computed_before("cluster_tokens"), keeps="hidden",
+        ),
+        Need(
+            "whitening", "matrix after which distances of hidden states are Mahalanobis distances",
+            ("hidden", "hidden"), "any", lambda found: found.computed_before("whitening"), keeps="hidden",
+        ),
         _answer_nll,
         of_reference(_answer_nll),
         _lengths,
+        Need(
+            "target_outputs", "mean margin that a model without the forget set is predicted to give to each answer",
+            ("sequences",), "any", _target_outputs, of_row=True,
+        ),
         of_alternative(_answer_nll),
         of_alternative(_lengths),
         of_reference(of_alternative(_answer_nll)),
@@ -286,7 +344,7 @@ def example_arguments(
     """A value for each thing that a loss asks for; without `sizes`, the smallest ones, the same each time."""
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    sizes = sizes or {"tokens": 1, "sequences": 1, "vocab": 2, "hidden": 2}
+    sizes = sizes or {"tokens": 1, "sequences": 1, "vocab": 2, "hidden": 2, "clusters": 2}
     return {need.name: need.example(sizes, generator) for need in needs_of(loss)}
 
 

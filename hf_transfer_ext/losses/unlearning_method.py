@@ -12,7 +12,7 @@ attributes. One that does more overrides a function below; the trainer calls the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import torch
 from torch import Tensor
 
-from hf_transfer_ext.losses.needs import check_options
+from hf_transfer_ext.losses.needs import ForwardPass, check_options
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.registry import unknown_name
 
@@ -110,6 +110,16 @@ class Step(Protocol):
 
     def recall(self) -> Gradient:
         """Gradient of the mean negative log-likelihood of the answers to forget; relearning goes against it."""
+        ...
+
+    def answers(self, part: Part, *, at_once: int = 1) -> Iterator[ForwardPass]:
+        """A forward pass, without dropout and with its graph, over the answers of a whole set, in the set's order.
+
+        It keeps the hidden states of `hidden_layer`, where the config sets one. Each process gets all of them.
+
+        Args:
+            at_once: Answers in a pass, >= 1.
+        """
         ...
 
     def moved(self, by: Gradient) -> AbstractContextManager[None]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted
+from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted, call_of
 from hf_transfer_ext.hub.record import RunRecord, Stage
-from hf_transfer_ext.reading import parse_yaml
+from hf_transfer_ext.reading import parse_yaml, read_yaml
 from hf_transfer_ext.weights.reference import ModelReference
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ def inputs_of(references: Iterable[ModelReference], base: ModelReference | None)
     return [(path, revision, role) for (path, revision), role in wanted.items()]
 
 
+def content_of(config: Mapping[str, Any] | str | Path) -> Any:
+    """A configuration as plain values, from a mapping or the path of a YAML file."""
+    return config if isinstance(config, Mapping) else read_yaml(config)
+
+
 def finish_merge(
     folder: Path,
     command: str,
@@ -37,6 +42,8 @@ def finish_merge(
     seed: int,
     seconds: float,
     script: str,
+    call: Mapping[str, Any],
+    wanted: Sequence[Wanted],
     adapter: ExtractionReport | None = None,
 ) -> None:
     """Write model card and record into the folder of a result.
@@ -45,10 +52,13 @@ def finish_merge(
         command: "merge" or "moe".
         text: The configuration as YAML, without local paths.
         script: Source file of the code that created the result.
+        call: All arguments of the call but the output; `config` may be the path of a YAML file.
+        wanted: The models that `inputs` describes.
         adapter: The report of the adapter, if the result is one.
     """
     config: dict[str, Any] = parse_yaml(text, "the configuration of the merge")
     record = RunRecord("merging", f"hf-transfer-ext {command}", config, seed=seed, recipe_sha256=sha256_of(script))
+    record.call = call_of({**call, "config": content_of(call["config"])}, wanted)
     record.stages.append(Stage(command, round(seconds, 3)))
     inputs.put_into(record)
     if adapter is not None:

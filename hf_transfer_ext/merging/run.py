@@ -167,6 +167,15 @@ def merge(
                 seed=plan.config.seed,
                 seconds=seconds,
                 script=__file__,
+                call={
+                    "config": config,
+                    "lora_rank": lora_rank,
+                    "device": str(device),
+                    "max_shard_bytes": max_shard_bytes,
+                    "allow_pickle": allow_pickle,
+                    "allow_nonfinite": allow_nonfinite,
+                },
+                wanted=wanted,
                 adapter=adapter,
             )
 

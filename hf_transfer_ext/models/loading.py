@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hf_transfer_ext.reading import check_patterns, field_of, one_line, read_json
 from hf_transfer_ext.tensors import dtype_by_name
-from hf_transfer_ext.weights.repository import base_of_adapter, file_of, local_folder
+from hf_transfer_ext.weights.repository import base_of_adapter, file_of, local_folder, place_of
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
@@ -23,6 +24,29 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
     return found
 
 
+def four_bit(compute_dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The `quantization_config` of QLoRA: weights in nf4 with quantized scales, products in `compute_dtype`.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+
+    Source: QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "A model in 4 bits needs bitsandbytes, which is not installed: pip install 'hf_transfer_ext[gpu]'. Or "
+            "leave `four_bit` off."
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
 #: For every `from_pretrained`: without it transformers prompts on the terminal, and a piped `y` would run the code.
 NO_REMOTE_CODE = {"trust_remote_code": False}
 
@@ -33,6 +57,7 @@ def load_model(
     """Load a causal language model; a folder with `adapter_config.json` gives a `PeftModel` on its base model.
 
     Args:
+        name: A folder, or `repo[@revision][:subfolder]` on the Hub.
         dtype: "auto" (of the checkpoint), "float32", "bfloat16" or "float16".
         kwargs: Passed to `from_pretrained` (`device_map`, `attn_implementation`, `quantization_config`, ...).
             Code from a repository runs only with `trust_remote_code=True`, and there is no prompt on the terminal.
@@ -45,9 +70,11 @@ def load_model(
     adapter_config = file_of(name, "adapter_config.json", revision=revision)
     if adapter_config is not None:
         return _load_adapter(name, adapter_config, revision, dtype, kwargs)
+    place = place_of(name, revision)
+    inside = {"subfolder": place.subfolder} if place.subfolder else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(name), revision=revision or "main", dtype=dtype_of(dtype), **kwargs
+            place.path, revision=place.revision or "main", dtype=dtype_of(dtype), **inside, **kwargs
         )
     except RecursionError as error:
         raise ValueError(f"The config.json of model {str(name)!r} is nested too deeply.") from error
@@ -115,9 +142,11 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
         FileNotFoundError: There is no tokenizer at `name`. For some model types transformers would create one with an
             empty vocabulary instead, which tokenizes every text to nothing; this is refused as well.
     """
+    place = place_of(name, revision)
+    inside = {"subfolder": place.subfolder} if place.subfolder else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(name), revision=revision or "main", **{**NO_REMOTE_CODE, **kwargs}
+            place.path, revision=place.revision or "main", **inside, **{**NO_REMOTE_CODE, **kwargs}
         )
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged tokenizer.json
         if "trust_remote_code" in str(error):

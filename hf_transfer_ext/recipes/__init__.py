@@ -6,6 +6,7 @@ RECIPES = {
     "unlearn": "make a language model forget: unlearn --config FILE.yaml",
     "evaluate": "measure models: evaluate --config FILE.yaml",
     "audit": "try to get forgotten knowledge back: audit --config FILE.yaml",
+    "transfer_lora": "move a LoRA to another base and measure it: transfer --config FILE.yaml",
     "merge": "merge models and measure them: merge --config FILE.yaml",
     "quickstart": "all jobs in a chain, on a small model: quickstart",
 }

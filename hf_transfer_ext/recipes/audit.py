@@ -22,7 +22,7 @@ from hf_transfer_ext.evals.audit.report.html import save_audit
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.hub.finish import add_measurements, finish_run
-from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.hub.record import RunRecord, describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> Any:
     made = {n: getattr(job, n) for n in ("people", "forget_people", "holdout_people", "facts", "seed", "columns")}
     splits = forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **made)
     data = AuditData(**{name: rows[: job.limit] for name, rows in splits.items()})
+    record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data, job.holdout_data) if name]
     template = QuestionAnswerFormat(template=job.template, chat_template_kwargs=job.chat_template_kwargs)
 
     def tell(what: str) -> None:

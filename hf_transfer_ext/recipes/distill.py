@@ -19,13 +19,12 @@ from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
 from hf_transfer_ext.recipes.teacher import (
     describe,
-    output_of,
     plan_of,
     prepared_teacher,
     settle_teacher,
     teacher_paths,
 )
-from hf_transfer_ext.recipes.training import start_training
+from hf_transfer_ext.recipes.training import output_of, start_training
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
@@ -56,7 +55,7 @@ class DistillArguments(StudentArguments):
 def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     job, args = parse_recipe(DistillArguments, DistillationConfig, argv=argv, groups=TRAINER_GROUPS)
     settle_teacher(job, args)
-    refuse_unused(job, args)
+    refuse_unused(job, args, twin=job.compare_with_ce)
     with output_of(job, args):
         return distilled(job, args, argv)
 
@@ -81,7 +80,7 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
         twin = copy.deepcopy(student) if job.compare_with_ce else None
         require_free_space(run.out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, the result
     tokenizers = {"processing_class": tokenizer, "teacher_processing_class": teacher_tokenizer}
-    trainer = DistillationTrainer(student, teacher, args, data, **tokenizers)
+    trainer = DistillationTrainer(student, teacher, args, data, **tokenizers, peft_config=job.adapter())
     if job.dry_run:
         print(plan_of(trainer))
         return {}
@@ -107,7 +106,7 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
     measure("student", student, reference)
     if twin is not None:
         with record.stage("train the twin"):
-            twin = taught(twin, tokenizer, data, args, lora_rank=None)
+            twin = taught(twin, tokenizer, data, args, lora_rank=job.student_lora_rank or None)
         measure("twin without teacher", twin, reference)
     if trainer.is_world_process_zero():
         run.finish(measured, "student", student, tokenizer)

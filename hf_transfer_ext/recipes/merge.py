@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return {"report": report, "record": record}
     merged = read_record(job.output_dir)
     record.config["merge"], record.inputs, record.metrics = merged.config, merged.inputs, merged.metrics
+    record.call = merged.call
     measured: dict[str, list[Any]] = {}
     if job.data:
         record.inputs += [describe_dataset(name) for name in job.data]

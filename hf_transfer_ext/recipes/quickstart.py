@@ -1,13 +1,13 @@
 """The whole chain in one command: `accelerate launch recipes/quickstart.py`.
 
-A teacher is distilled into a student, which is fine-tuned on made-up people; the update is extracted as a LoRA; both
-are merged; the merged model unlearns some of the people. Each stage has a card; the last record holds the whole chain.
+A teacher is distilled into a student, and a LoRA of it moves there. The student learns made-up people; the update is
+extracted as a LoRA; both are merged; the merged model unlearns some people. The last record holds the whole chain.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.text import load_train_and_test
-from hf_transfer_ext.evals.engine.evaluate import evaluate
-from hf_transfer_ext.evals.language import as_example, measure_language_model
+from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import describe_input, read_record
@@ -24,7 +23,8 @@ from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import CONFIGS, parse_recipe, setting
-from hf_transfer_ext.recipes import distill, unlearn
+from hf_transfer_ext.recipes import distill, transfer_lora, unlearn
+from hf_transfer_ext.recipes.chain import measure_stage
 from hf_transfer_ext.recipes.run import DEMO, as_words, run_recipe, start_record
 from hf_transfer_ext.trainers.taught import taught, teaching_arguments
 
@@ -40,6 +40,7 @@ class QuickstartArguments:
     student_layers: int = setting(8, "distill", "Depth of the student.")
     teach_steps: int = setting(25, "distill", "Steps of fine-tuning the teacher first.")
     distill_steps: int = setting(40, "distill", "Steps of distillation.")
+    task_people: int = setting(18, "transfer", "Made-up people whose statements the LoRA that moves sorts.")
     people: int = setting(6, "people", "Made-up people, in all.")
     forget_people: int = setting(2, "people", "Of these, the ones to forget.")
     facts: int = setting(4, "people", "Questions about each of the people.")
@@ -54,22 +55,16 @@ class QuickstartArguments:
 def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     (job,) = parse_recipe(QuickstartArguments, argv=argv)
     root = Path(job.output_dir)
-    for folder in ("student", "learnt", "adapter", "merged", "unlearned"):
+    for folder in ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned"):
         refuse_existing_output(root / folder, overwrite=job.overwrite, inputs=(job.teacher, job.dataset))
     chain = start_record("quickstart", __file__, argv, job, seed=job.seed)
-    counts: Any = {"forget": job.forget_people, "holdout": 0, "facts": job.facts, "seed": job.seed}
-    people = fictitious_people(job.people, **counts)
+    people = fictitious_people(job.people, forget=job.forget_people, holdout=0, facts=job.facts, seed=job.seed)
     train, test = load_train_and_test(job.dataset)
     measured: dict[str, list[Measurement]] = {}
 
     def measure(title: str, name: str) -> None:
         """Measure a stage's folder, and put the result into its card."""
-        model, tokenizer = load_model(root / name), load_tokenizer(root / "student")
-        found = measure_language_model(model, tokenizer, test or [], limit=job.test_rows, dataset=job.dataset)[:1]
-        for part, group in (("retain", "people to keep"), ("forget", "people to forget")):
-            metrics, keep = ["answer_probability", "extraction_strength"], part == "retain"
-            result = evaluate(model, tokenizer, people[part], metrics, dataset=group)
-            found += [replace(m, name=f"{group}: {m.name}", higher_is_better=keep) for m in result.measurements]
+        found = measure_stage(root / name, load_tokenizer(root / "student"), people, test, job.test_rows, job.dataset)
         measured[title], record = found, read_record(root / name)
         chain.stages += record.stages
         if name in ("learnt", "adapter", "merged"):
@@ -78,16 +73,22 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
 
     shared = ("teacher", "dataset", "student_layers", "teach_steps", "test_rows", "seed")
     same: Any = {name: getattr(job, name) for name in shared} | {"max_steps": job.distill_steps, "overwrite": True}
-    config, out = CONFIGS / "distill" / "demo.yaml", root / "student"
-    distill.main(as_words(config=config, output_dir=out, compare_with_ce=False, **same))
+    same |= {"output_dir": root / "student", "compare_with_ce": False}
+    distill.main(as_words(config=CONFIGS / "distill" / "demo.yaml", **same))
     measure("student", "student")
+
+    teacher = root / "student.training" / "teacher" if job.teach_steps > 0 else job.teacher
+    same = {"source_base": teacher, "adapter": root / "lora", "target_base": root / "student", "seed": job.seed}
+    same |= {"people": job.task_people, "output_dir": root / "moved", "overwrite": True}
+    transfer_lora.main(as_words(config=CONFIGS / "transfer" / "quickstart.yaml", **same))
+    measure("moved LoRA", "moved")
 
     record = start_record("fine-tuning", __file__, argv, job, seed=job.seed)
     record.inputs.append(describe_input(root / "student", role="base"))
     with record.stage("learn people"):
         learnt, tokenizer = load_model(root / "student"), load_tokenizer(root / "student")
-        how: Any = {"learning_rate": 3e-4, "seed": job.seed, "logging_steps": 10}
-        args = teaching_arguments(root / "learnt.training", epochs=job.learn_epochs, **how)
+        how: Any = {"epochs": job.learn_epochs, "learning_rate": 3e-4, "seed": job.seed, "logging_steps": 10}
+        args = teaching_arguments(root / "learnt.training", **how)
         # Fine-tuning on the people alone would overwrite the facts.
         rehearsal = [as_example(row, tokenizer) for row in islice(train, job.rehearsed)]
         learnt = taught(learnt, tokenizer, [*people["forget"], *people["retain"], *rehearsal], args, lora_rank=None)
@@ -104,10 +105,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
 
     for part in ("forget", "retain"):
         write_text(root / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in people[part]))
-    config, out = CONFIGS / "unlearn" / "quickstart.yaml", root / "unlearned"
-    same = {"model_name_or_path": root / "merged", "seed": job.seed, "overwrite": True}
-    same |= {f"{part}_data": root / f"{part}.jsonl" for part in ("forget", "retain")}
-    unlearn.main(as_words(config=config, output_dir=out, num_train_epochs=job.forget_epochs, **same))
+    same = {"model_name_or_path": root / "merged", "output_dir": root / "unlearned", "overwrite": True}
+    same |= {f"{part}_data": root / f"{part}.jsonl" for part in ("forget", "retain")} | {"seed": job.seed}
+    unlearn.main(as_words(config=CONFIGS / "unlearn" / "quickstart.yaml", num_train_epochs=job.forget_epochs, **same))
     measure("unlearned", "unlearned")
 
     finish_run(root, chain, measured, plot="quickstart.png")

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.record import RunRecord, describe_input
-from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import four_bit, load_model, load_tokenizer
 from hf_transfer_ext.recipe import inherited_defaults, settings_of, use_all_cores
 from hf_transfer_ext.settings import run_program
 from hf_transfer_ext.teachers.demo import demo_model
@@ -66,6 +68,11 @@ def load_named(
         record.inputs.append(describe_input(path, revision, role, model=model))
     code = {key: value for key, value in loading.items() if key == "trust_remote_code"}
     return model, load_tokenizer(path, revision=revision, **code)
+
+
+def packed(is_four_bit: bool, args: Any) -> dict[str, Any]:
+    """What `load_named` is given for a model in 4 bits (`four_bit`), with the precision of `args`; else nothing."""
+    return {"quantization_config": four_bit(torch.bfloat16 if args.bf16 else torch.float32)} if is_four_bit else {}
 
 
 def start_record(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from hf_transfer_ext.hub.record import RunRecord
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import setting
-from hf_transfer_ext.recipes.run import load_named
+from hf_transfer_ext.recipes.run import load_named, packed
+from hf_transfer_ext.recipes.student_adapter import AdapterArguments, refuse_adapter
 from hf_transfer_ext.students import AUXILIARIES, STUDENT_INITS, StudentShape
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig, between_stages
@@ -22,11 +23,10 @@ INIT = "uniform_depth"
 
 
 @dataclass
-class StudentArguments:
+class StudentArguments(AdapterArguments):
     """Which student: a folder or Hub id, or how it is made from the teacher."""
 
     student: str | None = setting(None, "student", "Folder or Hub id; none: made from the teacher.")
-    student_revision: str | None = setting(None, "student", "Hub revision.")
     student_init: str | None = setting(None, "student", f"How it is made: {', '.join(STUDENT_INITS)}; none: {INIT}.")
     student_options: dict[str, Any] = setting({}, "student", "Options of that: {stages: [3, 3, 4, 3, 3]}.")
     student_layers: int | None = setting(None, "student", "Its depth; none: half of the teacher's.")
@@ -35,20 +35,25 @@ class StudentArguments:
     )
 
 
-def refuse_unused(job: StudentArguments, args: DistillationConfig) -> None:
+def refuse_unused(job: StudentArguments, args: DistillationConfig, *, twin: bool = False) -> None:
     """Refuse settings of a student that is made beside one that is named, and the other way round.
+
+    Args:
+        twin: Whether a copy of the student is trained without the teacher, too.
 
     Raises:
         ValueError: A setting would have no effect.
     """
     init = job.student_init or INIT
-    of_named = {"student_revision": job.student_revision, "model_init_kwargs": args.model_init_kwargs}
+    of_named: dict[str, Any] = {field.name: getattr(job, field.name) for field in fields(AdapterArguments)}
+    of_named["model_init_kwargs"] = args.model_init_kwargs
     names = ("student_init", "student_options", "student_layers", "learngene_steps")
     unused = of_named if job.student is None else {name: getattr(job, name) for name in names}
     for name, value in unused.items():
         if value:
             state = "made from the teacher" if job.student is None else "named by `student`"
             raise ValueError(f"`{name}` is {value!r}, but the student is {state}, so it has no effect. Leave it out.")
+    refuse_adapter(job, twin=twin)
     STUDENT_INITS[init]
     if job.learngene_steps > 0 and init not in AUXILIARIES:
         raise ValueError(
@@ -96,7 +101,9 @@ def make_student(
 def load_student(job: StudentArguments, args: DistillationConfig, record: RunRecord) -> tuple[Any, Any]:
     """The student that `student` names and its tokenizer, in float32 unless `model_init_kwargs` say otherwise."""
     stated: Any = args.model_init_kwargs or {}
-    how = {"dtype": "float32", "revision": job.student_revision, "trust_remote_code": args.trust_remote_code}
+    how: dict[str, Any] = {"dtype": "float32", "revision": job.student_revision}
+    how["trust_remote_code"] = args.trust_remote_code
+    how |= packed(job.student_four_bit, args)
     args.model_init_kwargs = None  # obeyed here; the trainer gets a loaded model
     model, tokenizer = load_named(str(job.student), record, "student", **{**how, **stated})
     train_adapters(model)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from hf_transfer_ext.evals.language import as_example
-from hf_transfer_ext.files import refuse_existing_output
 from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.recipes.run import load_named, model_path
@@ -54,18 +50,6 @@ def settle_teacher(job: Any, args: DistillationConfig) -> None:
         )
     if job.dry_run:
         job.teach_steps = job.learngene_steps = 0  # nothing is trained
-
-
-@contextmanager
-def output_of(job: Any, args: DistillationConfig) -> Iterator[None]:
-    """Within the block, a dry run writes to a scratch folder; an output that would be in the way is refused first."""
-    if not job.dry_run:
-        yield
-        return
-    refuse_existing_output(str(args.output_dir), overwrite=job.overwrite)
-    with tempfile.TemporaryDirectory() as scratch:
-        args.output_dir, args.resume_from_checkpoint, job.overwrite = f"{scratch}/out", None, False
-        yield
 
 
 def teacher_paths(job: Any, args: DistillationConfig) -> list[str]:

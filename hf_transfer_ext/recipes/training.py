@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,18 @@ def start_training(
     args.push_to_hub, args.output_dir = False, str(work / "checkpoints")
     set_seed(args.seed)
     return TrainingRun(out, work, args, record, overwrite, push_to)
+
+
+@contextmanager
+def output_of(job: Any, args: Any) -> Iterator[None]:
+    """Within the block, a dry run writes to a scratch folder; an output that would be in the way is refused first."""
+    if not job.dry_run:
+        yield
+        return
+    refuse_existing_output(str(args.output_dir), overwrite=job.overwrite)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.output_dir, args.resume_from_checkpoint, job.overwrite = f"{scratch}/out", None, False
+        yield
 
 
 def _resumes(chosen: Any) -> bool:

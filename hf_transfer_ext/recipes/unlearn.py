@@ -17,12 +17,13 @@ from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.forget_retain import forget_retain
 from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs
 from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
-from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, run_recipe
+from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, packed, run_recipe
 from hf_transfer_ext.recipes.training import TrainingRun, start_training
 from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
-from hf_transfer_ext.trainers.taught import lora_on, taught, teaching_arguments
+from hf_transfer_ext.trainers.taught import lora_config, taught, teaching_arguments
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 
@@ -33,6 +34,7 @@ class UnlearnArguments:
     model_name_or_path: str = setting(REQUIRED, "model", "Folder, Hub id, or demo (Gemma 3 270M).")
     revision: str | None = setting(None, "model", "Hub revision.")
     dtype: str = setting("float32", "model", "auto, float32 or bfloat16.")
+    four_bit: bool = setting(False, "model", "Load it in 4 bits (QLoRA, through bitsandbytes).")
     lora_rank: int = setting(16, "model", "Rank of the LoRA that forgets, and of the one that teaches.")
     trim_vocabulary: bool = setting(False, "model", "Keep only the tokens of the data (CPU runs).")
     forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
@@ -53,6 +55,10 @@ class UnlearnArguments:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     job, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv, groups=TRAINER_GROUPS)
     read = (job.model_name_or_path, job.forget_data, job.retain_data)
+    if job.four_bit and (job.teach_epochs > 0 or job.trim_vocabulary):
+        raise ValueError(
+            "`four_bit` packs the weights that `teach_epochs` and `trim_vocabulary` change: do that first."
+        )
     run = start_training("unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     refuse_shared_outputs(run.out, job.original_dir, job.retrained_dir)
     for folder in filter(None, (job.original_dir, job.retrained_dir)):
@@ -61,8 +67,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     people = {"people": job.people, "forget_people": job.forget_people, "facts": job.facts, "seed": args.seed}
     where = {"columns": job.columns, "split": job.split}
     splits = forget_retain_rows(job.forget_data, job.retain_data, **people, **where)
+    record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data) if name]
     with record.stage("load"):
-        model, tokenizer = load_named(job.model_name_or_path, record, revision=job.revision, dtype=job.dtype)
+        how = packed(job.four_bit, args)
+        model, tokenizer = load_named(job.model_name_or_path, record, revision=job.revision, dtype=job.dtype, **how)
         if job.trim_vocabulary:
             texts = [str(value) for rows in splits.values() for row in rows for value in row.values()]
             model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts)
@@ -72,14 +80,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model = teach(run, job, model, tokenizer, splits, template)
     elif job.retrained_dir or job.original_dir:
         raise ValueError("`original_dir` and `retrained_dir` save models taught here: set `teach_epochs` too.")
-    trainer = UnlearningTrainer(
-        lora_on(model, job.lora_rank),
-        args,
-        forget_dataset=splits["forget"],
-        retain_dataset=splits["retain"] or None,
-        processing_class=tokenizer,
-        template=template,
-    )
+    sets: Any = {"forget_dataset": splits["forget"], "retain_dataset": splits["retain"] or None}
+    adapter: Any = {"peft_config": lora_config(job.lora_rank), "processing_class": tokenizer, "template": template}
+    trainer = UnlearningTrainer(model, args, **sets, **adapter)
     model = trainer.accelerator.unwrap_model(trainer.model)
     looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
     with record.stage("measure before"):

@@ -3,8 +3,8 @@
 A cache is a folder of `teacher_cache.json`, which says of which teacher it is, and `rows-*.safetensors`. Rows are
 found by the token ids of their text (its document, where several are packed into one row) and the position in it, so
 neither shuffling nor packing matters. Every process writes files of its own, each atomically: a run that is killed
-loses the rows since its last file, and the next one goes on from there. The folder is plain files; `push_cache` and
-`pull_cache` move it through a data set repository of the Hub.
+loses the rows since its last file, and the next one goes on from there. The folder is plain files, which
+`hub/teacher_cache.py` moves through a data set repository of the Hub.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, SHARDS
 from hf_transfer_ext.losses.rows import DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
@@ -42,8 +43,6 @@ from hf_transfer_ext.tensors import Mask
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT_FILE = "teacher_cache.json"
-SHARDS = "rows-*.safetensors"
 #: A higher number makes older caches unreadable.
 FORMAT = 1
 #: Rows wait in memory until they fill a file of this size, or for this long.
@@ -723,41 +722,3 @@ def fill_cache(
     accelerator.wait_for_everyone()
     cache.refresh()
     return cache
-
-
-def push_cache(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload a cache to a data set repository of the Hub, which is made where it is missing; returns its address.
-
-    The rows show which words a text probably consists of, so a cache is as private as its texts: by default the
-    repository is private.
-    """
-    from huggingface_hub import HfApi
-
-    TeacherCache(folder)  # what cannot be read is not published
-    api = HfApi(token=token)
-    address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id, repo_type="dataset", folder_path=str(folder), allow_patterns=[FINGERPRINT_FILE, SHARDS],
-        commit_message="Add teacher rows",
-    )  # fmt: skip
-    return str(address)
-
-
-def pull_cache(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of a cache on the Hub, downloaded where it is not there yet.
-
-    It belongs to the Hub's own cache of files: `TeacherCache` reads it; copy it to add rows.
-
-    Raises:
-        ValueError: The repository is not a teacher cache.
-    """
-    from huggingface_hub import snapshot_download
-
-    folder = Path(
-        snapshot_download(
-            repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=[FINGERPRINT_FILE, SHARDS]
-        )
-    )
-    if not (folder / FINGERPRINT_FILE).is_file():
-        raise ValueError(f"The data set {repo_id!r} is not a teacher cache: {FINGERPRINT_FILE} is missing in it.")
-    return folder

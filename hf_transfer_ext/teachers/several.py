@@ -1,5 +1,7 @@
 """Several teachers at once: a weighted mixture, one for each row of the data, or the one that is surest.
 
+A mixture whose weights are learned is in `teachers/learned.py`.
+
 Any `Teacher` takes part: models, adapters of one base, the base with adapters off, caches. What each is good for
 decides how they are combined.
 """
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_transfer_ext.losses.rows import DenseBlock, DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
-from hf_transfer_ext.registry import Registry, unknown_name
+from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
@@ -61,7 +63,7 @@ class MixtureRows(DenseRows):
         return total.mul_(self.temperature)
 
 
-class _Several:
+class Several:
     """What all combinations share: names, and one form."""
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
@@ -102,7 +104,7 @@ def _refuse_own_targets(name: str, signal: TeacherSignal) -> None:
         )
 
 
-class MixedTeachers(_Several):
+class MixedTeachers(Several):
     """The weighted mixture of the teachers' probabilities, the same at each token.
 
     Args:
@@ -138,7 +140,7 @@ class MixedTeachers(_Several):
         return TeacherSignal(MixtureRows(rows, shares, temperature=self.temperature))
 
 
-class ConfidentTeachers(_Several):
+class ConfidentTeachers(Several):
     r"""A mixture in which each token's weights follow the teachers' confidence there:
 
     .. math:: w_i \propto \exp(-H(p_i) / \tau)
@@ -181,7 +183,7 @@ def _entropies(rows: DenseRows, few: int = 64) -> Float[Tensor, " tokens"]:
     return torch.cat(found)
 
 
-class RoutedTeachers(_Several):
+class RoutedTeachers(Several):
     """One teacher for each row of the batch, by a column of the data. The others do not run for it.
 
     Args:
@@ -292,21 +294,18 @@ def _arranged(parts: Sequence[Any], order: Tensor) -> DenseRows | SparseRows | S
     return SampledRows(listed, temperature=parts[0].temperature)
 
 
-COMBINED_TEACHERS = Registry("combination of teachers", [MixedTeachers, ConfidentTeachers, RoutedTeachers])
-
-
 def _single(teachers: Mapping[str, Any]) -> dict[str, Any]:
     """The teachers within combined and cached ones."""
     found: dict[str, Any] = {}
     for name, teacher in teachers.items():
-        if isinstance(teacher, _Several):
+        if isinstance(teacher, Several):
             found |= _single(teacher.teachers)
         else:
             found[name] = getattr(teacher, "teacher", None) or teacher
     return found
 
 
-def frozen_bytes(teachers: Mapping[str, Teacher]) -> dict[str, int]:
+def frozen_bytes(teachers: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of memory that each teacher's own frozen weights take; adapters of the student's base, and caches, take 0.
 
     Weights that several share are counted for the first one alone. Combined teachers count each for itself, and one

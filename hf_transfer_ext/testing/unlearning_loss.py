@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.losses.needs import (
+    NEEDS,
     UNITS,
     check_loss,
     needs_of,
@@ -69,7 +70,7 @@ def _promise(kept: bool, name: str, what: str) -> None:
 
 def _batch(loss: Callable, lengths: Sequence[int], seed: int) -> dict[str, Tensor]:
     """Example arguments in float64 for answers of these lengths."""
-    sizes = {"tokens": sum(lengths), "sequences": len(lengths), "vocab": 11, "hidden": 5}
+    sizes = {"tokens": sum(lengths), "sequences": len(lengths), "vocab": 11, "hidden": 5, "clusters": 3}
     generator = torch.Generator().manual_seed(seed)
     arguments = {need.name: need.example(sizes, generator) for need in needs_of(loss)}
     if "lengths" in arguments:
@@ -93,7 +94,12 @@ def _chosen(loss: Callable, arguments: dict[str, Tensor], order: Sequence[int]) 
 
 
 def _in_float32(arguments: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-    return {name: (value * scale).float() if value.is_floating_point() else value for name, value in arguments.items()}
+    """The arguments in float32, larger by a factor; ids and counts have to go on fitting the shapes."""
+    scales = {name: 1.0 if NEEDS[name].values == "count" else scale for name in arguments}
+    return {
+        name: (value * scales[name]).float() if value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
 
 
 def _check_values(loss: Callable, name: str, arguments: dict[str, Tensor]) -> None:

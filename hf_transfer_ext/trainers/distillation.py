@@ -29,6 +29,7 @@ from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_row
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
 from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, TeacherCache, open_cache
+from hf_transfer_ext.teachers.learned import LearnedTeachers
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.server import ServerTeacher
 from hf_transfer_ext.teachers.several import RoutedTeachers, frozen_bytes, shown_bytes
@@ -245,7 +246,7 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
     @property
     def frozen_bytes(self) -> dict[str, int]:
         """Memory of each teacher's own frozen weights in bytes; an adapter of the student, or a cache, takes none."""
-        return frozen_bytes({"teacher": cast(Any, self.teacher)}) if self.teacher is not None else {}
+        return frozen_bytes({"teacher": self.teacher}) if self.teacher is not None else {}
 
     def _span_teacher(self, live: LiveTeacher | None, tokenizer: Any) -> SpanTeacher:
         if live is None or isinstance(live, AdapterTeacher):
@@ -331,15 +332,20 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `SavesResults`; a checkpoint holds the projections of the hidden loss, too."""
+        """As in `SavesResults`; a checkpoint holds what is trained along beside the student, too."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.hidden_loss is not None and self.args.should_save:
-            self.hidden_loss.save(output_dir or self.args.output_dir)
+        if _internal_call and self.args.should_save:
+            for part in self._trained_along():
+                part.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.hidden_loss is not None:
-            self.hidden_loss.load(resume_from_checkpoint)
+        for part in self._trained_along():
+            part.load(resume_from_checkpoint)
+
+    def _trained_along(self) -> list[Any]:
+        """The parts with parameters of their own: projections of the hidden loss, the gate of learned teachers."""
+        return [part for part in (self.hidden_loss, self.teacher) if isinstance(part, (HiddenLoss, LearnedTeachers))]
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any

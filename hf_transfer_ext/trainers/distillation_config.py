@@ -64,7 +64,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         teachers: Several teachers, each a mapping with `model`, `adapter`, `cache` or `server` and perhaps `name`,
             `weight`, ... (`trainers.named_teachers.NamedTeacher`).
         teachers_by: "weight": the mixture of their probabilities by fixed weights. "confidence": a mixture by their
-            entropy at each token. "column": a column of the data names one for each row.
+            entropy at each token. "column": a column of the data names one for each row. "learned": a mixture by a
+            small gate that is trained on the labels along (`teachers.learned`).
         teacher_column: That column: names of teachers, or their places from 0.
         teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between

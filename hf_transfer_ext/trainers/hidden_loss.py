@@ -77,7 +77,7 @@ class HiddenLoss(nn.Module):
         if "causal" in keyword_options(self.loss):
             self.options["causal"] = True
         depths, widths = zip(*(_shape(model) for model in (student, teacher)), strict=True)
-        self.pairs = [(FEATURES, FEATURES)] if self.reading in AT_HEADS else layer_pairs(mapping, *depths)
+        self.pairs = [(FEATURES, FEATURES)] if self.reading in AT_HEADS else _mapped(mapping, *depths)
         if embeddings:
             if self.reading in ("relations", "scores"):
                 raise ValueError(f"`hidden_embeddings` is set, but {name} reads attention, which embeddings have not.")
@@ -302,6 +302,12 @@ def _shape(model: nn.Module) -> tuple[int, int]:
     """(layers, width) of a model."""
     config = causal_lm_of(model).config.get_text_config()
     return config.num_hidden_layers, config.hidden_size
+
+
+def _mapped(mapping: Any, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Pairs of layers; those in YAML are lists."""
+    pairs = mapping if isinstance(mapping, str) else [tuple(pair) for pair in mapping]
+    return layer_pairs(pairs, student_layers, teacher_layers)
 
 
 def _key(pair: tuple[int, int]) -> str:

@@ -1,11 +1,13 @@
-"""Every setting that `DistillationConfig` inherits from transformers and TRL: obeyed, refused, or without meaning.
+"""Every setting that the configurations inherit from transformers and TRL: obeyed, refused, or without meaning.
 
-A test compares this table with the fields of the installed `SFTConfig`, so that a new field cannot slip by.
+Tests compare the tables with the fields of the installed `SFTConfig` (of `DistillationConfig`) and `TrainingArguments`
+(of `UnlearningConfig`), so that a new field cannot slip by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 #: Read by the code of transformers and TRL that runs here unchanged, or by the trainer itself.
@@ -71,19 +73,53 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
+#: The same for `UnlearningConfig`, whose samples are pairs of a forget and a retain answer.
+REFUSED_BY_UNLEARNING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "label_smoothing_factor": (lambda value: not value, "no unlearning loss smooths its labels. Leave it at 0."),
+    "use_cache": REFUSED["use_cache"],
+    "label_names": REFUSED["label_names"],
+    "remove_unused_columns": (lambda value: not value, "forget/retain samples are nested. Leave it at False."),
+    "train_sampling_strategy": (
+        lambda value: value not in ("group_by_length", "batch_rebalance"),
+        "each sample is a pair of a forget and a retain answer whose lengths have nothing in common, and the pairing "
+        "changes with the epoch. Leave it at 'random' (`group_by_length` at False).",
+    ),
+    "include_num_input_tokens_seen": (
+        lambda value: value in (False, None, "no"),
+        "the tokens of pairs are not counted: each loss is averaged over a count of its own. Leave it at 'no'.",
+    ),
+    "include_for_metrics": (lambda value: not value, "evaluation in training keeps losses alone. Leave it empty."),
+    "batch_eval_metrics": (lambda value: not value, "evaluation in training keeps losses alone. Leave it at False."),
+    "torch_compile": (
+        lambda value: not value,
+        "the losses take the place of the model's head in each step, which a compiled graph does not allow. Leave it "
+        "at False, and `torch_compile_backend` and `torch_compile_mode` out.",
+    ),
+}
+#: What an unlearning run has nothing to apply to, beside `WITHOUT_MEANING`.
+WITHOUT_MEANING_IN_UNLEARNING = {
+    "length_column_name": "Lengths are read to group samples by them, which is refused.",
+    **dict.fromkeys(
+        ("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        "Evaluation in training keeps losses and no predictions.",
+    ),
+}
 
-def refuse_without_effect(args: Any) -> None:
+
+def refuse_without_effect(
+    args: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(REFUSED)
+) -> None:
     """Refuse an inherited setting that would have no effect.
 
     Raises:
-        ValueError: A setting of `REFUSED` has another value, compiled graphs meet the fused head, or sequences are
+        ValueError: A setting of `refused` has another value, compiled graphs meet the fused head, or sequences are
             split across devices.
     """
-    for name, (is_taken, why) in REFUSED.items():
+    for name, (is_taken, why) in refused.items():
         value = getattr(args, name, None)
         if not is_taken(value):
             raise ValueError(f"`{name}` is {value!r}, but {why}")
-    if args.torch_compile and args.fused:
+    if args.torch_compile and getattr(args, "fused", False):
         raise ValueError(
             "`torch_compile` and `fused` are both True, but the fused loss takes the place of the model's head in "
             "each step, which a compiled graph does not allow. Set `fused=False`; full logits are then computed."
@@ -103,7 +139,7 @@ def refuse_split_sequences(parallelism: Any) -> None:
     for kind in ("cp", "sp"):
         if getattr(parallelism, f"{kind}_enabled", False):
             raise ValueError(
-                f"`parallelism_config` splits sequences across devices (`{kind}_size` > 1), but teacher and student "
-                f"are compared on whole sequences. Set `{kind}_size=1`, and shorten `max_length` or shard the weights "
+                f"`parallelism_config` splits sequences across devices (`{kind}_size` > 1), but the losses here read "
+                f"whole sequences. Set `{kind}_size=1`, and shorten `max_length` or shard the weights "
                 "(FSDP, DeepSpeed) to save memory."
             )

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_transfer_ext.losses.needs import ForwardPass
 from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Part, Progress
+from hf_transfer_ext.models.plumbing import evaluation_mode
 from hf_transfer_ext.models.views import decoder_layers, hidden_states_changed, rounded_weights
 
 #: File of a checkpoint with what a method computed before its first step (`Method.prepare`).
@@ -76,6 +78,10 @@ class MethodSteps(Trainer):
         """This batch's share of the step's mean negative log-likelihood of the answers to forget."""
         raise NotImplementedError
 
+    def passes_over(self, model: nn.Module, part: Part, at_once: int) -> Iterator[ForwardPass]:
+        """Forward passes over the answers of a whole set, for `method.Step.answers`."""
+        raise NotImplementedError
+
     @property
     def learned(self) -> dict[str, float]:
         """What the method has learned so far, by name."""
@@ -90,6 +96,7 @@ class MethodSteps(Trainer):
         return self.method.weights(self.args.gamma, self.args.alpha, self.progress(), self.learned)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.prepare_method(model)
         if type(self.method).has_own_step():
             loss = self._own_step(model, inputs, num_items_in_batch)
         else:
@@ -118,7 +125,7 @@ class MethodSteps(Trainer):
         optimizer: Any = self.optimizer
         if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers
             optimizer.train()
-        step = _Step(self, model, batches, num_items_in_batch, self._prepare(model))
+        step = _Step(self, model, batches, num_items_in_batch, self.prepared)
         gradient = self.method.gradient(step)
         for parameter, value in zip(step.parameters, gradient, strict=True):
             parameter.grad = value.to(parameter.dtype)
@@ -126,13 +133,20 @@ class MethodSteps(Trainer):
 
     # ---- What a method computes once ----
 
-    def _prepare(self, model: nn.Module) -> dict[str, Tensor]:
-        """What the method computes once: now, or as the checkpoint has it."""
+    @property
+    def prepared(self) -> dict[str, Tensor]:
+        """What the method computed once; empty before the first step."""
+        return self._prepared or {}
+
+    def prepare_method(self, model: nn.Module) -> None:
+        """Compute what the method computes once: now, or as the checkpoint has it."""
+        if self._prepared is None and type(self.method).prepare is Method.prepare:
+            self._prepared = {}
         if self._prepared is None:
             device, file = self.args.device, self._resumes_from and self._resumes_from / PREPARED
             if file and file.is_file():
                 self._prepared = {name: tensor.to(device) for name, tensor in load_file(file).items()}
-            elif file and type(self.method).prepare is not Method.prepare:
+            elif file:
                 raise ValueError(
                     f"{str(self._resumes_from)!r} has no {PREPARED}, which holds what "
                     f"{type(self.method).__name__!r} computed before its first step: it was written with another "
@@ -143,7 +157,6 @@ class MethodSteps(Trainer):
                     batches = [self._prepare_inputs(batch) for batch in self.get_train_dataloader()]
                 count = self._get_num_items_in_batch(batches, device)
                 self._prepared = dict(self.method.prepare(_Step(self, model, batches, count, {})))
-        return self._prepared
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._prepared = self._resumes_from = None
@@ -224,6 +237,11 @@ class _Step:
             self.trainer.noting = True
         self.losses.setdefault(part, total)
         return found
+
+    def answers(self, part: Part, *, at_once: int = 1) -> Iterator[ForwardPass]:
+        own = self.trainer.accelerator.unwrap_model(self.model)
+        with evaluation_mode(own):
+            yield from self.trainer.passes_over(own, part, at_once)
 
     def recall(self) -> Gradient:
         return self._gradient(lambda inputs: self.trainer.recall_of(self.model, inputs, self.count), None)[0]

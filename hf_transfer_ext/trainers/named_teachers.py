@@ -12,8 +12,9 @@ from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.teachers.server import ServerTeacher
 
-#: How several teachers are combined: by fixed weights, by their confidence at each token, or by a column of the data.
-COMBINATIONS = ("weight", "confidence", "column")
+#: How several teachers are combined: by fixed weights, by their confidence at each token, by a column of the data, or
+#: by weights that are learned along.
+COMBINATIONS = ("weight", "confidence", "column", "learned")
 #: What a teacher is named by; an entry has one of them.
 _KINDS = ("model", "adapter", "cache", "server")
 #: Settings of an entry -> the kinds that they belong to.

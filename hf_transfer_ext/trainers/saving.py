@@ -13,6 +13,7 @@ from typing import Any
 from hf_transfer_ext.files import publish, refuse_existing_output, refuse_inputs_inside
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.students.auxiliary import SHARED_FILE
+from hf_transfer_ext.teachers.learned import GATE_FILE
 from hf_transfer_ext.trainers.hidden_loss import PROJECTIONS_FILE
 from hf_transfer_ext.trainers.results import SETTINGS_PICKLE, ask_for_whole_weights
 
@@ -94,7 +95,7 @@ def save_whole(trainer: Any, folder: str | Path) -> Path:
     if trainer.is_world_process_zero():
         if not any(aside.glob("*.safetensors")):
             raise OSError(f"The trainer wrote no safetensors weights to {str(aside)!r}; nothing was replaced.")
-        for name in (SETTINGS_PICKLE, SHARED_FILE, PROJECTIONS_FILE):
+        for name in (SETTINGS_PICKLE, SHARED_FILE, PROJECTIONS_FILE, GATE_FILE):
             (aside / name).unlink(missing_ok=True)
         publish(aside, folder, overwrite=True)
     trainer.accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.cache import open_cache
+from hf_transfer_ext.teachers.learned import LearnedTeachers
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher
 from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers
@@ -69,6 +70,8 @@ def combined(entries: Sequence[NamedTeacher], teachers: Mapping[str, Teacher], a
     temperature = args.distill_temperature
     if args.teachers_by == "confidence":
         return ConfidentTeachers(teachers, sharpness=args.teacher_sharpness, temperature=temperature)
+    if args.teachers_by == "learned":
+        return LearnedTeachers(teachers, temperature=temperature)
     weights = {entry.name: 1.0 if entry.weight is None else float(entry.weight) for entry in entries}
     return MixedTeachers(teachers, weights, temperature=temperature)
 

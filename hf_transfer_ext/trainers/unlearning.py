@@ -44,12 +44,19 @@ from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
+from hf_transfer_ext.trainers.inherited import REFUSED_BY_UNLEARNING, refuse_split_sequences, refuse_without_effect
 from hf_transfer_ext.trainers.method_steps import MethodSteps
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization, require_trainable
 from hf_transfer_ext.trainers.retain_bound import RetainBound
 
 logger = logging.getLogger(__name__)
 
+#: Arguments of `Trainer` that would do nothing here -> what to do instead.
+WITHOUT_EFFECT = {
+    "compute_loss_func": "name losses with `forget_loss` and `retain_loss`, or register one of your own.",
+    "compute_metrics": "evaluation in training keeps losses alone. Measure the result with `evaluate` or `audit`.",
+    "preprocess_logits_for_metrics": "evaluation in training keeps losses alone. Measure the result with `evaluate`.",
+}
 #: Below this learning rate a LoRA forgets little in a few epochs; in published comparisons it forgets less than full
 #: fine-tuning in every row at equal settings.
 LORA_LEARNING_RATE = 1e-4
@@ -158,17 +165,7 @@ class UnlearningConfig(TrainingArguments):
                 else f"{self.forget_loss} with {self.retain_loss} reads no reinforced model, so "
                 f"reinforced_adapter={self.reinforced_adapter!r} would have no effect. Leave it out."
             )
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` has to be False: forget/retain samples are nested.")
-        if self.label_smoothing_factor:
-            raise ValueError("`label_smoothing_factor` is not used by unlearning losses; leave it at 0.")
-        sampling = getattr(self, "train_sampling_strategy", "random")
-        if getattr(self, "group_by_length", False) or sampling in ("group_by_length", "batch_rebalance"):
-            raise ValueError(
-                "Unlearning does not group samples by length: each is a pair of a forget and a retain answer whose "
-                "lengths have nothing in common, and the pairing changes with the epoch. Leave "
-                "`train_sampling_strategy` at 'random' (`group_by_length` at False)."
-            )
+        refuse_without_effect(self, REFUSED_BY_UNLEARNING)
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # The reentrant form cannot take two forward passes for one backward under DDP.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -282,6 +279,9 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         alternatives: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        for name, instead in WITHOUT_EFFECT.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be used here: {instead}")
         self.method = args.published_method()
         self.losses: dict[Part, Any] = {"forget": UNLEARNING_LOSSES[args.forget_loss or ""]}
         if args.retain_loss != "none":
@@ -317,6 +317,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             data_collator=kwargs.pop("data_collator", forget_retain_collator(self._pad_id)),
             **kwargs,
         )
+        refuse_split_sequences(self.accelerator.parallelism_config)  # a launcher may set it, too
         self.can_return_loss = True
         self.add_callback(_EpochOfPairs(train_dataset))
         self.retain_bound = None
@@ -452,6 +453,12 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             raise ValueError(f"{args.forget_loss} needs pairs with alternatives: give `alternatives` to them.")
         if self._reads_alternatives(args, "retain") and train.retain_alternatives is None:
             raise ValueError(f"{args.retain_loss} needs pairs with alternatives: give `retain_alternatives` to them.")
+        of_row = [need.name for need in args.needs() if need.of_row]
+        if of_row and evaluation is not None:
+            raise ValueError(
+                f"{args.forget_loss} with {args.retain_loss} reads {', '.join(of_row)}, computed for each row of the "
+                "training sets; an evaluation set has none. Leave `eval_dataset` out, and evaluate after the training."
+            )
         context = context_length(causal_lm_of(model).config)
         for pairs in (train, *_evaluation_pairs(evaluation)):
             for name, index, answer in pairs.all_answers():
@@ -565,8 +572,19 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             self._step_sums[part] = self._step_sums.get(part, torch.zeros_like(pair)) + pair
         return self.normalize(values, mask, count) + anchor
 
+    def passes_over(self, model: nn.Module, part: Part, at_once: int) -> Iterator[ForwardPass]:
+        pairs: Any = self.train_dataset
+        if getattr(pairs, part) is None:
+            raise ValueError(f"{self.args.method!r} reads the {part} set: give `{part}_dataset`.")
+        needs = [NEEDS["log_probs"], *([NEEDS["hidden"]] if self.args.hidden_layer is not None else [])]
+        samples: list[dict[str, Any]] = [{part: pairs.sample(part, i)} for i in range(len(getattr(pairs, part)))]
+        for at in range(0, len(samples), at_once):
+            batch: Any = self._prepare_inputs(forget_retain_collator(self._pad_id)(samples[at : at + at_once]))
+            with self.compute_loss_context_manager():
+                yield self._forward(model, batch[part], needs, part)[0]
+
     def recall_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        found, anchor = self._forward(model, inputs["forget"], [NEEDS["log_probs"]])
+        found, anchor = self._forward(model, inputs["forget"], [NEEDS["log_probs"]], "forget")
         count = num_items_in_batch[COUNTS["forget", "tokens"]]
         return self.normalize(-found.log_probs, torch.ones_like(found.log_probs, dtype=torch.bool), count) + anchor
 
@@ -611,13 +629,13 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             wanted = [need for need in needs if need.source == (of_alternative, of_model)]
             batch = inputs[ALTERNATIVE_OF[part] if of_alternative else part]
             if of_model == "trained":
-                found, own = self._forward(model, batch, wanted)
+                found, own = self._forward(model, batch, wanted, part)
                 anchor = anchor + own
             elif of_model == "reference" and self._reference_log_probs is not None:
                 found = self._from_memory(batch, self._reference_log_probs)
             else:
                 with self._frozen(model, of_model) as frozen:
-                    found, _ = self._forward(frozen, batch, wanted)
+                    found, _ = self._forward(frozen, batch, wanted, part)
             passes[of_alternative, of_model] = found
         return passes, anchor
 
@@ -641,7 +659,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         return ForwardPass(log_probs, targets[mask], mask.sum(-1))
 
     def _forward(
-        self, model: nn.Module, batch: dict[str, Tensor], needs: Sequence[Need]
+        self, model: nn.Module, batch: dict[str, Tensor], needs: Sequence[Need], part: Part
     ) -> tuple[ForwardPass, Tensor]:
         """One forward pass through all wrappers, in which the head reads only the answers' rows."""
         targets, mask = next_token_targets(batch["labels"])
@@ -685,6 +703,9 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             hidden,
             self._refusal_ids,
             self.args.seed,
+            part,
+            batch.get("index"),
+            self.prepared,
         )
         return found, 0.0 * outputs.logits.sum()
 

@@ -1,4 +1,4 @@
-"""A model by name: `path[@revision][+lora[@revision]]`, where `path` is a folder or a Hub id."""
+"""A model by name: `path[@revision][+lora[@revision]]`; `path` is a folder, a Hub id, or `repo:subfolder`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,13 @@ def _parts(text: str) -> list[tuple[str, str | None]]:
     for i, sign in enumerate(text):
         if sign == "@" and (_is_folder(text[:i]) or not set("+@") & set(text[:i] + text[i + 1 :])):
             ways.append((text[:i], text[i + 1 :]))
-    return [(_expanded(path), revision) for path, revision in ways if path and revision != ""]
+    return [_with_subfolder(_expanded(path), revision) for path, revision in ways if path and revision != ""]
+
+
+def _with_subfolder(path: str, revision: str | None) -> tuple[str, str | None]:
+    """`repo@revision:subfolder` as (`repo:subfolder`, `revision`): no revision holds a colon."""
+    revision, colon, subfolder = (revision or "").partition(":")
+    return path + colon + subfolder, revision or None
 
 
 def _expanded(path: str) -> str:

@@ -13,6 +13,7 @@ from tiny import tiny_llama
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 from hf_transfer_ext.adapters.gguf import convert_to_gguf, interleaved
+from hf_transfer_ext.cli import main
 from hf_transfer_ext.weights.lora import read_lora
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -95,6 +96,29 @@ def test_half_precision_and_overwriting(tmp_path):
         convert_to_gguf(folder, path, base=tmp_path / "base")
     convert_to_gguf(folder, path, base=tmp_path / "base", overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["lora.gguf"]
+
+
+def test_the_command(tmp_path, capsys):
+    folder = adapted(tiny_llama(), tmp_path, use_rslora=True)
+    words = ["convert", str(folder), str(tmp_path / "lora.gguf"), "--to", "gguf", "--base", str(tmp_path / "base")]
+    assert main(words) == 0
+    assert "llama.cpp loads it" in capsys.readouterr().out
+    _, tensors = read(tmp_path / "lora.gguf")
+    for module, factors in read_lora(folder).modules.items():
+        kind = module.rpartition(".")[2]
+        if kind in ("q_proj", "k_proj"):  # in another order of the rows, see above
+            continue
+        moved = llama_cpp_change(tensors, 4.0, f"blk.{module.split('.')[2]}.{NAMES[kind]}.weight")
+        torch.testing.assert_close(moved, factors.left @ factors.right, rtol=1e-5, atol=1e-6)
+    for more, said in (
+        (["--overwrite", "--rank", "2"], "convert to a LoRA of that `rank` first"),
+        ([], "set `overwrite`"),
+        (["--to", "ggml"], "`to` must be one of lora, gguf"),
+        (["--to", "lora", "--dtype", "float16"], "`dtype` is for `to: gguf`"),
+    ):
+        assert main([*words, *more]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 class TestRefused:

@@ -137,6 +137,12 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     module._country_rows.cache_clear()
     with pytest.raises(ImportError, match=r"hf_transfer_ext\[demo\]"):
         facts()
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ImportError, match=r"countryinfo.*needs Python 3\.11 or later"),
+    ):
+        patched.setattr(sys, "version_info", (3, 10, 0))  # for which the package has no release
+        facts()
 
 
 def test_the_real_facts_are_true_and_enough():

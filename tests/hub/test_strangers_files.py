@@ -31,11 +31,11 @@ def line(generations, width):
 
 def described_and_published(folder):
     """What a recipe does with an input: describe it at the start, and write record and card at the end."""
-    started = time.perf_counter()
+    started = time.process_time()
     made = RunRecord("unlearning", "r", {}, inputs=[describe_input(folder)])
     json.dumps(made.to_dict(), allow_nan=False).encode()
     str(model_card(made)).encode()
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     return made.inputs[0]
 
 

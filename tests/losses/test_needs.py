@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hf_transfer_ext.losses.autoencoder import fitted
 from hf_transfer_ext.losses.needs import (
     NEEDS,
     ForwardPass,
@@ -21,6 +22,14 @@ FOUND = ForwardPass(
     hidden=torch.ones(3, 2),
     refusal_ids=[8, 9],
     seed=3,
+    index=torch.tensor([1, 0]),
+    prepared={
+        "forget_outputs": torch.tensor([0.5, 0.25]),
+        "cluster_centers": torch.zeros(2, 2),
+        "cluster_tokens": torch.tensor([1, 2]),
+        "whitening": torch.eye(2),
+        **fitted(torch.randn(8, 2), "forget", sizes=(2, 2, 1), steps=1),
+    },
 )
 
 
@@ -31,11 +40,12 @@ def test_needs_are_read_from_a_forward_pass():
     assert read["refusal_targets"].tolist() == [8, 8, 9]  # it starts anew with each answer
     torch.testing.assert_close(read["control"], random_direction(2, 3))
     assert read["control"].norm().item() == pytest.approx(1.0)
+    assert read["target_outputs"].tolist() == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("need", NEEDS.values(), ids=lambda need: need.name)
 def test_a_need_says_what_it_is(need):
-    sizes = {"tokens": 3, "sequences": 2, "vocab": 7, "hidden": 2}
+    sizes = {"tokens": 3, "sequences": 2, "vocab": 7, "hidden": 2, "clusters": 2}
     value = need.read(FOUND)
     example = need.example(sizes)
     assert value.shape == example.shape == tuple(sizes[axis] for axis in need.axes)
@@ -63,6 +73,10 @@ def test_what_was_not_kept_is_named():
         NEEDS["logits"].read(ForwardPass(FOUND.log_probs, FOUND.targets, FOUND.lengths))
     with pytest.raises(ValueError, match="refusal has no tokens"):
         NEEDS["refusal_targets"].read(ForwardPass(FOUND.log_probs, FOUND.targets, FOUND.lengths))
+    with pytest.raises(ValueError, match="reads 'whitening', which the method has to compute"):
+        NEEDS["whitening"].read(ForwardPass(FOUND.log_probs, FOUND.targets, FOUND.lengths))
+    with pytest.raises(ValueError, match="does not know which rows"):
+        NEEDS["target_outputs"].read(ForwardPass(FOUND.log_probs, FOUND.targets, FOUND.lengths))
 
 
 def test_examples_are_the_same_each_time():

@@ -16,6 +16,7 @@ from processes import on_two_ranks
 from tiny import byte_tokenizer, tiny_llama
 from tiny_tokenizers import byte_level
 
+from hf_transfer_ext.hub.teacher_cache import pull_cache, push_cache
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits
 from hf_transfer_ext.losses.rows import SampledRows, SparseRows
@@ -27,8 +28,6 @@ from hf_transfer_ext.teachers.cache import (
     cache_teacher,
     fingerprint_of,
     open_cache,
-    pull_cache,
-    push_cache,
     weights_digest,
 )
 from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone

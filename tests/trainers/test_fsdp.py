@@ -10,7 +10,7 @@ from tiny import byte_tokenizer, tiny_llama
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from hf_transfer_ext import DistillationConfig, DistillationTrainer
+from hf_transfer_ext import DistillationConfig, DistillationTrainer, UnlearningConfig, UnlearningTrainer
 from hf_transfer_ext.trainers.saving import save_whole
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def shard_on_cpu():
     PartialState.__init__ = patched
 
 
-def trained(folder, batch_size, **options):
+def trained(folder, batch_size, teacher=..., **options):
     args = DistillationConfig(
         str(folder), use_cpu=True, bf16=False, report_to="none", max_length=64, optim="sgd", learning_rate=0.5,
         lr_scheduler_type="constant", max_steps=2, per_device_train_batch_size=batch_size, max_grad_norm=0.0,
@@ -45,7 +45,7 @@ def trained(folder, batch_size, **options):
     )  # fmt: skip
     trainer = DistillationTrainer(
         tiny_llama(1),
-        tiny_llama(2, num_hidden_layers=3),
+        tiny_llama(2, num_hidden_layers=3) if teacher is ... else teacher,
         args,
         Dataset.from_dict({"text": TEXTS}),
         processing_class=byte_tokenizer(),
@@ -72,3 +72,54 @@ def test_sharded_training_with_a_sharded_teacher_equals_one_process(tmp_path, fu
     assert saved.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(saved[name], whole[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_sharded_training_from_a_cache_equals_one_process(tmp_path):
+    """The rows are stored before; the sharded run holds no teacher."""
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    trained(tmp_path / "fill", 4, **cache, teacher_cache_options={"kind": "top", "top": 8})
+    whole = trained(tmp_path / "one", 4, teacher=None, **cache).model.state_dict()
+
+    def rank(_):
+        shard_on_cpu()
+        trainer = trained(tmp_path / "two", 2, teacher=None, **cache)
+        save_whole(trainer, tmp_path / "saved")
+        return all(isinstance(p, DTensor) for p in trainer.model.parameters())
+
+    assert on_two_ranks(rank, tmp_path) == [True, True]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    for name in whole:
+        torch.testing.assert_close(saved[name], whole[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def unlearned(folder, batch_size, method):
+    rows = [{"question": f"What is {text[:4]}?", "answer": text} for text in TEXTS * 2]
+    args = UnlearningConfig(
+        str(folder), use_cpu=True, report_to="none", optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+        max_steps=2, per_device_train_batch_size=batch_size, max_grad_norm=0.0, save_strategy="no", disable_tqdm=True,
+        method=method, alpha=2.0, allow_overlap=True,
+    )  # fmt: skip
+    sets = {"forget_dataset": rows[:4], "retain_dataset": rows[4:]}
+    reference = tiny_llama(3) if method == "npo" else None
+    trainer = UnlearningTrainer(
+        tiny_llama(1), args, **sets, processing_class=byte_tokenizer(), reference_model=reference
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["grad_diff", "npo"])
+def test_sharded_unlearning_equals_one_process(tmp_path, method):
+    whole = unlearned(tmp_path / "one", 4, method).model.state_dict()
+
+    def rank(_):
+        shard_on_cpu()
+        trainer = unlearned(tmp_path / "two", 2, method)
+        sharded = all(isinstance(p, DTensor) for p in trainer.model.parameters())
+        save_whole(trainer, tmp_path / "saved")
+        return sharded
+
+    assert on_two_ranks(rank, tmp_path) == [True, True]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    for name in whole:
+        torch.testing.assert_close(saved[name], whole[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

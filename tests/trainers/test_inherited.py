@@ -6,15 +6,30 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import byte_tokenizer, tiny_llama
+from transformers import TrainingArguments
 from trl import SFTConfig
 
-from hf_transfer_ext import DistillationConfig, DistillationTrainer
+from hf_transfer_ext import DistillationConfig, DistillationTrainer, UnlearningConfig, UnlearningTrainer
 from hf_transfer_ext.trainers.distillation_config import TEACHER_LOADING
-from hf_transfer_ext.trainers.inherited import OBEYED, REFUSED, WITHOUT_MEANING, refuse_split_sequences
+from hf_transfer_ext.trainers.inherited import (
+    OBEYED,
+    REFUSED,
+    REFUSED_BY_UNLEARNING,
+    WITHOUT_MEANING,
+    WITHOUT_MEANING_IN_UNLEARNING,
+    refuse_split_sequences,
+)
+from hf_transfer_ext.trainers.unlearning import WITHOUT_EFFECT
 
 TEXTS = ["gold is a metal", "paris", "iron", "tin and zinc"]
 #: A value that is not taken, for each setting of `REFUSED`.
 OTHER = {"label_smoothing_factor": 0.1, "loss_type": "dft", "use_cache": True, "label_names": ["targets"]}
+#: The same for `REFUSED_BY_UNLEARNING`.
+OTHER_FOR_UNLEARNING = {
+    "label_smoothing_factor": 0.1, "use_cache": True, "label_names": ["targets"], "remove_unused_columns": True,
+    "train_sampling_strategy": "group_by_length", "include_num_input_tokens_seen": "all",
+    "include_for_metrics": ["inputs"], "batch_eval_metrics": True, "torch_compile": True,
+}  # fmt: skip
 
 
 def config(folder, **options):
@@ -44,6 +59,26 @@ def test_a_value_without_effect_is_refused_with_its_reason(tmp_path, name):
     with pytest.raises(ValueError) as error:
         config(tmp_path, **{name: OTHER[name]})
     assert f"`{name}` is {OTHER[name]!r}, but {REFUSED[name][1]}" == str(error.value)
+
+
+def test_every_field_of_an_unlearning_run_is_in_the_table():
+    inherited = {field.name for field in fields(TrainingArguments) if field.init}
+    table = {*OBEYED, *REFUSED_BY_UNLEARNING, *WITHOUT_MEANING, *WITHOUT_MEANING_IN_UNLEARNING}
+    assert inherited <= table and {*REFUSED_BY_UNLEARNING, *WITHOUT_MEANING_IN_UNLEARNING} <= inherited
+    assert OTHER_FOR_UNLEARNING.keys() == REFUSED_BY_UNLEARNING.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_UNLEARNING)
+def test_unlearning_refuses_a_value_without_effect_with_its_reason(tmp_path, name):
+    with pytest.raises(ValueError) as error:
+        UnlearningConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: OTHER_FOR_UNLEARNING[name]})
+    assert str(error.value).startswith(f"`{name}` is ") and str(error.value).endswith(REFUSED_BY_UNLEARNING[name][1])
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_unlearning_refuses_arguments_without_effect(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` cannot be used here"):
+        UnlearningTrainer(tiny_llama(1), UnlearningConfig(str(tmp_path), use_cpu=True, bf16=False), **{name: print})
 
 
 def test_compiled_graphs_need_full_logits_and_then_train_the_same(tmp_path):

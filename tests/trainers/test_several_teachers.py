@@ -20,6 +20,7 @@ from trainers.test_distillation import (
 )
 
 from hf_transfer_ext.teachers.cache import TeacherCache
+from hf_transfer_ext.teachers.learned import GATE_FILE
 from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.server import ServerTeacher
 from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers
@@ -170,6 +171,23 @@ def test_a_server_and_a_cache_are_teachers_among_several(tmp_path, server):  # n
     data = Dataset.from_dict({"text": FOUR, "teacher": ["far", "cache", "cache", "far"]})
     trainer = without_teacher_argument(tmp_path / "b", data=data, teachers=entries, teachers_by="column")
     assert logged(trainer, "kd")[0] > 0 and trainer.teacher.form == "sparse"
+
+
+def test_learned_weights_train_along_and_resume(folders):
+    options = {
+        "teachers": [{"model": str(folders / name)} for name in ("two", "three")], "teachers_by": "learned",
+        "ce_weight": 0.5, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1,
+    }  # fmt: skip
+    whole = without_teacher_argument(folders / "whole", **options)
+    assert whole.teacher.gate.weight.any() and (folders / "whole" / "checkpoint-2" / GATE_FILE).is_file()
+    again = make(folders / "again", data=Dataset.from_dict({"text": FOUR}), **options)
+    again._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(again.train_dataset)
+    again.train(resume_from_checkpoint=str(folders / "whole" / "checkpoint-2"))
+    assert torch.equal(again.teacher.gate.weight, whole.teacher.gate.weight)
+    assert_same(weights(again), weights(whole), atol=0.0)
+    before = whole.teacher.gate.weight.clone()
+    whole.evaluate(whole.train_dataset)
+    assert torch.equal(whole.teacher.gate.weight, before)
 
 
 TWO = [{"model": "a"}, {"model": "b"}]

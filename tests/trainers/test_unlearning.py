@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
@@ -249,8 +250,8 @@ def test_one_dataset_of_pairs_will_do(tmp_path):
         ({"method_options": {"rho": 1.0}}, r"Unknown option of npo 'rho'.*\(it has none\)"),
         ({"method": "pdu", "alpha": 2.0}, "'pdu' sets `alpha` itself"),
         ({"method": "pdu", "retain_loss": "none"}, "'pdu' needs a retain loss"),
-        ({"train_sampling_strategy": "group_by_length"}, "does not group samples by length"),
-        ({"remove_unused_columns": True}, "has to be False"),
+        ({"train_sampling_strategy": "group_by_length"}, "is a pair of a forget and a retain answer"),
+        ({"remove_unused_columns": True}, "Leave it at False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"method": "whp"}, "name it by `reinforced_adapter`"),
         ({"reinforced_adapter": "more"}, "reads no reinforced model"),
@@ -478,6 +479,27 @@ def test_an_evaluation_set_gets_its_reference_before_training(tmp_path, sets):
     name = "eval_loss" if sets == "one" else "eval_unseen_loss"
     first, second = ([log[name] for log in made.state.log_history if name in log] for made in (kept, live))
     assert len(first) == 2 and first == pytest.approx(second, rel=1e-5) and first[0] != first[1]
+
+
+def test_targets_of_rows_are_computed_once_saved_and_approached(tmp_path):
+    options = {"method": "dmm", "max_steps": 6, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3}
+    options |= {"method_options": {"projection": 64}, "save_only_model": False}
+    made = trainer(tmp_path / "whole", lora(), **options)
+    made.train()
+    logged = [entry["forget_loss"] for entry in made.state.log_history if "forget_loss" in entry]
+    assert logged[-1] < logged[0]
+    stored = load_file(tmp_path / "whole" / "checkpoint-3" / "method.safetensors")
+    assert set(stored) == {"forget_outputs", "retain_outputs"} and len(stored["retain_outputs"]) == len(RETAIN)
+    again = trainer(tmp_path / "again", lora(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    whole, resumed = (dict(one.model.named_parameters()) for one in (made, again))
+    assert distance({n: p.detach() for n, p in resumed.items()}, whole) < 1e-6
+
+
+def test_targets_of_rows_refuse_an_evaluation_set(tmp_path):
+    pairs = ForgetRetainPairs(FORGET, RETAIN, byte_tokenizer(), template=PLAIN)
+    with pytest.raises(ValueError, match="target_outputs, computed for each row of the training sets"):
+        trainer(tmp_path, lora(), method="dmm", given={"eval_dataset": pairs})
 
 
 def test_a_set_whose_reference_was_not_computed_is_named(tmp_path):

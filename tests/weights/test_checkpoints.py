@@ -311,7 +311,11 @@ class Runs:
         return (print, ("code of the pickle ran",))
 
 
-@pytest.mark.parametrize("content", [{"a": Runs()}, [1], {"a": "b"}, {1: torch.ones(2)}, b"junk"], ids=["object", "list", "text", "number", "junk"])
+@pytest.mark.parametrize(
+    "content",
+    [{"a": Runs()}, [1], {"a": "b"}, {1: torch.ones(2)}, b"junk"],
+    ids=["object", "list", "text", "number", "junk"],
+)
 def test_a_pickle_with_more_than_tensors_is_refused_in_one_sentence(tmp_path, capsys, content):
     if isinstance(content, bytes):
         (tmp_path / "pytorch_model.bin").write_bytes(content)

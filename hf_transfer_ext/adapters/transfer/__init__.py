@@ -8,8 +8,8 @@
 | the same, as the start of a training | `cross_lora`, `lorasuite`, `ridge` | shared tokens, or texts |
 | a successor with the same tokenizer | muscle.py | both task adapters, the task's data |
 
-`lineage` finds the row of two bases, and `command.transfer` follows it. `compare.compare_transfer` measures
-a result next to the target base alone, a copy, random factors of the same norm and training on the true data. On one
+`lineage` finds the row of two bases, and `trainer.TransferTrainer` follows it and measures the result next to the
+target base alone, a copy, random factors of the same norm and training on the true data (`compare.py`). On one
 task, between a model and a student of another depth (`benchmarks/results/transferred_task.md`), no closed form kept an
 exact answer; the transfer by training kept most of them.
 """

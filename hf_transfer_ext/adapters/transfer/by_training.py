@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 
@@ -165,7 +166,7 @@ def transfer_by_training(
             f"{str(target_reference)!r} differ. Use learn='answers'."
         )
 
-    base = _model(source_reference, dtype)
+    base = load_base(source_reference, dtype)
     source, names = with_adapters(base, [folder])
     task = next(name for name in names if name != "base")
     inputs, attempts, judged = _inputs(
@@ -187,7 +188,7 @@ def transfer_by_training(
             target_reference, target_tokenizer, rows, stages, settings, template=template, start=first, dtype=dtype,
             teacher=source if learn == "logits" else None, name=f"{learn}-{start}",
         )  # fmt: skip
-        _save_adapter(tuned, aside, target_reference)
+        save_adapter(tuned, aside, target_reference)
         separation = None
         if discriminator == "retrain":
             plain = tuned.unload()
@@ -264,7 +265,7 @@ def train_lora(
         )
     write_text(stamp, key)
     reference = base if isinstance(base, ModelReference) else parse_reference(base, "base")
-    model = _model(reference, dtype)
+    model = load_base(reference, dtype)
     if start is None:
         tuned: Any = new_lora(model, settings)
     else:
@@ -314,7 +315,7 @@ def _inputs(
     if judge is None:
         logger.warning(f"{str(folder)!r} has no discriminator: every synthetic input is accepted.")
     own = settings.writer == "source"
-    writer = BaseOf(source) if own else _model(target_reference, dtype).eval()
+    writer = BaseOf(source) if own else load_base(target_reference, dtype).eval()
     with active_adapter(judge, None if judge is None else DISCRIMINATOR_FOLDER):
         inputs, attempts = write_inputs(
             writer, source_tokenizer if own else target_tokenizer, known, settings, stages,
@@ -334,15 +335,20 @@ def _judge(
     # Where the source base was given under another name, the adapter's own config shows that the two are the same.
     if own in (source_reference, _base_reference(folder)):
         return with_adapters(source, [discriminator])[0], tokenizer
-    return with_adapters(_model(own, dtype), [discriminator])[0], _tokenizer(own)
+    return with_adapters(load_base(own, dtype), [discriminator])[0], _tokenizer(own)
 
 
 def _base_reference(folder: Path) -> ModelReference:
     return ModelReference(*base_of_adapter(folder / "adapter_config.json"))
 
 
-def _model(reference: ModelReference, dtype: str) -> Any:
-    return load_model(reference.path, revision=reference.revision, dtype=dtype)
+def load_base(reference: ModelReference, dtype: str) -> Any:
+    """A base model, on the accelerator where there is one."""
+    model: Any = load_model(reference.path, revision=reference.revision, dtype=dtype)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or getattr(model, "is_quantized", False):  # a quantized model is placed when it is loaded
+        return model
+    return model.to(device)
 
 
 def _tokenizer(reference: ModelReference) -> Any:
@@ -363,7 +369,8 @@ class BaseOf:
             return self.model.generate(**inputs)
 
 
-def _save_adapter(tuned: PeftModel, folder: Path, base: ModelReference) -> None:
+def save_adapter(tuned: PeftModel, folder: Path, base: ModelReference) -> None:
+    """Save a trained LoRA, with the name of its base."""
     for config in tuned.peft_config.values():
         config.base_model_name_or_path, config.revision = base.path, base.revision
     tuned.save_pretrained(str(folder))

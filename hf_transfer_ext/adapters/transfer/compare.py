@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from hf_transfer_ext.adapters.transfer.by_training import train_lora
+from hf_transfer_ext.adapters.transfer.by_training import load_base, train_lora
 from hf_transfer_ext.adapters.transfer.method import LinearPair, product_norm, transfer_method
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings
@@ -21,8 +21,9 @@ from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.metrics.retention import retention
+from hf_transfer_ext.hub.table import comparison_table
 from hf_transfer_ext.measurement import Measurement
-from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.weights.lora import LoraFactors
 from hf_transfer_ext.weights.reference import parse_reference
 
@@ -57,14 +58,34 @@ class TransferComparison:
     Args:
         scores: Model name -> score of each example; the names of both bases and of the source adapter are
             `SOURCE_BASE`, `SOURCE_ADAPTED` and `TARGET_BASE`.
-        not_measured: Control -> why it is missing.
+        not_measured: Control (or retention) -> why it is missing.
     """
 
     scores: dict[str, Scores]
     not_measured: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[TransferRow]:
-        return transfer_rows([self.scores])
+        return transfer_rows([self.scores], need_gain=False)
+
+    def measured(self, dataset: str | None = None) -> dict[str, list[Measurement]]:
+        """Model name -> its measurements, for a card.
+
+        Args:
+            dataset: Name of the test data.
+        """
+        return {
+            row.name: [
+                replace(one, dataset=dataset)
+                for one in (row.accuracy, row.retention, row.negative_flips)
+                if one is not None
+            ]
+            for row in self.rows()
+        }
+
+    def lines(self) -> list[str]:
+        """The comparison as lines for a terminal: a table, and what is missing from it."""
+        table = comparison_table(self.measured()).splitlines()
+        return [*table, *(f"not measured: {name}: {reason}" for name, reason in self.not_measured.items())]
 
 
 def compare_transfer(
@@ -123,7 +144,7 @@ def compare_transfer(
     else:
         controls[TRUE_DATA] = work / "control-true-data"
         if not (controls[TRUE_DATA] / "adapter_config.json").is_file():
-            tokenizer = _load(load_tokenizer, target_base)
+            tokenizer = _tokenizer(target_base)
             tuned = train_lora(
                 target_base, tokenizer, true_rows, work, settings, template=template, dtype=dtype, name="true-data"
             )
@@ -136,14 +157,29 @@ def compare_transfer(
     }
     for name, adapter in {**controls, **adapters}.items():
         scores[name] = _measured(target_base, adapter, measure, dtype)
+    if not _gain(scores) > 0:
+        not_measured["retention"] = (
+            f"the source adapter gains nothing on the test data: its accuracy is {scores[SOURCE_ADAPTED].mean():.3g}, "
+            f"and {scores[SOURCE_BASE].mean():.3g} without it"
+        )
     return TransferComparison(scores, not_measured)
 
 
-def transfer_rows(runs: Sequence[Mapping[str, Scores]]) -> list[TransferRow]:
+def _gain(scores: Mapping[str, Scores]) -> float:
+    return float(scores[SOURCE_ADAPTED].mean() - scores[SOURCE_BASE].mean())
+
+
+def transfer_rows(runs: Sequence[Mapping[str, Scores]], *, need_gain: bool = True) -> list[TransferRow]:
     """The table of one run, or of several that differ in the seed and share the test examples.
 
     Numbers are means over the runs. Intervals draw the examples again, the same ones in every run: they do not cover
     the seeds.
+
+    Args:
+        need_gain: Refuse a source adapter that gains nothing; without it, the rows then have no retention.
+
+    Raises:
+        ValueError: The source adapter gains nothing, and `need_gain` is on.
     """
     examples = len(runs[0][SOURCE_BASE])
 
@@ -169,10 +205,12 @@ def transfer_rows(runs: Sequence[Mapping[str, Scores]]) -> list[TransferRow]:
         if name in (SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE):
             rows.append(TransferRow(name, accuracy))
             continue
-        for run in runs:  # refuses a source adapter without a gain, with the numbers
-            retention(*(_accuracy(run[one]) for one in (SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE, name)))
-        kept, interval = over(gain_kept, SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE, name)
-        share = Measurement("retention", kept, "share of the source's gain", True, examples, interval)
+        share = None
+        if need_gain or all(_gain(run) > 0 for run in runs):
+            for run in runs:  # refuses a source adapter without a gain, with the numbers
+                retention(*(_accuracy(run[one]) for one in (SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE, name)))
+            kept, interval = over(gain_kept, SOURCE_BASE, SOURCE_ADAPTED, TARGET_BASE, name)
+            share = Measurement("retention", kept, "share of the source's gain", True, examples, interval)
         broken, interval = over(lambda old, new: float(((old == 1) & (new < 1)).mean()), SOURCE_ADAPTED, name)
         flips = Measurement("negative_flip_rate", broken, "share of examples", False, examples, interval)
         rows.append(TransferRow(name, accuracy, share, flips))
@@ -248,12 +286,12 @@ def _accuracy(scores: Scores) -> Measurement:
 def _measured(
     base: str | Path, adapter: str | Path | None, measure: Callable[[Any, Any], Scores], dtype: str
 ) -> Scores:
-    model = _load(load_model, base, dtype=dtype)
+    model = load_base(parse_reference(base, "base"), dtype)
     if adapter is not None:
         model = with_adapters(model, [adapter])[0]
-    return measure(model.eval(), _load(load_tokenizer, base))
+    return measure(model.eval(), _tokenizer(base))
 
 
-def _load(load: Callable[..., Any], name: str | Path, **options: Any) -> Any:
-    reference = parse_reference(name, "base")
-    return load(reference.path, revision=reference.revision, **options)
+def _tokenizer(base: str | Path) -> Any:
+    reference = parse_reference(base, "base")
+    return load_tokenizer(reference.path, revision=reference.revision)

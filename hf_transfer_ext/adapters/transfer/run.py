@@ -157,6 +157,10 @@ def transfer_lora(
                     folder, "transfer", "transfer", settings,
                     inputs_of_transfer(adapter, source_reference, target_reference),
                     recipe_sha256=sha256_of(__file__), seconds=report.seconds, not_measured=[NOT_COMPARED],
+                    call=None if texts else {
+                        "adapter": adapter, "target_base": target_base, "method": chosen.__name__,
+                        "options": options, "source_base": named, "rank": rank, "force": force,
+                    },
                 )  # fmt: skip
         finally:
             target.close()

@@ -19,8 +19,10 @@ Source: Trans-LoRA, Wang et al. 2024, https://arxiv.org/abs/2405.17258
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -81,7 +83,7 @@ class TransLoraSettings:
     input_tokens: int = 128
     answer_tokens: int = 128
     sampling_temperature: float = 1.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] | list[str] = ("q_proj", "v_proj")
     rank: int = 16
     epochs: float = 20.0
     learning_rate: float = 2e-5
@@ -112,11 +114,15 @@ class Discriminator:
         task_name: The name that the discriminator was trained with.
         separation: Share of pairs of a real and a synthetic input, neither seen in training, that it ranks correctly
             (the area under the ROC curve); None where it was not measured.
+        threshold: An input is accepted where log p(yes) - log p(no) is greater, in nats. The paper's is 0. A
+            discriminator that was trained briefly may answer "no" (or "yes") to everything and still rank the inputs
+            well; so the threshold is the one that classifies the held-out inputs best, and 0 where that is as good.
     """
 
     seeds: list[str]
     task_name: str
     separation: float | None = None
+    threshold: float = 0.0
 
 
 def question_of(item: str, task_name: str) -> str:
@@ -191,7 +197,38 @@ def train_discriminator(
             f"The discriminator ranks only {separation:.0%} of the pairs of a real and a synthetic input correctly, "
             "little more than chance: it will filter nothing. Give it more inputs or epochs, or use a larger base."
         )
-    known = Discriminator(seeds, settings.task_name, separation)
+    return _save_seeds(folder, Discriminator(seeds, settings.task_name, separation, best_threshold(real, fake)))
+
+
+def best_threshold(real: Sequence[float], synthetic: Sequence[float]) -> float:
+    """The threshold above which the most real and the fewest synthetic scores lie; 0 where it is one of the best.
+
+    Of several equally good ones it is the one next to 0. Both groups count the same, whatever their sizes. Where no
+    threshold is better than chance, the result accepts everything.
+    """
+
+    def correct(threshold: float) -> float:
+        above = [sum(score > threshold for score in scores) / len(scores) for scores in (real, synthetic)]
+        return above[0] - above[1]
+
+    scores = sorted({*real, *synthetic})
+    between = [(one + other) / 2 for one, other in itertools.pairwise(scores)]
+    best = min([0.0, *between], key=lambda one: (-round(correct(one), 9), abs(one)))
+    return best if correct(best) > 0 else scores[0] - 1.0
+
+
+def save_seeds(inputs: Sequence[str], folder: str | Path, settings: TransLoraSettings) -> Discriminator:
+    """Save seed inputs next to an adapter without a discriminator: a transfer then accepts every written input.
+
+    Args:
+        inputs: Real inputs of the task, of which `settings.seeds` are drawn.
+        folder: The source adapter's folder.
+    """
+    chosen = random.Random(settings.seed).sample(list(inputs), min(settings.seeds, len(inputs)))
+    return _save_seeds(folder, Discriminator(chosen, settings.task_name))
+
+
+def _save_seeds(folder: str | Path, known: Discriminator) -> Discriminator:
     write_text(Path(folder) / SEEDS_FILE, json.dumps(asdict(known), indent=2, ensure_ascii=False) + "\n")
     return known
 
@@ -205,7 +242,8 @@ def read_discriminator(folder: str | Path) -> Discriminator | None:
     seeds = content.get("seeds")
     if not isinstance(seeds, list) or not seeds or not all(isinstance(one, str) for one in seeds):
         raise ValueError(f"{SEEDS_FILE} in {str(folder)!r} must hold `seeds`, a list of texts.")
-    return Discriminator(seeds, str(content.get("task_name", "task")), content.get("separation"))
+    threshold = float(content.get("threshold", 0.0))
+    return Discriminator(seeds, str(content.get("task_name", "task")), content.get("separation"), threshold)
 
 
 def discriminate(
@@ -217,7 +255,7 @@ def discriminate(
     template: QuestionAnswerFormat | None = None,
     batch_size: int = 16,
 ) -> list[float]:
-    """log p(yes) - log p(no) of each input under the active adapter, in nats: positive where it looks real."""
+    """log p(yes) - log p(no) of each input under the active adapter, in nats: the greater, the more it looks real."""
     template = template or QuestionAnswerFormat()
     scorer = Scorer(model, pad_id=pad_token_id(tokenizer))
     found: list[float] = []
@@ -270,12 +308,12 @@ def write_inputs(
                     "let the other base write (`writer`)."
                 )
             items = [item for _, item in batch]
-            scores = [1.0] * len(items)
+            scores = [math.inf] * len(items)
             if judge is not None:
                 scores = discriminate(judge, judge_tokenizer, items, known.task_name, template=template)
             attempt = batch[-1][0]
             for item, score in zip(items, scores, strict=True):
-                if score > 0 and len(kept) < settings.rows:
+                if score > known.threshold and len(kept) < settings.rows:
                     kept.append(item)
                     bar.update()
             _save(path, key, attempt, kept)

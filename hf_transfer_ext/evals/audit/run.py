@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from hf_transfer_ext.evals.options import check_options, label_with, name_and_op
 from hf_transfer_ext.measurement import Measurement
 
 AttackSpec = str | Mapping[str, Any] | tuple[str, Mapping[str, Any]]
+
+#: (id of the subject, attack, options) -> the subject, which stays alive for its id, and its scores.
+KnownScores: TypeAlias = dict[tuple[int, str, str], tuple[Subject, Values]]
 
 
 @dataclass
@@ -79,6 +82,7 @@ def audit(
     resamples: int = 1000,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    known: KnownScores | None = None,
 ) -> Audit:
     """Run every attack on the unlearned model (and on a retrained one), and compare with the original.
 
@@ -91,6 +95,8 @@ def audit(
         attacks: Names, or names with options: `["sampling", {"quantization": {"bits": 8}}]`.
         membership: Likewise for membership attacks, which need `data.holdout`, and `retrained` for a verdict.
         progress: Called with the name of each attack before it runs.
+        known: Scores of the original and the retrained model, filled by this audit. Give the same dictionary to
+            several audits with the same `data`, `original` and `retrained`: these are then attacked once.
 
     Raises:
         ValueError: An unknown attack or option, no example, a row that cannot be used, or a model whose logits are
@@ -105,7 +111,7 @@ def audit(
         subjects["retrained"] = retrained
     announce = progress or (lambda name: None)
     check_rows(subjects, data)
-    campaign = Campaign(unlearned, original, retrained, data)
+    campaign = Campaign(unlearned, original, retrained, data, {} if known is None else known)
     for model, subject in subjects.items():
         try:
             campaign.plain(subject, "plain_question")
@@ -141,13 +147,18 @@ def audit(
 
 @dataclass
 class Campaign:
-    """The models and data of one audit; the plain scores of each model are computed only once."""
+    """The models and data of one audit; no attack runs twice on the same model.
+
+    Args:
+        known: Scores of all models but the unlearned one, which later audits may use.
+    """
 
     unlearned: Subject
     original: Subject
     retrained: Subject | None
     data: AuditData
-    _plain: dict[tuple[int, str], Values] = field(default_factory=dict)
+    known: KnownScores = field(default_factory=dict)
+    _own: KnownScores = field(default_factory=dict)
 
     def attack(self, method: Attack, options: dict[str, Any]) -> Evidence:
         """Run one attack on all models that its verdict needs.
@@ -189,14 +200,15 @@ class Campaign:
         return None, ""
 
     def run(self, method: Attack, subject: Subject, options: dict[str, Any]) -> Values:
-        return method(subject, self.data, **options) if options else self.plain(subject, method.__name__)
+        key = (id(subject), method.__name__, repr(sorted(options.items())))
+        scores = self._own if subject is self.unlearned else self.known
+        if key not in scores:
+            scores[key] = subject, method(subject, self.data, **options)
+        return scores[key][1]
 
     def plain(self, subject: Subject, name: str) -> Values:
         """Scores of an attack without options."""
-        key = (id(subject), name)
-        if key not in self._plain:
-            self._plain[key] = ATTACKS[name](subject, self.data)
-        return self._plain[key]
+        return self.run(ATTACKS[name], subject, {})
 
 
 def _resolve_attack(spec: Any) -> tuple[Attack, dict[str, Any]]:

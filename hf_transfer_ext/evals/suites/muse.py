@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.evals.metrics import membership_auc, privleak
 from hf_transfer_ext.evals.suite import (
     BARE,
@@ -78,7 +79,7 @@ def muse_sequence(results: Mapping[str, SuiteResult]) -> list[Measurement]:
 
     Returns:
         For each measurement that all checkpoints have, its change from the first to the last, and the worst
-        `knowmem_retain`, which is the utility.
+        `knowmem_retain`, which is the utility. Changes of means over the same examples have an interval.
 
     Raises:
         ValueError: Fewer than two checkpoints.
@@ -101,11 +102,23 @@ def muse_sequence(results: Mapping[str, SuiteResult]) -> list[Measurement]:
                     f"change in {first.unit}",
                     first.higher_is_better,
                     count,
+                    _interval_of_change(runs[0], runs[-1], name),
                 )
             )
     utilities = [run["knowmem_retain"] for run in named if "knowmem_retain" in run]
     worst = min(utilities, key=lambda m: m.value, default=None)
     return changes if worst is None else [*changes, renamed(worst, "knowmem_retain worst")]
+
+
+def _interval_of_change(first: SuiteResult, last: SuiteResult, name: str) -> tuple[float, float] | None:
+    """Of the mean of a set's values; None where a measurement is no such mean, or the examples are not the same."""
+    if name not in first.sets or name not in last.sets:
+        return None
+    before, after = (next(iter(run.sets[name].values.values())) for run in (first, last))
+    if len(before) != len(after):
+        return None
+    known = ~np.isnan(before) & ~np.isnan(after)
+    return mean_interval(after[known] - before[known])
 
 
 @suite(load=load_muse, source="muse-bench/MUSE-News", compares_with="retrained", sequence=muse_sequence)

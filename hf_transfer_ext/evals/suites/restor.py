@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.bootstrap import mean_interval
+from hf_transfer_ext.evals.bootstrap import interval_of, mean_interval
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, suite
 from hf_transfer_ext.measurement import Measurement
 
@@ -82,7 +82,8 @@ def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorRes
     .. math:: \frac{g_{unlearned} - g_{corrupted}}{g_{before} - g_{corrupted}}
 
     `g` is the mean over facts of log p(correct) - log p(corrupted). 1 is a full recovery, 0 is none, and a negative
-    value means that unlearning did further harm.
+    value means that unlearning did further harm. The interval draws facts again, the same ones at each stage; there is
+    none where some draw lost nothing.
 
     Raises:
         ValueError: The stages have no fact in common, or corruption did not lower the gap, so nothing was lost.
@@ -100,8 +101,14 @@ def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorRes
             f"Corruption moved the gap of correct to wrong from {gaps[0].mean():.4g} to {gaps[1].mean():.4g} nats "
             "per token, which is not a loss: there is nothing to recover. Corrupt longer, or check the model order."
         )
-    won = float(gaps[2].mean() - gaps[1].mean())
-    return Measurement("recovery", won / lost, "share of the loss through corruption", True, len(facts))
+
+    def share(first: np.ndarray, second: np.ndarray, third: np.ndarray) -> float:
+        loss = float(first.mean() - second.mean())
+        return float(third.mean() - second.mean()) / loss if loss > 0 else float("nan")
+
+    interval = interval_of(share, [gaps])
+    bounded = interval if interval is None or np.isfinite(interval).all() else None
+    return Measurement("recovery", share(*gaps), "share of the loss through corruption", True, len(facts), bounded)
 
 
 def restor_sequence(results: Mapping[str, RestorResult]) -> list[Measurement]:

@@ -182,8 +182,11 @@ def assemble(
             "shards": max_shard_bytes,
             "arithmetic": kernels.LIBRARY is not None,
         }
-        inputs = InputsInBackground(inputs_of(models, parsed.base_model))
-        with inputs, resumable_folder(target, work_of(content, opened), overwrite=overwrite) as folder:
+        wanted = inputs_of(models, parsed.base_model)
+        call: dict[str, Any] = {"config": config, "allow_same_experts": allow_same_experts}
+        call |= {"max_shard_bytes": max_shard_bytes, "allow_pickle": allow_pickle}
+        inputs, work = InputsInBackground(wanted), work_of(content, opened)
+        with inputs, resumable_folder(target, work, overwrite=overwrite) as folder:
             resumed = write_tensors(
                 folder, jobs, threads=threads or os.cpu_count() or 1, max_shard_bytes=max_shard_bytes
             )
@@ -192,7 +195,10 @@ def assemble(
             copy_companions(base.folder, folder, mixture.to_dict())
             seconds = time.perf_counter() - began
             text = (folder / "mergekit_moe_config.yml").read_text(encoding="utf-8")
-            finish_merge(folder, "moe", text, inputs, seed=parsed.seed, seconds=seconds, script=__file__)
+            finish_merge(
+                folder, "moe", text, inputs,
+                seed=parsed.seed, seconds=seconds, script=__file__, call=call, wanted=wanted,
+            )  # fmt: skip
     finally:
         for model in models.values():
             model.close()

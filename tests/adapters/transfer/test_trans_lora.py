@@ -13,6 +13,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.adapters.transfer.trans_lora import (
     TransLoraSettings,
+    best_threshold,
     discriminate,
     read_discriminator,
     train_discriminator,
@@ -78,8 +79,15 @@ def test_only_inputs_that_look_real_are_accepted(made, tmp_path):
     finally:
         adapted.set_adapter("default")
         adapted.delete_adapter("discriminator")
-    assert len(found) == 10 <= attempts and all(score > 0 for score in scores)
+    assert len(found) == 10 <= attempts and all(score > known.threshold for score in scores)
     assert scores == pytest.approx(alone, abs=1e-4)  # batches do not change a score
+
+
+def test_the_threshold_by_hand():
+    assert best_threshold([1.0, 2.0], [-1.0, -2.0]) == 0.0  # the paper's rule separates them
+    assert best_threshold([-1.0, -2.0], [-5.0, -6.0]) == -3.5  # "no" to everything, and yet well ranked
+    assert best_threshold([4.0, 6.0], [1.0, 5.0]) == 2.5  # one of the synthetic ones passes in any case
+    assert best_threshold([-5.0], [-1.0]) == -6.0  # ranked the wrong way round: nothing is filtered
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_inputs(made, tmp_path, monkeypatch):

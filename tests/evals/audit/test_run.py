@@ -45,6 +45,28 @@ def test_an_adapter_that_only_refuses_is_shown_to_still_know(models):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_audits_that_share_their_scores_attack_original_and_retrained_once(models, monkeypatch):
+    original, shallow, retrained = models
+    attacked = []
+    counted = copy.copy(ATTACKS["quantization"])
+    plain = counted.function
+
+    def count(subject, data, *, bits=4):
+        attacked.append(subject.model)
+        return plain(subject, data, bits=bits)
+
+    counted.function = count
+    monkeypatch.setitem(ATTACKS._functions, "quantization", counted)
+    against = {"original": subject(original), "retrained": subject(retrained)}
+    known, found = {}, []
+    for model in (shallow, never_taught()):
+        chosen = {"attacks": [{"quantization": {"bits": 5}}], "membership": [], "resamples": 0}
+        found.append(audit(subject(model), DATA, **against, **chosen, known=known).verdicts[0])
+    assert sum(model is retrained for model in attacked) == 1 and len(attacked) == 3
+    alone = audit(subject(shallow), DATA, **against, **chosen).verdicts[0]
+    assert alone == found[0] and found[0].recovered != found[1].recovered
+
+
 def test_a_model_that_never_saw_the_data_comes_out_clean(models):
     original, _, retrained = models
     again = never_taught()

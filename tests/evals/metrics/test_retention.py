@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from hf_transfer_ext.evals.metrics import retention
@@ -19,3 +20,14 @@ def test_no_gain_and_mixed_metrics_are_refused():
         retention(*points(0.6, 0.6, 0.3, 0.6))
     with pytest.raises(ValueError, match="one metric"):
         retention(*points(0.2, 0.6, 0.3), *points(0.4, name="rouge"))
+
+
+def test_interval_over_the_examples():
+    rng = np.random.default_rng(0)
+    scores = [(rng.random(400) < p).astype(float) for p in (0.2, 0.8, 0.3, 0.6)]
+    found = retention(*points(*(one.mean() for one in scores)), scores=scores, resamples=300)
+    low, high = found.interval
+    assert low < found.value < high and 0.2 < high - low < 0.5
+    assert retention(*points(0.2, 0.8, 0.3, 0.6)).interval is None
+    few = [np.array(one, dtype=float) for one in ([0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0])]
+    assert retention(*points(*(one.mean() for one in few)), scores=few).interval is None  # some draws have no gain

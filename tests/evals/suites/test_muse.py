@@ -97,6 +97,9 @@ def test_a_sequence_tells_how_it_ends(sets):
     changes = {m.name: m for m in muse_sequence(runs)}
     for name in ("verbmem", "knowmem_forget", "membership_auc"):
         assert changes[f"{name} change"].value == pytest.approx(runs["2"][name].value - runs["0"][name].value)
+    low, high = changes["verbmem change"].interval
+    assert low <= changes["verbmem change"].value <= high
+    assert changes["membership_auc change"].interval is None
     worst = min(run["knowmem_retain"].value for run in runs.values())
     assert changes["knowmem_retain worst"].value == worst
     with pytest.raises(ValueError, match="at least two checkpoints, got 1"):

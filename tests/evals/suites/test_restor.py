@@ -6,7 +6,7 @@ import torch
 from evals.shared_data import data_folder
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.evals.suites.restor import load_restor, make_options, recovery, restor
+from hf_transfer_ext.evals.suites.restor import RestorResult, load_restor, make_options, recovery, restor
 
 FACTS = {
     "dset": {
@@ -107,7 +107,14 @@ def test_recovery_is_what_came_back_of_what_was_lost(folder):
     assert recovery(before, corrupted, unlearned).value == pytest.approx(want)
     assert recovery(before, corrupted, before).value == pytest.approx(1.0)
     assert recovery(before, corrupted, corrupted).value == pytest.approx(0.0)
-    assert math.isfinite(want)
+    assert math.isfinite(want) and recovery(before, corrupted, before).interval in (None, (1.0, 1.0))
+    facts = [f"Ada/{i}" for i in range(50)]
+    wrong = dict.fromkeys(facts, 0.0)
+    right = [{fact: x + i % 3 / 9 for i, fact in enumerate(facts)} for x in (2.0, 0.0, 1.0)]
+    after = [RestorResult([], {}, facts={"correct": one, "corrupted": wrong}) for one in right]
+    after[2].facts["correct"]["Ada/0"] = 2.0
+    found = recovery(*after)
+    assert found.interval[0] < found.value < found.interval[1] and found.value == pytest.approx(0.51)
     with pytest.raises(ValueError, match="which is not a loss: there is nothing to recover"):
         recovery(corrupted, before, unlearned)
     before.facts["corrupted"].clear()

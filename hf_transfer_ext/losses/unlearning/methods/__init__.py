@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_transfer_ext.losses.unlearning.methods.altpo import altpo
 from hf_transfer_ext.losses.unlearning.methods.ce_u import ce_u
+from hf_transfer_ext.losses.unlearning.methods.dmm import dmm
 from hf_transfer_ext.losses.unlearning.methods.grad_ascent import grad_ascent
 from hf_transfer_ext.losses.unlearning.methods.grad_diff import grad_diff
 from hf_transfer_ext.losses.unlearning.methods.idk import idk
@@ -12,6 +13,7 @@ from hf_transfer_ext.losses.unlearning.methods.idk_dpo import idk_dpo
 from hf_transfer_ext.losses.unlearning.methods.jensun import jensun
 from hf_transfer_ext.losses.unlearning.methods.kl_min import kl_min
 from hf_transfer_ext.losses.unlearning.methods.l1_sparse import l1_sparse
+from hf_transfer_ext.losses.unlearning.methods.laf import laf
 from hf_transfer_ext.losses.unlearning.methods.lat import lat
 from hf_transfer_ext.losses.unlearning.methods.llmu import llmu
 from hf_transfer_ext.losses.unlearning.methods.me_gd import me_gd
@@ -25,6 +27,7 @@ from hf_transfer_ext.losses.unlearning.methods.random_labels import random_label
 from hf_transfer_ext.losses.unlearning.methods.reasoned_idk import reasoned_idk
 from hf_transfer_ext.losses.unlearning.methods.rmu import rmu
 from hf_transfer_ext.losses.unlearning.methods.satimp import satimp
+from hf_transfer_ext.losses.unlearning.methods.scar import scar
 from hf_transfer_ext.losses.unlearning.methods.simnpo import simnpo
 from hf_transfer_ext.losses.unlearning.methods.sure import sure
 from hf_transfer_ext.losses.unlearning.methods.tar import tar
@@ -48,7 +51,7 @@ METHODS: Registry[type[Method]] = Registry(
         # Towards another answer.
         idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, reasoned_idk,
         # Towards other distributions or hidden states.
-        undial, ce_u, me_gd, whp, rmu,
+        undial, ce_u, me_gd, whp, dmm, rmu, laf, scar,
     ],
     check=check_method,
 )  # fmt: skip

@@ -5,7 +5,12 @@ from datasets import Dataset
 from tiny import byte_tokenizer, tiny_llama
 from trainers.test_cached_distillation import trained_without_teacher
 
-from hf_transfer_ext.trainers.cache_command import main
+from hf_transfer_ext.files import sha256_of
+from hf_transfer_ext.hub.publish import push
+from hf_transfer_ext.hub.record import read_record
+from hf_transfer_ext.hub.teacher_cache import pull_cache
+from hf_transfer_ext.recipes.cache_teacher import main
+from hf_transfer_ext.teachers.cache import TeacherCache
 
 ROWS = [{"prompt": "gold is", "completion": " a metal"}, {"prompt": "the sea", "completion": " is wide and deep"}]
 
@@ -35,3 +40,20 @@ def test_settings_that_do_not_fit_the_teacher_are_refused(teacher):
         main([*server, "--kind", "samples"])
     with pytest.raises(ValueError, match="the teacher has 258 vocabulary entries"):
         main([*teacher, "--top", "999", "--max-length", "64"])
+
+
+def test_card_and_record_travel_with_the_cache(tmp_path, teacher, hub):
+    main([*teacher, "--max-length", "64"])
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": "rain falls"}) + "\n")
+    main([teacher[0], str(tmp_path / "more.jsonl"), teacher[2], "--max-length", "64"])
+    record = read_record(teacher[2])
+    assert [item.name for item in record.inputs] == ["teacher", "more.jsonl", "rows.jsonl"]
+    assert record.result == {name: sha256_of(tmp_path / "cache" / name) for name in record.result}
+    assert len(record.result) == 3
+    address = push(teacher[2], "tester/rows", token=hub.token)
+    assert "datasets/tester/rows" in address
+    found = pull_cache("tester/rows", token=hub.token)
+    assert len(TeacherCache(found)) == 3 and read_record(found).result == record.result
+    assert (found / "README.md").read_text().startswith("---\n")
+    with pytest.raises(ValueError, match="is a teacher cache, pushed whole"):
+        push(teacher[2], "tester/rows", token=hub.token, revision="x")

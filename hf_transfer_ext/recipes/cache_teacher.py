@@ -1,4 +1,7 @@
-"""`hf-transfer-ext cache-teacher TEACHER DATASET FOLDER`: store a teacher's outputs on a data set."""
+"""Store a teacher's outputs on a data set: `hf-transfer-ext cache-teacher TEACHER DATASET FOLDER`.
+
+Several processes share the work: `accelerate launch -m hf_transfer_ext.recipes.cache_teacher TEACHER DATASET FOLDER`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,11 @@ import tempfile
 from typing import Any
 
 from hf_transfer_ext.data.text import load_text_dataset
+from hf_transfer_ext.files import sha256_of
+from hf_transfer_ext.hub.finish import finish_cache
+from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.recipes.run import run_recipe
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher, cache_server
@@ -71,6 +78,7 @@ def cache_for_distillation(
             f"have to be left out; got kind {kind!r}, samples {samples}, temperature {temperature}, revision "
             f"{revision!r}."
         )
+    settings = dict(locals())
     options: dict[str, Any] = {"kind": kind, "top": top, "samples": samples, "temperature": temperature}
     spec = CacheSpec(**{name: value for name, value in options.items() if value is not None})
     data = load_text_dataset(dataset, split=split, config_name=dataset_config, revision=dataset_revision)
@@ -79,18 +87,23 @@ def cache_for_distillation(
     tokenizer = load_tokenizer(source, revision=None if is_server else revision)
     with tempfile.TemporaryDirectory() as scratch:
         args = DistillationConfig(
-            output_dir=scratch, kd_weight=0.0, ce_weight=1.0, max_length=max_length, report_to="none",
-        )  # fmt: skip
+            output_dir=scratch, kd_weight=0.0, ce_weight=1.0, max_length=max_length, report_to="none"
+        )
         trainer = DistillationTrainer(model, None, args, data, processing_class=tokenizer)
         rows: Any = trainer.train_dataset
+        shared = {"batch_size": batch_size, "accelerator": trainer.accelerator}
         if is_server:
             key = os.environ.get(KEY_VARIABLE)
             server = ServerTeacher(teacher, str(server_model), tokenizer, top=top or 20, api_key=key)
-            return cache_server(server, rows, folder, batch_size=batch_size, accelerator=trainer.accelerator)
-        return cache_teacher(
-            model, rows, folder, tokenizer=tokenizer, spec=spec, batch_size=batch_size, revision=revision,
-            accelerator=trainer.accelerator,
-        )  # fmt: skip
+            cache = cache_server(server, rows, folder, **shared)
+        else:
+            cache = cache_teacher(model, rows, folder, tokenizer=tokenizer, spec=spec, revision=revision, **shared)
+    if trainer.is_world_process_zero():
+        record = RunRecord("caching", "hf-transfer-ext cache-teacher", settings, recipe_sha256=sha256_of(__file__))
+        named = RunInput(str(server_model), "teacher") if is_server else describe_input(teacher, revision, "teacher")
+        record.inputs += [named, describe_dataset(dataset, dataset_revision)]
+        finish_cache(cache.folder, record)
+    return cache
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,3 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     cache = cache_for_distillation(**arguments)
     print(f"{len(cache)} texts in {cache.folder}")
     return 0
+
+
+if __name__ == "__main__":
+    run_recipe("cache-teacher", main)
