@@ -101,6 +101,10 @@ class RolloutMethod:
         """
         return {"ce_factors": (~tokens.by_student).float()} if args.ce_weight else {}
 
+    def trust(self) -> dict[str, Any]:
+        """Arguments of `teachers.sampled.drawn_rows`, for methods with `sampled_tokens`."""
+        return {}
+
     def replayed(self, count: int, seed: int) -> list[Rollout]:
         """Texts that the student wrote earlier, for the source "replay"."""
         raise NotImplementedError

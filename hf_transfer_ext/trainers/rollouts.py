@@ -202,7 +202,7 @@ class WritesRollouts(Trainer):
             return self.teacher.signal(model, inputs, mask)
         return sampled_signal(
             self.teacher, model, inputs, mask, targets[mask], tokens.log_probs,
-            temperature=self.args.distill_temperature, **method.trust(),  # type: ignore[attr-defined]
+            temperature=self.args.distill_temperature, **method.trust(),
         )  # fmt: skip
 
     # ---- Evaluation, logs, checkpoints ----

@@ -16,6 +16,7 @@ from hf_transfer_ext import DistillationTrainer
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.models.generation import continuations
 from hf_transfer_ext.tensors import next_token_view
+from hf_transfer_ext.trainers import rollouts
 from hf_transfer_ext.trainers.rollouts import Rollout, prompt_of, rows_of, seed_of
 
 ROWS = {
@@ -319,6 +320,12 @@ def test_settings_that_cannot_be_obeyed_are_refused(tmp_path, options, message):
 def test_data_that_cannot_be_written_after_are_refused(tmp_path, data, options, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, data=data, **options)
+
+
+def test_a_sharded_student_does_not_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts, "is_sharded", lambda **_: True)
+    with pytest.raises(ValueError, match=r"Weights are sharded \(NO\), and on-policy distillation would gather all"):
+        trainer_of(tmp_path)
 
 
 def test_only_a_model_can_write_as_the_teacher(tmp_path):

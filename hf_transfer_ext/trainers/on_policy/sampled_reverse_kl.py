@@ -57,5 +57,4 @@ class sampled_reverse_kl(RolloutMethod):
         return ("student",)
 
     def trust(self) -> dict[str, Any]:
-        """Arguments of `drawn_rows`."""
         return {"trust_region": self.trust_region, "outliers": self.outliers}
