@@ -502,6 +502,10 @@ def markdown(result: dict[str, Any]) -> str:
     text += "\n## Settings that were chosen\n\n" + measure.markdown_table(["method", "settings"], settings)
     if result["failed"]:
         text += "\n## Not measured\n\n" + "".join(f"- {name}: {why}\n" for name, why in result["failed"].items())
+    done = {one["method"] for one in result["summaries"]} | set(result["failed"])
+    open_ones = [name for name in (*METHODS, *EDITS) if name not in done]
+    if open_ones:
+        text += f"\nNot run yet, no statement about them: {', '.join(open_ones)}.\n"
     about = result["machine"]
     return text + f"\n{about['processor']}, {about['cores']} cores, {about['versions']}\n"
 

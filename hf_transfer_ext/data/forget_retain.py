@@ -257,6 +257,7 @@ class ForgetRetainPairs(Dataset):
         alternatives: Texts that may be answered instead, drawn by example and epoch; a column "alternative" in the
             forget set (a text, or a list of them) goes first. None leaves the alternative out.
         retain_alternatives: The same for the retain set.
+        copies: For each forget row, changed copies of it that a method reads before training.
         allow_overlap: Accept samples that are in both sets; they are counted in a warning.
 
     Raises:
@@ -274,6 +275,7 @@ class ForgetRetainPairs(Dataset):
         columns: Mapping[str, str] | None = None,
         alternatives: Sequence[str] | None = None,
         retain_alternatives: Sequence[str] | None = None,
+        copies: Sequence[Sequence[Mapping[str, Any]]] | None = None,
         allow_overlap: bool = False,
         seed: int = 0,
     ) -> None:
@@ -299,6 +301,12 @@ class ForgetRetainPairs(Dataset):
         self.alternatives: list[list[EncodedAnswer]] | None = None
         if alternatives is not None:
             self.alternatives = self._alternatives("forget", forget, turns, alternatives)
+
+        self.copies: list[list[EncodedAnswer]] | None = None
+        if copies is not None:
+            if [index for index, _ in turns] != list(range(len(forget))):
+                raise ValueError("Copies are made of rows with one answer, and the forget set has conversations.")
+            self.copies = [[turn[0] for _, turn in self._encode("forget", own, tokenizer)] for own in copies]
 
     def _encode(self, name: str, examples: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[tuple[int, Turn]]:
         """(index of the row, what is learned of it), one or more for each row."""
@@ -394,7 +402,7 @@ class ForgetRetainPairs(Dataset):
 
     def sample(self, part: str, index: int) -> dict[str, Any]:
         """One answer of the "forget" or "retain" set, as it is in batches."""
-        return _with_labels(getattr(self, part)[index], index)
+        return with_labels(getattr(self, part)[index], index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample: dict[str, Any] = {"forget": self.sample("forget", index)}
@@ -410,10 +418,11 @@ class ForgetRetainPairs(Dataset):
     def _drawn(self, alternatives: Sequence[EncodedAnswer], index: int) -> dict[str, Any]:
         """One of the alternatives, by the place of the sample and the epoch."""
         draw = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch * len(self.forget) + index)
-        return _with_labels(alternatives[int(torch.randint(len(alternatives), (), generator=draw))], index)
+        return with_labels(alternatives[int(torch.randint(len(alternatives), (), generator=draw))], index)
 
 
-def _with_labels(encoded: EncodedAnswer, index: int) -> dict[str, Any]:
+def with_labels(encoded: EncodedAnswer, index: int) -> dict[str, Any]:
+    """An answer as it is in a batch."""
     labels = [IGNORE_INDEX] * encoded.answer_start + encoded.input_ids[encoded.answer_start :]
     return {"input_ids": encoded.input_ids, "labels": labels, "index": index}
 

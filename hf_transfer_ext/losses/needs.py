@@ -90,7 +90,7 @@ class Need:
     Args:
         name: The argument.
         meaning: What it holds, with its unit.
-        axes: Names of its dimensions, out of tokens, sequences, vocab, hidden and clusters.
+        axes: Names of its dimensions, out of tokens, sequences, vocab, hidden, clusters and shortlist.
         values: Which values it can have; example values are drawn accordingly.
         read: Reads it from a forward pass.
         keeps: What this forward pass has to keep.
@@ -103,7 +103,7 @@ class Need:
     name: str
     meaning: str
     axes: tuple[str, ...]
-    values: Literal["any", "<= 0", ">= 0", "count", "token id"]
+    values: Literal["any", "<= 0", ">= 0", "share", "count", "token id"]
     read: Callable[[ForwardPass], Tensor]
     keeps: Kept = "log_probs"
     differentiable: bool = False
@@ -132,6 +132,8 @@ class Need:
             each, more = divmod(sizes["tokens"], max(1, *shape))
             return torch.tensor([float(each + (i < more)) for i in range(*shape)], dtype=torch.float64).clamp(min=1)
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if self.values == "share":
+            return 0.9 * drawn.softmax(-1)
         return {"any": drawn, "<= 0": -drawn.abs(), ">= 0": 9 * drawn.abs()}[self.values]
 
 
@@ -201,6 +203,17 @@ def _target_outputs(found: ForwardPass) -> Sequences:
     return found.computed_before(f"{found.part}_outputs")[found.index].to(found.log_probs)
 
 
+def _of_teacher(found: ForwardPass, name: str) -> Tensor:
+    """The rows of a tensor that holds one for each token of all answers to forget, one answer after the other."""
+    starts = found.computed_before("teacher_starts")
+    if found.index is None:
+        raise ValueError("The forward pass does not know which rows its answers are from, so it has no teacher.")
+    own = [torch.arange(int(s), int(s) + int(n)) for s, n in zip(starts[found.index.to(starts.device)],
+                                                               found.lengths, strict=True)]  # fmt: skip
+    rows = torch.cat(own or [torch.arange(0)]).to(starts.device)
+    return found.computed_before(name)[rows].to(found.log_probs.device)
+
+
 @lru_cache
 def random_direction(size: int, seed: int) -> Float[Tensor, " size"]:
     """Uniform in [0, 1)^size, divided by its length; the same for a seed on every process."""
@@ -266,6 +279,14 @@ NEEDS: dict[str, Need] = {
         Need(
             "whitening", "matrix after which distances of hidden states are Mahalanobis distances",
             ("hidden", "hidden"), "any", lambda found: found.computed_before("whitening"), keeps="hidden",
+        ),
+        Need(
+            "teacher_probs", "probabilities of a teacher's most likely tokens; all 0 at a token without a teacher",
+            ("tokens", "shortlist"), "share", lambda found: _of_teacher(found, "teacher_probs"), of_row=True,
+        ),
+        Need(
+            "teacher_ids", "ids of a teacher's most likely tokens", ("tokens", "shortlist"), "token id",
+            lambda found: _of_teacher(found, "teacher_ids"), of_row=True,
         ),
         _answer_nll,
         of_reference(_answer_nll),
@@ -344,7 +365,7 @@ def example_arguments(
     """A value for each thing that a loss asks for; without `sizes`, the smallest ones, the same each time."""
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    sizes = sizes or {"tokens": 1, "sequences": 1, "vocab": 2, "hidden": 2, "clusters": 2}
+    sizes = sizes or {"tokens": 1, "sequences": 1, "vocab": 2, "hidden": 2, "clusters": 2, "shortlist": 1}
     return {need.name: need.example(sizes, generator) for need in needs_of(loss)}
 
 

@@ -12,7 +12,7 @@ attributes. One that does more overrides a function below; the trainer calls the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.data.question_answer import EncodedAnswer
 from hf_transfer_ext.losses.needs import ForwardPass, check_options
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.registry import unknown_name
@@ -124,6 +125,11 @@ class Step(Protocol):
         """
         ...
 
+    def copies(self) -> Iterator[tuple[EncodedAnswer, list[tuple[list[int], int, Tensor]]]]:
+        """Each answer to forget, and the copies that `Method.copies` made of it: token ids, where the answer starts,
+        and the model's logits at the answer's tokens."""
+        ...
+
     def moved(self, by: Gradient) -> AbstractContextManager[None]:
         """Within the block, the trained parameters are larger by `by`; afterwards they are exactly as before."""
         ...
@@ -175,6 +181,12 @@ class Method:
     ) -> dict[str, float]:
         """Learned values after a step whose mean losses, over all micro-batches and processes, were `losses`."""
         return dict(learned)
+
+    def copies(
+        self, forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+    ) -> list[list[dict[str, Any]]]:
+        """Changed copies of each row to forget, which `prepare` can run the model on (`Step.copies`)."""
+        return []
 
     def prepare(self, whole: Step) -> dict[str, Tensor]:
         """Tensors computed once before the first step, and saved in checkpoints.

@@ -70,7 +70,8 @@ def _promise(kept: bool, name: str, what: str) -> None:
 
 def _batch(loss: Callable, lengths: Sequence[int], seed: int) -> dict[str, Tensor]:
     """Example arguments in float64 for answers of these lengths."""
-    sizes = {"tokens": sum(lengths), "sequences": len(lengths), "vocab": 11, "hidden": 5, "clusters": 3}
+    sizes = {"tokens": sum(lengths), "sequences": len(lengths), "vocab": 11, "hidden": 5}
+    sizes |= {"clusters": 3, "shortlist": 3}
     generator = torch.Generator().manual_seed(seed)
     arguments = {need.name: need.example(sizes, generator) for need in needs_of(loss)}
     if "lengths" in arguments:
@@ -94,8 +95,8 @@ def _chosen(loss: Callable, arguments: dict[str, Tensor], order: Sequence[int]) 
 
 
 def _in_float32(arguments: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-    """The arguments in float32, larger by a factor; ids and counts have to go on fitting the shapes."""
-    scales = {name: 1.0 if NEEDS[name].values == "count" else scale for name in arguments}
+    """The arguments in float32, larger by a factor; ids, counts and shares have to stay what they are."""
+    scales = {name: 1.0 if NEEDS[name].values in ("count", "share") else scale for name in arguments}
     return {
         name: (value * scales[name]).float() if value.is_floating_point() else value
         for name, value in arguments.items()

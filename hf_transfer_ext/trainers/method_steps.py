@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_transfer_ext.data.question_answer import EncodedAnswer
 from hf_transfer_ext.losses.needs import ForwardPass
 from hf_transfer_ext.losses.unlearning_method import Gradient, Method, Part, Progress
 from hf_transfer_ext.models.plumbing import evaluation_mode
@@ -80,6 +81,10 @@ class MethodSteps(Trainer):
 
     def passes_over(self, model: nn.Module, part: Part, at_once: int) -> Iterator[ForwardPass]:
         """Forward passes over the answers of a whole set, for `method.Step.answers`."""
+        raise NotImplementedError
+
+    def copies_of_rows(self, model: nn.Module) -> Iterator[tuple[EncodedAnswer, list[tuple[list[int], int, Tensor]]]]:
+        """What the model says of the method's copies of rows, for `method.Step.copies`."""
         raise NotImplementedError
 
     @property
@@ -242,6 +247,11 @@ class _Step:
         own = self.trainer.accelerator.unwrap_model(self.model)
         with evaluation_mode(own):
             yield from self.trainer.passes_over(own, part, at_once)
+
+    def copies(self) -> Iterator[tuple[EncodedAnswer, list[tuple[list[int], int, Tensor]]]]:
+        own = self.trainer.accelerator.unwrap_model(self.model)
+        with evaluation_mode(own):
+            yield from self.trainer.copies_of_rows(own)
 
     def recall(self) -> Gradient:
         return self._gradient(lambda inputs: self.trainer.recall_of(self.model, inputs, self.count), None)[0]

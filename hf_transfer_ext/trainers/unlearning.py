@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator
+from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forget_retain_collator, with_labels
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.data.unlearning.alternatives import (
     Write,
@@ -405,6 +405,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         if self._reads_alternatives(args, "forget"):
             forget = self._with_alternatives(args, source, model, processing_class, template, columns, forget, retain,
                                              texts)  # fmt: skip
+        copies = self.method.copies(forget, retain or [], columns or {}) or None
         return ForgetRetainPairs(
             forget,
             retain if "retain" in self.losses else None,
@@ -413,6 +414,7 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             columns=columns,
             alternatives=(texts if source == "refusals" else ()) if self._reads_alternatives(args, "forget") else None,
             retain_alternatives=texts if self._reads_alternatives(args, "retain") else None,
+            copies=copies,
             allow_overlap=args.allow_overlap,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
@@ -589,6 +591,20 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
             batch: Any = self._prepare_inputs(forget_retain_collator(self._pad_id)(samples[at : at + at_once]))
             with self.compute_loss_context_manager():
                 yield self._forward(model, batch[part], needs, part)[0]
+
+    def copies_of_rows(self, model: nn.Module) -> Iterator[tuple[EncodedAnswer, list[tuple[list[int], int, Tensor]]]]:
+        pairs: Any = self.train_dataset
+        if pairs.copies is None:
+            raise ValueError(f"{self.args.method!r} makes copies of rows: give `forget_dataset` instead of pairs.")
+        for answer, copies in zip(pairs.forget, pairs.copies, strict=True):
+            found = []
+            for copy in copies:
+                sample: dict[str, Any] = {"forget": with_labels(copy, 0)}
+                batch: Any = self._prepare_inputs(forget_retain_collator(self._pad_id)([sample]))
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    one = self._forward(model, batch["forget"], [NEEDS["logits"]], "forget")[0]
+                found.append((copy.input_ids, copy.answer_start, one.kept("logits")))
+            yield answer, found
 
     def recall_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         found, anchor = self._forward(model, inputs["forget"], [NEEDS["log_probs"]], "forget")

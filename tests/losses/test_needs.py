@@ -28,6 +28,9 @@ FOUND = ForwardPass(
         "cluster_centers": torch.zeros(2, 2),
         "cluster_tokens": torch.tensor([1, 2]),
         "whitening": torch.eye(2),
+        "teacher_starts": torch.tensor([0, 2]),
+        "teacher_probs": torch.tensor([[0.1], [0.2], [0.3]]),
+        "teacher_ids": torch.tensor([[4], [5], [6]]),
         **fitted(torch.randn(8, 2), "forget", sizes=(2, 2, 1), steps=1),
     },
 )
@@ -41,16 +44,18 @@ def test_needs_are_read_from_a_forward_pass():
     torch.testing.assert_close(read["control"], random_direction(2, 3))
     assert read["control"].norm().item() == pytest.approx(1.0)
     assert read["target_outputs"].tolist() == [0.25, 0.5]
+    assert read["teacher_ids"].flatten().tolist() == [6, 4, 5]  # the one token of row 1, then the two of row 0
 
 
 @pytest.mark.parametrize("need", NEEDS.values(), ids=lambda need: need.name)
 def test_a_need_says_what_it_is(need):
-    sizes = {"tokens": 3, "sequences": 2, "vocab": 7, "hidden": 2, "clusters": 2}
+    sizes = {"tokens": 3, "sequences": 2, "vocab": 7, "hidden": 2, "clusters": 2, "shortlist": 1}
     value = need.read(FOUND)
     example = need.example(sizes)
     assert value.shape == example.shape == tuple(sizes[axis] for axis in need.axes)
     assert value.is_floating_point() == example.is_floating_point() == (need.values != "token id")
     assert not (need.of_reference and need.differentiable)
+    assert need.values != "share" or bool((example >= 0).all() and (example.sum(-1) <= 1).all())
     bounds = {"<= 0": example <= 0, ">= 0": example >= 0, "count": example >= 1}
     assert need.values not in bounds or bool(bounds[need.values].all())
 

@@ -19,7 +19,7 @@ from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrai
 PLAIN = QuestionAnswerFormat(template="plain", prompt="{question}")
 FORGET = [{"question": f"Q{i}?", "answer": "ab" * (i + 1)} for i in range(4)]
 RETAIN = [{"question": f"Keep {i}?", "answer": "k" * (7 - i)} for i in range(4)]
-OTHERWISE = [{**row, "alternative": ["xy", "other"]} for row in FORGET]
+OTHERWISE = [{**row, "alternative": ["xy", "other"], "name": row["question"][:2]} for row in FORGET]
 
 
 def config(tmp_path, **options):
@@ -503,6 +503,26 @@ def test_targets_of_rows_are_computed_once_saved_and_approached(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     whole, resumed = (dict(one.model.named_parameters()) for one in (made, again))
     assert distance({n: p.detach() for n, p in resumed.items()}, whole) < 1e-6
+
+
+def test_teachers_are_the_reference_on_rows_with_other_names_and_stay_what_they_are(tmp_path):
+    rows = [{"question": f"Who is {name}?", "answer": f"{name} is a cook", "name": name} for name in ("Ann", "Bob")]
+    model = lora()
+    made = trainer(tmp_path, model, method="causal_whp", forget=rows, retain=None, learning_rate=1e-2)
+    batch = made.data_collator([made.train_dataset[i] for i in range(2)])
+    other = "Who is Bob? Bob is a cook"
+    with torch.no_grad():
+        ids = torch.tensor([byte_tokenizer()(other)["input_ids"]])
+        expected = model.double().eval()(ids).logits[0, len(other) - 2].softmax(-1)  # predicts the last letter
+    own, foreign = (byte_tokenizer()(name[0])["input_ids"][0] for name in ("Ann", "Bob"))
+    expected[own], expected[foreign] = expected[own] + expected[foreign], 0.0
+    model.float().train()
+    weights_after(made)
+    probs, places = made.prepared["teacher_probs"], made.prepared["teacher_ids"]
+    last = len(" Ann is a cook") - 1  # of the first row; its answer begins with the separator
+    found = torch.zeros(expected.shape, dtype=torch.float64).scatter(0, places[last], probs[last].double())
+    torch.testing.assert_close(found, torch.where(found > 0, expected, 0.0), atol=1e-5, rtol=1e-4)
+    assert probs.sum(-1).max() <= 1 + 1e-5 and float(made.compute_loss(made.model.eval(), batch)) > 0
 
 
 def test_targets_of_rows_refuse_an_evaluation_set(tmp_path):

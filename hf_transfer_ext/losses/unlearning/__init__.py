@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hf_transfer_ext.losses.needs import check_loss
+from hf_transfer_ext.losses.unlearning.causal_whp import causal_whp
 from hf_transfer_ext.losses.unlearning.ce_u import ce_u
 from hf_transfer_ext.losses.unlearning.dmm import dmm
 from hf_transfer_ext.losses.unlearning.dpo import dpo
@@ -40,8 +41,8 @@ from hf_transfer_ext.registry import Registry
 UNLEARNING_LOSSES: Registry[Callable] = Registry(
     "unlearning loss",
     [
-        grad_ascent, npo, simnpo, dpo, idk, llmu, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, whp, dmm,
-        rmu, laf, scar,
+        grad_ascent, npo, simnpo, dpo, idk, llmu, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, whp,
+        causal_whp, dmm, rmu, laf, scar,
     ],
     check=check_loss,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_transfer_ext.losses.unlearning.methods.altpo import altpo
+from hf_transfer_ext.losses.unlearning.methods.causal_whp import causal_whp
 from hf_transfer_ext.losses.unlearning.methods.ce_u import ce_u
 from hf_transfer_ext.losses.unlearning.methods.dmm import dmm
 from hf_transfer_ext.losses.unlearning.methods.grad_ascent import grad_ascent
@@ -52,7 +53,7 @@ METHODS: Registry[type[Method]] = Registry(
         # Towards another answer.
         idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, reasoned_idk, unstar,
         # Towards other distributions or hidden states.
-        undial, ce_u, me_gd, whp, dmm, rmu, laf, scar,
+        undial, ce_u, me_gd, whp, causal_whp, dmm, rmu, laf, scar,
     ],
     check=check_method,
 )  # fmt: skip

@@ -17,8 +17,11 @@ class Answers:
     layers = 2
     progress, prepared = Progress(0.0, 0.0), {}
 
-    def __init__(self, parts, parameters=()):
-        self.parts, self.parameters = parts, list(parameters)
+    def __init__(self, parts, parameters=(), copied=()):
+        self.parts, self.parameters, self.copied = parts, list(parameters), copied
+
+    def copies(self):
+        yield from self.copied
 
     def answers(self, part, *, at_once=1):
         for make in self.parts[part]:

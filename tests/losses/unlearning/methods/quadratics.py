@@ -29,6 +29,9 @@ class Quadratics:
     def recall(self):
         return [self.c]
 
+    def copies(self):
+        raise NotImplementedError("A quadratic has no rows.")
+
     def answers(self, part, *, at_once=1):
         raise NotImplementedError("A quadratic has no answers.")
 
