@@ -9,7 +9,7 @@ share of the squared norm of the changes that the adapter does not hold. Random 
 the worst case for a random sketch.
 
 *Resizing*: the factors of an adapter with these shapes, cut to a smaller rank, by QR and a small core, and by a full
-SVD of B A; both in memory, on some of the layers. The *difference* between the two results is relative, on the smallest matrix.
+SVD of B A; both in memory, on some of the layers. The *difference* is relative, on the smallest matrix.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from benchmarks import measure
 from benchmarks.merging import SHAPES, VARIABLE, make_models, run_command, specs_of
 from hf_transfer_ext.files import write_text
-from hf_transfer_ext.weights.lora import LoraFactors, decomposed, read_lora
+from hf_transfer_ext.weights.lora import CONVERTIBLE, LoraFactors, decomposed, read_lora
 from hf_transfer_ext.weights.opened import InputModel, Scratch, open_model
 from hf_transfer_ext.weights.reference import parse_reference
 
@@ -54,7 +54,7 @@ def extraction(engine: str, folders: Sequence[Path], out: Path, rank: int) -> li
 def residual(folders: Sequence[Path], adapter: Path) -> tuple[float, int]:
     """Share of the squared norm of the linear layers' changes that an adapter does not hold, and its modules."""
     base, tuned = (open_model(parse_reference(folder, "model")) for folder in folders)
-    found = read_lora(adapter)
+    found = read_lora(adapter, allow=CONVERTIBLE)  # mergekit stores changed biases beside the factors
     try:
         lost = whole = 0.0
         for module, factors in found.modules.items():
