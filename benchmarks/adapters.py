@@ -169,7 +169,8 @@ def markdown(records: Sequence[Record], arguments: argparse.Namespace, command: 
     parts.append(
         f"{machine['processor']}, {arguments.threads} threads, torch {machine['versions']['torch']}; medians of "
         f"{arguments.rounds} rounds. Shapes of {arguments.shape}, random weights (see the head of "
-        f"`benchmarks/adapters.py`).\n\n## Extraction at rank {arguments.rank}\n"
+        f"`benchmarks/adapters.py`). Other work on the machine lengthens wall seconds more than CPU seconds.\n\n"
+        f"## Extraction at rank {arguments.rank}\n"
     )
     names = (("wall s", "wall_s", ".1f", 1.0), ("CPU s", "cpu_s", ".1f", 1.0), ("peak MB", "peak_bytes", ".0f", 1e-6))
     rows = [[title, *(column("extract", one, key, form, by) for one in ENGINES)] for title, key, form, by in names]

@@ -296,7 +296,7 @@ def report(result: dict[str, Any], command: str) -> str:
         areas = [result["notes"][f"{source} {seed}"]["separation"] for seed in runs]
         text.append(
             f"The discriminator ranks {np.mean(areas):.0%} of the pairs of a real and a synthetic input correctly and "
-            f"accepted {np.mean(accepted):.0%} of the synthetic inputs.\n"
+            f"accepted {np.mean(accepted):.0%} of the synthetic inputs, by a threshold from held-out inputs.\n"
         )
     text.append(
         "Both bases are one family: the student's layers come from Gemma. Transfer to another family, with another "
