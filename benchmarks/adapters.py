@@ -9,8 +9,7 @@ share of the squared norm of the changes that the adapter does not hold. Random 
 the worst case for a random sketch.
 
 *Resizing*: the factors of an adapter with these shapes, cut to a smaller rank, by QR and a small core, and by a full
-SVD of B A; both in memory, on some of the layers. The *difference* between the two results is relative, and taken on
-the smallest matrix.
+SVD of B A; both in memory, on some of the layers. The *difference* is relative, on the smallest matrix.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import torch
 from benchmarks import measure
 from benchmarks.merging import SHAPES, VARIABLE, make_models, run_command, specs_of
 from hf_transfer_ext.files import write_text
-from hf_transfer_ext.weights.lora import LoraFactors, decomposed, read_lora
+from hf_transfer_ext.weights.lora import CONVERTIBLE, LoraFactors, decomposed, read_lora
 from hf_transfer_ext.weights.opened import InputModel, Scratch, open_model
 from hf_transfer_ext.weights.reference import parse_reference
 
@@ -55,7 +54,7 @@ def extraction(engine: str, folders: Sequence[Path], out: Path, rank: int) -> li
 def residual(folders: Sequence[Path], adapter: Path) -> tuple[float, int]:
     """Share of the squared norm of the linear layers' changes that an adapter does not hold, and its modules."""
     base, tuned = (open_model(parse_reference(folder, "model")) for folder in folders)
-    found = read_lora(adapter)
+    found = read_lora(adapter, allow=CONVERTIBLE)  # mergekit stores changed biases beside the factors
     try:
         lost = whole = 0.0
         for module, factors in found.modules.items():
@@ -170,7 +169,8 @@ def markdown(records: Sequence[Record], arguments: argparse.Namespace, command: 
     parts.append(
         f"{machine['processor']}, {arguments.threads} threads, torch {machine['versions']['torch']}; medians of "
         f"{arguments.rounds} rounds. Shapes of {arguments.shape}, random weights (see the head of "
-        f"`benchmarks/adapters.py`).\n\n## Extraction at rank {arguments.rank}\n"
+        f"`benchmarks/adapters.py`). Other work on the machine lengthens wall seconds more than CPU seconds.\n\n"
+        f"## Extraction at rank {arguments.rank}\n"
     )
     names = (("wall s", "wall_s", ".1f", 1.0), ("CPU s", "cpu_s", ".1f", 1.0), ("peak MB", "peak_bytes", ".0f", 1e-6))
     rows = [[title, *(column("extract", one, key, form, by) for one in ENGINES)] for title, key, form, by in names]

@@ -206,14 +206,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if f"{source} {seed}" not in result["tokens"]:
                 measure.stop_in_time(options)
                 measured(f"{source} {seed}", source, source_adapter(work, source, seed))
-            known = read_discriminator(work / f"{source}-{seed}")
-            result["notes"][f"{source} {seed}"] = {"separation": known.separation if known is not None else None}
             for method in options.methods:
                 key = f"{direction} {method} {seed}"
                 if key not in result["tokens"]:
                     measure.stop_in_time(options)
                     notes = result["notes"].setdefault(key, {})
                     measured(key, target, moved(method, work, direction, seed, notes))
+            known = read_discriminator(work / f"{source}-{seed}")
+            if known is not None:
+                result["notes"][f"{source} {seed}"] = {
+                    "separation": known.separation, "threshold": known.threshold,
+                }  # fmt: skip
     measure.write_json(out, result)
     return result
 
@@ -293,7 +296,7 @@ def report(result: dict[str, Any], command: str) -> str:
         areas = [result["notes"][f"{source} {seed}"]["separation"] for seed in runs]
         text.append(
             f"The discriminator ranks {np.mean(areas):.0%} of the pairs of a real and a synthetic input correctly and "
-            f"accepted {np.mean(accepted):.0%} of the synthetic inputs.\n"
+            f"accepted {np.mean(accepted):.0%} of the synthetic inputs, by a threshold from held-out inputs.\n"
         )
     text.append(
         "Both bases are one family: the student's layers come from Gemma. Transfer to another family, with another "

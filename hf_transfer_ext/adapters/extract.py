@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_transfer_ext.adapters.distance import squared_norms
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_run
@@ -389,6 +391,11 @@ class _Changes:
             norm, lost = earlier["norm_and_lost"].tolist()
             self._keep(owner, LoraFactors(earlier["left"], earlier["right"]), norm, lost)
             return
+        if not is_factored and not (wanted and self.keep_whole) and leaf in ("weight", "bias"):
+            distance = self._streamed_distance(loading, before)
+            if distance is not None:
+                self._leave_out(parameter, distance, low_rank=not wanted)
+                return
         change, tuned = self._change(parameter)
         if change is not None and not bool(change.any()):
             return
@@ -401,9 +408,7 @@ class _Changes:
         held = is_stack or (is_factored and change is not None)
         if not wanted or not (held or self.keep_whole):
             norm = float(torch.linalg.vector_norm(tuned.float() if change is None else change, dtype=torch.float64))
-            self.left_out[parameter] = norm
-            if wanted and not held:
-                self.not_low_rank.append(parameter)
+            self._leave_out(parameter, norm, low_rank=held or not wanted)
         elif change is None:  # the base has no such tensor, or one of another vocabulary
             self._save_new(parameter, owner, part, tuned)
         elif is_factored:
@@ -419,6 +424,25 @@ class _Changes:
             self.replaced[parameter] = tuned
         else:
             self._save_whole(owner, part)
+
+    def _leave_out(self, parameter: str, distance: float, *, low_rank: bool) -> None:
+        if distance > 0:
+            self.left_out[parameter] = distance
+            if not low_rank:
+                self.not_low_rank.append(parameter)
+
+    def _streamed_distance(self, after: Loading, before: Loading | None) -> float | None:
+        """Norm of the change of a tensor that is loaded as it is stored, without it in memory; None for any other.
+
+        NaN and infinity are left to the usual way, which refuses them.
+        """
+        if before is None or after.converter is not None or before.converter is not None:
+            return None
+        one, other = self.start.tensors[before.sources[0]], self.end.tensors[after.sources[0]]
+        if one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOAT_DTYPES):
+            return None
+        squared, _ = squared_norms(one, other)
+        return math.sqrt(squared) if math.isfinite(squared) else None
 
     def _holds_others(self, part: Any) -> bool:
         """Whether a module is more than weight, bias and the statistics of a normalization."""

@@ -42,6 +42,7 @@ from hf_transfer_ext.adapters.transfer.travel import (
     copy_seeds,
     inputs_of_transfer,
     origin,
+    refuse_other_base,
 )
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
@@ -159,6 +160,7 @@ def transfer_by_training(
     stages.mkdir(parents=True, exist_ok=True)
     source_reference = parse_reference(source_base, "source_base") if source_base else _base_reference(folder)
     target_reference = parse_reference(target_base, "target_base")
+    refuse_other_base(folder, source_reference)
     source_tokenizer, target_tokenizer = (_tokenizer(one) for one in (source_reference, target_reference))
     if learn == "logits" and source_tokenizer.get_vocab() != target_tokenizer.get_vocab():
         raise ValueError(

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
+from hf_transfer_ext.adapters.distance import squared_norms
 from hf_transfer_ext.adapters.transfer.anchors import FEWEST_SHARED_TOKENS, even_layers, shared_tokens
 from hf_transfer_ext.adapters.transfer.places import LAYER, depth_of
 from hf_transfer_ext.models.loading import load_tokenizer
-from hf_transfer_ext.weights.opened import InputModel, InputTensor, Scratch, open_model
+from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
 #: Largest relative distance of weights that still suggests a common origin. Independent weights of one scale are at
@@ -22,9 +21,6 @@ RELATED = 0.5
 NEEDS_ORIGIN = ("copy", "project")
 #: Methods that align the models by tokens of both vocabularies.
 NEEDS_TOKENS = ("cross_lora", "lorasuite")
-
-#: Elements that are compared at a time.
-PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -171,7 +167,7 @@ def weight_distances(
             shapes[_kind(after)] = tuple(one.shape), tuple(other.shape)
             continue
         squares = sums.setdefault(_kind(after), [0.0, 0.0])
-        for part, value in enumerate(_squares(one, other)):
+        for part, value in enumerate(squared_norms(one, other)):
             squares[part] += value
     distances = {
         kind: math.sqrt(difference / norm) if norm > 0 else math.inf
@@ -191,20 +187,6 @@ def _matrices(model: InputModel) -> Iterator[tuple[tuple[int, str], str]]:
 
 def _kind(after: str) -> str:
     return after.removesuffix(".weight").rpartition(".")[2]
-
-
-def _squares(one: InputTensor, other: InputTensor) -> tuple[float, float]:
-    """Sums of squares of the difference and of the first tensor, read a piece at a time."""
-    count, scratch = math.prod(one.shape), Scratch()
-    difference = norm = 0.0
-    for start in range(0, count, PIECE):
-        size = min(PIECE, count - start)
-        a, b = torch.empty(size), torch.empty(size)
-        one.read(start, a, scratch)
-        other.read(start, b, scratch)
-        difference += float((b - a).double().square().sum())
-        norm += float(a.double().square().sum())
-    return difference, norm
 
 
 def _shared_share(source: ModelReference, target: ModelReference) -> float | None:

@@ -41,11 +41,12 @@ from hf_transfer_ext.adapters.transfer.travel import (
     copy_seeds,
     inputs_of_transfer,
     origin,
+    refuse_other_base,
 )
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.registry import unknown_name
-from hf_transfer_ext.weights.lora import LoraAdapter, LoraFactors, read_lora, save_lora, truncated
+from hf_transfer_ext.weights.lora import PREFIX, LoraAdapter, LoraFactors, read_lora, save_lora, truncated
 from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 from hf_transfer_ext.weights.repository import local_folder
@@ -122,6 +123,7 @@ def transfer_lora(
         raise ValueError(f"Adapter {str(adapter)!r} names no base model in its config: give `source_base`.")
     source_reference = parse_reference(named, "source_base")
     target_reference = parse_reference(target_base, "target_base")
+    refuse_other_base(adapter_folder, source_reference)
     source = open_model(source_reference)
     try:
         target = open_model(target_reference)
@@ -282,6 +284,12 @@ class _Carrier:
         return counterparts
 
     def _check_adapter(self) -> None:
+        embeddings = next((name for name in self.adapter.checkpoint.entries if ".lora_embedding_" in name), None)
+        if embeddings is not None:
+            raise ValueError(
+                f"The adapter changes the embeddings {embeddings.removeprefix(PREFIX).partition('.lora_')[0]!r}, and "
+                "closed forms carry changes of linear layers alone. Use trans_lora."
+            )
         for module, factors in self.adapter.modules.items():
             name = f"{module}.weight"
             if name not in self.source.tensors or self.source[name].shape != factors.shape:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.hub.inputs import Wanted
-from hf_transfer_ext.hub.record import RunInput, describe_input
+from hf_transfer_ext.hub.record import RECORD_FILE, RunInput, describe_input, read_record
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.weights.reference import ModelReference
 
@@ -46,6 +46,27 @@ def origin(adapter: str | Path, source: ModelReference, target: ModelReference, 
         "target_base": _described(target),
         "earlier_transfers": earlier,
     }
+
+
+def refuse_other_base(folder: Path, source: ModelReference) -> None:
+    """Refuse a source base whose weights are not those that the adapter's own record names as its base.
+
+    Adapters without a record of this package are not checked: PEFT stores no digest of the base.
+
+    Raises:
+        ValueError: The digests differ.
+    """
+    if not (folder / RECORD_FILE).is_file():
+        return
+    known = next((one.sha256 for one in read_record(folder).inputs if one.role == "base"), {})
+    given = describe_input(source.path, source.revision).sha256
+    differing = sorted(name for name in known.keys() & given.keys() if known[name] != given[name])
+    if differing:
+        raise ValueError(
+            f"The adapter {str(folder)!r} was made for a base with other weights than {source.path!r}: {differing[0]} "
+            f"has sha256 {given[differing[0]][:12]} there, and {known[differing[0]][:12]} in the adapter's record. "
+            "Name the base that it was trained on as `source_base`."
+        )
 
 
 def inputs_of_transfer(adapter: str | Path, source: ModelReference, target: ModelReference) -> list[Wanted]:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.adapters.transfer import lineage as module
+from hf_transfer_ext.adapters import distance as module
 from hf_transfer_ext.adapters.transfer.lineage import lineage
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
