@@ -1,7 +1,7 @@
 """Faults of the Hub while a result is pushed over an older one and pulled: `python benchmarks/hub_faults.py`.
 
 The real client talks to the loopback Hub of the tests, which fails at every place in turn: the connection drops after
-some bytes, or a request is answered with 429, 500 or 401, slowly, or with a stale ETag, once or from then on; the server
+some bytes, or a request is answered with 429, 500 or 401, or slowly, once or from then on; the server
 dies in the middle of a request and comes back; other people commit in between; 16 pushes arrive at once. After each
 fault the repository must hold the old result or the new one, and nothing else.
 """
@@ -38,19 +38,11 @@ class Faults:
         """True if the request was answered with the fault."""
         if self.place not in handler.path or self.left <= 0:
             return False
-        if self.kind == "stale ETag" and handler.command != "HEAD":
-            return False
         self.left -= 1
         self.seen += 1
         if self.kind == "slow":
             time.sleep(0.3)
             return False
-        if self.kind == "stale ETag":
-            handler.send_response(200)
-            for key, value in {"ETag": '"' + "0" * 40 + '"', "X-Repo-Commit": "0" * 40, "Content-Length": "9"}.items():
-                handler.send_header(key, value)
-            handler.end_headers()
-            return True
         handler._read_body()
         if self.kind.startswith("drop"):
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * int(self.kind[5:]))
@@ -112,7 +104,7 @@ def measured(server: HubServer) -> list[dict[str, Any]]:
             push(folder, "tester/a", token=server.token)
             states.append(dict(server.files("tester/a")))
         rows = []
-        for kind in ("drop:0", "drop:50", "429", "500", "401", "killed", "slow", "stale ETag"):
+        for kind in ("drop:0", "drop:50", "429", "500", "401", "killed", "slow"):
             row = {"fault": kind, "runs": 0, "struck": 0, "old": 0, "new": 0, "half": 0, "raw": 0, "seconds": 0.0}
             for place in PLACES:
                 for count in (1,) if kind == "killed" else (1, 1000):  # once, and from then on
