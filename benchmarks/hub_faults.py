@@ -1,8 +1,9 @@
 """Faults of the Hub while a result is pushed over an older one and pulled: `python benchmarks/hub_faults.py`.
 
 The real client talks to the loopback Hub of the tests, which fails at every place in turn: the connection drops after
-some bytes, or a request is answered with 429, 500 or 401, once or from then on; other people commit in between; 16
-pushes arrive at once. After each fault the repository must hold the old result or the new one, and nothing else.
+some bytes, or a request is answered with 429, 500 or 401, or slowly, once or from then on; the server
+dies in the middle of a request and comes back; other people commit in between; 16 pushes arrive at once. After each
+fault the repository must hold the old result or the new one, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,12 +40,21 @@ class Faults:
             return False
         self.left -= 1
         self.seen += 1
+        if self.kind == "slow":
+            time.sleep(0.3)
+            return False
         handler._read_body()
         if self.kind.startswith("drop"):
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * int(self.kind[5:]))
             handler.wfile.flush()
             handler.close_connection = True
             handler.connection.close()
+            return True
+        if self.kind == "killed":
+            server = handler.hub
+            threading.Thread(target=server.close).start()
+            threading.Timer(0.3, server.start, [server.port]).start()
+            handler.close_connection = True
             return True
         status = int(self.kind)
         headers = {"Retry-After": "1"} if status == 429 else {}
@@ -72,9 +83,11 @@ def measured(server: HubServer) -> list[dict[str, Any]]:
     from huggingface_hub.utils import _http
     from tiny import byte_tokenizer, tiny_llama
 
+    from hf_transfer_ext.hub import publish
     from hf_transfer_ext.hub.publish import push, save_result
     from hf_transfer_ext.hub.record import RunRecord
 
+    publish.WAITS = (0.05, 0.1, 0.4, 0.4)
     # The client waits up to a minute between its attempts; here it makes as many, without the waiting.
     _http.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)), time=time.time)  # type: ignore
     with tempfile.TemporaryDirectory() as made:
@@ -91,10 +104,10 @@ def measured(server: HubServer) -> list[dict[str, Any]]:
             push(folder, "tester/a", token=server.token)
             states.append(dict(server.files("tester/a")))
         rows = []
-        for kind in ("drop:0", "drop:50", "429", "500", "401"):
+        for kind in ("drop:0", "drop:50", "429", "500", "401", "killed", "slow"):
             row = {"fault": kind, "runs": 0, "struck": 0, "old": 0, "new": 0, "half": 0, "raw": 0, "seconds": 0.0}
             for place in PLACES:
-                for count in (1, 1000):  # once, and from then on
+                for count in (1,) if kind == "killed" else (1, 1000):  # once, and from then on
                     _one(row, server, states, Faults(kind, place, count),
                          lambda: push(folders[1], "tester/a", token=server.token))  # fmt: skip
             rows.append(row)
@@ -183,7 +196,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         "# Faults of the Hub\n",
         "`python benchmarks/hub_faults.py`: a result is pushed over an older one with the real client, and the "
         "loopback Hub of the tests fails at each kind of request in turn, once or from then on "
-        "(the client's waits between attempts are cut to 20 ms). *struck*: runs that met the fault; "
+        "(the waits of the client between its attempts are cut to 20 ms, those of the push to 0.05 to 0.4 s; *killed*: "
+        "the server dies in the middle of the request and is back after 0.3 s). *struck*: runs that met the fault; "
         "*old*, *new*: what the repository held afterwards; *half published*: neither; *raw errors*: other than "
         "OSError and ValueError.\n",
         "| fault | runs | struck | old | new | half published | raw errors | longest run, s |",

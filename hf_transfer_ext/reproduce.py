@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,10 @@ RECIPES = {
 }
 #: Files that name the inputs in words of their own, so that their bytes say nothing about the result.
 NOT_COMPARED = ("mergekit_config.yml", "mergekit_moe_config.yml", "transfer.json", "comparison.png")
+#: Arguments of a call that name a model, adapter or data set; each has to be an input of the record.
+MODEL_KEYS = ("adapter", "base", "base_model", "finetuned", "forget", "lora", "model", "path", "retain", "source_base",
+              "source_model", "target_base", "tuned")  # fmt: skip
+_INPUTS = re.compile(r"input:[0-9]{1,4}(\+input:[0-9]{1,4})?")
 #: Settings of a training that do not change its result, and that a second run must not obey.
 _NOT_REPEATED = ("output_dir", "overwrite", "push_to_hub", "resume_from_checkpoint", "logging_dir", "report_to",
                  "original_dir", "retrained_dir")  # fmt: skip
@@ -126,6 +131,7 @@ def reproduce(
             f"The record of {path_or_repo!r} does not hold the call: it is of an earlier version, its data were "
             "Python objects, or its options are private. Run the command again yourself."
         )
+    _refuse_unsafe({"call": record.call, "settings": record.config})
     if out is not None:
         refuse_existing_output(out)
     places = _Places(record, inputs or [], search or [])
@@ -141,6 +147,29 @@ def reproduce(
             return _compared(path_or_repo, revision, record, made, Reproduction(str(out or ""), by, notes=notes))
     finally:
         _set_threads(before)
+
+
+def _refuse_unsafe(value: Any, key: str = "") -> None:
+    """Refuse what a record of a stranger must not make this machine do: run code, or read models not among its inputs.
+
+    Raises:
+        ValueError: With the setting.
+    """
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            if name == "trust_remote_code" and one not in (None, False):
+                raise ValueError(
+                    "The record sets `trust_remote_code`, so the job runs Python code from a repository. Read it; if "
+                    "you trust it, run the command yourself."
+                )
+            _refuse_unsafe(one, "call" if name == "call" else key and str(name))
+    elif isinstance(value, list):
+        for one in value:
+            _refuse_unsafe(one, key)
+    elif key in MODEL_KEYS and isinstance(value, str) and not _INPUTS.fullmatch(value):
+        raise ValueError(
+            f"`{key}` in the call of the record names {value!r}, which is not one of its inputs; refused."
+        )
 
 
 class _Places:
@@ -212,7 +241,7 @@ class _Places:
             return value
         if not by_name:
             parts = value.split("+")
-            if not all(part.startswith("input:") and part[6:].isdecimal() for part in parts):
+            if not _INPUTS.fullmatch(value):
                 return self.of_file(value) or value if value in self.record.files else value
             return "+".join(self.of_input(int(part[6:])) for part in parts)
         named = [number for number, item in enumerate(self.record.inputs) if value in (item.name, str(item.place))]

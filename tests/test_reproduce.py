@@ -149,6 +149,15 @@ def test_what_a_record_cannot_repeat_is_said(models):
     path.write_text(json.dumps({**content, "call": {"config": "input:99"}}))
     with pytest.raises(ValueError, match="names input 99"):
         reproduce(str(models / "out"))
+    for key in ("base_model", "models"):
+        config = {**content["call"]["config"], key: "org/other" if key == "base_model" else [{"model": "org/other"}]}
+        path.write_text(json.dumps({**content, "call": {**content["call"], "config": config}}))
+        with pytest.raises(ValueError, match="names 'org/other', which is not one of its inputs"):
+            reproduce(str(models / "out"), search=[str(models)])
+    code = {"config": {"nested": [{"trust_remote_code": True}]}}
+    path.write_text(json.dumps({**content, "recipe": "hf-transfer-ext distill", **code}))
+    with pytest.raises(ValueError, match="runs Python code from a repository"):
+        reproduce(str(models / "out"))
     path.write_text(json.dumps({**content, "versions": {"torch": "1.0"}, "recipe_sha256": "0" * 64}))
     found = reproduce(str(models / "out"), search=[str(models)])
     assert found.verdict == "equal" and any("torch 1.0 then" in note for note in found.notes)

@@ -9,7 +9,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_transfer_ext.hub.card import CARD_FILE, model_card
 from hf_transfer_ext.hub.inputs import described_or_named
-from hf_transfer_ext.hub.publish import push, save_result
+from hf_transfer_ext.hub.publish import earlier_card, push, save_result
 from hf_transfer_ext.hub.record import RunInput, RunRecord, Stage, device_summary
 from hf_transfer_ext.recipe import inherited_defaults, settings_of
 from hf_transfer_ext.students.auxiliary import expanded, load_shared, save_shared
@@ -93,7 +93,8 @@ class SavesResults:
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             adapter, extra = hasattr(self.model, "peft_config"), [tags] if isinstance(tags, str) else list(tags or ())
-            card = model_card(self.record(), title=model_name, adapter=adapter, tags=extra)
+            earlier = earlier_card(folder)
+            card = model_card(self.record(), title=model_name, adapter=adapter, tags=extra, earlier=earlier)
             (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
 
     def push_to_hub(

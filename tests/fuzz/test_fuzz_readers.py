@@ -18,10 +18,15 @@ import yaml
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.evals.suite import read_rows
-from hf_transfer_ext.hub.card import model_card
-from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input
+from hf_transfer_ext.hub.card import END, START, model_card
+from hf_transfer_ext.hub.lineage_tree import lineage_tree, tree_text
+from hf_transfer_ext.hub.publish import earlier_card
+from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_input, read_record
+from hf_transfer_ext.hub.report import report_card
+from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.models.loading import load_tokenizer
+from hf_transfer_ext.reproduce import reproduce
 from hf_transfer_ext.weights.checkpoints import Checkpoint
 from hf_transfer_ext.weights.lora import LoraFactors, read_lora, save_lora
 from hf_transfer_ext.weights.opened import open_model
@@ -102,6 +107,19 @@ def described(folder):
     str(model_card(made)).encode()
 
 
+def traced(folder):
+    node = lineage_tree(folder, search=[folder])
+    tree_text(node).encode()
+    json.dumps(node.to_dict(), allow_nan=False).encode()
+    report_card(read_record(folder)).encode()
+
+
+def kept_text(folder):
+    made = str(model_card(RunRecord("merging", "r"), earlier=earlier_card(folder)))
+    assert START in made and END in made
+    made.encode()
+
+
 def opened(folder):
     for checkpoint in open_model(ModelReference(str(folder))).opened:
         checkpoint.close()
@@ -134,9 +152,14 @@ def adapter_config(folder: Path):
 
 
 def record_content():
-    parent = RunRecord("distillation", "r", {"a": 1}, inputs=[RunInput("a/b", "teacher", True)])
-    made = RunRecord("merging", "r", {}, inputs=[RunInput("x", "model", record=parent)], versions={"x": "1"})
-    return made.to_dict()
+    worst = Measurement("recovered at worst", 0.5, "share", False, 4, (0.4, 0.6), "a/d")
+    parent = RunRecord("distillation", "r", {"a": 1}, inputs=[RunInput("a/b", "teacher", True)], metrics=[worst])
+    own = RunInput("x", "model", sha256={"model.safetensors": "a" * 64}, license={"license": "llama3"}, record=parent)
+    call = {"config": {"merge_method": "linear", "models": [{"model": "input:0"}]}, "lora_rank": None}
+    return RunRecord(
+        "merging", "hf-transfer-ext merge", {}, inputs=[own], versions={"x": "1"}, call=call,
+        compared={"model": [worst]}, result={"model.safetensors": "a" * 64}, recipe_sha256="b" * 64,
+    ).to_dict()  # fmt: skip
 
 
 HEADER = {
@@ -152,6 +175,12 @@ KINDS = {
     "adapter_config.json": ("adapter_config.json", None, as_json, read_lora, False),
     "merge YAML": ("merge.yml", MERGE, as_yaml, lambda folder: load_config(folder / "merge.yml"), False),
     "run record": ("hf_transfer_ext.json", None, as_json, described, False),
+    "record for lineage": ("hf_transfer_ext.json", None, as_json, traced, False),
+    "record for reproduce": ("hf_transfer_ext.json", None, as_json, lambda folder: reproduce(str(folder)), False),
+    "card with own text": (
+        "README.md", CARD,
+        lambda v: b"---\n" + as_yaml(v) + f"\n---\nmine\n{START}\n# Title\n{END}\nmine\n".encode(), kept_text, False,
+    ),
     "card": ("README.md", CARD, lambda v: b"---\n" + as_yaml(v) + b"\n---\n# Title\n", described, False),
     "tokenizer.json": ("tokenizer.json", None, as_json, load_tokenizer, True),
     "rows": ("rows.json", [{"question": "a", "answer": "b"}, {"question": "c", "answer": ["d"]}], as_json,
@@ -172,7 +201,7 @@ def test_a_damaged_file_gives_a_value_or_a_clear_error(tmp_path, model, kind):
         folder.mkdir()
     if kind == "adapter_config.json":
         content = adapter_config(folder)
-    if kind == "run record":
+    if name == "hf_transfer_ext.json":
         content = record_content()
     if kind == "index":
         (folder / "model-1.safetensors").write_bytes(as_header(HEADER))
