@@ -56,7 +56,8 @@ def estimated(case: dict[str, Any]) -> Any:
     student = Shape.of(config_of(case["student"]))
     return Step(
         student, case["rows"] * case["length"],
-        Shape.of(config_of(case["teacher"])) if "teacher" in case else None, trained=student.adapter_parameters(case.get("rank", 0)),
+        Shape.of(config_of(case["teacher"])) if "teacher" in case else None,
+        trained=student.adapter_parameters(case.get("rank", 0)),
         optimizer=case.get("optimizer", "adamw"), checkpointing=case.get("checkpointing", False),
         fused=case.get("fused", True), device="cpu",
     )  # fmt: skip

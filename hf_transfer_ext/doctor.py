@@ -130,6 +130,8 @@ def doctor(*, plan: str | None = None, gpus: str = "1x80GB", sharded: bool = Fal
 
 
 def main(argv: list[str] | None = None) -> int:
-    about = "Show versions, devices, what is installed, and what the jobs would need; or plan the training of a recipe."
+    about = (
+        "Show versions, devices, what is installed, and what the jobs would need; or plan the training of a recipe."
+    )
     print(doctor(**arguments_for(doctor, argv, program="hf-transfer-ext doctor", about=about)))
     return 0

@@ -49,7 +49,6 @@ class Shape:
         inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         return cls(parameters, text.hidden_size, kv, inner, text.num_hidden_layers, text.vocab_size)
 
-
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of a LoRA of this rank on all linear layers but the head."""
         attention = 2 * (2 * self.hidden) + 2 * (self.hidden + self.kv)
