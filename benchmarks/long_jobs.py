@@ -83,9 +83,9 @@ def run_unlearn(models_folder: Path, out: Path, overwrite: bool) -> object:
 
 
 def run_cache_teacher(models_folder: Path, out: Path, overwrite: bool) -> object:
-    cache.FLUSH_SECONDS = 0.0  # a file for each batch
+    cache.FLUSH_SECONDS = cache.STALE_SECONDS = 0.0  # a file for each text, and no other process that writes
     teacher, texts = (str(models_folder / FOLDER / name) for name in ("teacher", "texts.jsonl"))
-    return cache_for_distillation(teacher, texts, str(out), batch_size=2, top=4, samples=2)
+    return cache_for_distillation(teacher, texts, str(out), batch_size=1, top=4, samples=2)
 
 
 def run_transfer(models_folder: Path, out: Path, overwrite: bool) -> object:

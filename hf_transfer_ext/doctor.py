@@ -11,8 +11,8 @@ from pathlib import Path
 
 from hf_transfer_ext import __version__
 from hf_transfer_ext.hub.record import PACKAGES
-from hf_transfer_ext.recipe import CONFIGS
-from hf_transfer_ext.settings import arguments_for
+from hf_transfer_ext.recipe import CONFIGS, flattened, read_yaml
+from hf_transfer_ext.settings import arguments_for, settings_of_class
 
 #: Optional package (its module) -> what needs it, and the extra that installs it.
 OPTIONAL = {
@@ -92,13 +92,46 @@ def _cache() -> str:
     return f"{folder}, {shutil.disk_usage(there).free / 1e9:.0f} GB free"
 
 
-def doctor() -> None:
-    """Print the findings."""
-    print(report())
+def planned(recipe: str, gpus: str, *, sharded: bool = False) -> str:
+    """Memory and time of a recipe's training step on these devices, estimated from the models' shapes.
+
+    Raises:
+        ValueError: The recipe names no model to train, or has an unknown setting; `gpus` is no number and size.
+    """
+    from hf_transfer_ext.recipes.distill import DistillArguments
+    from hf_transfer_ext.recipes.run import TRAINER_GROUPS
+    from hf_transfer_ext.recipes.unlearn import UnlearnArguments
+    from hf_transfer_ext.trainers.distillation import DistillationConfig
+    from hf_transfer_ext.trainers.estimate import devices_of, plan_lines, step_of_recipe
+    from hf_transfer_ext.trainers.unlearning import UnlearningConfig
+
+    devices, room = devices_of(gpus)
+    content = read_yaml(recipe)
+    unlearns = "model_name_or_path" in content
+    types = (UnlearnArguments, UnlearningConfig) if unlearns else (DistillArguments, DistillationConfig)
+    settings = [one for kind in types for one in settings_of_class(kind, TRAINER_GROUPS)]
+    flat = flattened(content, settings, f"{recipe}: ", "setting")
+    step = step_of_recipe(flat, devices=devices, sharded=sharded)
+    return "\n".join([recipe, *plan_lines(step, devices, room)])
+
+
+def doctor(*, plan: str | None = None, gpus: str = "1x80GB", sharded: bool = False) -> str:
+    """The findings, or the plan of a recipe.
+
+    Args:
+        plan: A recipe of distill or unlearn: its memory and time are estimated instead.
+        gpus: The devices that it would run on: 8x80GB.
+        sharded: They share weights, gradients and optimizer state (FSDP2, ZeRO-3).
+
+    Raises:
+        ValueError: `gpus` is written in another way, or the recipe cannot be planned.
+    """
+    return report() if plan is None else planned(plan, gpus, sharded=sharded)
 
 
 def main(argv: list[str] | None = None) -> int:
-    about = "Show versions, devices, what is installed, and what the jobs would need."
-    arguments_for(doctor, argv, program="hf-transfer-ext doctor", about=about)
-    doctor()
+    about = (
+        "Show versions, devices, what is installed, and what the jobs would need; or plan the training of a recipe."
+    )
+    print(doctor(**arguments_for(doctor, argv, program="hf-transfer-ext doctor", about=about)))
     return 0

@@ -33,6 +33,16 @@ def test_a_typo_is_answered(capsys):
     assert "Unknown command 'mrege'. Did you mean 'merge'?" in capsys.readouterr().err
 
 
+def test_the_help_of_all_commands_imports_nothing_heavy():
+    """A twentieth of a second of work; torch alone takes one."""
+    program = (
+        "import sys; from hf_transfer_ext.cli import main; main(['--help']); print([*sys.modules], file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = run.stderr.splitlines()[-1]
+    assert not [name for name in ("torch", "numpy", "transformers", "accelerate", "datasets") if f"'{name}'" in loaded]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_of_its_own(command, capsys):
     with pytest.raises(SystemExit) as stop:

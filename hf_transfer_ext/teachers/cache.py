@@ -9,6 +9,7 @@ loses the rows since its last file, and the next one goes on from there. The fol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -48,6 +49,8 @@ FORMAT = 1
 #: Rows wait in memory until they fill a file of this size, or for this long.
 SHARD_BYTES = 32_000_000
 FLUSH_SECONDS = 300.0
+#: Age of a half-written file at which no process can still be writing it: it was left by one that was killed.
+STALE_SECONDS = 3600.0
 #: Tokens whose logits exist at once while rows are captured.
 CAPTURE_TOKENS = 256
 
@@ -321,6 +324,7 @@ class TeacherCache:
         self._files: dict[Path, Any] = {}
         self._waiting: dict[bytes, list[_Rows]] = {}
         self._waiting_bytes, self._flushed = 0, time.monotonic()
+        self._remove_stale()
         self.refresh()
 
     def __len__(self) -> int:
@@ -330,6 +334,14 @@ class TeacherCache:
     def __contains__(self, document: Document) -> bool:
         """Whether all rows of a document are there."""
         return self._find(document) is not None
+
+    def _remove_stale(self) -> None:
+        """Remove the half-written files of processes that were killed long ago."""
+        half_written = (*self.folder.glob(f".{SHARDS}.partial"), *self.folder.glob(f".{FINGERPRINT_FILE}.partial*"))
+        for path in half_written:
+            with contextlib.suppress(OSError):  # of another process that removes it, or a folder that is read-only
+                if time.time() - path.stat().st_mtime >= STALE_SECONDS:
+                    path.unlink()
 
     def refresh(self) -> bool:
         """Look for files that other processes have written; True where there was one."""

@@ -264,6 +264,16 @@ def test_packed_rows_of_a_data_set_are_split_as_their_batches_are():
     assert [d.key for d in documents_of(lengths, mask)] == [d.key for d in one]
 
 
+def test_what_a_killed_process_left_half_written_goes_once_it_is_old(tmp_path):
+    made(tmp_path / "c", spec=SPECS[1])
+    young, old = (tmp_path / "c" / f".rows-{name}.safetensors.partial" for name in ("young", "old"))
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    assert len(TeacherCache(tmp_path / "c")) == 3
+    assert young.exists() and not old.exists()
+
+
 def test_two_processes_fill_one_cache(tmp_path):
     def fill(rank):
         cache = cache_teacher(

@@ -1,0 +1,202 @@
+"""Memory and time of a training step on paper: `hf-transfer-ext doctor --plan recipe.yaml --gpus 8x80GB`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_transfer_ext.losses.fused import CHUNK_BYTES, CHUNK_BYTES_GPU
+
+#: Bytes of optimizer state per trained parameter, by what the name of the optimizer contains; 8 otherwise (AdamW).
+STATE_BYTES = {"8bit": 2, "sgd": 0, "adafactor": 0, "adamw": 8}
+#: What a process takes beside its tensors: libraries that training loads, buffers of the allocator.
+PROCESS_BYTES = 1.0e8
+#: Share of the peak rate of matrix products that a training step reaches, and that peak of a GPU, in operations per
+#: second (bfloat16, A100; an H100 does about 2.5 times as many).
+EFFICIENCY, GPU_RATE = 0.4, 312e12
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a dense decoder: what memory and time depend on.
+
+    Args:
+        kv: Width of all keys of a token (heads of keys times their size).
+        inner: Width of the feed-forward layer.
+    """
+
+    parameters: int
+    hidden: int
+    kv: int
+    inner: int
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """The shape of a configuration of transformers, counted on a model without memory."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv = (getattr(text, "num_key_value_heads", None) or heads) * size
+        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        return cls(parameters, text.hidden_size, kv, inner, text.num_hidden_layers, text.vocab_size)
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Parameters of a LoRA of this rank on all linear layers but the head."""
+        attention = 2 * (2 * self.hidden) + 2 * (self.hidden + self.kv)
+        return rank * self.layers * (attention + 3 * (self.hidden + self.inner))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch on one device.
+
+    Args:
+        tokens: Of a micro-batch: rows times their length.
+        trained: Trained parameters; those of a LoRA where only that is trained, else all of the student.
+        precision: Bytes of a number in activations: 4, or 2 for bfloat16.
+        weight_bytes: Bytes of a stored weight of the student; 0.5 in 4 bits.
+        teacher_bytes: The same of the teacher.
+        shards: Devices that share weights, gradients and optimizer state (FSDP2, ZeRO-3); 1 for whole copies.
+    """
+
+    student: Shape
+    tokens: int
+    teacher: Shape | None = None
+    trained: int = 0
+    precision: float = 4.0
+    weight_bytes: float = 4.0
+    teacher_bytes: float = 4.0
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    fused: bool = True
+    shards: int = 1
+    device: str = "cuda"
+
+    def memory(self) -> dict[str, float]:
+        """Bytes at the peak, by what they are for. Gradients replace activations during the backward pass."""
+        s, trained = self.student, self.trained or self.student.parameters
+        state = next((size for name, size in STATE_BYTES.items() if name in self.optimizer), 8)
+        gradients, activations = 4.0 * trained / self.shards, self.activations() + self.logits()
+        whole = max(one.parameters / one.layers for one in (s, self.teacher or s)) if self.shards > 1 else 0.0
+        return {
+            "weights": s.parameters * self.weight_bytes / self.shards + (4.0 * self.trained if self.trained else 0.0),
+            "optimizer": state * trained / self.shards,
+            "teacher": self.teacher.parameters * self.teacher_bytes / self.shards if self.teacher else 0.0,
+            "gathered layers": 2 * whole * self.precision,
+            "activations": self.activations(),
+            "logits": self.logits(),
+            "gradients beyond those": max(0.0, gradients - activations),
+            "process": PROCESS_BYTES,
+        }
+
+    def activations(self) -> float:
+        """Bytes that the layers keep for the backward pass: inputs of norms, of products and of attention."""
+        s = self.student
+        in_layer = self.precision * (6 * s.hidden + 2 * s.kv + 4 * s.inner) + 4 * 2 * s.hidden
+        kept = 4 * s.hidden * s.layers + in_layer if self.checkpointing else in_layer * s.layers
+        return self.tokens * kept
+
+    def logits(self) -> float:
+        """Bytes of the loss: chunks of logits and the gradient of the head, or whole logits with their gradients."""
+        row = 4.0 * self.student.vocabulary
+        if not self.fused:
+            return self.tokens * row * (4 if self.teacher else 3)
+        chunk = min(self.tokens * row, CHUNK_BYTES.get(self.device, CHUNK_BYTES_GPU))
+        head = 0.0 if self.trained else row * self.student.hidden
+        return chunk * (2 if self.teacher else 1) + head
+
+    def operations(self) -> float:
+        """Of a step, about: 6 per trained weight and token, 4 where only a LoRA is trained, 2 of the teacher."""
+        per_token = (4.0 if self.trained else 6.0) + (2.0 if self.checkpointing else 0.0)
+        taught = 2.0 * self.teacher.parameters if self.teacher else 0.0
+        return self.tokens * (per_token * self.student.parameters + taught)
+
+
+def devices_of(text: str) -> tuple[int, float]:
+    """`"8x80GB"` -> (8, 80e9).
+
+    Raises:
+        ValueError: It is written in another way.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)\s*GB", text.strip(), re.IGNORECASE)
+    if found is None or int(found[1]) < 1:
+        raise ValueError(f"`gpus` has to be a number of devices and their memory, such as 8x80GB; got {text!r}.")
+    return int(found[1]), float(found[2]) * 1e9
+
+
+def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -> Step:
+    """The step that a recipe of distillation or unlearning describes, from its models' configurations alone.
+
+    Args:
+        content: Flat settings of the recipe (`recipe.flattened`), and `teacher` and `student`, or
+            `model_name_or_path`, as folders or Hub ids.
+        devices: Number of GPUs; they share weights where `sharded`.
+
+    Raises:
+        ValueError: No model is named, or a student that is yet to be made.
+        OSError: A configuration cannot be found.
+    """
+    from transformers import AutoConfig
+
+    distills = "model_name_or_path" not in content
+    name = content.get("student" if distills else "model_name_or_path")
+    if not name:
+        raise ValueError(
+            "A plan needs the shape of what is trained: name a finished `student` (distillation) or "
+            "`model_name_or_path` (unlearning)."
+        )
+    student = Shape.of(AutoConfig.from_pretrained(str(name), trust_remote_code=False))
+    teacher = None
+    if distills and content.get("teacher") and not content.get("teacher_cache"):
+        teacher = Shape.of(AutoConfig.from_pretrained(str(content["teacher"]), trust_remote_code=False))
+    bf16 = bool(content.get("bf16", True))
+    four_bit = bool(content.get("student_four_bit" if distills else "four_bit", False))
+    rank = int(content.get("student_lora_rank", 0) if distills else content.get("lora_rank", 16))
+    packed = dict(content.get("teacher_model_init_kwargs") or {}).get("quantization_config")
+    passes = 1 if distills else 2  # an answer to forget and one to retain
+    rows = int(content.get("per_device_train_batch_size", 8)) * passes
+    return Step(
+        student,
+        rows * int(content.get("max_length") or 1024),
+        teacher,
+        trained=student.adapter_parameters(rank),
+        precision=2.0 if bf16 else 4.0,
+        weight_bytes=0.5 if four_bit else 4.0,
+        teacher_bytes=0.5 if packed else 4.0 if content.get("teacher_dtype") == "float32" else 2.0,
+        optimizer=str(content.get("optim", "adamw")),
+        checkpointing=bool(content.get("gradient_checkpointing", False)),
+        fused=bool(content.get("fused", True)),
+        shards=devices if sharded else 1,
+    )
+
+
+def plan_lines(step: Step, devices: int, room: float) -> list[str]:
+    """What `doctor --plan` prints: memory by part, whether it fits, and the time of a micro-batch."""
+    memory = step.memory()
+    needed = sum(memory.values())
+    shared = f"shared by {step.shards} devices" if step.shards > 1 else "a whole copy on each device"
+    lines = [f"{devices} x {room / 1e9:.0f} GB, {shared}; {step.tokens} tokens in a micro-batch of each", ""]
+    lines += table_of(memory)
+    seconds = step.operations() / (GPU_RATE * EFFICIENCY)
+    lines += ["", f"about {seconds:.2f} s for a micro-batch at {EFFICIENCY:.0%} of {GPU_RATE / 1e12:.0f} TFLOP/s"]
+    if needed > room:
+        advice = "Shard it (--sharded), cache the teacher, lower the batch or `max_length`, or train a LoRA."
+        lines.append(f"It does NOT fit: {needed / 1e9:.0f} GB of {room / 1e9:.0f}. {advice}")
+    else:
+        lines.append(f"It fits: {needed / room:.0%} of the memory")
+    return lines
+
+
+def table_of(memory: Mapping[str, float]) -> list[str]:
+    """A line for each part, and their sum."""
+    lines = [f"  {name:<24} {value / 1e9:8.2f} GB" for name, value in memory.items() if value]
+    return [*lines, f"  {'in all':<24} {sum(memory.values()) / 1e9:8.2f} GB"]

@@ -1,0 +1,79 @@
+"""Memory and time on paper: parts that can be counted are exact, the sum is compared with a measured peak."""
+
+import json
+
+import pytest
+from tiny import tiny_llama
+from transformers import LlamaConfig
+
+from benchmarks import plan
+from hf_transfer_ext.cli import main
+from hf_transfer_ext.trainers.estimate import Shape, Step, devices_of
+from hf_transfer_ext.trainers.taught import lora_on
+
+
+def test_a_shape_counts_the_parameters_of_the_model_and_of_its_lora():
+    model = tiny_llama(1)
+    shape = Shape.of(model.config)
+    assert shape.parameters == model.num_parameters()
+    trained = sum(p.numel() for p in lora_on(model, 4).parameters() if p.requires_grad)
+    assert shape.adapter_parameters(4) == trained
+
+
+def test_the_parts_of_the_memory_follow_the_settings():
+    shape = Shape.of(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4))
+    whole = Step(shape, 1024, shape).memory()
+    assert whole["weights"] == whole["teacher"] == 4 * shape.parameters
+    assert whole["optimizer"] == 8 * shape.parameters
+    sharded = Step(shape, 1024, shape, shards=8).memory()
+    assert sharded["optimizer"] == whole["optimizer"] / 8 and sharded["teacher"] == whole["teacher"] / 8
+    assert Step(shape, 1024, shape, optimizer="paged_adamw_8bit").memory()["optimizer"] == 2 * shape.parameters
+    assert Step(shape, 1024).memory()["teacher"] == 0
+    assert Step(shape, 1024, checkpointing=True).activations() < Step(shape, 1024).activations() / 2
+    assert Step(shape, 2048).activations() == 2 * Step(shape, 1024).activations()
+    lora = Step(shape, 1024, trained=1000, weight_bytes=0.5).memory()
+    assert lora["optimizer"] == 8000 and lora["weights"] == 0.5 * shape.parameters + 4000
+    assert Step(shape, 1024).operations() == 6 * 1024 * shape.parameters
+
+
+def test_devices_are_a_number_and_a_size():
+    assert devices_of("8x80GB") == (8, 80e9) and devices_of("1x24 gb") == (1, 24e9)
+    for wrong in ("80GB", "0x80GB", "8x80"):
+        with pytest.raises(ValueError, match="such as 8x80GB"):
+            devices_of(wrong)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    for name, layers in (("student", 2), ("teacher", 4)):
+        tiny_llama(1, num_hidden_layers=layers).save_pretrained(tmp_path / name)
+    content = {"teacher": {"name": str(tmp_path / "teacher")}, "student": str(tmp_path / "student"), "max_length": 64}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_the_doctor_plans_a_recipe(recipe, capsys):
+    assert main(["doctor", "--plan", str(recipe / "recipe.yaml"), "--gpus", "8x80GB", "--sharded"]) == 0
+    out = capsys.readouterr().out
+    assert "shared by 8 devices; 512 tokens" in out and "optimizer" in out and "It fits" in out
+    assert main(["doctor", "--plan", str(recipe / "recipe.yaml"), "--gpus", "1x0.05GB"]) == 0
+    assert "It does NOT fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"teacher": "t"}, "name a finished `student`"),
+    ({"teacher": "t", "studnet": "s"}, "Did you mean 'student'"),
+])  # fmt: skip
+def test_a_recipe_that_cannot_be_planned_is_refused(tmp_path, capsys, content, message):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    assert main(["doctor", "--plan", str(tmp_path / "recipe.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", plan.CASES)
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name):
+    found = plan.measure_in_child("benchmarks.plan:step_of", {"name": name}, limit_bytes=8e9)
+    assert found["status"] == "ok", found
+    estimate = sum(plan.estimated(plan.CASES[name]).memory().values())
+    assert estimate == pytest.approx(found["growth_bytes"], rel=0.2)
