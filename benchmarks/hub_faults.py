@@ -196,8 +196,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         "# Faults of the Hub\n",
         "`python benchmarks/hub_faults.py`: a result is pushed over an older one with the real client, and the "
         "loopback Hub of the tests fails at each kind of request in turn, once or from then on "
-        "(the waits of the client between its attempts are cut to 20 ms, those of the push to 0.05 to 0.4 s; *killed*: "
-        "the server dies in the middle of the request and is back after 0.3 s). *struck*: runs that met the fault; "
+        "(the waits of the client between its attempts are cut to 20 ms, those of the push to 0.05 to 0.4 s; "
+        "*killed*: the server dies in the middle of the request and is back after 0.3 s). "
+        "*struck*: runs that met the fault; "
         "*old*, *new*: what the repository held afterwards; *half published*: neither; *raw errors*: other than "
         "OSError and ValueError.\n",
         "| fault | runs | struck | old | new | half published | raw errors | longest run, s |",
