@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import torch
-from hf_transfer_ext.trainers.cache_command import cache_for_distillation
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -16,6 +15,7 @@ from hf_transfer_ext.adapters.transfer.by_training import transfer_by_training
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings
 from hf_transfer_ext.adapters.transfer.travel import SEEDS_FILE
 from hf_transfer_ext.recipes import audit, distill, evaluate, unlearn
+from hf_transfer_ext.recipes.cache_teacher import cache_for_distillation
 from hf_transfer_ext.teachers import cache
 
 #: Folder of the language models, inside that of all models.
