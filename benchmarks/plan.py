@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             "",
             *lines,
             "",
-            "Not measured: 8 or 64 devices, 2 rows of 2048 tokens on each, bfloat16, gradient checkpointing, AdamW.",
+            "Not measured: 8 or 64 devices, 2 rows of 2048 tokens on each, bfloat16, checkpointing, AdamW.",
             "",
             *large_lines(),
             "",
