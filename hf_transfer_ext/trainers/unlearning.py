@@ -824,8 +824,8 @@ def _with_adapter(model: Any, peft_config: Any, args: UnlearningConfig) -> Any:
 
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "`peft_config` (`lora_rank` in the recipe) adds an adapter to a plain model, and this model has one already. "
-            "Leave it out, or merge the model's own adapter into its base first."
+            "`peft_config` (`lora_rank` in the recipe) adds an adapter to a plain model, and this model has one "
+            "already. Leave it out, or merge the model's own adapter into its base first."
         )
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(

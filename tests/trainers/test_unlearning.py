@@ -350,7 +350,7 @@ def test_a_path_and_a_configuration_of_an_adapter_will_do(tmp_path):
     assert made.processing_class.get_vocab() == byte_tokenizer().get_vocab()
     after = weights_after(made)
     assert all("lora_" in name for name in after) and max(float(v.abs().max()) for v in after.values()) > 0
-    with pytest.raises(ValueError, match="this model has one already"):
+    with pytest.raises(ValueError, match="adds an adapter to a plain model"):
         trainer(tmp_path, lora(), given={"peft_config": settings})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         UnlearningTrainer(str(tmp_path / "nowhere"), config(tmp_path), forget_dataset=FORGET, retain_dataset=RETAIN)
