@@ -313,9 +313,11 @@ def _run_recipe(record: RunRecord, places: _Places, out: Path, settings: Path) -
                 notes.append(f"The setting {name!r} of the record is not known to this version.")
             continue
         default = known[name].default
-        if name in record.defaults and default is not REQUIRED and value == public_value(default):
+        untouched = default is not REQUIRED and value == public_value(default)
+        if untouched and name in record.defaults:
             continue  # pinned, and still the default
-        chosen[name] = places.resolved(value, name, by_name=True)
+        # A default names no input, though an input may be called the same ("teacher").
+        chosen[name] = value if untouched else places.resolved(value, name, by_name=True)
         if name.endswith("revision"):
             chosen[name] = None  # the inputs are those of the recorded commits
     settings.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")

@@ -92,7 +92,8 @@ def _complete_report(folder: Path, record: RunRecord, files: Mapping[str, str | 
         write_text(folder / "table.txt", comparison_table(record.compared) + "\n")
     # The report itself may quote the data, so it is published only by name (`push --include`).
     shown = [path for path in folder.iterdir() if path.suffix == ".png" or path.name == "table.txt"]
-    record.result = {path.name: sha256_of(path) for path in sorted(shown) if path.is_file() and not path.is_symlink()}
+    kept = [path for path in sorted(shown) if path.is_file() and not path.is_symlink()]
+    record.result |= {path.name: sha256_of(path) for path in kept}
     earlier = earlier_card(folder)
     plots = sorted(path.name for path in folder.glob("*.png"))
     write_text(folder / CARD_FILE, report_card(record, plots=plots, earlier=earlier))

@@ -18,7 +18,7 @@ Each returns one value for each token. Those of the positions that predict a lab
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from hf_transfer_ext.registry import keyword_options, unknown_name
 
@@ -31,13 +31,13 @@ AT_HEADS: tuple[Reading, ...] = ("features", "logits")
 _READINGS: dict[Callable[..., Any], Reading] = {}
 
 
-def reads(reading: Reading) -> Callable[[Loss], Loss]:
+def reads(reading: str) -> Callable[[Loss], Loss]:
     """Decorator of a loss inside the network: what it reads of each layer."""
     if reading not in get_args(Reading):
         raise ValueError(unknown_name("reading of a layer", reading, get_args(Reading)))
 
     def note(loss: Loss) -> Loss:
-        _READINGS[loss] = reading
+        _READINGS[loss] = cast(Reading, reading)
         return loss
 
     return note

@@ -141,7 +141,7 @@ def test_by_default_servers_load_what_was_extracted(tmp_path, capsys, tied):
     norm = float((model.model.norm.weight - plain["model.norm.weight"]).norm())
     assert residuals["left_out"]["model.norm.weight"] == pytest.approx(norm, rel=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "vllm loads it, started with --enable-lora --max-lora-rank 32" in card
+    assert "vllm: loads it. Start it with `--enable-lora`, `--max-lora-rank 32`." in card
     # The linear layers themselves are the fine-tune's.
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
     merged = loaded.merge_and_unload().state_dict()

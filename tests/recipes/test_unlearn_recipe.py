@@ -126,7 +126,8 @@ def test_each_configuration_is_one_that_the_recipe_takes(tmp_path, path):
     own = [] if "output_dir" in path.read_text() else ["--output_dir", str(tmp_path), "--model_name_or_path", "demo"]
     words = ["--config", str(path), *own, "--use_cpu", "true"]
     job, args = parse_recipe(unlearn.UnlearnArguments, UnlearningConfig, argv=words, groups=TRAINER_GROUPS)
-    assert args.method in METHODS and job.model_name_or_path == "demo" and args.report_to == []
+    assert args.method in METHODS and args.report_to == []
+    assert job.model_name_or_path == ("Qwen/Qwen2.5-7B-Instruct" if path.stem == "qlora" else "demo")
 
 
 def test_there_is_a_configuration_for_each_family():

@@ -109,7 +109,7 @@ JOBS = [
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 def test_one_process_two_processes_and_accumulation_give_the_same_weights(tmp_path, job, monkeypatch):
-    monkeypatch.setattr("hf_transfer_ext.trainers.distillation.cpu_computes_in_bf16", lambda: False)
+    monkeypatch.setattr("hf_transfer_ext.trainers.distillation_config.cpu_computes_in_bf16", lambda: False)
     torch.set_num_threads(1)
     for seed, name in ((1, "base"), (2, "tuned")):
         tiny_llama(seed).save_pretrained(tmp_path / name)

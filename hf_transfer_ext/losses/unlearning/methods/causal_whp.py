@@ -90,7 +90,7 @@ def _renamed(value: Any, own: str, other: str) -> Any:
 
 
 def mean_teacher(
-    ids: Sequence[int], answer_start: int, copies: Sequence[tuple[Sequence[int], int, Float[Tensor, "answer vocab"]]]
+    ids: Sequence[int], answer_start: int, copies: Sequence[tuple[Sequence[int], int, Float[Tensor, "_ vocab"]]]
 ) -> Float[Tensor, "tokens vocab"]:
     """Mean distribution over the copies for each token of an answer; 0 for a token that aligns with none.
 
