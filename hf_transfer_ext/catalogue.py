@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
+from textwrap import shorten
 from typing import Any
 
 from hf_transfer_ext.registry import unknown_name
@@ -20,6 +21,7 @@ CATALOGUE = {
     "Student initializations": ("hf_transfer_ext.students", "STUDENT_INITS"),
     "Merge methods": ("hf_transfer_ext.merging.methods", "MERGE_METHODS"),
     "Transfer methods of adapters": ("hf_transfer_ext.adapters.transfer.methods", "TRANSFER_METHODS"),
+    "Transfer by training": ("hf_transfer_ext.adapters.transfer.trained", "TRAINED_TRANSFERS"),
     "Unlearning methods": ("hf_transfer_ext.losses.unlearning.methods", "METHODS"),
     "Unlearning losses": ("hf_transfer_ext.losses.unlearning", "UNLEARNING_LOSSES"),
     "Retain losses": ("hf_transfer_ext.losses.unlearning", "RETAIN_LOSSES"),
@@ -88,7 +90,11 @@ def methods(name: str | None = None, *, markdown: bool = False) -> str:
     lines = []
     for title, found in registries().items():
         width = max(len(one) for one in found)
-        lines += [f"{title}:", *(f"  {one:<{width}}  {summary(m)[:100]}" for one, m in found.items()), ""]
+        lines += [
+            f"{title}:",
+            *(f"  {one:<{width}}  {shorten(summary(m), 100, placeholder=' ...')}" for one, m in found.items()),
+            "",
+        ]
     return "\n".join([*lines, "`hf-transfer-ext methods NAME` explains one."])
 
 
