@@ -278,8 +278,11 @@ def _facts(node: Node) -> list[str]:
 
 def _metric(m: Measurement) -> str:
     interval = f" [{m.interval[0]:.4g}, {m.interval[1]:.4g}]" if m.interval else ""
-    direction = "↑" if m.higher_is_better else "↓"
-    return f"{one_line_of(m.name)} {m.value:.4g}{interval} {direction} {one_line_of(m.unit)}"
+    return f"{one_line_of(m.name)} {m.value:.4g}{interval} {_direction(m)} {one_line_of(m.unit)}"
+
+
+def _direction(m: Measurement) -> str:
+    return "↑" if m.higher_is_better else "↓"
 
 
 def one_line_of(text: str) -> str:
@@ -345,9 +348,10 @@ def _boxes(root: Node) -> tuple[dict[str, tuple[int, list[str]]], list[tuple[str
         files = json.dumps([node.name, node.revision, sorted(node.sha256.values())])
         key = node.digest or files
         if key not in boxes or not node.repeated:
-            lines = [one_line_of(node.name)[:40], *([one_line_of(node.job or "")] if node.job else [])]
-            lines += [one_line_of(_metric(m))[:44] for m in node.metrics[:SHOWN_METRICS]]
-            boxes[key] = max(depth, boxes[key][0] if key in boxes else 0), lines
+            lines = [_cut(one_line_of(node.name)), *([one_line_of(node.job or "")] if node.job else [])]
+            for m in node.metrics[:SHOWN_METRICS]:
+                lines.append(f"{_cut(one_line_of(m.name), 34)} {m.value:.4g} {_direction(m)}")
+            boxes[key] = depth, lines
         for parent in node.parents:
             arrow = key, add(parent, depth + 1), one_line_of(parent.role)[:20]
             if arrow not in arrows:
@@ -355,7 +359,14 @@ def _boxes(root: Node) -> tuple[dict[str, tuple[int, list[str]]], list[tuple[str
         return key
 
     add(root, 0)
+    for _ in boxes:  # the longest way to the result: each parent stands left of all that was made from it
+        for child, parent, _ in arrows:
+            boxes[parent] = max(boxes[parent][0], boxes[child][0] + 1), boxes[parent][1]
     return boxes, arrows
+
+
+def _cut(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def lineage(
