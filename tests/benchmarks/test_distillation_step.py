@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from benchmarks.distillation_step import METHODS, main, rows_of
 
 
+@pytest.mark.slow
 def test_it_measures_whole_steps_beside_trl(tmp_path):
     small = "--rounds 1 --batch 2 --prompt 8 --completion 6 --hidden 64 --layers 1 --vocabulary 300".split()
     methods = ["sft", "ours, on-policy reverse KL", "trl gkd, on-policy reverse KL"]

@@ -48,13 +48,14 @@ def test_the_command_prints_lines_or_json(adapters, capsys, monkeypatch):
     assert main(["adapters", "org/none"]) == 0 and "None found." in capsys.readouterr().out
 
 
-def test_what_is_no_base_is_refused(adapters):
+def test_what_is_no_base_is_refused(adapters, monkeypatch):
     for base in ("./folder", "a/b/c", "org/base@main"):
         with pytest.raises(ValueError, match="id of a model on the Hub"):
             adapters_of(base)
     with pytest.raises(ValueError, match="at least 1"):
         adapters_of("org/base", limit=0)
     adapters.close()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's pauses between its tries
     try:
         with pytest.raises(ConnectionError, match="cannot be listed"):
             adapters_of("org/base")
