@@ -118,7 +118,7 @@ def extract_lora(
     base_name: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    modules_to_save: bool = False,
+    modules_to_save: bool | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
     progress: bool = False,
@@ -126,8 +126,9 @@ def extract_lora(
     """Write a PEFT LoRA folder that turns `base` into (nearly) `finetuned`; it loads with `PeftModel.from_pretrained`.
 
     The change of each linear layer becomes the best product of rank `rank`, with alpha = r; that of fused experts one
-    product for each expert (`target_parameters`). What changed beside them (embeddings, norms, biases, heads) is left
-    out and reported, since servers load nothing but linear modules; `modules_to_save` keeps it. One parameter is in
+    product for each expert (`target_parameters`). What changed beside them (embeddings, norms, biases, heads) of a
+    causal language model is left out and reported, since the servers of such models load nothing but linear modules;
+    `modules_to_save` keeps it. Of all other models, which no server adapts, it is kept. One parameter is in
     memory at a time, for fused experts all those of a layer. A run that was killed leaves a hidden folder beside
     `out`; the same one started again goes on from there.
 
@@ -141,7 +142,7 @@ def extract_lora(
         include: Parts of names; only tensors with one of them go into the adapter. Empty: all.
         exclude: Parts of names; tensors with one of them do not. What changed and is left out is reported.
         modules_to_save: Store changed embeddings, norms, heads, biases and parameters of larger modules whole. PEFT
-            loads such an adapter; vLLM and llama.cpp refuse it.
+            loads such an adapter; vLLM and llama.cpp refuse it. None: for all but causal language models.
         overwrite: Replace an adapter that is there.
         allow_pickle: Accept `pytorch_model.bin`, loaded with `weights_only=True`.
 
@@ -171,6 +172,7 @@ def extract_lora(
         end = open_model(tuned_reference, allow_pickle=allow_pickle)
         opened.callback(end.close)
         inputs = opened.enter_context(InputsInBackground(wanted))
+        whole = task_type_of(end.architecture.model) != "CAUSAL_LM" if modules_to_save is None else modules_to_save
 
         def complete(folder: Path, report: ExtractionReport) -> None:
             record.stages.append(Stage("extract", round(report.seconds, 3)))
@@ -191,13 +193,13 @@ def extract_lora(
                     "base": base_name,
                     "include": list(include),
                     "exclude": list(exclude),
-                    "modules_to_save": modules_to_save,
+                    "modules_to_save": whole,
                 },
                 [*start.opened, *end.opened],
             ),
             include=include,
             exclude=exclude,
-            keep_whole=modules_to_save,
+            keep_whole=whole,
             base_model=base_name or base_reference.path,
             revision=base_reference.revision,
             overwrite=overwrite,

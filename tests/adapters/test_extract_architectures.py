@@ -80,6 +80,15 @@ def test_full_rank_is_the_fine_tune(tmp_path, name):
     assert (outputs(kind.from_pretrained(tmp_path / "merged").eval()) - wanted).abs().max() < 1e-3 * change + 1e-5
 
 
+@pytest.mark.parametrize("name, whole", [("LlamaForCausalLM", False), ("T5ForConditionalGeneration", True)])
+def test_only_for_models_that_servers_adapt_something_is_left_out(tmp_path, name, whole):
+    base, tuned = tiny(name, 0), tiny(name, 1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "lora", rank=64)
+    assert bool(report.saved_modules or report.saved_parameters) is whole and bool(report.left_out) is not whole
+
+
 def test_what_the_user_leaves_out_is_reported(tmp_path):
     base, tuned = tiny("LlamaForCausalLM", 0), tiny("LlamaForCausalLM", 1)
     base.save_pretrained(tmp_path / "base")
