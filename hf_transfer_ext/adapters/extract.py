@@ -382,6 +382,9 @@ class _Changes:
         loading = self._after[parameter]
         before = self._before.get(parameter) or self._tied_loading(self._before, parameter)
         wanted = self._is_wanted(parameter)
+        # A head of its own where the base's is its embeddings: another model without it, so it is never left out.
+        is_own_head = part is self.head and before is not None and parameter not in self._before
+        keep_whole = self.keep_whole or is_own_head
         is_factored = leaf == "weight" and self._is_linear(owner, part)
         if wanted and is_factored and before is not None and loading.converter is None:
             after = self.end.tensors[loading.sources[0]]
@@ -393,7 +396,7 @@ class _Changes:
             norm, lost = earlier["norm_and_lost"].tolist()
             self._keep(owner, LoraFactors(earlier["left"], earlier["right"]), norm, lost)
             return
-        if not is_factored and not (wanted and self.keep_whole) and leaf in ("weight", "bias"):
+        if not is_factored and not (wanted and keep_whole) and leaf in ("weight", "bias"):
             distance = self._streamed_distance(loading, before)
             if distance is not None:
                 self._leave_out(parameter, distance, low_rank=not wanted)
@@ -408,7 +411,7 @@ class _Changes:
             )
         is_stack = change is not None and change.dim() == 3 and not _has_parts(part) and leaf != "weight"
         held = is_stack or (is_factored and change is not None)
-        if not wanted or not (held or self.keep_whole):
+        if not wanted or not (held or keep_whole):
             norm = float(torch.linalg.vector_norm(tuned.float() if change is None else change, dtype=torch.float64))
             self._leave_out(parameter, norm, low_rank=held or not wanted)
         elif change is None:  # the base has no such tensor, or one of another vocabulary

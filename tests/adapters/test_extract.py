@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from hf_transfer_ext.adapters.servable import servable_by
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.cli import main
+from hf_transfer_ext.hub.servable import servable_by
 from hf_transfer_ext.merging import merge
 
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -119,6 +119,22 @@ def test_everything_that_changed_is_carried(tmp_path, tied):
     models = [{"model": f"{base}+{tmp_path / 'out'}", "parameters": {"weight": 1.0}}]
     merge({"merge_method": "linear", "models": models}, tmp_path / "merged")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(model), atol=2e-5)
+
+
+def test_a_head_of_its_own_beside_a_tied_base_is_kept(tmp_path):
+    base = save(qwen(tied=True), tmp_path / "base")
+    model = qwen(tied=True)
+    disturb(model, "up_proj.weight")
+    tuned = save(model, tmp_path / "tuned")
+    stored = load_file(tmp_path / "tuned" / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 0.1 * torch.randn(64, 32)
+    save_file(stored, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    wanted = logits(AutoModelForCausalLM.from_pretrained(tuned))
+    assert not torch.allclose(wanted, logits(model), atol=1e-2)  # transformers uses that head
+    report = extract_lora(base, tuned, tmp_path / "out", rank=32)
+    assert report.saved_modules == ["lm_head"] and not report.left_out
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert torch.allclose(logits(loaded), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from hf_transfer_ext.adapters.servable import servable_by
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from hf_transfer_ext.adapters.convert import convert_to_lora
 from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.adapters.resize import resize_lora
 from hf_transfer_ext.adapters.transfer.run import transfer_lora
+from hf_transfer_ext.hub.servable import servable_by
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.weights.lora import read_lora
 
