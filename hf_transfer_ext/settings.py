@@ -89,6 +89,8 @@ class Setting:
         nothing = ("null",) if self.name in NONE_IS_A_VALUE else ("null", "none")
         if optional and (value is None or lowered in nothing):
             return None
+        if self.takes_list and str not in kinds and lowered in nothing:
+            return []  # the list of nothing
         if isinstance(value, Words):
             if self.takes_list and not (str in kinds and len(value) == 1 and not value[0].startswith("[")):
                 return self._listed(as_list(value, self.name))

@@ -50,7 +50,7 @@ class Color(Enum):
         (list[Any], Words(['["a", {"b": {"c": 1e-3}}]']), ["a", {"b": {"c": 1e-3}}]),
         (list[Any], Words(["[a, {b: {c: 1e-3}}]"]), ["a", {"b": {"c": 1e-3}}]),
         (list[Any], '["a"]', ["a"]),
-        (list[Any], Words(["none"]), ["none"]),
+        (list[Any], Words(["none"]), []),
         (list[Any] | None, Words(["none"]), None),
         (None | str | list[str], Words(["wandb"]), "wandb"),
         (None | str | list[str], Words(["wandb", "mlflow"]), ["wandb", "mlflow"]),
@@ -201,3 +201,10 @@ def test_a_mistake_is_one_line_and_status_two(capsys):
     assert run_program("work", lambda argv: {"a": 1}, ["x"]) == 0
     with pytest.raises(ZeroDivisionError):
         run_program("work", lambda argv: 1 / 0, [])
+
+
+def test_none_is_the_empty_list_where_a_list_is_needed():
+    assert Setting("membership", list[Any], ["loss_attack"]).convert(Words(["none"])) == []
+    assert Setting("membership", list[Any], ["loss_attack"]).convert("null") == []
+    assert Setting("adapters", list[str] | None, None).convert(Words(["none"])) is None
+    assert Setting("names", list[str], []).convert(Words(["none", "all"])) == ["none", "all"]
