@@ -7,7 +7,7 @@ which stay in the processor's cache; its temporaries cost nothing worth counting
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -340,9 +340,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         student = Projection(hidden, LMHead(weight, bias))
         teacher_rows, teacher_finish = _opened(teacher, objective)
         unit = tokens.unit(objective, finish, student.dtype)
-        d_hidden = torch.empty_like(hidden) if needs[0] else None
-        d_weight = _HeadGradient(weight) if needs[1] else None
-        d_bias = torch.zeros(weight.shape[0], device=weight.device) if needs[2] else None
+        gradients = ChunkGradients(needs, hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, min(start + chunk, len(hidden)))
@@ -350,25 +348,14 @@ class _FusedLinearDivergence(torch.autograd.Function):
                 block = None if teacher_rows is None else teacher_rows(part).to(logits.device)
                 gradient = _like(logits, student.dtype) if any(needs) else None
                 _rows(logits, finish, block, teacher_finish, tokens[part], objective, gradient, unit)
-                if gradient is None:
-                    continue
-                if d_hidden is not None:
-                    d_hidden[part] = (gradient @ student.weight).to(hidden.dtype)
-                if d_weight is not None:
-                    _add_outer(d_weight, gradient, student.hidden[part])
-                if d_bias is not None:
-                    d_bias += gradient.sum(0, dtype=torch.float32)
-        ctx.unit = unit
-        ctx.grads = (
-            (d_hidden, hidden.dtype),
-            (None if d_weight is None else d_weight.total, weight.dtype),
-            (d_bias, weight.dtype if bias is None else bias.dtype),
-        )
+                if gradient is not None:
+                    gradients.add(part, gradient, student)
+        ctx.unit, ctx.grads = unit, gradients.with_dtypes()
         return tokens.total(objective)
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_consumed(ctx, d_loss[0]), None, None, None, None, None, None)
+        return (*consumed(ctx, d_loss[0]), None, None, None, None, None, None)
 
 
 def _like(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -402,7 +389,7 @@ class _DivergenceOfLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_consumed(ctx, d_loss[0]), None, None, None, None, None)
+        return (*consumed(ctx, d_loss[0]), None, None, None, None, None)
 
 
 def _opened(teacher: TeacherRows | None, objective: _Objective) -> tuple[Callable[[slice], Block] | None, LogitFinish]:
@@ -412,7 +399,7 @@ def _opened(teacher: TeacherRows | None, objective: _Objective) -> tuple[Callabl
     return teacher.reader(), teacher.finish
 
 
-def _consumed(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
+def consumed(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
     """The gradients of the forward pass times the loss's own; they are scaled in place, so there is no second time."""
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -425,6 +412,37 @@ def _consumed(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
         )
     grads, ctx.grads = ctx.grads, None
     return [None if grad is None else grad.mul_(d_loss * ctx.unit).to(dtype) for grad, dtype in grads]
+
+
+class ChunkGradients:
+    """Gradients of hidden states and head, gathered from those of the projected logits, a chunk of rows at a time.
+
+    Args:
+        needs: Whether the gradients of `hidden`, `weight` and `bias` are needed.
+        hidden: The student's states, or its logits where there is no head (`weight` is None).
+    """
+
+    def __init__(self, needs: Sequence[bool], hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        own = hidden.dtype if weight is None else weight.dtype
+        self.dtypes = (hidden.dtype, own, own if bias is None else bias.dtype)
+        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.head = _HeadGradient(weight) if needs[1] and weight is not None else None
+        self.bias = torch.zeros(len(weight), device=weight.device) if needs[2] and weight is not None else None
+
+    def add(self, rows: slice, d_logits: Tensor, projection: Projection | None) -> None:
+        """Add those of the rows, whose logits are projected from `projection.hidden[rows]`, or are the states."""
+        if self.hidden is not None:
+            own = d_logits if projection is None else d_logits @ projection.weight
+            self.hidden[rows] = own.to(self.hidden.dtype)
+        if self.head is not None and projection is not None:
+            _add_outer(self.head, d_logits, projection.hidden[rows])
+        if self.bias is not None:
+            self.bias += d_logits.sum(0, dtype=torch.float32)
+
+    def with_dtypes(self) -> tuple[tuple[Tensor | None, torch.dtype], ...]:
+        """What `consumed` returns to autograd: each gradient, and the dtype that it has to get."""
+        head = None if self.head is None else self.head.total
+        return tuple(zip((self.hidden, head, self.bias), self.dtypes, strict=True))
 
 
 class _HeadGradient:

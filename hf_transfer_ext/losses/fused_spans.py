@@ -18,9 +18,8 @@ from hf_transfer_ext.losses.fused import (
     CHUNK_BYTES,
     CHUNK_BYTES_GPU,
     FLOAT16_GAIN,
-    _add_outer,
-    _consumed,
-    _HeadGradient,
+    ChunkGradients,
+    consumed,
 )
 from hf_transfer_ext.losses.rows import DenseRows, Projection
 from hf_transfer_ext.losses.span_pair import SpanPair, merged_predictions
@@ -129,9 +128,7 @@ class _FusedSpans(torch.autograd.Function):
         dtype = student.dtype if projection is None else projection.dtype
         unit = largest * abs(finish.scale) / (FLOAT16_GAIN if dtype == torch.float16 else 1.0)
         unit = torch.where(unit > 0, unit, 1.0)
-        d_student = torch.zeros_like(student) if needs[0] else None
-        d_weight = _HeadGradient(weight) if needs[1] and weight is not None else None
-        d_bias = torch.zeros(len(weight), device=weight.device) if needs[2] and weight is not None else None
+        gradients = ChunkGradients(needs, student, weight, bias)
         with torch.autocast(student.device.type, enabled=False):
             for spans, rows, teacher_rows in _chunks(student_tokens.sizes, teacher_tokens.sizes, chunk_rows):
                 projected = student[rows] if projection is None else projection(rows)
@@ -152,28 +149,13 @@ class _FusedSpans(torch.autograd.Function):
                     if not any(needs):
                         continue
                     (d_logits,) = torch.autograd.grad((found * (weights[spans].to(there) / unit)).sum(), leaf)
-                d_logits = d_logits.to(dtype)
-                if projection is None:
-                    d_student[rows] = d_logits  # type: ignore[index]
-                    continue
-                if d_student is not None:
-                    d_student[rows] = (d_logits @ projection.weight).to(student.dtype)
-                if d_weight is not None:
-                    _add_outer(d_weight, d_logits, projection.hidden[rows])
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0, dtype=torch.float32)
-        ctx.unit = unit
-        own_dtype = student.dtype if weight is None else weight.dtype
-        ctx.grads = (
-            (d_student, student.dtype),
-            (None if d_weight is None else d_weight.total, own_dtype),
-            (d_bias, own_dtype if bias is None else bias.dtype),
-        )
+                gradients.add(rows, d_logits.to(dtype), projection)
+        ctx.unit, ctx.grads = unit, gradients.with_dtypes()
         return torch.where(weights != 0, weights * values, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_consumed(ctx, d_loss[0]), *[None] * 10)
+        return (*consumed(ctx, d_loss[0]), *[None] * 10)
 
 
 def _chunks(student_sizes: Tensor, teacher_sizes: Tensor, rows: int) -> Iterator[tuple[slice, slice, slice]]:
