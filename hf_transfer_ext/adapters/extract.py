@@ -402,7 +402,7 @@ class _Changes:
                 self._leave_out(parameter, distance, low_rank=not wanted)
                 return
         change, tuned = self._change(parameter)
-        if change is not None and not bool(change.any()):
+        if change is not None and float(change.sum()) == 0 and not bool(change.any()):
             return
         if wanted and before is None and any(piece.isdigit() for piece in parameter.split(".")):
             raise ValueError(
@@ -601,8 +601,6 @@ class _Changes:
                 raise ValueError(f"Tensor {name!r} has dtype {tensor.dtype}; use models that are not quantized.")
             out = torch.empty(tensor.shape)
             tensor.read(0, out.view(-1), self.scratch)
-            if not torch.isfinite(out).all():
-                raise ValueError(f"Tensor {name!r} of {str(model.reference)!r} holds NaN or infinity. Fix the model.")
             tensors.append(out)
         return tensors
 
@@ -615,16 +613,31 @@ class _Changes:
         after = self._converted(self.end, loading, parameter)
         dtype = self.end.tensors[loading.sources[0]].dtype
         if before is None:
+            self._require_finite(after, (self.end, loading))
             return None, after.to(dtype)
         one = self._converted(self.start, before, parameter)
         if one.shape != after.shape:
             if has_token_rows(parameter) and one.shape[1:] == after.shape[1:]:
+                self._require_finite(after, (self.end, loading))
                 return None, after.to(dtype)
             raise ValueError(
                 f"Tensor {parameter!r} has shape {list(one.shape)} in {str(self.start.reference)!r} and "
                 f"{list(after.shape)} in {str(self.end.reference)!r}. An adapter needs one architecture."
             )
-        return after - one, after.to(dtype)
+        change = after - one
+        self._require_finite(change, (self.start, before), (self.end, loading))
+        return change, after.to(dtype)
+
+    def _require_finite(self, result: Tensor, *inputs: tuple[InputModel, Loading]) -> None:
+        """Refuse inputs that hold NaN or infinity; the sum of the result shows whether to look."""
+        if math.isfinite(float(result.sum())):
+            return
+        for model, loading in inputs:
+            for name, values in zip(loading.sources, self._read(model, loading.sources), strict=True):
+                if not torch.isfinite(values).all():
+                    raise ValueError(
+                        f"Tensor {name!r} of {str(model.reference)!r} holds NaN or infinity. Fix the model."
+                    )
 
     def _converted(self, model: InputModel, loading: Loading, parameter: str) -> Tensor:
         made = self.architecture.convert(loading, self._read(model, loading.sources))
@@ -651,9 +664,21 @@ def _has_parts(part: Any) -> bool:
 def _decomposed(change: Tensor, rank: int) -> tuple[LoraFactors, float, float]:
     """Factors of a change, its Frobenius norm, and that of what the factors leave out."""
     factors = low_rank(change, min(rank, *change.shape))
-    norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-    lost = float(torch.linalg.vector_norm(change - factors.rows(0, len(change)), dtype=torch.float64))
-    return factors, norm, lost
+    norm = _norm(change)
+    held = sum(((factors.left**2).sum(0).double() * (factors.right**2).sum(1).double()).tolist())
+    # The factors' columns are orthogonal, so what they hold subtracts from the whole; where next to nothing is left,
+    # rounding would be all of the difference.
+    if norm**2 - held > 1e-3 * norm**2:
+        return factors, norm, math.sqrt(norm**2 - held)
+    return factors, norm, _norm(change - factors.rows(0, len(change)))
+
+
+def _norm(values: Tensor) -> float:
+    """Frobenius norm: sums of float32, short enough to be exact to six digits, added in float64."""
+    squared = sum(float(part.dot(part)) for part in values.reshape(-1).split(1 << 14))
+    if math.isfinite(squared):
+        return math.sqrt(squared)
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 #: The number of the layer in the name of a tensor.

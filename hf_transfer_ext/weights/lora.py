@@ -238,9 +238,10 @@ def low_rank(
 ) -> LoraFactors:
     """The best approximation of a matrix by a product of rank `rank`, with the singular values shared out evenly.
 
-    Small matrices, and ranks near the full one, are decomposed exactly. The others by a randomised range finder
-    (Halko et al., algorithm 4.4) with 16 further directions and 4 power iterations, which costs no more than ten
-    products of the matrix with `rank + 16` vectors.
+    Small matrices, and ranks above a third of the full one, are decomposed exactly. The others by block Golub-Kahan
+    bidiagonalization from random directions: four blocks of `rank` (at least 24) directions, each orthogonal to those
+    before, span the space in which the best approximation is found. It costs eight products of the matrix with `rank`
+    vectors, fewer than power iterations of one block need for the same residual.
 
     Args:
         rank: 1 .. min(rows, columns).
@@ -249,23 +250,45 @@ def low_rank(
     Returns:
         Factors with `left = U sqrt(S)` and `right = sqrt(S) V^T`.
 
-    Source: Finding structure with randomness, Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061
+    Source: Randomized block Krylov methods for stronger and faster approximate singular value decomposition, Musco and
+    Musco 2015, https://arxiv.org/abs/1504.05477
     """
-    smaller, sketch = min(change.shape), rank + 16
+    smaller, width = min(change.shape), max(rank, 24)
     if not 1 <= rank <= smaller:
         raise ValueError(f"A matrix of shape {list(change.shape)} has ranks from 1 to {smaller}, got {rank}.")
-    if smaller <= 256 or sketch >= smaller // 2:
+    if smaller <= 256 or 3 * width > smaller:
         left, values, right = torch.linalg.svd(change, full_matrices=False)
     else:
         generator = generator or torch.Generator().manual_seed(0)
-        directions = torch.randn(change.shape[1], sketch, generator=generator, dtype=change.dtype)
-        basis = torch.linalg.qr(change @ directions).Q
-        for _ in range(4):
-            basis = torch.linalg.qr(change @ torch.linalg.qr(change.T @ basis).Q).Q
-        inner, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
-        left = basis @ inner
+        directions = torch.randn(change.shape[1], width, generator=generator, dtype=change.dtype)
+        basis, images = _krylov_basis(change, directions, blocks=min(4, smaller // width))
+        outer, upper = torch.linalg.qr(images)
+        inner, values, turned = torch.linalg.svd(upper.T, full_matrices=False)
+        left, right = basis @ inner[:, :rank], turned[:rank] @ outer.T
     root = values[:rank].sqrt()
     return LoraFactors((left[:, :rank] * root).contiguous(), (root[:, None] * right[:rank]).contiguous())
+
+
+def _krylov_basis(
+    change: Float[Tensor, "rows columns"], directions: Float[Tensor, "columns width"], *, blocks: int
+) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis `U` of a block Krylov space of `change @ change.T`, and `change.T @ U`.
+
+    It has fewer blocks where the space is exhausted: further ones would be directions of rounding errors.
+    """
+    basis, images = change.new_empty(change.shape[0], 0), change.new_empty(change.shape[1], 0)
+    for block in range(blocks):
+        if block:
+            directions = torch.linalg.qr(images[:, -directions.shape[1] :]).Q
+        mapped = change @ directions
+        found = mapped - basis @ (basis.T @ mapped)
+        if block and float(found.norm()) <= 1e-5 * float(mapped.norm()):
+            break
+        found = torch.linalg.qr(found).Q
+        if block:  # once more: orthogonal to rounding, and so are the columns that QR made up
+            found = torch.linalg.qr(found - basis @ (basis.T @ found)).Q
+        basis, images = torch.cat([basis, found], 1), torch.cat([images, change.T @ found], 1)
+    return basis, images
 
 
 def decomposed(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:

@@ -129,6 +129,24 @@ class TestLowRank:
             assert factors.shape == shape
             assert torch.allclose(factors.rows(0, shape[0]), matrix, atol=1e-3)
 
+    @pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
+    @pytest.mark.parametrize("rank", [4, 40])
+    def test_close_to_the_best_for_flat_and_steep_spectra(self, power, rank):
+        torch.manual_seed(0)
+        left, right = (torch.linalg.qr(torch.randn(size, 400)).Q for size in (400, 500))
+        values = torch.arange(1, 401).float() ** -power
+        factors = low_rank((left * values) @ right.T, rank)
+        lost = float((((left * values) @ right.T).double() - (factors.left @ factors.right).double()).square().sum())
+        best, whole = float(values[rank:].double().square().sum()), float(values.double().square().sum())
+        assert best - 1e-9 * whole <= lost <= best + 1e-2 * whole * (0.2 if power else 1)
+
+    def test_more_rank_than_the_matrix_has(self):
+        torch.manual_seed(0)
+        matrix = torch.randn(400, 4) @ torch.randn(4, 700)
+        for rank in (30, 70, 120):
+            factors = low_rank(matrix, rank)
+            assert float((factors.rows(0, 400) - matrix).norm() / matrix.norm()) < 1e-5
+
     def test_by_hand(self):
         factors = low_rank(torch.diag(torch.tensor([4.0, 1.0])), 1)
         assert torch.allclose(factors.rows(0, 2), torch.diag(torch.tensor([4.0, 0.0])), atol=1e-6)
