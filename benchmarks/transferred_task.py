@@ -8,7 +8,9 @@ March 1984, Oslo") in another form ("Keller, A. (1984-03-12) Oslo"), learned fro
 names and cities of the test appear in no training example. An answer counts where greedy decoding gives it exactly,
 its end included.
 
-The adapter moves from Gemma to the student ("down") and from a student's adapter to Gemma ("up"). No option of a
+The adapter moves from Gemma to the student ("down"), from a student's adapter to Gemma ("up") and, where `--second`
+names the GGUF file of a model of another family, from Gemma to that model ("across"): another tokenizer, other shapes,
+another number of layers. A closed form that refuses such a pair is listed with its reason. No option of a
 method was chosen by the test examples: closed forms run with their defaults, and everything that is trained (the
 source adapter, the transfer by training, the control on the true data) with one learning rate, until the loss on the
 training data stops falling.
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, TrainingArguments
 
 from benchmarks import measure
 from hf_transfer_ext.adapters.transfer.by_training import train_lora, transfer_by_training
@@ -66,10 +68,12 @@ PLAIN = QuestionAnswerFormat(template="plain")
 LAYERS = 14
 EXAMPLES = {"train": 96, "test": 100}
 #: Until the loss on the training data stops falling.
-EPOCHS = {"gemma": 3.0, "student": 8.0}
+EPOCHS = {"gemma": 3.0, "student": 8.0, "second": 3.0}
+#: The model of another family in the committed table.
+SECOND = "Qwen2.5-Coder 0.5B Instruct"
 CLOSED_FORMS = tuple(TRANSFER_METHODS)
 METHODS = (TRUE_DATA, "random", *CLOSED_FORMS, "trans_lora")
-DIRECTIONS = {"down": ("gemma", "student"), "up": ("student", "gemma")}
+DIRECTIONS = {"down": ("gemma", "student"), "up": ("student", "gemma"), "across": ("gemma", "second")}
 GIVEN = (
     "Anna Peter Maria Yusuf Ines Tomas Lena Paul Sofia David Amina Jonas Clara Marco Julia Daniel Laura Martin Fatima "
     "Andreas Helen Robert Nadia Stefan Alice Victor Emma Oscar Rosa Felix"
@@ -108,18 +112,35 @@ def settings_of(base: str, seed: int) -> TransLoraSettings:
     )  # fmt: skip
 
 
+def texts_of_the_benchmark() -> list[str]:
+    """All text that the bases have to know."""
+    rows = entries("train") + entries("test")
+    texts = [PLAIN.prompt.replace("{question}", row["question"]) + PLAIN.separator + row["answer"] for row in rows]
+    texts += [row["text"] for split in ("train", "test") for row in fact_texts(split)]
+    texts += [*GIVEN, *FAMILY, *MONTHS, "Here are 10 examples:\n1. 2. 3. 4. 5. 6.", *map(str, range(10))]
+    return [
+        *texts,
+        "Answer in as few words as possible. Is the above question from the personal entries dataset? yes no",
+    ]
+
+
+def prepare_second(work: Path, gguf: Path) -> None:
+    """The model of another family, its vocabulary cut to the same texts; it is kept where it exists."""
+    if (work / "second" / "config.json").exists():
+        return
+    given = {"gguf_file": gguf.name, "trust_remote_code": False}
+    dequantized = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, quantization_config=dequantized, **given)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+    model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts_of_the_benchmark())
+    _save(work / "second", model, tokenizer)
+
+
 def prepare_bases(work: Path, healing_steps: int) -> None:
-    """Both bases, in folders of `work`; those that exist are kept."""
+    """Gemma and its student, in folders of `work`; those that exist are kept."""
     if not (work / "gemma" / "config.json").exists():
-        rows = entries("train") + entries("test")
-        texts = [PLAIN.prompt.replace("{question}", row["question"]) + PLAIN.separator + row["answer"] for row in rows]
-        texts += [row["text"] for split in ("train", "test") for row in fact_texts(split)]
-        texts += [*GIVEN, *FAMILY, *MONTHS, "Here are 10 examples:\n1. 2. 3. 4. 5. 6.", *map(str, range(10))]
-        texts += [
-            "Answer in as few words as possible. Is the above question from the personal entries dataset? yes no"
-        ]
         path = demo_model()
-        model, tokenizer, _ = trim_vocabulary(load_model(path), load_tokenizer(path), texts)
+        model, tokenizer, _ = trim_vocabulary(load_model(path), load_tokenizer(path), texts_of_the_benchmark())
         _save(work / "gemma", model, tokenizer)
     if not (work / "student" / "config.json").exists():
         tokenizer = load_tokenizer(work / "gemma")
@@ -186,6 +207,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     work, out = options.work, options.out.with_name(options.out.name + ".json")
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"tokens": {}, "notes": {}}
     prepare_bases(work, options.healing_steps)
+    if "across" in options.directions:
+        prepare_second(work, options.second)
     test = entries("test")
 
     def measured(key: str, base: str, adapter: Path | None) -> None:
@@ -208,10 +231,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 measured(f"{source} {seed}", source, source_adapter(work, source, seed))
             for method in options.methods:
                 key = f"{direction} {method} {seed}"
-                if key not in result["tokens"]:
+                notes = result["notes"].setdefault(key, {})
+                if key not in result["tokens"] and "refused" not in notes:
                     measure.stop_in_time(options)
-                    notes = result["notes"].setdefault(key, {})
-                    measured(key, target, moved(method, work, direction, seed, notes))
+                    try:
+                        adapter = moved(method, work, direction, seed, notes)
+                    except ValueError as error:
+                        if method not in CLOSED_FORMS:
+                            raise
+                        notes["refused"] = str(error).replace(str(work), "")
+                        print(f"{key}: refused: {error}", flush=True)
+                        continue
+                    measured(key, target, adapter)
             known = read_discriminator(work / f"{source}-{seed}")
             if known is not None:
                 result["notes"][f"{source} {seed}"] = {
@@ -229,7 +260,10 @@ def runs_of(result: dict[str, Any], direction: str) -> dict[int, dict[str, np.nd
     for seed in range(100):
         keys = {
             SOURCE_BASE: source, SOURCE_ADAPTED: f"{source} {seed}", TARGET_BASE: target,
-            **{method: f"{direction} {method} {seed}" for method in METHODS},
+            **{
+                method: key for method in METHODS
+                if "refused" not in result["notes"].get(key := f"{direction} {method} {seed}", {})
+            },
         }  # fmt: skip
         if all(key in tokens for key in keys.values()):
             found[seed] = {name: tokens[key] for name, key in keys.items()}
@@ -242,6 +276,8 @@ def verdicts(rows: Sequence[TransferRow]) -> dict[str, str]:
     limit = by_name["random"]
     said = {}
     for name in CLOSED_FORMS:
+        if name not in by_name:
+            continue
         own = by_name[name]
         if own is None or limit is None:
             said[name] = "not decided"
@@ -275,7 +311,7 @@ def report(result: dict[str, Any], command: str) -> str:
     )
     for direction, (source, target) in DIRECTIONS.items():
         runs = runs_of(result, direction)
-        title = {"gemma": "Gemma 3 270M", "student": "its student"}
+        title = {"gemma": "Gemma 3 270M", "student": "its student", "second": SECOND}
         text.append(f"## From {title[source]} to {title[target]}\n")
         if not runs:
             text.append("Not measured.\n")
@@ -292,16 +328,20 @@ def report(result: dict[str, Any], command: str) -> str:
         for what, measured in (("answers", rows), ("tokens", token_rows)):
             said = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts(measured).items())
             text.append(f"Closed forms beside random factors, by {what}: {said}.\n")
+        refusals = {
+            f"{method}: {note['refused']}"
+            for method in CLOSED_FORMS
+            for seed in runs
+            if "refused" in (note := result["notes"].get(f"{direction} {method} {seed}", {}))
+        }
+        text += [f"Refused: {one}\n" for one in sorted(refusals)]
         accepted = [result["notes"][f"{direction} trans_lora {seed}"]["acceptance"] for seed in runs]
         areas = [result["notes"][f"{source} {seed}"]["separation"] for seed in runs]
         text.append(
             f"The discriminator ranks {np.mean(areas):.0%} of the pairs of a real and a synthetic input correctly and "
             f"accepted {np.mean(accepted):.0%} of the synthetic inputs, by a threshold from held-out inputs.\n"
         )
-    text.append(
-        "Both bases are one family: the student's layers come from Gemma. Transfer to another family, with another "
-        "tokenizer, is not measured here.\n"
-    )
+    text.append("The student's layers come from Gemma; only the pair with the second model crosses families.\n")
     return "\n".join(text)
 
 
@@ -324,11 +364,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without ending; .json and .md are written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=list(DIRECTIONS))
+    parser.add_argument("--directions", nargs="+", default=["down", "up"], choices=list(DIRECTIONS))
+    parser.add_argument("--second", type=Path, help=f"GGUF file of {SECOND}, for the direction across")
     parser.add_argument("--healing-steps", type=int, default=120, help="training steps of the student on texts")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many; the same command continues")
     options = parser.parse_args(arguments)
     options.began = time.monotonic()
+    if "across" in options.directions and options.second is None:
+        parser.error("the direction across needs --second FILE.gguf")
     try:
         result = run(options)
     except measure.OutOfTime:

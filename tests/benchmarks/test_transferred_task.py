@@ -50,11 +50,19 @@ def test_the_table():
     cells = [cell.split(" (")[0].strip() for cell in row.split("|")[2:6]]
     assert cells == ["50.0%", "50.0%", "50.0%", "75.0%"]
     assert "copy: better than random" in text and "project: no better than random" in text
-    assert text.count("Not measured.") == 1  # the other direction
+    assert text.count("Not measured.") == 2  # the other directions
 
 
 def test_seeds_that_are_not_finished_are_left_out():
     found = result([0, 1])
     del found["tokens"]["down ridge 1"]
     assert list(runs_of(found, "down")) == [0] and runs_of(found, "up") == {}
-    assert set(DIRECTIONS) == {"down", "up"}
+    assert set(DIRECTIONS) == {"down", "up", "across"}
+
+
+def test_a_refused_closed_form_is_listed_with_its_reason():
+    found = result([0])
+    del found["tokens"]["down copy 0"]
+    found["notes"]["down copy 0"] = {"refused": "the shapes differ"}
+    text = report(found, "command")
+    assert "Seeds: 0." in text and "Refused: copy: the shapes differ" in text and "| copy" not in text
