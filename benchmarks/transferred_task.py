@@ -126,15 +126,19 @@ def texts_of_the_benchmark() -> list[str]:
     ]
 
 
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """The model of a GGUF file, dequantized, and its tokenizer."""
+    given: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    dequantized = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, quantization_config=dequantized, **given)
+    return model, AutoTokenizer.from_pretrained(path.parent, **given)
+
+
 def prepare_second(work: Path, gguf: Path) -> None:
     """The model of another family, its vocabulary cut to the same texts; it is kept where it exists."""
     if (work / "second" / "config.json").exists():
         return
-    given = {"gguf_file": gguf.name, "trust_remote_code": False}
-    dequantized = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, quantization_config=dequantized, **given)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
-    model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts_of_the_benchmark())
+    model, tokenizer, _ = trim_vocabulary(*load_gguf(gguf), texts_of_the_benchmark())
     _save(work / "second", model, tokenizer)
 
 

@@ -39,14 +39,7 @@ def measure_language_model(
     examples = [as_example(row, tokenizer) for row in islice(rows, limit)]
     shared = {"template": VERBATIM, "accelerator": accelerator}
     found = evaluate(model, tokenizer, examples, metrics, reference=reference, dataset=dataset, **shared).measurements
-    choices = [
-        {
-            "question": row["question"],
-            "answer": row["answer"],
-            "perturbed_answer": [choice for choice in row["choices"] if choice != row["answer"]],
-        }
-        for row in islice(questions, limit)
-    ]
+    choices = as_choices(islice(questions, limit))
     if choices:
         name = f"{dataset} questions" if dataset else None
         plain = QuestionAnswerFormat(template="plain", end_of_sequence=False)
@@ -55,6 +48,18 @@ def measure_language_model(
         )
         found += answered.measurements
     return found
+
+
+def as_choices(questions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Convert questions with `answer` and `choices` to the schema of `choice_accuracy`."""
+    return [
+        {
+            "question": row["question"],
+            "answer": row["answer"],
+            "perturbed_answer": [choice for choice in row["choices"] if choice != row["answer"]],
+        }
+        for row in questions
+    ]
 
 
 def as_example(row: Mapping[str, Any], tokenizer: Any) -> dict[str, str]:

@@ -1,0 +1,371 @@
+"""What each loss and signal of distillation brings: one teacher, one student, equal steps and equal time.
+
+    python -m benchmarks.distilled_facts --work runs/distilled_facts --out benchmarks/results/distilled_facts
+
+*Texts.* Gemma 3 270M, its vocabulary cut to the texts and fine-tuned on what two packages know of countries and
+elements, teaches a student of 8 of its 18 layers. Every run starts from the same student, has the same steps, batches,
+learning rate and schedule, and gives the signal of the teacher half of the weight and cross entropy the other half;
+*cross entropy* alone has no teacher. A hidden loss is added to forward KL. At the end, on texts of countries and
+elements that were not in training: perplexity of the real text, KL and agreement with the teacher, and multiple-choice
+questions. Intervals are 95 %, over texts (or questions) and seeds.
+
+*Equal time*: the steps of a signal are those that fit into the time of forward KL's, by the median processor time of
+the training steps of its first run; a signal within a tenth of forward KL's time keeps its result.
+
+*Answers*: the task of `benchmarks.transferred_task`, with exact answers, for what the student writes itself: the
+teacher is Gemma with the adapter that learned the task, the student has 14 layers. Here the teacher is the only source
+of what is right, except for `data`, and the measure is the share of exact answers.
+
+Every model and number is saved in the work folder: the same command continues where it stopped. `--minutes` ends a
+sitting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from benchmarks import measure, transferred_task
+from hf_transfer_ext.adapters.transfer.compare import answered_exactly
+from hf_transfer_ext.data.facts import fact_questions, fact_texts
+from hf_transfer_ext.evals.adapters import with_adapters
+from hf_transfer_ext.evals.bootstrap import interval_of
+from hf_transfer_ext.evals.engine.evaluate import evaluate
+from hf_transfer_ext.evals.language import as_choices
+from hf_transfer_ext.evals.metric import weighted_mean
+from hf_transfer_ext.files import write_text, written_aside
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
+from hf_transfer_ext.losses.spans import SPAN_LOSSES
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
+from hf_transfer_ext.students.shape import StudentShape
+from hf_transfer_ext.students.vocabulary import trim_vocabulary
+from hf_transfer_ext.teachers.cache import fill_cache
+from hf_transfer_ext.teachers.demo import demo_model
+from hf_transfer_ext.trainers.distillation import DistillationTrainer
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
+from hf_transfer_ext.trainers.taught import taught
+
+LAYERS, STEPS, TEACHING_STEPS, RATE = 8, 60, 60, 1e-3
+PLAIN = transferred_task.PLAIN
+REFERENCE, ALONE = "forward_kl", "cross entropy"
+#: Signal -> what it changes of the settings of forward KL.
+SIGNALS: dict[str, dict[str, Any]] = {
+    ALONE: {"kd_weight": 0.0, "ce_weight": 1.0},
+    **{name: {"loss": name} for name in DISTILLATION_LOSSES},
+    **{f"forward_kl + {name}": {"hidden_loss": name} for name in HIDDEN_LOSSES},
+    **{
+        f"cache: {kind}": {"teacher_cache": kind, "teacher_cache_options": {"kind": kind}}
+        for kind in ("top", "top_and_samples", "samples")
+    },
+    **{f"two teachers by {way}": {"teachers_by": way} for way in ("weight", "confidence", "learned")},
+    **{f"another family: {name}": {"loss": name} for name in SPAN_LOSSES},
+}
+#: Who writes the texts of the task -> settings.
+WRITERS: dict[str, dict[str, Any]] = {
+    "data": {"kd_weight": 0.0, "ce_weight": 1.0},
+    "data, with the teacher's probabilities": {},
+    "teacher": {"on_policy": "gkd", "on_policy_share": 0.0, "teacher_writes": True},
+    "student and teacher (gkd)": {"on_policy": "gkd", "on_policy_share": 0.5, "teacher_writes": True},
+    "student (gkd)": {"on_policy": "gkd", "on_policy_share": 1.0, "loss": "reverse_kl"},
+    "student (sampled_reverse_kl)": {"on_policy": "sampled_reverse_kl"},
+    "student (distillm)": {"on_policy": "distillm", "on_policy_share": 0.5, "loss": "skew_kl"},
+    "student (distillm_2)": {"on_policy": "distillm_2", "loss": "skew_kl"},
+    "student (minillm)": {"on_policy": "minillm", "loss": "reverse_kl"},
+}
+WRITER_STEPS = 24
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    with written_aside(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def prepare(work: Path, second: Path | None) -> None:
+    """The teachers and the student at its start, in folders of `work`; those that exist are kept."""
+    texts, questions = fact_texts("train"), fact_questions("train")
+    known = [row["text"] for row in texts + fact_texts("test")]
+    for row in questions + fact_questions("test"):
+        known += [
+            PLAIN.prompt.replace("{question}", row["question"]) + PLAIN.separator,
+            row["answer"],
+            *row["choices"],
+        ]
+    if not (work / "gemma" / "config.json").exists():
+        path = demo_model()
+        model, tokenizer, _ = trim_vocabulary(load_model(path), load_tokenizer(path), known)
+        _save(work / "gemma", model, tokenizer)
+    if not (work / "second" / "config.json").exists() and second is not None:
+        model, tokenizer, _ = trim_vocabulary(*transferred_task.load_gguf(second), known)
+        _save(work / "second", model, tokenizer)
+    for base in ("gemma", "second"):
+        if (work / base).exists() and not (work / f"{base}-teacher" / "config.json").exists():
+            tokenizer = load_tokenizer(work / base)
+            arguments = settings(work / "teaching", TEACHING_STEPS, 0, kd_weight=0.0, ce_weight=1.0)
+            data = Dataset.from_list(texts)
+            taught(load_model(work / base), tokenizer, data, arguments, folder=work / f"{base}-teacher")
+    if not (work / "student" / "config.json").exists():
+        student = uniform_depth(load_model(work / "gemma-teacher"), StudentShape(depth=LAYERS))
+        _save(work / "student", student, load_tokenizer(work / "gemma-teacher"))
+
+
+def settings(folder: Path, steps: int, seed: int, **changes: Any) -> DistillationConfig:
+    """What all runs have in common, and what one of them changes."""
+    given: dict[str, Any] = {
+        "loss": REFERENCE, "kd_weight": 0.5, "ce_weight": 0.5, "max_steps": steps, "learning_rate": RATE,
+        "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "per_device_train_batch_size": 4, "max_length": 128,
+        "packing": True, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none",
+        "logging_steps": 10, "seed": seed,
+    }  # fmt: skip
+    return DistillationConfig(str(folder), **given | changes)
+
+
+class StepSeconds(TrainerCallback):
+    """Processor seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.process_time() - self.began)
+
+
+def distilled(work: Path, signal: str, seed: int, steps: int) -> tuple[Any, float]:
+    """The student after training with a signal, and the processor seconds of a step."""
+    changes = dict(SIGNALS[signal])
+    tokenizer, student = load_tokenizer(work / "student"), load_model(work / "student")
+    teacher: Any = None
+    extra: dict[str, Any] = {}
+    if "teacher_cache" in changes:
+        # Complete before the first step, as from the second epoch on: what is measured is the signal, not its capture.
+        changes["teacher_cache"] = str(work / f"cache-{changes['teacher_cache']}")
+    if "teachers_by" in changes:
+        changes["teachers"] = [{"model": str(work / name), "name": name} for name in ("gemma-teacher", "gemma")]
+    elif signal.startswith("another family"):
+        teacher = load_model(work / "second-teacher")
+        extra["teacher_processing_class"] = load_tokenizer(work / "second-teacher")
+        changes["packing"] = False
+    elif signal != ALONE:
+        teacher = load_model(work / "gemma-teacher")
+    arguments = settings(work / "training", steps, seed, **changes)
+    clock = StepSeconds()
+    trainer = DistillationTrainer(
+        student, teacher, arguments, Dataset.from_list(fact_texts("train")), processing_class=tokenizer, **extra
+    )
+    if "teacher_cache" in changes:
+        fill_cache(
+            trainer.teacher, trainer.train_dataset, batch_size=16, accelerator=trainer.accelerator, student=student
+        )
+    trainer.add_callback(clock)
+    trainer.train()
+    return student.eval(), statistics.median(clock.seconds)
+
+
+def measured_on_texts(student: Any, work: Path, teacher: Any = None) -> dict[str, list[float]]:
+    """Per text: nats per token, KL, agreement, and its tokens; per question: whether the choice is right."""
+    tokenizer = load_tokenizer(work / "student")
+    metrics = ["nats_per_token", *(["kl_to_reference", "token_agreement"] if teacher is not None else [])]
+    found = evaluate(student, tokenizer, fact_texts("test"), metrics, reference=teacher, resamples=0)
+    questions = as_choices(fact_questions("test"))
+    answered = evaluate(student, tokenizer, questions, ["choice_accuracy"], template=PLAIN, resamples=0)
+    values = {**found.values, **answered.values, "tokens": np.array([len(one.answer) for one in found.scored])}
+    return {name.split("(")[0]: [round(float(one), 5) for one in rows] for name, rows in values.items()}
+
+
+def task_settings(folder: Path, writer: str, seed: int) -> DistillationConfig:
+    plain: dict[str, Any] = {"packing": False, "kd_weight": 1.0, "ce_weight": 0.0, "learning_rate": 1e-4}
+    if "on_policy" in WRITERS[writer]:
+        plain["max_new_tokens"] = 36
+    return settings(folder, WRITER_STEPS, seed, **{**plain, "per_device_train_batch_size": 16, **WRITERS[writer]})
+
+
+def written(work: Path, task: Path, writer: str, seed: int) -> Any:
+    """The student of the task after training on texts that `writer` wrote."""
+    tokenizer, student = load_tokenizer(task / "student"), load_model(task / "student", dtype="bfloat16").float()
+    base = load_model(task / "gemma", dtype="bfloat16")
+    teacher = with_adapters(base, [transferred_task.source_adapter(task, "gemma", 0)])[0].merge_and_unload()
+    rows = [
+        {
+            "prompt": PLAIN.prompt.replace("{question}", row["question"]) + PLAIN.separator,
+            "completion": row["answer"] + tokenizer.eos_token,
+        }
+        for row in transferred_task.entries("train")
+    ]
+    arguments = task_settings(work / "training", writer, seed)
+    trainer = DistillationTrainer(
+        student, None if not arguments.is_taught else teacher, arguments, Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    return student.eval()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    work, out = options.work, options.out.with_name(options.out.name + ".json")
+    work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    for part in ("texts", "step_s", "steps", "answers"):
+        result.setdefault(part, {})
+    prepare(work, options.second)
+    teacher = load_model(work / "gemma-teacher")
+    for name, folder in (("teacher", "gemma-teacher"), ("student before", "student")):
+        if name not in result["texts"]:
+            against = None if name == "teacher" else teacher
+            result["texts"][name] = measured_on_texts(load_model(work / folder), work, against)
+    for seed in options.seeds:
+        for signal in options.signals:
+            if signal.startswith("another family") and not (work / "second-teacher").exists():
+                continue
+            for budget in ("steps", "time"):
+                steps = steps_of(result, signal, options.steps, budget)
+                key = f"{signal} | {budget} | {seed}"
+                if key in result["texts"] or steps is None:
+                    continue
+                measure.stop_in_time(options)
+                student, seconds = distilled(work, signal, seed, steps)
+                result["step_s"].setdefault(signal, seconds)
+                result["steps"][key] = steps
+                result["texts"][key] = measured_on_texts(student, work, teacher)
+                nats = np.average(result["texts"][key]["nats_per_token"], weights=result["texts"][key]["tokens"])
+                print(f"{key}: {steps} steps, {seconds:.2f} s a step, {nats:.3f} nats per token", flush=True)
+                measure.write_json(out, result)
+    if options.task is not None:
+        run_task(options, result, out)
+    return result
+
+
+def steps_of(result: Mapping[str, Any], signal: str, steps: int, budget: str) -> int | None:
+    """How many steps a run has; None where the run of equal steps is that of equal time, or its time is not known."""
+    if budget == "steps":
+        return steps
+    own, other = (result["step_s"].get(name) for name in (signal, REFERENCE))
+    if own is None or other is None:
+        return None
+    fitting = max(1, round(steps * other / own))
+    return None if abs(fitting - steps) <= steps / 10 else fitting
+
+
+def run_task(options: argparse.Namespace, result: dict[str, Any], out: Path) -> None:
+    """The second table: who writes the texts. `options.task` is the work folder of `benchmarks.transferred_task`."""
+    transferred_task.prepare_bases(options.task, 120)
+    test = transferred_task.entries("test")
+    for seed in options.seeds:
+        for writer in WRITERS:
+            if f"{writer} | {seed}" not in result["answers"]:
+                measure.stop_in_time(options)
+                began = time.process_time()
+                student = written(options.work, options.task, writer, seed)
+                seconds = time.process_time() - began
+                tokenizer = load_tokenizer(options.task / "student")
+                right = answered_exactly(student, tokenizer, test, template=PLAIN)
+                result["answers"][f"{writer} | {seed}"] = {"right": right.tolist(), "cpu_s": round(seconds, 1)}
+                print(f"{writer} | {seed}: {right.mean():.1%} right, {seconds:.0f} s", flush=True)
+                measure.write_json(out, result)
+
+
+def over_seeds(result: Mapping[str, Any], signal: str, budget: str, metric: str) -> np.ndarray | None:
+    """Per text or question: the mean over the seeds."""
+    found = [
+        one[metric]
+        for key, one in result["texts"].items()
+        if key.startswith(f"{signal} | {budget} | ") or (key == signal and budget == "steps")
+    ]
+    return np.mean(found, axis=0) if found else None
+
+
+def _cell(values: np.ndarray | None, weights: np.ndarray | None, form: str) -> str | None:
+    if values is None:
+        return None
+    weights = np.ones(len(values)) if weights is None else weights.astype(float)
+    low, high = interval_of(weighted_mean, [[values, weights]]) or (float("nan"), float("nan"))
+    return f"{np.average(values, weights=weights):{form}} ({low:{form}} to {high:{form}})"
+
+
+def report(result: Mapping[str, Any], command: str) -> str:
+    """The tables."""
+    text = [f"# What the signals of a teacher bring\n\n`{command}`\n"]
+    text.append(" ".join((__doc__ or "").split("\n\n")[2].split()) + "\n")
+    text.append(" ".join((__doc__ or "").split("\n\n")[3].split()) + "\n")
+    tokens = np.array(result["texts"]["teacher"]["tokens"])
+    for budget in ("steps", "time"):
+        rows = []
+        for signal in ("teacher", "student before", *SIGNALS):
+            nats = over_seeds(result, signal, budget, "nats_per_token")
+            if nats is None:
+                continue
+            taught_alone = over_seeds(result, ALONE, "steps", "nats_per_token")
+            gain = None if taught_alone is None or signal in ("teacher", "student before") else taught_alone - nats
+            keys = [key for key in result["steps"] if key.startswith(f"{signal} | {budget} | ")]
+            compared = "kl_to_reference" in next(
+                one for key, one in result["texts"].items() if key.split(" | ")[0] == signal
+            )
+            rows.append(
+                [
+                    signal, len(keys) or None, result["steps"][keys[0]] if keys else None,
+                    f"{result['step_s'][signal]:.2f}" if signal in result["step_s"] else None,
+                    f"{np.exp(np.average(nats, weights=tokens)):.1f}",
+                    _cell(gain, tokens, ".3f"),
+                    *(
+                        _cell(over_seeds(result, signal, budget, name), tokens, ".3f") if compared else None
+                        for name in ("kl_to_reference", "token_agreement")
+                    ),
+                    _cell(over_seeds(result, signal, budget, "choice_accuracy"), None, ".3f"),
+                ]
+            )  # fmt: skip
+        title = "Equal steps" if budget == "steps" else "Equal time (signals whose steps take longer, or shorter)"
+        text.append(f"## {title}\n")
+        head = ["signal", "seeds", "steps", "CPU s a step", "perplexity", "nats gained on cross entropy"]
+        head += ["KL to the teacher", "agreement", "questions right"]
+        text.append(measure.markdown_table(head, rows) if rows else "Not measured.\n")
+    text.append("## Who writes the texts\n")
+    rows = []
+    for writer in WRITERS:
+        found = [one for key, one in result["answers"].items() if key.rpartition(" | ")[0] == writer]
+        if found:
+            right = np.mean([one["right"] for one in found], axis=0)
+            seconds = statistics.mean(one["cpu_s"] for one in found)
+            rows.append([writer, len(found), _cell(right, None, ".1%"), f"{seconds:.0f}"])
+    head = ["texts by", "seeds", "exact answers", "CPU s"]
+    text.append(measure.markdown_table(head, rows) if rows else "Not measured.\n")
+    return "\n".join(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/distilled_facts"), help="folder for models")
+    parser.add_argument("--out", type=Path, required=True, help="path without ending; .json and .md are written")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--signals", nargs="+", default=list(SIGNALS), choices=list(SIGNALS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--second", type=Path, help="GGUF file of a model of another family")
+    parser.add_argument("--task", type=Path, help="work folder of benchmarks.transferred_task: also the second table")
+    parser.add_argument("--minutes", type=float, default=None, help="stop after so many; the same command continues")
+    options = parser.parse_args(arguments)
+    options.began = time.monotonic()
+    try:
+        result = run(options)
+    except measure.OutOfTime:
+        print("The time is up; the same command continues from here.")
+        result = json.loads(options.out.with_name(options.out.name + ".json").read_text())
+    command = (
+        f"python -m benchmarks.distilled_facts --out benchmarks/results/{options.out.name} --steps {options.steps}"
+    )
+    write_text(options.out.with_name(options.out.name + ".md"), report(result, command))
+
+
+if __name__ == "__main__":
+    main()
