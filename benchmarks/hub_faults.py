@@ -83,11 +83,11 @@ def measured(server: HubServer) -> list[dict[str, Any]]:
     from huggingface_hub.utils import _http
     from tiny import byte_tokenizer, tiny_llama
 
-    from hf_transfer_ext.hub import publish
+    from hf_transfer_ext.hub import access
     from hf_transfer_ext.hub.publish import push, save_result
     from hf_transfer_ext.hub.record import RunRecord
 
-    publish.WAITS = (0.05, 0.1, 0.4, 0.4)
+    access.WAITS = (0.05, 0.1, 0.4, 0.4)
     # The client waits up to a minute between its attempts; here it makes as many, without the waiting.
     _http.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)), time=time.time)  # type: ignore
     with tempfile.TemporaryDirectory() as made:

@@ -331,7 +331,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts[0] in ("models", "datasets") and len(parts) > 1:
             writes = self.command in ("POST", "PUT", "DELETE") and "paths-info" not in parts
             repo, rest = self._repo(parts[0], parts[1:], write=writes)
-            if not rest or rest[0] == "revision":
+            if rest[:1] == ["auth-check"]:
+                self._auth_check(repo, write=rest[1:] == ["write"])
+            elif not rest or rest[0] == "revision":
                 self._json(self._info(repo, repo.find(rest[1] if rest else "main")))
             else:
                 actions: dict[str, Callable[[Repo, list[str], bytes], None]] = {
@@ -366,6 +368,13 @@ class _Handler(BaseHTTPRequestHandler):
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.hub.create(kind, repo_id, private)
         self._json({"url": url, "name": repo_id})
+
+    def _auth_check(self, repo: Repo, *, write: bool) -> None:
+        if write:
+            self._account(write=True, namespace=repo.repo_id.split("/")[0])
+        if repo.gated and self._account() != repo.repo_id.split("/")[0]:
+            raise Refusal(403, "GatedRepo", f"Access to model {repo.repo_id} is restricted. Ask for access.")
+        self._json({})
 
     def _delete(self, wanted: dict[str, Any]) -> None:
         account = self._account(write=True)

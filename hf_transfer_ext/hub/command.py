@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.hub.access import require_write_access
 from hf_transfer_ext.hub.publish import push
+from hf_transfer_ext.hub.teacher_cache import refuse_part_of_cache
 from hf_transfer_ext.settings import Setting, arguments_for
 from hf_transfer_ext.weights.repository import place_of
 
@@ -27,21 +29,42 @@ class Publication:
     create_pr: bool = False
 
     @classmethod
-    def taken_from(cls, arguments: dict[str, Any]) -> Publication:
+    def taken_from(cls, arguments: dict[str, Any], *, repo_type: str = "model") -> Publication:
         """The options of `PUSH_OPTIONS`, removed from the arguments of a command; checked before any work.
+
+        Args:
+            repo_type: "dataset" for a teacher cache.
 
         Raises:
             ValueError: An option without `push_to_hub`, a name that no repository has, or nothing to publish.
+            PermissionError: No login, a token that is refused, or no right to write there.
         """
         found = cls(*(arguments.pop(option.name, option.default) for option in PUSH_OPTIONS))
-        if found.repo is None and (found.private is not None or found.create_pr):
-            raise ValueError("`private` and `create_pr` say how to publish: set `push_to_hub` too.")
-        if found.repo is not None:
-            if arguments.get("dry_run"):
-                raise ValueError("A dry run writes nothing, so `push_to_hub` has nothing to publish.")
-            if place_of(found.repo).path.count("/") > 1 or found.repo.startswith((".", "/", "~")):
-                raise ValueError(f"`push_to_hub` takes REPO[@BRANCH][:SUBFOLDER], got {found.repo!r}.")
+        found.check(is_dry_run=bool(arguments.get("dry_run")), repo_type=repo_type)
         return found
+
+    def check(self, *, is_dry_run: bool = False, repo_type: str = "model") -> None:
+        """Refuse what cannot be published, before any work. Raises as `taken_from`."""
+        if self.repo is None and (self.private is not None or self.create_pr):
+            raise ValueError("`private` and `create_pr` say how to publish: set `push_to_hub` too.")
+        if self.repo is not None:
+            if is_dry_run:
+                raise ValueError("A dry run writes nothing, so `push_to_hub` has nothing to publish.")
+            place = place_of(self.repo)
+            if place.path.count("/") > 1 or self.repo.startswith((".", "/", "~")):
+                raise ValueError(f"`push_to_hub` takes REPO[@BRANCH][:SUBFOLDER], got {self.repo!r}.")
+            private = self.private
+            if repo_type == "dataset":
+                refuse_part_of_cache(place, create_pr=self.create_pr)
+                private = private is not False
+            require_write_access(self.repo, private=private, create_pr=self.create_pr, repo_type=repo_type)
+
+    def below(self, name: str) -> Publication:
+        """Where a part of the result is published: a folder inside the place of the whole."""
+        if self.repo is None:
+            return self
+        place = place_of(self.repo)
+        return replace(self, repo=str(replace(place, subfolder=place.inside(name))))
 
     def publish(self, folder: str | Path) -> None:
         """Push the folder, where that was asked for, and print the address of the commit."""

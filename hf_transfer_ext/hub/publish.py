@@ -11,8 +11,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from hf_transfer_ext.files import (
     write_text,
     written_aside,
 )
+from hf_transfer_ext.hub.access import again, checked, clear_errors, create
 from hf_transfer_ext.hub.card import (
     CARD_FILE,
     EVAL_RESULTS_FILE,
@@ -40,9 +40,9 @@ from hf_transfer_ext.hub.card import (
 from hf_transfer_ext.hub.privacy import find_secret, find_secret_in_file, is_absolute_path, last_component
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
 from hf_transfer_ext.hub.servable import Server, servable_by
-from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, push_cache
+from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, push_cache, refuse_part_of_cache
 from hf_transfer_ext.reading import one_line, parse_json, read_text
-from hf_transfer_ext.weights.repository import MODEL_FILES, Place, connection_error, local_folder, place_of
+from hf_transfer_ext.weights.repository import MODEL_FILES, Place, local_folder, place_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -70,8 +70,6 @@ _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "gene
 PATH_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "vocab_file", "tokenizer_file")
 #: How often a push starts again because somebody else committed in the meantime.
 _ATTEMPTS = 40
-#: Seconds to wait before each further try after a dropped connection or an error of the Hub.
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 #: Jobs whose result is a report without weights.
 REPORTS = ("audit", "evaluation", "quickstart")
 #: Results in subfolders that the card of a repository lists.
@@ -163,14 +161,10 @@ def push(
         ConnectionError: The Hub fails, or others keep committing to the repository.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     folder, place = Path(folder), place_of(repo_id, revision)
     if (folder / FINGERPRINT_FILE).is_file():
-        if place.revision is not None or place.subfolder or include or create_pr:
-            raise ValueError(
-                f"{str(folder)!r} is a teacher cache, pushed whole to a repository's main branch: name it alone."
-            )
+        refuse_part_of_cache(place, create_pr=create_pr, include=include)
         return push_cache(folder, repo_id, private=private is not False, token=token, commit_message=commit_message)
     for needed in (CARD_FILE, RECORD_FILE):
         if not (folder / needed).is_file():
@@ -189,60 +183,16 @@ def push(
             "'Llama'; %r does not.", place.path,
         )  # fmt: skip
     api = HfApi(token=token)
-    try:
-        if "/" not in place.path:
-            account = _again(lambda: api.whoami()["name"])
-            place = replace(place, path=f"{account}/{place.path}")
+    with clear_errors(place.path, f"{place.path!r} was not changed."):
+        place, exists = checked(api, place, create_pr=create_pr)
         content = _content(folder, record, place, include)
         branch = place.revision or "main"
-        _again(lambda: api.create_repo(place.path, private=private, exist_ok=True))
+        if not exists:
+            create(api, place, private=private)
         if branch != "main" and not branch.startswith("refs/pr/"):
-            _again(lambda: api.create_branch(place.path, branch=branch, exist_ok=True))
+            again(lambda: api.create_branch(place.path, branch=branch, exist_ok=True))
         message = commit_message or f"Add the result of a {record.job} run"
-        return _again(lambda: _commit(api, place, content, message, create_pr))
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(_log_in(place.path)) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise PermissionError(f"{_log_in(place.path)} The Hub answered {status}.") from error
-        raise ConnectionError(
-            f"{place.path!r} was not changed: the Hub answered {status}. {one_line(error)}"
-        ) from error
-    except connection_error() as error:
-        raise ConnectionError(f"{place.path!r} was not changed: {type(error).__name__}: {one_line(error)}") from error
-
-
-def _again(work: Callable[[], Any]) -> Any:
-    """Do it again, after a wait, where the connection dropped or the Hub is out of order (5xx, 429)."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for wait in WAITS:
-        try:
-            return _unwrapped(work)
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 500
-            if status < 500 and status != 429:
-                raise
-            logger.warning("The Hub answered %d. Trying again in %g s.", status, wait)
-        except connection_error() as error:
-            logger.warning("The connection to the Hub dropped (%s). Trying again in %g s.", type(error).__name__, wait)
-        time.sleep(wait)
-    return _unwrapped(work)
-
-
-def _unwrapped(work: Callable[[], Any]) -> Any:
-    """`work()`, with the error of an upload in the place of the client's RuntimeError around it."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return work()
-    except RuntimeError as error:
-        if isinstance(error.__cause__, (HfHubHTTPError, connection_error())):
-            raise error.__cause__ from error
-        if "client has been closed" in f"{error} {error.__cause__}":  # by another thread, whose connection dropped
-            raise connection_error()("The connection dropped during an upload.") from error
-        raise
+        return str(again(lambda: _commit(api, place, content, message, create_pr)))
 
 
 def pull(repo_id: str, revision: str | None = None) -> Path:
@@ -527,10 +477,3 @@ def _without_local_paths(config_json: str, base: str | None) -> str:
 
 def _is_folder(value: str) -> bool:
     return bool(value) and os.path.isdir(value)
-
-
-def _log_in(repo_id: str) -> str:
-    return (
-        f"Writing to the Hub repository {repo_id!r} needs a token that may write there. Run `hf auth login`, set "
-        "HF_TOKEN, or pass `token=`; for a repository of an organization, check your role in it."
-    )

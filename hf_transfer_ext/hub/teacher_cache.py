@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from hf_transfer_ext.hub.access import again, checked, clear_errors, create
+from hf_transfer_ext.weights.repository import Place, place_of
 
 FINGERPRINT_FILE = "teacher_cache.json"
 SHARDS = "rows-*.safetensors"
 #: What travels: the cache, and the card and record that `cache-teacher` adds.
 FILES = [FINGERPRINT_FILE, SHARDS, "README.md", "hf_transfer_ext.json"]
+
+
+def refuse_part_of_cache(place: Place, *, create_pr: bool = False, include: Sequence[str] = ()) -> None:
+    """Refuse to publish a cache other than as it is, on the main branch of a repository of its own.
+
+    Raises:
+        ValueError: A branch, a subfolder, a pull request or further files.
+    """
+    if place.revision is not None or place.subfolder or create_pr or include:
+        raise ValueError(
+            "A teacher cache is pushed as a whole, to the main branch of a data set repository: leave out branch, "
+            "subfolder, `create_pr` and `include`."
+        )
 
 
 def push_cache(
@@ -39,12 +56,17 @@ def push_cache(
                 f"{shard.name} in {str(folder)!r} cannot be read ({error}). Delete it, and fill the cache again."
             ) from error
     api = HfApi(token=token)
-    address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id, repo_type="dataset", folder_path=str(folder), allow_patterns=FILES,
-        commit_message=commit_message or "Add teacher rows",
-    )  # fmt: skip
-    return str(address)
+    with clear_errors(repo_id, f"{repo_id!r} was not changed."):
+        place, exists = checked(api, place_of(repo_id), repo_type="dataset")
+        if not exists:
+            create(api, place, private=private, repo_type="dataset")
+        again(
+            lambda: api.upload_folder(
+                repo_id=place.path, repo_type="dataset", folder_path=str(folder), allow_patterns=FILES,
+                commit_message=commit_message or "Add teacher rows",
+            )
+        )  # fmt: skip
+    return f"{api.endpoint}/datasets/{place.path}"
 
 
 def pull_cache(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:

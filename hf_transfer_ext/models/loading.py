@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_transfer_ext.models.chat_template import guard_chat_templates
 from hf_transfer_ext.reading import check_patterns, field_of, one_line, read_json
 from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.repository import adapters_in, base_of_adapter, file_of, local_folder, place_of
@@ -194,6 +195,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    guard_chat_templates(tokenizer, str(name))
     return tokenizer
 
 

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> Any:
     (job,) = parse_recipe(AuditArguments, argv=argv)
     if job.shadow == "retrain" and not job.retrain_from:
         raise ValueError("`shadow: retrain` fine-tunes the model of `retrain_from`: set that, too.")
+    publication = job.publication()
     accelerator, out, began = Accelerator(), Path(job.output_dir), time.monotonic()
     record = start_record("audit", __file__, argv, job, seed=job.seed)
     asked = ("people", "forget_people", "holdout_people", "facts", "facets", "seed", "columns")
@@ -101,7 +102,8 @@ def main(argv: list[str] | None = None) -> Any:
         about["forget set"] = f"{job.forget_data or 'made-up people'}, {len(data.forget)} rows"
         report = save_audit(out, found, data, about=about, **vars(answers))
         answers.measurements["unlearned"][:0] = verdicts = found.measurements()
-        finish_run(out, record, answers.measurements, plot=None, quiet=True, **job.publication)
+        finish_run(out, record, answers.measurements, plot=None, quiet=True)
+        publication.publish(out)
         print(verdict_table(found.verdicts))
         also = f"; the verdicts stand in the card of {job.unlearned}, too" * add_measurements(job.unlearned, verdicts)
         shutil.rmtree(work_of(job.output_dir), ignore_errors=True)

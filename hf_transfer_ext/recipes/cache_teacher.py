@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.files import sha256_of
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_cache
 from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
@@ -20,6 +21,7 @@ from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teache
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher, cache_server
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
+from hf_transfer_ext.weights.ranks import is_first_rank
 
 
 def cache_for_distillation(
@@ -108,10 +110,15 @@ def cache_for_distillation(
 
 def main(argv: list[str] | None = None) -> int:
     about = "Store a teacher's outputs on a data set, so that distillation runs without it."
-    about += f" A server's key: ${KEY_VARIABLE}."
-    arguments = arguments_for(cache_for_distillation, argv, program="hf-transfer-ext cache-teacher", about=about)
+    about += f" A server's key: ${KEY_VARIABLE}. A new data set repository for it is private unless --private false."
+    arguments = arguments_for(
+        cache_for_distillation, argv, program="hf-transfer-ext cache-teacher", about=about, extra=PUSH_OPTIONS
+    )
+    publication = Publication.taken_from(arguments, repo_type="dataset")
     cache = cache_for_distillation(**arguments)
-    print(f"{len(cache)} texts in {cache.folder}")
+    if is_first_rank():
+        print(f"{len(cache)} texts in {cache.folder}")
+        publication.publish(cache.folder)
     return 0
 
 

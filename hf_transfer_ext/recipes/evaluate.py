@@ -72,6 +72,7 @@ def metric_run(job: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (job,) = parse_recipe(EvaluateArguments, argv=argv)
+    publication = job.publication()
     accelerator, out, first = Accelerator(), Path(job.output_dir), job.compared_with
     record = start_record("evaluation", __file__, argv, job, seed=job.seed)
     shared: dict[str, Any] = {name: getattr(job, name) for name in ("columns", "batch_size", "cache", "seed")}
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compared |= {"in order": together} if together else {}
         print(*problems, sep="\n")
     if accelerator.is_main_process:
-        finish_run(out, record, compared, plot="measurements.png", **job.publication)
+        finish_run(out, record, compared, plot="measurements.png")
+        publication.publish(out)
     return compared
 
 

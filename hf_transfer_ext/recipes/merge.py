@@ -46,6 +46,7 @@ class MergeArguments(PublishArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (job,) = parse_recipe(MergeArguments, argv=argv)
+    publication = job.publication()
     resolve_all(job.metrics)
     content = with_demo(read_yaml(job.merge_config))
     plan = load_config(content)
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         record.not_measured.append("Nothing was measured: the run had no data.")
     measured["merged"] = [*measured.get("merged", []), *merged.metrics]
-    finish_run(job.output_dir, record, measured, result="merged", plot=None, **job.publication)
+    finish_run(job.output_dir, record, measured, result="merged", plot=None)
+    publication.publish(job.output_dir)
     if report.adapter is not None:
         print(f"LoRA of rank {report.adapter.rank}: {report.adapter.residual_energy:.2%} of the update is left out")
     print(f"{report.tensors} tensors in {report.seconds:.1f} s -> {report.folder}")

@@ -25,12 +25,15 @@ from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import CONFIGS, parse_recipe, setting
 from hf_transfer_ext.recipes import distill, transfer_lora, unlearn
 from hf_transfer_ext.recipes.chain import measure_stage
-from hf_transfer_ext.recipes.run import DEMO, as_words, run_recipe, start_record
+from hf_transfer_ext.recipes.run import DEMO, PublishArguments, as_words, run_recipe, start_record
 from hf_transfer_ext.trainers.taught import taught, teaching_arguments
+
+#: Folders of the stages, in the folder of the run and in the repository that it is published in.
+STAGES = ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned")
 
 
 @dataclass
-class QuickstartArguments:
+class QuickstartArguments(PublishArguments):
     """How much of everything; the stages' own settings are in the package's configurations."""
 
     output_dir: str = setting("runs/quickstart", "", "Folder of all stages.")
@@ -54,8 +57,11 @@ class QuickstartArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     (job,) = parse_recipe(QuickstartArguments, argv=argv)
+    if job.create_pr:
+        raise ValueError("The quickstart publishes its stages one after the other: leave `create_pr` out.")
+    publication = job.publication()
     root, student = Path(job.output_dir), Path(job.output_dir) / "student"
-    for folder in ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned"):
+    for folder in STAGES:
         refuse_existing_output(root / folder, overwrite=job.overwrite, inputs=(job.teacher, job.dataset))
     chain = start_record("quickstart", __file__, argv, job, seed=job.seed)
     people = fictitious_people(job.people, forget=job.forget_people, holdout=0, facts=job.facts, seed=job.seed)
@@ -111,6 +117,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     measure("unlearned", "unlearned")
 
     finish_run(root, chain, measured, plot="quickstart.png")
+    publication.publish(root)
+    for name in STAGES:
+        publication.below(name).publish(root / name)
     jobs = [one.job for one in read_record(root / "unlearned").history()]
     print(f"The record of {root / 'unlearned'} holds the chain: {' -> '.join(jobs)}.")
     return measured

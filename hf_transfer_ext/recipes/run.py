@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from hf_transfer_ext.files import sha256_of
+from hf_transfer_ext.hub.command import Publication
 from hf_transfer_ext.hub.record import RunRecord, describe_input
 from hf_transfer_ext.models.loading import four_bit, load_model, load_tokenizer
 from hf_transfer_ext.recipe import inherited_defaults, setting, settings_of, use_all_cores
@@ -46,12 +47,14 @@ class PublishArguments:
     """Where a recipe publishes its result, if anywhere."""
 
     push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
-    private: bool | None = setting(None, "", "Make a new repository private.")
+    private: bool | None = setting(None, "", "Of push_to_hub: make a new repository private.")
+    create_pr: bool = setting(False, "", "Of push_to_hub: open a pull request instead of changing the branch.")
 
-    @property
-    def publication(self) -> dict[str, Any]:
-        """Arguments of `finish_run`."""
-        return {"push_to": self.push_to_hub, "private": self.private}
+    def publication(self) -> Publication:
+        """Where to publish the result, checked; call it before any work. Raises as `Publication.check`."""
+        found = Publication(self.push_to_hub, self.private, self.create_pr)
+        found.check()
+        return found
 
 
 def model_path(name: str | Path) -> str | Path:

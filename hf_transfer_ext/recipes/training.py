@@ -12,6 +12,7 @@ from typing import Any
 from transformers import set_seed
 
 from hf_transfer_ext.files import refuse_existing_output
+from hf_transfer_ext.hub.access import require_write_access
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import RunRecord
 from hf_transfer_ext.measurement import Measurement
@@ -90,12 +91,16 @@ def start_training(
 
     Raises:
         FileExistsError: A result, or an earlier run's checkpoints, is there and is neither replaced nor gone on from.
+        PermissionError: The result is to be published, and there is no login or no right to write there.
     """
     out = refuse_existing_output(args.output_dir, overwrite=overwrite, inputs=inputs)
     record = start_record(job, script, argv, arguments, args, seed=args.seed)
     resume = _resumes(args.resume_from_checkpoint)
     work = training_folder(out, resume=resume, overwrite=overwrite, inputs=inputs)
     push_to = (args.hub_model_id or out.name) if args.push_to_hub else None
+    if not getattr(arguments, "dry_run", False):
+        how: Any = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+        require_write_access(push_to, **how)
     args.push_to_hub, args.output_dir = False, str(work / "checkpoints")
     set_seed(args.seed)
     return TrainingRun(out, work, args, record, overwrite, push_to)

@@ -15,7 +15,6 @@ from hf_transfer_ext.adapters.transfer.trainer import TransferConfig, TransferTr
 from hf_transfer_ext.data.fictitious_people import sorted_statements
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.files import refuse_existing_output
-from hf_transfer_ext.hub.publish import push
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.run import PublishArguments, model_path, run_recipe
 from hf_transfer_ext.settings import REQUIRED
@@ -48,6 +47,7 @@ GROUPS = {
 
 def main(argv: list[str] | None = None) -> TransferTrainer:
     job, args = parse_recipe(TransferArguments, TransferConfig, argv=argv, groups=GROUPS)
+    publication = job.publication()
     refuse_existing_output(args.output_dir, overwrite=args.overwrite, inputs=(job.adapter,))
     train: Any = job.train_data
     test: Any = job.test_data
@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> TransferTrainer:
         how: Any = {"epochs": job.teach_epochs, "learning_rate": job.teach_learning_rate, "template": trainer.template}
         teach_source(job.adapter, source, trainer.train_rows, args, **how)
     run_transfer(trainer)
-    if job.push_to_hub is not None:
-        print(f"Pushed to {push(args.output_dir, job.push_to_hub, private=job.private)}")
+    publication.publish(args.output_dir)
     return trainer
 
 

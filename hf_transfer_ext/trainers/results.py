@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
+from hf_transfer_ext.hub.access import require_write_access
 from hf_transfer_ext.hub.card import CARD_FILE, model_card
 from hf_transfer_ext.hub.inputs import described_or_named
 from hf_transfer_ext.hub.publish import earlier_card, push, save_result
@@ -86,6 +87,17 @@ class SavesResults:
             (folder / SETTINGS_PICKLE).unlink(missing_ok=True)
             save_result(folder, record=card.pop("record", None) or self.record(), overwrite=True, **card)
         self.accelerator.wait_for_everyone()
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Refuse a repository that may not be written to, before the training; one that does not exist is created."""
+        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.push_in_progress = None
+        require_write_access(
+            self.hub_model_id,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
 
     def create_model_card(self, model_name: str | None = None, tags: Any = (), **_: Any) -> None:
         """Write the card of this training so far to the output folder, in place of the card of transformers or TRL."""

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_transfer_ext.hub import publish
+from hf_transfer_ext.hub import access
 from hf_transfer_ext.hub.card import END, START
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.publish import pull, push, save_result
@@ -532,7 +532,7 @@ def killed_after(hub, monkeypatch, place, count, *, back_after=None):
 @pytest.fixture
 def impatient(monkeypatch):
     """The waits of the push and of the client, cut short."""
-    monkeypatch.setattr(publish, "WAITS", (0.3, 0.3, 0.3))
+    monkeypatch.setattr(access, "WAITS", (0.3, 0.3, 0.3))
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.05)), time=time.time))
 
 

@@ -55,5 +55,18 @@ def test_card_and_record_travel_with_the_cache(tmp_path, teacher, hub):
     found = pull_cache("tester/rows", token=hub.token)
     assert len(TeacherCache(found)) == 3 and read_record(found).result == record.result
     assert (found / "README.md").read_text().startswith("---\n")
-    with pytest.raises(ValueError, match="is a teacher cache, pushed whole"):
+    with pytest.raises(ValueError, match="teacher cache is pushed as a whole"):
         push(teacher[2], "tester/rows", token=hub.token, revision="x")
+
+
+def test_the_command_publishes_the_cache_in_a_private_data_set_repository(tmp_path, teacher, hub, monkeypatch, capsys):
+    for words, message in ((["tester/rows:a"], "as a whole"), (["tester/rows", "--create_pr"], "as a whole")):
+        with pytest.raises(ValueError, match=message):
+            main([*teacher, "--push_to_hub", *words])
+    with pytest.raises(PermissionError, match="Nothing has been done yet"):
+        main([*teacher, "--push_to_hub", "tester/rows"])
+    assert not (tmp_path / "cache").exists() and not hub.repos
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert main([*teacher, "--max-length", "64", "--push_to_hub", "tester/rows"]) == 0
+    assert "Pushed to" in capsys.readouterr().out and hub.repos[("datasets", "tester/rows")].private
+    assert len(TeacherCache(pull_cache("tester/rows", token=hub.token))) == 2
