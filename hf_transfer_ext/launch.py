@@ -10,11 +10,22 @@ import os
 
 #: Where launchers state the number of processes, as accelerate reads them.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+#: The same for the number of this process among them.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def started_processes() -> int:
     """The processes that the launcher started, by the environment; 1 without a launcher."""
-    return next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdigit()), 1)
+    return _stated(_SIZES, 1)
+
+
+def started_rank() -> int:
+    """The number of this process among those that the launcher started, from 0; 0 without a launcher."""
+    return _stated(_RANKS, 0)
+
+
+def _stated(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
 
 
 def asked_processes() -> int:

@@ -23,6 +23,7 @@ from hf_transfer_ext.hub.inputs import InputsInBackground, Wanted, call_of
 from hf_transfer_ext.hub.record import RunRecord, Stage
 from hf_transfer_ext.hub.servable import serving
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.progress import steps
 from hf_transfer_ext.settings import QUIET, ForeignFlag, arguments_for
 from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.architecture import Loading
@@ -314,9 +315,7 @@ class _Changes:
         self._loaded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def collect(self, rank: int, *, progress: bool) -> None:
-        from tqdm import tqdm
-
-        for parameter in tqdm(list(self._after), desc="extracting", unit="tensor", disable=not progress):
+        for parameter in steps(list(self._after), "extracting", "tensor", show=progress):
             self._take(parameter, rank)
         self._save_tied()
         self._save_further()

@@ -25,6 +25,7 @@ def finish_adapter(
     not_measured: Sequence[str] = (),
     seed: int | None = None,
     call: Mapping[str, Any] | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> None:
     """Add card and record to the folder of an adapter, before it is renamed to its final name.
 
@@ -39,6 +40,7 @@ def finish_adapter(
         not_measured: Sentences on what was not.
         seed: Of random choices; None if there are none.
         call: All arguments of the call but the output; None where the record alone cannot repeat it.
+        files: Name -> file to copy into the folder (plots).
     """
     record = RunRecord(job, f"hf-transfer-ext {command}", dict(settings), seed=seed, recipe_sha256=recipe_sha256)
     record.call = call_of(call or {}, inputs)
@@ -49,7 +51,7 @@ def finish_adapter(
     record.stages.append(Stage(job, round(seconds, 3)))
     record.metrics += metrics
     record.not_measured += not_measured
-    finish_run(folder, record, quiet=True)
+    finish_run(folder, record, quiet=True, files=files)
 
 
 def base_of_config(config: Mapping[str, Any]) -> list[Wanted]:

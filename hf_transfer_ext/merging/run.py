@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from hf_transfer_ext.merging.streaming.as_lora import write_adapter
 from hf_transfer_ext.merging.streaming.companions import CONFIG_FILE, public_yaml, write_companions
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
+from hf_transfer_ext.progress import stage
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, Checkpoint
 from hf_transfer_ext.weights.devices import resolve_device
 from hf_transfer_ext.weights.opened import InputModel, open_model
@@ -298,7 +299,7 @@ def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Compl
     work = work_of(plan.content(settings), plan.checkpoints)
     with resumable_folder(settings.target, work, ranks, overwrite=settings.overwrite) as folder:
         own_bytes = sum(job.input_bytes for job in ranks.share_of(plan.jobs))
-        with _bar(own_bytes, settings.progress and ranks.is_first) as advance:
+        with stage("merging", own_bytes, "B", show=settings.progress and ranks.is_first) as advance:
             resumed = write_tensors(
                 folder,
                 plan.jobs,
@@ -363,11 +364,3 @@ def _own_device(device: str | torch.device, ranks: Ranks) -> torch.device:
     if found.type == "cuda" and ranks.count > 1 and torch.device(device if device != "auto" else "cuda").index is None:
         return torch.device("cuda", local_ranks()[0] % torch.cuda.device_count())
     return found
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not show, desc="merging", smoothing=0.1) as bar:
-        yield bar.update

@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> Any:
                 how |= {"out": out, "seed": job.seed + (role == "shadow")}
                 subjects[role].model = retrained(role, record, *loaded, data.retain, template, **how)
     chosen: Any = {"attacks": job.attacks, "membership": job.membership, "seed": job.seed, "progress": tell}
+    tell(f"{len(job.attacks)} attacks and {len(job.membership)} on membership, {len(data.forget)} rows to forget")
     with record.stage("attack"):
         found = audit(data=data, **subjects, **chosen, journal=work_of(job.output_dir))
     tell("measuring the forget and retain sets")

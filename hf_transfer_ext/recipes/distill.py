@@ -109,7 +109,7 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
             twin = taught(twin, tokenizer, data, args, lora_rank=job.student_lora_rank or None)
         measure("twin without teacher", twin, reference)
     if trainer.is_world_process_zero():
-        run.finish(measured, "student", student, tokenizer)
+        run.finish(measured, "student", student, tokenizer, trainer)
     return measured
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,9 @@ from hf_transfer_ext.files import refuse_existing_output
 from hf_transfer_ext.hub.access import require_write_access
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import RunRecord
-from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.hub.table import Measured
 from hf_transfer_ext.recipes.run import start_record
+from hf_transfer_ext.trainers.logs import drawn
 from hf_transfer_ext.trainers.saving import last_checkpoint, training_folder
 
 
@@ -53,8 +54,8 @@ class TrainingRun:
             return None
         return last_checkpoint(self.args.output_dir) if str(chosen).lower() in ("true", "yes", "1") else str(chosen)
 
-    def finish(self, measured: Mapping[str, Sequence[Measurement]], result: str, model: Any, tokenizer: Any) -> None:
-        """Save the model with card and record, and publish it where that was asked for. On the main process only."""
+    def finish(self, measured: Measured, result: str, model: Any, tokenizer: Any, trainer: Any) -> None:
+        """Save the model with card, record and plot, and publish it where that was asked for. On the main process."""
         finish_run(
             self.out,
             self.record,
@@ -64,7 +65,7 @@ class TrainingRun:
             tokenizer=tokenizer,
             precision="bfloat16" if self.args.bf16 else None,
             overwrite=self.overwrite,
-            files=self.files,
+            files=self.files | drawn(trainer.state.log_history, self.work),
             push_to=self.push_to,
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,

@@ -41,7 +41,7 @@ class TransferArguments(PublishArguments):
 #: Groups of the settings of `TransferConfig`.
 GROUPS = {
     "method": ["method", "method_options", "max_rank", "learn", "start", "discriminator"],
-    "training": ["target_modules", "rank", "epochs", "learning_rate", "batch_size", "seed"],
+    "training": ["target_modules", "rank", "epochs", "learning_rate", "batch_size", "seed", "bf16"],
 }
 
 

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     measured = {"before": before, "after": after}
     if trainer.is_world_process_zero():
         changed = job.teach_epochs > 0 or job.trim_vocabulary  # an adapter alone needs a base that others have
-        run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer)
+        run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer, trainer)
     return measured
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.progress import steps
 from hf_transfer_ext.reading import field_of, read_json
 from hf_transfer_ext.students import tokenizer_json
 from hf_transfer_ext.students.layers import rebuilt, refuse_wrapped
@@ -260,7 +261,7 @@ def _input_rows(model: PreTrainedModel) -> Tensor:
 
 def _token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[int]:
     counts: Counter[int] = Counter()
-    iterator: Iterator[str] = iter(texts)
+    iterator: Iterator[str] = iter(steps(texts, "counting the tokens of the corpus", "text"))
     while batch := list(islice(iterator, 1000)):
         for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             counts.update(ids)

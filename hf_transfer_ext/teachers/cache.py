@@ -35,6 +35,7 @@ from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, SHARDS
 from hf_transfer_ext.losses.rows import DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
+from hf_transfer_ext.progress import steps
 from hf_transfer_ext.reading import parse_json, read_text
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone
@@ -720,7 +721,7 @@ def fill_cache(
             waiting.clear()
 
     try:
-        for index, row in enumerate(dataset):
+        for index, row in enumerate(steps(dataset, "caching the teacher's outputs")):
             if index % accelerator.num_processes != accelerator.process_index:
                 continue
             for document in documents_of_row(row):

@@ -10,6 +10,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from hf_transfer_ext.data.forget_retain import ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.models.plumbing import pad_token_id
+from hf_transfer_ext.trainers.logs import LogsSpeed
+
+
+class AnswersTrainer(LogsSpeed, Trainer):
+    """Plain cross entropy as the model computes it."""
 
 
 def train_on_answers(
@@ -35,6 +40,8 @@ def train_on_answers(
         return batch
 
     args.remove_unused_columns = False
-    trainer = Trainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer, data_collator=flat)
+    trainer = AnswersTrainer(
+        model=model, args=args, train_dataset=pairs, processing_class=tokenizer, data_collator=flat
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer

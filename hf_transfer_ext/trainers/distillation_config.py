@@ -19,6 +19,7 @@ from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, takes_vocabulari
 from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
+from hf_transfer_ext.trainers.logs import require_reporters
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
 from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
 from hf_transfer_ext.trainers.trl_names import takes_trl_names
@@ -124,6 +125,7 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu, self.bf16 = True, cpu_computes_in_bf16()
         super().__post_init__()
+        require_reporters(self.report_to)
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
         check_loss(self.loss, self.loss_options)
         if not self.distill_temperature > 0:

@@ -12,10 +12,11 @@ from torch import Tensor
 from hf_transfer_ext.launch import require_processes
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.tensors import masked_sum
+from hf_transfer_ext.trainers.logs import LogsSpeed
 from hf_transfer_ext.trainers.results import SavesResults, refuse_published_states
 
 
-class TokenLossNormalization(SavesResults):
+class TokenLossNormalization(LogsSpeed, SavesResults):
     """Mixin for `Trainer` subclasses whose loss is a sum over tokens: one optimizer step, one mean, however split.
 
     The Trainer counts the labeled tokens of all micro-batches and all ranks of a step (`num_items_in_batch`);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
@@ -15,6 +16,7 @@ from hf_transfer_ext.hub.record import RunInput, RunRecord, Stage, device_summar
 from hf_transfer_ext.recipe import inherited_defaults, settings_of
 from hf_transfer_ext.students.auxiliary import expanded, load_shared, save_shared
 from hf_transfer_ext.students.layers import is_auxiliary
+from hf_transfer_ext.trainers.logs import drawn
 
 #: The Trainer's pickle of its settings, which may hold an access token.
 SETTINGS_PICKLE = "training_args.bin"
@@ -85,7 +87,10 @@ class SavesResults:
         """Add card and record to the saved model on the main process, and remove the pickle of the settings."""
         if self.is_world_process_zero():
             (folder / SETTINGS_PICKLE).unlink(missing_ok=True)
-            save_result(folder, record=card.pop("record", None) or self.record(), overwrite=True, **card)
+            record = card.pop("record", None) or self.record()
+            with TemporaryDirectory() as scratch:
+                plot = drawn(self.state.log_history, scratch)
+                save_result(folder, record=record, overwrite=True, extra_files=plot, **card)
         self.accelerator.wait_for_everyone()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

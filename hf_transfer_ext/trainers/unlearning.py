@@ -47,10 +47,12 @@ from hf_transfer_ext.models.heads import causal_lm_of, head_module, run_to_head,
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, is_sharded, output_head, pad_token_id
 from hf_transfer_ext.models.scoring import LOGITS_AT_ONCE, Scorer
+from hf_transfer_ext.progress import steps
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.inherited import REFUSED_BY_UNLEARNING, refuse_split_sequences, refuse_without_effect
+from hf_transfer_ext.trainers.logs import require_reporters
 from hf_transfer_ext.trainers.method_steps import MethodSteps
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization, require_trainable
 from hf_transfer_ext.trainers.retain_bound import RetainBound
@@ -136,6 +138,7 @@ class UnlearningConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_reporters(self.report_to)
         method = METHODS[self.method]
         self.method_options: dict[str, Any] = dict(self.method_options or {})  # type: ignore[arg-type]
         self.published_method()
@@ -516,7 +519,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         mine = texts[self.args.process_index :: self.args.world_size]
         size = max(1, self.args.per_device_eval_batch_size)
         found = []
-        for at in range(0, len(mine), size):
+        batches, shown = range(0, len(mine), size), not self.args.disable_tqdm
+        for at in steps(batches, "log-probabilities of the reference", "batch", show=shown):
             scores = scorer.score(mine[at : at + size], frozenset({"token_log_probs"}))
             found += [
                 ((text.answer_start, *text.input_ids), score.log_probs.tolist())
@@ -843,11 +847,12 @@ def _writer(model: Any, tokenizer: Any, template: QuestionAnswerFormat, args: Un
         settings = GenerationSettings(args.max_new_tokens, temperature=temperature, seed=seed)
         prompts = [template.prompt_ids(tokenizer, question) for question in questions]
         size = max(1, args.per_device_eval_batch_size)
+        batches = steps(
+            range(0, len(prompts), size), "writing alternative answers", "batch", show=not args.disable_tqdm
+        )
         with evaluation_mode(model):
             return [
-                text
-                for at in range(0, len(prompts), size)
-                for text in generate(model, tokenizer, prompts[at : at + size], settings)[0]
+                text for at in batches for text in generate(model, tokenizer, prompts[at : at + size], settings)[0]
             ]
 
     return write

@@ -31,12 +31,23 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+#: What is logged beside the losses.
+NOT_LOSSES = ("epoch", "step", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second", "mean_token_accuracy")
+
+
 def changes(trainer):
-    """What training adds to each weight."""
+    """What training adds to each weight, and each part of the loss that it logged."""
     before = weights(trainer.model)
     trainer.train()
     after = weights(trainer.accelerator.unwrap_model(trainer.model))
-    return {name: after[name] - before[name] for name in before}
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert logged and all(line["tokens_per_second"] > 0 for line in logged)
+    parts = {name for line in logged for name in line if name not in NOT_LOSSES}
+    assert len(parts) > 2
+    return {
+        **{name: after[name] - before[name] for name in before},
+        **{f"logged {name}": torch.tensor([line[name] for line in logged]) / 100 for name in parts},
+    }
 
 
 def distilled(folder, batch, accumulation, **options):

@@ -29,6 +29,7 @@ from hf_transfer_ext.adapters.transfer.trans_lora import (
     answer_inputs,
     new_lora,
     read_discriminator,
+    shared_arguments,
     train_discriminator,
     training_arguments,
     work_key,
@@ -53,6 +54,7 @@ from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.answers import train_on_answers
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
+from hf_transfer_ext.trainers.logs import drawn, plot_in
 from hf_transfer_ext.trainers.saving import last_checkpoint
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 from hf_transfer_ext.weights.repository import base_of_adapter, local_folder
@@ -214,7 +216,7 @@ def transfer_by_training(
         finish_adapter(
             aside, "transfer", "transfer", told, inputs_of_transfer(adapter, source_reference, target_reference),
             recipe_sha256=sha256_of(__file__), seconds=time.perf_counter() - began, not_measured=[NOT_COMPARED],
-            seed=settings.seed,
+            seed=settings.seed, files=plot_in(stages),
         )  # fmt: skip
     if work is None:
         shutil.rmtree(stages)
@@ -246,7 +248,7 @@ def train_lora(
     Args:
         base: The base model.
         rows: `question` and `answer` of each example.
-        work: Folder that gets the checkpoints, in `name`.
+        work: Folder that gets the checkpoints, in `name`, and the plot of what was logged.
         start: Folder of an adapter to start from; a new LoRA (`settings.target_modules`, `settings.rank`) if None.
         teacher: A model of the same vocabulary whose logits are learned instead of the answers' tokens.
 
@@ -277,17 +279,19 @@ def train_lora(
     if teacher is None:
         rates = settings.epochs, settings.learning_rate
         arguments = training_arguments(checkpoints, settings, *rates, resume_from_checkpoint=resumed, **saved)
-        train_on_answers(tuned, tokenizer, rows, arguments, template=template)
+        trainer: Any = train_on_answers(tuned, tokenizer, rows, arguments, template=template)
+        drawn(trainer.state.log_history, work)
         return tuned.eval()
     config = DistillationConfig(
         str(checkpoints), num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size, lr_scheduler_type="linear", weight_decay=0.0,
-        seed=settings.seed, report_to="none", logging_steps=10, max_length=None, gradient_checkpointing=False, **saved,
+        lr_scheduler_type="linear", weight_decay=0.0, max_length=None, gradient_checkpointing=False,
+        **shared_arguments(settings), **saved,
     )  # fmt: skip
     trainer = DistillationTrainer(
         tuned, teacher, config, _labelled(tokenizer, rows, template), processing_class=tokenizer
     )
     trainer.train(resume_from_checkpoint=resumed)
+    drawn(trainer.state.log_history, work)
     return tuned.eval()
 
 

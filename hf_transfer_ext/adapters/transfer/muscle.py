@@ -20,6 +20,7 @@ from hf_transfer_ext.losses.distillation.forward_kl import forward_kl
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, pad_token_id
 from hf_transfer_ext.tensors import Labels, Logits, PerToken, next_token_view
+from hf_transfer_ext.trainers.logs import require_reporters
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 
 #: The adapter that is trained, beside the new base's own.
@@ -80,6 +81,7 @@ class MuscleConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_reporters(self.report_to)
         if not self.loss_temperature > 0:
             raise ValueError(f"`loss_temperature` must be greater than 0, got {self.loss_temperature}.")
         if self.ce_weight < 0:

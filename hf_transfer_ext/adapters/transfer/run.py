@@ -45,6 +45,7 @@ from hf_transfer_ext.adapters.transfer.travel import (
 )
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.progress import steps
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.weights.lora import PREFIX, LoraAdapter, LoraFactors, read_lora, save_lora, truncated
 from hf_transfer_ext.weights.opened import InputModel, open_model
@@ -209,9 +210,8 @@ class _Carrier:
         """The target's factors, and the parts of the report."""
         factors: dict[str, LoraFactors] = {}
         modules, left_out, sizes = {}, {}, []
-        for module, own in self._modules().items():
-            if own not in self.adapter.modules:
-                continue
+        pairs = {module: own for module, own in self._modules().items() if own in self.adapter.modules}
+        for module, own in steps(list(pairs.items()), "transferring", "module"):
             carried = self.method(self._pair(module, own), **self.options)
             if carried is None:
                 left_out[own] = f"{self.method.__name__} found too little in common with {module}"

@@ -45,6 +45,7 @@ from hf_transfer_ext.hub.servable import serving
 from hf_transfer_ext.launch import started_processes
 from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.trainers.logs import plot_in
 from hf_transfer_ext.weights.reference import parse_reference
 from hf_transfer_ext.weights.repository import base_of_adapter, local_folder
 
@@ -346,7 +347,7 @@ def teach_source(
     refuse_existing_output(folder, overwrite=args.overwrite, inputs=[source_base])
     settings = TransLoraSettings(
         target_modules=args.target_modules, rank=args.rank, batch_size=args.batch_size, seed=args.seed, epochs=epochs,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate, bf16=args.bf16, report_to=args.report_to, logging_steps=args.logging_steps,
     )  # fmt: skip
     reference = parse_reference(source_base, "source_base")
     tokenizer = load_tokenizer(reference.path, revision=reference.revision)
@@ -357,5 +358,6 @@ def teach_source(
         finish_adapter(
             aside, "fine-tuning", "transfer", asdict(settings), [(reference.path, reference.revision, "base")],
             recipe_sha256=sha256_of(__file__), seconds=time.perf_counter() - began, seed=args.seed,
+            files=plot_in(work),
         )  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)

@@ -25,14 +25,13 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tqdm import tqdm
 from transformers import TrainingArguments
 
 from hf_transfer_ext.adapters.transfer.travel import DISCRIMINATOR_FOLDER, SEEDS_FILE
@@ -42,13 +41,18 @@ from hf_transfer_ext.files import write_text, written_aside
 from hf_transfer_ext.models.generation import GenerationSettings, generate
 from hf_transfer_ext.models.plumbing import evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import Scorer
+from hf_transfer_ext.progress import stage, steps
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.trainers.answers import train_on_answers
+from hf_transfer_ext.trainers.logs import require_reporters
 
 logger = logging.getLogger(__name__)
 
 #: Real inputs that a discriminator needs at least.
 FEWEST_INPUTS = 10
+
+#: Metadata of settings that have no part in the result.
+NO_PART = {"part_of_result": False}
 
 #: A discriminator that ranks a smaller share of the pairs of a real and a synthetic input correctly is of no use.
 WEAK_DISCRIMINATOR = 0.6
@@ -73,6 +77,11 @@ class TransLoraSettings:
         discriminator_epochs, discriminator_learning_rate: Of the discriminator.
         task_name: Name of the task in the discriminator's question: "... from the {task_name} dataset?"
         seed: Of everything random.
+        bf16: Compute the training passes in bfloat16 (autocast). The trained weights are float32 either way; the base
+            is in the `dtype` that it was loaded in.
+        report_to: Where the trainings report to beside their log lines: tensorboard, trackio, wandb, ..., or a list of
+            these. It has no part in the result: a run goes on from stages that were computed under another one.
+        logging_steps: Optimizer steps between two log lines, >= 1; the same holds.
     """
 
     rows: int = 250
@@ -92,10 +101,14 @@ class TransLoraSettings:
     discriminator_learning_rate: float = 2e-4
     task_name: str = "task"
     seed: int = 0
+    bf16: bool = False
+    report_to: str | list[str] = field(default="none", metadata=NO_PART)
+    logging_steps: int = field(default=10, metadata=NO_PART)
 
     def __post_init__(self) -> None:
+        require_reporters(self.report_to)
         whole = ("rows", "shown", "seeds", "attempts_per_row", "input_tokens", "answer_tokens", "rank", "batch_size")
-        for name in whole:
+        for name in (*whole, "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("sampling_temperature", "epochs", "learning_rate", "discriminator_epochs"):
@@ -160,8 +173,8 @@ def train_discriminator(
     seeds = shuffled[: settings.seeds] if seeds is None else list(seeds)
     most = settings.attempts_per_row * len(inputs)
     written = _synthetic(model, tokenizer, seeds, settings, attempts=most)
-    progress = tqdm(islice(written, len(inputs)), total=len(inputs), desc="writing counterexamples")
-    synthetic = [item for _, item in progress]
+    counted = steps(islice(written, len(inputs)), "writing counterexamples", "text", total=len(inputs))
+    synthetic = [item for _, item in counted]
     if len(synthetic) < FEWEST_INPUTS:
         raise ValueError(
             f"The base wrote only {len(synthetic)} different inputs in {most} attempts; "
@@ -298,7 +311,7 @@ def write_inputs(
     kept, attempt = _resumed(path, key)
     most = settings.attempts_per_row * settings.rows
     written = _synthetic(writer, writer_tokenizer, known.seeds, settings, attempts=most, exclude=kept, attempt=attempt)
-    with tqdm(total=settings.rows, initial=len(kept), desc="writing inputs") as bar:
+    with stage("writing inputs", settings.rows, "text", done=len(kept)) as advance:
         while len(kept) < settings.rows:
             batch = list(islice(written, settings.batch_size))
             if not batch:
@@ -315,7 +328,7 @@ def write_inputs(
             for item, score in zip(items, scores, strict=True):
                 if score > known.threshold and len(kept) < settings.rows:
                     kept.append(item)
-                    bar.update()
+                    advance(1)
             _save(path, key, attempt, kept)
     return kept, attempt
 
@@ -340,13 +353,13 @@ def answer_inputs(
     template = template or QuestionAnswerFormat()
     path, key = Path(folder) / "answers.jsonl", work_key(settings, list(inputs))
     answers, _ = _resumed(path, key)
-    with evaluation_mode(model), tqdm(total=len(inputs), initial=len(answers), desc="answering") as bar:
+    with evaluation_mode(model), stage("answering the inputs", len(inputs), "text", done=len(answers)) as advance:
         while len(answers) < len(inputs):
             batch = inputs[len(answers) : len(answers) + settings.batch_size]
             prompts = [template.prompt_ids(tokenizer, item) for item in batch]
             texts, _ = generate(model, tokenizer, prompts, GenerationSettings(settings.answer_tokens))
             answers += [text.strip() for text in texts]
-            bar.update(len(batch))
+            advance(len(batch))
             _save(path, key, len(answers), answers)
     rows = [{"question": q, "answer": a} for q, a in zip(inputs, answers, strict=True) if a]
     if not rows:
@@ -386,21 +399,35 @@ def training_arguments(
     folder: Path, settings: TransLoraSettings, epochs: float, rate: float, **more: Any
 ) -> TrainingArguments:
     """Those of the paper: AdamW without weight decay, on a linear schedule."""
-    fixed = {"lr_scheduler_type": "linear", "weight_decay": 0.0, "report_to": "none", "logging_steps": 10}
+    fixed = {"lr_scheduler_type": "linear", "weight_decay": 0.0, **shared_arguments(settings)}
     return TrainingArguments(
         str(folder),
         num_train_epochs=epochs,
         learning_rate=rate,
-        per_device_train_batch_size=settings.batch_size,
-        seed=settings.seed,
         **{"save_strategy": "no", **fixed, **more},
     )
 
 
+def shared_arguments(settings: TransLoraSettings) -> dict[str, Any]:
+    """Arguments of every training here, whether it learns answers or logits."""
+    return {
+        "seed": settings.seed, "per_device_train_batch_size": settings.batch_size, "bf16": settings.bf16,
+        "report_to": settings.report_to, "logging_steps": settings.logging_steps,
+        "use_cpu": settings.bf16 and not torch.accelerator.is_available(),  # which transformers asks for with bf16
+    }  # fmt: skip
+
+
 def work_key(*parts: Any, **more: Any) -> str:
     """A digest of everything that the result of a stage depends on."""
-    content = [asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts]
+    content = [result_settings(part) if is_dataclass(part) else part for part in parts]
     return hashlib.sha256(json.dumps([content, more], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def result_settings(settings: Any) -> dict[str, Any]:
+    """The fields of settings that have a part in the result."""
+    return {
+        one.name: getattr(settings, one.name) for one in fields(settings) if one.metadata.get("part_of_result", True)
+    }
 
 
 def _resumed(path: Path, key: str) -> tuple[list[str], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer
@@ -10,6 +10,7 @@ from hf_transfer_ext.evals.engine.cache import ScoreCache, digest
 from hf_transfer_ext.models.generation import GenerationSettings, generate
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.models.scoring import ScoredExample, Scorer, TokenScores
+from hf_transfer_ext.progress import steps
 
 
 class Work:
@@ -117,12 +118,8 @@ class Work:
         """
         done: dict[str, Any] = {}
         own = batches[self.process :: self.processes]
-        steps: Iterable[int] = range(-(-len(batches) // self.processes))
-        if self.progress and self.process == 0:
-            from tqdm.auto import tqdm
-
-            steps = tqdm(steps, desc=title)
-        for step in steps:
+        turns = range(-(-len(batches) // self.processes))
+        for step in steps(turns, title, "batch", show=self.progress and self.process == 0):
             if step < len(own):
                 done.update(compute(own[step]))
             elif self.lockstep:

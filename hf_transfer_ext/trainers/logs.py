@@ -1,0 +1,181 @@
+"""What every training logs beside its losses: tokens per second; and the plot of what was logged."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+
+from hf_transfer_ext.hub.table import save_figure
+from hf_transfer_ext.progress import announce
+from hf_transfer_ext.registry import unknown_name
+
+logger = logging.getLogger(__name__)
+
+#: File of the plot, in the folder of a result.
+TRAINING_PLOT = "training.png"
+#: Values of a log line that are not losses: schedules, counts and speeds.
+_NOT_LOSSES = (
+    "epoch", "step", "learning_rate", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens",
+    "num_input_tokens_seen", "total_flos", "tokens_per_second", "rollout_tokens", "rollout_ended",
+)  # fmt: skip
+
+
+class LogsSpeed:
+    """Mixin for `Trainer` subclasses: each training log line has `tokens_per_second`, of all processes together.
+
+    Counted are the tokens that the model is given, prompts included and padding left out, since the last log line. The
+    time is that of training: data loading and checkpoints are in it, evaluations are not.
+    """
+
+    args: Any
+    accelerator: Any
+    state: Any
+    _tokens_given: Any = 0.0
+    _since: float | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self._since is None:
+            first = self.state.global_step
+            title = f"training with {type(self).__name__}"
+            announce(title, self.state.max_steps, "step", done=first, show=not self.args.disable_tqdm)
+            self._since = time.perf_counter()
+        self._tokens_given = self._tokens_given + tokens_in(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._tokens_given, self._since = 0.0, None
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._since is not None:
+                self._since += time.perf_counter() - began
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._since is not None:
+            given = torch.as_tensor(self._tokens_given, dtype=torch.float32, device=self.args.device)
+            tokens = float(self.accelerator.gather(given[None]).sum())
+            now = time.perf_counter()
+            logs["tokens_per_second"] = round(tokens / max(now - self._since, 1e-9), 1)
+            self._tokens_given, self._since = 0.0, now
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def tokens_in(batch: Mapping[str, Any]) -> Tensor | int:
+    """The tokens of a batch without padding; of nested batches (a forget and a retain part), of all together."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(mask, Tensor):
+        return mask.sum()
+    if isinstance(ids, Tensor):  # packed without padding
+        return ids.numel()
+    parts = [tokens_in(part) for part in batch.values() if isinstance(part, Mapping)]
+    return sum(parts[1:], parts[0]) if parts else 0
+
+
+def require_reporters(report_to: str | Sequence[str] | None) -> None:
+    """Refuse places to report to that are unknown, or whose package is not installed, before anything is loaded.
+
+    Raises:
+        ValueError: An unknown name.
+        ImportError: A package is missing.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    names = [name for name in names if name not in ("none", "all")]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(unknown_name("name in `report_to`", name, [*INTEGRATION_TO_CALLBACK, "none"]))
+    if names:
+        installed = get_available_reporting_integrations()
+        missing = [name for name in names if name not in installed and name != "flyte"]  # which lists itself nowhere
+        if missing:
+            raise ImportError(
+                f"`report_to` names {' and '.join(missing)}, which is not installed: `pip install "
+                f"{' '.join(missing)}`, or choose among {', '.join(installed) or 'none'}. Without it, losses are in "
+                "`trainer.state.log_history` and in trainer_state.json of each checkpoint."
+            )
+
+
+def training_plot(history: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
+    """Write a PNG with one panel for each part of the loss: training as a line, evaluation as dots.
+
+    Args:
+        history: `trainer.state.log_history`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are not two lines with a loss.
+    """
+    panels = logged_parts(history)
+    if len(panels.get("loss", {}).get("train", [])) < 2:
+        raise ValueError("A plot needs at least two logged losses. Lower `logging_steps`, or train for longer.")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("The plot needs matplotlib: pip install 'hf_transfer_ext[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.5 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
+        for kind, points in lines.items():
+            style = {"linewidth": 1.2} if kind == "train" else {"marker": "o", "markersize": 4, "linestyle": "--"}
+            axis.plot(*zip(*points, strict=True), label=kind, **style)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    return save_figure(figure, path)
+
+
+def drawn(history: Iterable[Mapping[str, Any]], folder: str | Path) -> dict[str, Path]:
+    """`training_plot` in a folder, as {name: file}; empty where too little was logged, or matplotlib is missing."""
+    try:
+        return {TRAINING_PLOT: training_plot(history, Path(folder) / TRAINING_PLOT)}
+    except ImportError as error:  # a plot is not worth the loss of the run
+        logger.warning("No plot of the training was drawn: %s", error)
+    except ValueError:
+        pass
+    return {}
+
+
+def plot_in(folder: str | Path) -> dict[str, Path]:
+    """The plot that `drawn` left in a folder, as {name: file}; empty where it left none."""
+    path = Path(folder) / TRAINING_PLOT
+    return {TRAINING_PLOT: path} if path.is_file() else {}
+
+
+def logged_parts(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Part of the loss -> {"train" or "eval" (or the evaluation set's name): [(step, value), ...]}, loss first."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}}
+    lines = list(history)
+    trained = {name for line in lines if "loss" in line for name in line} - set(_NOT_LOSSES)
+    for line in lines:
+        for name, value in line.items():
+            kind, part = "train", name
+            if name.startswith("eval_"):
+                part = max((p for p in trained if name.endswith(f"_{p}")), key=len, default="")
+                kind = name.removesuffix(f"_{part}").replace("_", " ")
+            if part in trained and (kind != "train" or "loss" in line) and isinstance(value, (int, float)):
+                found.setdefault(part, {}).setdefault(kind, []).append((int(line.get("step", 0)), float(value)))
+    return {part: lines for part, lines in found.items() if lines}
