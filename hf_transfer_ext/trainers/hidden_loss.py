@@ -1,25 +1,18 @@
 """A loss between mapped layers of student and teacher: which layers, what is read of them, and what is trained along.
 
-The losses themselves are formulas in `losses/hidden/`. Projections are parameters of their own: the optimizer of the
-trainer has them, checkpoints hold them in `distillation_projections.safetensors`, and the final model does not.
+The losses themselves are formulas in `losses/hidden/`. Projections are trained along (`trainers.trained_along`).
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback
 
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import layer_pairs
@@ -30,11 +23,9 @@ from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.registry import keyword_options
 from hf_transfer_ext.teachers.documents import documents_of
 from hf_transfer_ext.tensors import Mask, predicting_rows
+from hf_transfer_ext.trainers.trained_along import TrainedAlong
 
 logger = logging.getLogger(__name__)
-
-#: The parameters that are trained along, in a checkpoint.
-PROJECTIONS_FILE = "distillation_projections.safetensors"
 
 #: The name of an auxiliary head among the projections.
 AUXILIARY_HEAD = "auxiliary_head"
@@ -44,7 +35,7 @@ LOGIT_TOKENS = 128
 Views = dict[int, LayerView]
 
 
-class HiddenLoss(nn.Module):
+class HiddenLoss(TrainedAlong):
     """A loss of `HIDDEN_LOSSES` between mapped layers, as a mean over the pairs of layers.
 
     Args:
@@ -71,7 +62,11 @@ class HiddenLoss(nn.Module):
         teacher: nn.Module,
         seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            "hidden_loss",
+            "Use a loss without (`attention_relation`, `token_relationship_graph`), a teacher of the student's width, "
+            "or plain DDP.",
+        )
         self.loss, self.options = HIDDEN_LOSSES[name], dict(options)
         self.reading = reading_of(self.loss)
         if "causal" in keyword_options(self.loss):
@@ -82,15 +77,13 @@ class HiddenLoss(nn.Module):
             if self.reading in ("relations", "scores"):
                 raise ValueError(f"`hidden_embeddings` is set, but {name} reads attention, which embeddings have not.")
             self.pairs = [(EMBEDDINGS, EMBEDDINGS), *self.pairs]
-        self.projections = nn.ParameterDict()
         if self.reading == "logits":
             start = head_module(student).weight.detach().float().clone()
             self.projections[AUXILIARY_HEAD] = nn.Parameter(start)
         if self.reading in ("states", "features") and widths[0] != widths[1]:
             generator = torch.Generator().manual_seed(seed)
             for pair in self.pairs:
-                start = torch.randn(widths[1], widths[0], generator=generator) / widths[0] ** 0.5
-                self.projections[_key(pair)] = nn.Parameter(start)
+                self.start(_key(pair), widths[1], widths[0], generator)
 
     def student_viewed(self, model: nn.Module) -> Any:
         """`layers_viewed` of the student's mapped layers."""
@@ -184,78 +177,6 @@ class HiddenLoss(nn.Module):
         mask = texts.mask.to(sides[0][0].device)
         values = [self.loss(student, teacher.to(mask.device), mask, **self.options) for student, teacher in sides]
         return torch.stack(values).sum(0)[texts.counts.to(mask.device)]
-
-    # ---- Training along ----
-
-    def train_with(self, accelerator: Accelerator) -> None:
-        """Place the projections on the device.
-
-        Raises:
-            ValueError: There are some, and weights are sharded.
-        """
-        if self.projections and (
-            is_sharded(accelerator=accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
-        ):
-            raise ValueError(
-                "This `hidden_loss` trains a projection between different widths, or a head; under FSDP and DeepSpeed "
-                "these cannot be trained beside the sharded student. Use a loss without (`attention_relation`, "
-                "`token_relationship_graph`), a teacher of the student's width, or plain DDP."
-            )
-        self.to(accelerator.device)
-
-    def average_gradients(self, accelerator: Accelerator) -> None:
-        """Average the projections' gradients over all processes, as DDP does with the student's."""
-        for parameter in self.parameters() if accelerator.num_processes > 1 else ():
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= accelerator.num_processes
-
-    def save(self, folder: str | Path) -> None:
-        """Write the projections to a checkpoint, atomically; without any, write nothing."""
-        if self.projections:
-            aside = Path(folder) / f".{PROJECTIONS_FILE}.partial"
-            save_file({name: value.detach().cpu().contiguous() for name, value in self.projections.items()}, aside)
-            os.replace(aside, Path(folder) / PROJECTIONS_FILE)
-
-    @torch.no_grad()
-    def load(self, folder: str | Path) -> None:
-        """Read the projections that `save` wrote.
-
-        Raises:
-            FileNotFoundError: The checkpoint has none.
-            ValueError: They belong to other layers or widths.
-        """
-        if not self.projections:
-            return
-        path = Path(folder) / PROJECTIONS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"The checkpoint {str(folder)!r} has no {PROJECTIONS_FILE}: it was not written with this "
-                "`hidden_loss`. Resume with the settings that it was written with, or start anew."
-            )
-        saved, own = load_file(path), dict(self.projections.items())
-        shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (saved, own)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"The projections in {str(path)!r} are {shapes[0]}, needed are {shapes[1]}: the checkpoint was "
-                "written with another `layer_map` or other models."
-            )
-        for name, value in own.items():
-            value.copy_(saved[name])
-
-
-class ProjectionCallback(TrainerCallback):
-    """Clips the projections' gradients by `max_grad_norm`, apart from the student's; clears them after each step."""
-
-    def __init__(self, hidden: HiddenLoss) -> None:
-        self.hidden = hidden
-
-    def on_pre_optimizer_step(self, args: Any, *rest: Any, **kwargs: Any) -> None:
-        if args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.hidden.parameters(), args.max_grad_norm)
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.hidden.zero_grad()
 
 
 class _Texts:

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.hidden.hidden_mse import hidden_mse
-from hf_transfer_ext.trainers.hidden_loss import PROJECTIONS_FILE
 from hf_transfer_ext.trainers.saving import save_whole
+from hf_transfer_ext.trainers.trained_along import PROJECTIONS_FILE
 
 PAIRS = [(0, 1), (1, 3)]  # "uniform" of 2 and 4 layers
 
