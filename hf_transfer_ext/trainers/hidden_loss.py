@@ -74,7 +74,7 @@ class HiddenLoss(TrainedAlong):
         depths, widths = zip(*(_shape(model) for model in (student, teacher)), strict=True)
         self.pairs = [(FEATURES, FEATURES)] if self.reading in AT_HEADS else _mapped(mapping, *depths)
         if embeddings:
-            if self.reading in ("relations", "scores"):
+            if self._attends:
                 raise ValueError(f"`hidden_embeddings` is set, but {name} reads attention, which embeddings have not.")
             self.pairs = [(EMBEDDINGS, EMBEDDINGS), *self.pairs]
         if self.reading == "logits":
@@ -95,7 +95,7 @@ class HiddenLoss(TrainedAlong):
 
     @property
     def _attends(self) -> bool:
-        return self.reading in ("relations", "scores")
+        return self.reading in ("relations", "scores", "attention")
 
     def forward(
         self,
@@ -170,13 +170,17 @@ class HiddenLoss(TrainedAlong):
         elif self.reading == "scores":
             scores = [texts.pairs_of_tokens(view.scores()) for view in (own, other)]
             sides = [(scores[0], scores[1])]
+        elif self.reading == "attention":
+            scores = [texts.pairs_of_tokens(view.scores()) for view in (own, other)]
+            values = [texts.tokens(_joined(view.attended_values())) for view in (own, other)]
+            sides = [(*scores, *values)]
         else:
             parts = ("query", "key", "value")
             both = [[texts.tokens(_joined(getattr(view, part))) for part in parts] for view in (own, other)]
             sides = list(zip(*both, strict=True))
         mask = texts.mask.to(sides[0][0].device)
-        values = [self.loss(student, teacher.to(mask.device), mask, **self.options) for student, teacher in sides]
-        return torch.stack(values).sum(0)[texts.counts.to(mask.device)]
+        found = [self.loss(*(one.to(mask.device) for one in side), mask, **self.options) for side in sides]
+        return torch.stack(found).sum(0)[texts.counts.to(mask.device)]
 
 
 class _Texts:
