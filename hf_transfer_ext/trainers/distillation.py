@@ -436,7 +436,8 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         loss = parts.loss + 0.0 * outputs.logits[..., :1].sum()
         between = None
         if hidden is not None:
-            between = hidden(student_layers, teacher_layers, inputs, mask, targets[mask], teacher.network)
+            models = model, teacher.network
+            between = hidden(student_layers, teacher_layers, inputs, mask, targets[mask], *models)
             loss = loss + self.args.hidden_weight * weight * between.sum()
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1

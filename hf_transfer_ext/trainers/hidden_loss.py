@@ -22,7 +22,9 @@ from hf_transfer_ext.models.layer_views import EMBEDDINGS, FEATURES, LayerView, 
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.registry import keyword_options
 from hf_transfer_ext.teachers.documents import documents_of
+from hf_transfer_ext.teachers.live import inputs_for
 from hf_transfer_ext.tensors import Mask, predicting_rows
+from hf_transfer_ext.trainers.conversation import cross_entropy_of, network_shapes, speaker
 from hf_transfer_ext.trainers.trained_along import TrainedAlong
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ class HiddenLoss(TrainedAlong):
             if self._attends:
                 raise ValueError(f"`hidden_embeddings` is set, but {name} reads attention, which embeddings have not.")
             self.pairs = [(EMBEDDINGS, EMBEDDINGS), *self.pairs]
+        if self.reading == "messages":
+            self._start_conversation(name, widths, seed)
         if self.reading == "logits":
             start = head_module(student).weight.detach().float().clone()
             self.projections[AUXILIARY_HEAD] = nn.Parameter(start)
@@ -84,6 +88,18 @@ class HiddenLoss(TrainedAlong):
             generator = torch.Generator().manual_seed(seed)
             for pair in self.pairs:
                 self.start(_key(pair), widths[1], widths[0], generator)
+
+    def _start_conversation(self, name: str, widths: tuple[int, ...], seed: int) -> None:
+        if len(self.pairs) != 1:
+            raise ValueError(
+                f"{name} cuts both models at one layer, but `layer_map` names {len(self.pairs)} pairs. Name one, such "
+                f"as [[{self.pairs[len(self.pairs) // 2][0]}, {self.pairs[len(self.pairs) // 2][1]}]]."
+            )
+        size = self.options.get("message_size", keyword_options(self.loss)["message_size"])
+        generator = torch.Generator().manual_seed(seed)
+        for role, width in zip(("student", "teacher"), widths, strict=True):
+            for part, shape in network_shapes(role, width, size).items():
+                self.start(part, *shape, generator)
 
     def student_viewed(self, model: nn.Module) -> Any:
         """`layers_viewed` of the student's mapped layers."""
@@ -104,6 +120,7 @@ class HiddenLoss(TrainedAlong):
         inputs: Mapping[str, Any],
         mask: Mask,
         labels: Int[Tensor, " tokens"],
+        student_model: nn.Module,
         teacher_model: nn.Module,
     ) -> Float[Tensor, " tokens"]:
         """The loss at each position that predicts a labeled token, in the reading order of the batch.
@@ -112,18 +129,22 @@ class HiddenLoss(TrainedAlong):
             student: What the student's layers computed; carries the gradient.
             teacher: What the teacher's layers computed.
             labels: The labeled tokens.
-            teacher_model: The model that runs as the teacher, whose head some losses read.
+            student_model: The student, whose upper layers run again in a conversation.
+            teacher_model: The model that runs as the teacher, whose head or upper layers some losses read.
 
         Raises:
             ValueError: No gradient flows through the student's layers.
         """
         at_tokens = self.reading in ("states", *AT_HEADS)
-        texts = None if at_tokens else _Texts(inputs, mask)
+        texts = None if at_tokens or self.reading == "messages" else _Texts(inputs, mask)
         head = teacher_head(teacher_model) if self.reading in AT_HEADS else None
         values = []
         for pair in self.pairs:
             own, other = student[pair[0]], teacher[pair[1]]
-            if texts is None:
+            if self.reading == "messages":
+                models = student_model, teacher_model
+                values.append(self._conversation(pair, own, other, inputs, mask, labels, *models))
+            elif texts is None:
                 values.append(self._at_tokens(pair, own, other, mask, labels, head))
             else:
                 values.append(self._in_texts(own, other, texts))
@@ -163,6 +184,29 @@ class HiddenLoss(TrainedAlong):
 
         blocks = zip(student.split(LOGIT_TOKENS), teacher.split(LOGIT_TOKENS), strict=True)
         return torch.cat([checkpoint(part, own, other, use_reentrant=False) for own, other in blocks])
+
+    def _conversation(
+        self, pair: tuple[int, int], own: LayerView, other: LayerView, inputs: Mapping[str, Any], mask: Mask,
+        labels: Tensor, student_model: nn.Module, teacher_model: nn.Module,
+    ) -> Tensor:  # fmt: skip
+        assert own.states is not None and other.states is not None
+        if causal_lm_of(student_model) is causal_lm_of(teacher_model):
+            raise ValueError(
+                "In a conversation gradients pass through the teacher, which cannot be an adapter of the student. "
+                "Give a model of its own as the teacher, or choose another `hidden_loss`."
+            )
+        if own.states.shape[:2] != other.states.shape[:2]:
+            raise ValueError(
+                f"In a conversation both models read the same positions, but the student has {own.states.shape[1]} "
+                f"and the teacher {other.states.shape[1]}: virtual tokens (prompt learning) are in front of one of "
+                "them. Choose another adapter, or another `hidden_loss`."
+            )
+        read, weights = dict(inputs), dict(self.projections.items())
+        theirs = inputs_for(teacher_model, student_model, read) | {"use_cache": False}
+        student = speaker("student", student_model, pair[0], own.states, read, weights)
+        teacher = speaker("teacher", teacher_model, pair[1], other.states.detach(), theirs, weights)
+        task = cross_entropy_of(student_model, mask, labels)
+        return self.loss(student, teacher, task, lambda x: predicting_rows(x, mask), **self.options)
 
     def _in_texts(self, own: LayerView, other: LayerView, texts: _Texts) -> Tensor:
         if self.reading == "sequences":

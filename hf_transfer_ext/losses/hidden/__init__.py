@@ -11,6 +11,7 @@ from hf_transfer_ext.losses.hidden.feature_norm_direction import feature_norm_di
 from hf_transfer_ext.losses.hidden.hidden_cosine import hidden_cosine
 from hf_transfer_ext.losses.hidden.hidden_mse import hidden_mse
 from hf_transfer_ext.losses.hidden.minilm import minilm
+from hf_transfer_ext.losses.hidden.talking_models import talking_models
 from hf_transfer_ext.losses.hidden.token_relationship_graph import token_relationship_graph
 from hf_transfer_ext.losses.layer_map import LAYER_MAPS, layer_pairs
 from hf_transfer_ext.losses.layer_reading import check_hidden_loss
@@ -25,6 +26,7 @@ _LOSSES: list[Callable[..., Tensor]] = [
     token_relationship_graph,
     feature_norm_direction,
     dual_head,
+    talking_models,
 ]
 HIDDEN_LOSSES = Registry("hidden loss", _LOSSES, check=check_hidden_loss)
 
