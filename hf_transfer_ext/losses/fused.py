@@ -30,7 +30,7 @@ from hf_transfer_ext.losses.rows import (
     wide_dtype,
     wide_product,
 )
-from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient, require_form, weighted
+from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient, require_form, weighted_sum
 from hf_transfer_ext.models.heads import LMHead, LogitFinish
 
 #: Bytes of one chunk's logits, for each of the two models: 192 tokens of a 152k vocabulary in float32 on a CPU.
@@ -88,14 +88,15 @@ def fused_divergence(
     kd_factors: Float[Tensor, " tokens"] | None = None,
     ce_factors: Float[Tensor, " tokens"] | None = None,
     statistics: bool = False,
+    float32_logits: bool = True,
     **options: Any,
 ) -> FusedLoss:
     """Weighted sum of a token divergence, and of cross entropy, between a teacher and a student with a plain head.
 
     Gradients flow to the student's hidden states, head weight and head bias, as far as these require them; a frozen
     head costs nothing, and under `torch.no_grad()` no gradient is computed. Head and hidden states are multiplied in
-    the dtype of the head (of autocast, where it is on); logits, divergences, cross entropy and the head's gradient are
-    summed in float32.
+    the dtype of the head (of autocast, where it is on); divergences, cross entropy, the head's gradient and, unless
+    `float32_logits` is off, logits are summed in float32.
 
     Gradients are computed in the forward pass and consumed by the first backward pass. They are constants: a second
     derivative (`create_graph=True`) is refused.
@@ -116,6 +117,9 @@ def fused_divergence(
         kd_factors: Further factor of each token's divergence, of any sign; 1 without it.
         ce_factors: Further factor of each token's cross entropy, of any sign; 1 without it.
         statistics: Compute `TokenStatistics` as well; needs `labels`.
+        float32_logits: Compute the logits of a head of half precision in float32. Off, they are rounded to its dtype,
+            as the model itself rounds them: less time and memory, and a gradient that is mostly rounding where the
+            student is close to the teacher. A teacher that is a mixture is read in float32 in any case.
         options: Passed to the divergence (`beta`, `skew`, ...). A tensor has one value for each token; its divergence
             gets them as a column, `(rows, 1)`.
 
@@ -129,11 +133,13 @@ def fused_divergence(
     """
     objective = _Objective(divergence, kd_weight, ce_weight, temperature, options)
     _check(len(student_hidden), student_head.vocab_size, teacher, labels, statistics, objective)
-    chunk = chunk_tokens or _chunk_tokens(student_head.weight, student_head.vocab_size, teacher)
+    if isinstance(teacher, HeadRows) and not float32_logits:
+        teacher = HeadRows(teacher.hidden, teacher.head, float32_logits=False)
+    chunk = chunk_tokens or _chunk_tokens(student_head.weight, student_head.vocab_size, teacher, float32_logits)
     tokens = _Tokens.of(weights, labels, statistics, student_head.weight.device, kd_factors, ce_factors, options)
     loss = _FusedLinearDivergence.apply(
         student_hidden, student_head.weight, student_head.bias, student_head.finish, teacher, objective, tokens, chunk,
-        torch.is_grad_enabled(),
+        float32_logits, torch.is_grad_enabled(),
     )  # fmt: skip
     return tokens.result(loss)
 
@@ -273,11 +279,11 @@ def _times(values: Tensor, factors: Tensor | None) -> Tensor:
     return torch.where(factors != 0, values * factors, 0.0)
 
 
-def _chunk_tokens(student: Tensor, vocab: int, teacher: TeacherRows | None) -> int:
+def _chunk_tokens(student: Tensor, vocab: int, teacher: TeacherRows | None, float32_logits: bool = True) -> int:
     """Tokens whose logits exist at once: as many as fit in `CHUNK_BYTES` for either model."""
     elements = max(vocab, 0 if teacher is None else teacher.row_elements)
     own = projection_dtype(student).itemsize
-    logits = wide_dtype(projection_dtype(student)).itemsize
+    logits = wide_dtype(projection_dtype(student)).itemsize if float32_logits else own
     row_bytes = elements * (logits if own == logits else logits + own // 2)  # half of a gradient for each model
     return max(1, CHUNK_BYTES.get(student.device.type, CHUNK_BYTES_GPU) // row_bytes)
 
@@ -334,10 +340,11 @@ class _FusedLinearDivergence(torch.autograd.Function):
         objective: _Objective,
         tokens: _Tokens,
         chunk: int,
+        float32_logits: bool,
         with_gradient: bool,
     ) -> Tensor:
         needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
-        student = Projection(hidden, LMHead(weight, bias))
+        student = Projection(hidden, LMHead(weight, bias), float32_logits)
         teacher_rows, teacher_finish = _opened(teacher, objective)
         unit = tokens.unit(objective, finish, student.dtype)
         gradients = ChunkGradients(needs, hidden, weight, bias)
@@ -355,7 +362,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (*consumed(ctx, d_loss[0]), None, None, None, None, None, None)
+        return (*consumed(ctx, d_loss[0]), None, None, None, None, None, None, None)
 
 
 def _like(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -426,7 +433,9 @@ class ChunkGradients:
         own = hidden.dtype if weight is None else weight.dtype
         self.dtypes = (hidden.dtype, own, own if bias is None else bias.dtype)
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.head = _HeadGradient(weight) if needs[1] and weight is not None else None
+        self.head: Tensor | None = None
+        if needs[1] and weight is not None:
+            self.head = torch.zeros_like(weight, dtype=wide_dtype(weight.dtype))
         self.bias = torch.zeros(len(weight), device=weight.device) if needs[2] and weight is not None else None
 
     def add(self, rows: slice, d_logits: Tensor, projection: Projection | None) -> None:
@@ -441,39 +450,18 @@ class ChunkGradients:
 
     def with_dtypes(self) -> tuple[tuple[Tensor | None, torch.dtype], ...]:
         """What `consumed` returns to autograd: each gradient, and the dtype that it has to get."""
-        head = None if self.head is None else self.head.total
-        return tuple(zip((self.hidden, head, self.bias), self.dtypes, strict=True))
+        return tuple(zip((self.hidden, self.head, self.bias), self.dtypes, strict=True))
 
 
-class _HeadGradient:
-    """The gradient of a head, summed over chunks as well as float32 would, in no more memory.
-
-    In bfloat16 it is the sum of `total` and `rest`, which holds what rounding takes from `total`: the result needs no
-    copy in its own dtype. In float16, whose range is too short for a sum over tokens, `total` is float32.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        wide = weight.dtype == torch.float16
-        self.total = torch.zeros_like(weight, dtype=torch.float32 if wide else None)
-        self.rest = torch.zeros_like(weight) if weight.dtype.itemsize < 4 and not wide else None
-
-
-def _add_outer(gradient: _HeadGradient, d_logits: Tensor, hidden: Tensor) -> None:
-    """gradient += d_logits.T @ hidden."""
-    total, rest = gradient.total, gradient.rest
-    if total.dtype == d_logits.dtype and rest is None:
-        total.addmm_(d_logits.T, hidden)
+def _add_outer(gradient: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """gradient += d_logits.T @ hidden, summed over chunks in the dtype of `gradient`."""
+    if gradient.dtype == d_logits.dtype:
+        gradient.addmm_(d_logits.T, hidden)
         return
-    for rows in head_row_slices(total):
+    for rows in head_row_slices(gradient):
         left = d_logits[:, rows].T.contiguous()
         # In float16 the product could overflow.
-        product = wide_product(left, hidden) if left.dtype == torch.float16 else left @ hidden
-        if rest is None:
-            total[rows] += product
-        else:
-            exact = product.float() + rest[rows].float() + total[rows].float()
-            total[rows] = exact
-            rest[rows] = exact - total[rows].float()
+        gradient[rows] += wide_product(left, hidden) if left.dtype == torch.float16 else left @ hidden
 
 
 def _rows(
@@ -502,9 +490,11 @@ def _rows(
             continue
         if finish.softcap is not None:
             d_z.mul_(1.0 - (z / finish.softcap).square())
-        # A token without weight has no gradient, even where its loss is infinite.
         factor = (few.weights * (finish.scale / unit))[:, None]
-        gradient[part] = torch.where(factor != 0, d_z.mul_(factor), 0.0)
+        gradient[part] = d_z.mul_(factor)
+        without = factor == 0  # a token without weight has no gradient, even where its loss is infinite
+        if without.is_cuda or bool(without.any()):  # on a GPU the question would wait for it
+            gradient[part].masked_fill_(without, 0.0)
         del z, d_z  # before the next rows need their memory
 
 
@@ -524,12 +514,13 @@ def _losses(
             objective = objective._replace(options={**objective.options, **columns})
         value, d_z, log_q = _divergence(z, teacher, teacher_finish, objective)
         tokens.kd.copy_(value)
-        d_z = _times(d_z.mul_(objective.kd_weight), tokens.kd_factors)
+        d_z = d_z if objective.kd_weight == 1 else d_z.mul_(objective.kd_weight)
+        d_z = _times(d_z, tokens.kd_factors)
     if tokens.labels is not None:
         log_probs = z.log_softmax(-1) if log_q is None else log_q
         tokens.ce.copy_(-log_probs.gather(1, tokens.labels[:, None]).squeeze(1))
         if tokens.statistics is not None:
-            tokens.statistics.entropy.copy_(-weighted(log_probs.exp(), log_probs).sum(-1))
+            tokens.statistics.entropy.copy_(-weighted_sum(log_probs.exp(), log_probs))
             tokens.statistics.correct.copy_(log_probs.argmax(-1) == tokens.labels)
         if objective.ce_weight and with_gradient:
             d_ce = log_probs.exp()

@@ -11,6 +11,10 @@ A loss states it with `@reads(...)`; the trainer captures that, and nothing else
 - "sequences": `loss(student, teacher, mask, **options)`, the hidden states of whole texts `(texts, length, width)`.
 - "relations": the same for queries, keys and values of all heads, side by side: called for each, and summed.
 - "scores": the same for attention scores before their softmax, `(texts, heads, length, length)`.
+- "attention": `loss(student_scores, teacher_scores, student_values, teacher_values, mask, **options)`, these scores
+  and the values of all attention heads, side by side.
+- "messages": `loss(student, teacher, task, at_tokens, **options)`, both models cut at one pair of layers, with
+  networks that are trained along (`losses.hidden.talking_models.Speaker`).
 
 Each returns one value for each token. Those of the positions that predict a labeled token count.
 """
@@ -22,7 +26,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 from hf_transfer_ext.registry import keyword_options, unknown_name
 
-Reading = Literal["states", "features", "logits", "sequences", "relations", "scores"]
+Reading = Literal["states", "features", "logits", "sequences", "relations", "scores", "attention", "messages"]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 #: Readings that are taken at the heads, whatever the layer map.

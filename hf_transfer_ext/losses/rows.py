@@ -137,20 +137,21 @@ class HeadRows(DenseRows):
     Args:
         hidden: The teacher's hidden states of the tokens that count; moved to the device of the head.
         head: The teacher's head.
+        float32_logits: As in `Projection`.
     """
 
-    def __init__(self, hidden: Float[Tensor, "tokens hidden"], head: LMHead) -> None:
-        self.hidden, self.head = hidden.detach(), head.detach()
+    def __init__(self, hidden: Float[Tensor, "tokens hidden"], head: LMHead, *, float32_logits: bool = True) -> None:
+        self.hidden, self.head, self.float32_logits = hidden.detach(), head.detach(), float32_logits
         self.vocab_size, self.finish = head.vocab_size, head.finish
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
     def __call__(self, part: slice) -> DenseBlock:
-        return Projection(self.hidden[part], self.head)(slice(None))
+        return Projection(self.hidden[part], self.head, self.float32_logits)(slice(None))
 
     def reader(self) -> Callable[[slice], Block]:
-        return Projection(self.hidden, self.head)
+        return Projection(self.hidden, self.head, self.float32_logits)
 
 
 class SparseRows(TeacherRows):
@@ -286,16 +287,19 @@ class Projection:
     """Hidden states through a head, a slice of tokens at a time, into one buffer that every call overwrites.
 
     Factors have the dtype in which the model itself would project: that of autocast for float32 weights, where it is
-    on at the moment of construction, else that of the weights. Logits are float32 in any case: rounded to bfloat16,
-    they would leave few digits of the difference between a student and a teacher that are close to each other.
+    on at the moment of construction, else that of the weights.
 
     Args:
         hidden: `(tokens, hidden)`; moved to the device of the head.
         head: Its weight and bias are read; `head.finish` is left to the caller.
+        float32_logits: Logits in float32 whatever the dtype of the factors. Rounded to bfloat16, as the model itself
+            rounds them, they leave few digits of the difference between a student and a teacher that are close to
+            each other.
     """
 
-    def __init__(self, hidden: Float[Tensor, "tokens hidden"], head: LMHead) -> None:
+    def __init__(self, hidden: Float[Tensor, "tokens hidden"], head: LMHead, float32_logits: bool = True) -> None:
         self.dtype = projection_dtype(head.weight)
+        self.logits_dtype = wide_dtype(self.dtype) if float32_logits else self.dtype
         self.weight = head.weight.detach().to(self.dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
         self.hidden = hidden.detach().to(self.weight.device, self.dtype)
@@ -305,13 +309,16 @@ class Projection:
         """Projected logits, before scale and soft cap."""
         hidden = self.hidden[part]
         if self._buffer is None or len(self._buffer) < len(hidden):
-            self._buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=wide_dtype(self.dtype))
+            self._buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=self.logits_dtype)
         projected = self._buffer[: len(hidden)]
+        wide = projected.dtype != self.dtype
+        if wide and not hidden.is_cuda:
+            hidden = hidden.to(projected.dtype)
         for rows in head_row_slices(self.weight):
-            if projected.dtype == self.dtype:
-                torch.mm(hidden, self.weight[rows].T, out=projected[:, rows])
-            else:
+            if wide and hidden.is_cuda:
                 projected[:, rows] = wide_product(hidden, self.weight[rows].T)
+            else:
+                torch.mm(hidden, self.weight[rows].to(hidden.dtype).T, out=projected[:, rows])
         return projected if self.bias is None else projected.add_(self.bias)
 
 

@@ -44,6 +44,12 @@ class LayerView:
     scaling: float = 1.0
     softcap: float | None = None
 
+    def attended_values(self) -> Tensor:
+        """The values that each attention head reads, `(batch, heads, length, head width)`."""
+        query, value = self.query, self.value
+        assert query is not None and value is not None
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
     def scores(self) -> Tensor:
         """Attention scores before their softmax, `(batch, heads, length, length)`, without any mask."""
         query, key = self.query, self.key

@@ -133,12 +133,16 @@ class SpanSignal:
         student: The student's tokens of the spans.
         rows: The teacher's rows at the positions that predict its tokens of the spans.
         teacher: The teacher's tokens of the spans.
+        read: The teacher's tokens at these positions.
+        texts: The text of each span, increasing.
     """
 
     places: Int[Tensor, " rows"]
     student: SpanTokens
     rows: DenseRows
     teacher: SpanTokens
+    read: Int[Tensor, " teacher_rows"]
+    texts: Int[Tensor, " spans"]
 
 
 class SpanTeacher:
@@ -202,6 +206,8 @@ class SpanTeacher:
         other_targets: list[int] = []
         sizes: list[int] = []
         other_sizes: list[int] = []
+        other_read: list[int] = []
+        of_text: list[int] = []
         for i, (document, one, text) in enumerate(zip(documents, spelled, texts, strict=True)):
             ids[i, : len(text)] = torch.tensor(text)
             attended[i, : len(text)] = 1
@@ -213,13 +219,16 @@ class SpanTeacher:
                 needed[i, c - 1 : d - 1] = True
                 sizes.append(b - a)
                 other_sizes.append(d - c)
+                other_read += text[c - 1 : d - 1]
+                of_text.append(i)
         read = {"input_ids": ids.to(device), "attention_mask": attended.to(device)}
         rows: Any = self.live.signal(student, read, needed.to(device)).rows
         tensors = [
             torch.tensor(values, dtype=torch.long, device=device)
-            for values in (places, targets, sizes, other_targets, other_sizes)
+            for values in (places, targets, sizes, other_targets, other_sizes, other_read, of_text)
         ]
-        return SpanSignal(tensors[0], SpanTokens(*tensors[1:3]), rows, SpanTokens(*tensors[3:]))
+        own, other = SpanTokens(*tensors[1:3]), SpanTokens(*tensors[3:5])
+        return SpanSignal(tensors[0], own, rows, other, *tensors[5:])
 
     def _counting(self, document: Document, spelled: Respelled) -> list[int]:
         labeled = np.zeros(len(document.ids) + 1, dtype=bool)

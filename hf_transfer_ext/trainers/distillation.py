@@ -24,8 +24,9 @@ from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES, forward_kl
 from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_divergence
 from hf_transfer_ext.losses.fused_spans import fused_spans
 from hf_transfer_ext.losses.slopes import require_form
-from hf_transfer_ext.losses.spans import SPAN_LOSSES, takes_vocabularies
+from hf_transfer_ext.losses.spans import SPAN_LOSSES, has_projections, takes_vocabularies
 from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_rows, run_to_head
+from hf_transfer_ext.models.layer_views import FEATURES
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
 from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, TeacherCache, open_cache
@@ -51,7 +52,8 @@ from hf_transfer_ext.trainers.distillation_models import (
     teacher_loading,
     tokenizer_beside,
 )
-from hf_transfer_ext.trainers.hidden_loss import HiddenLoss, ProjectionCallback
+from hf_transfer_ext.trainers.dual_space import DualSpace
+from hf_transfer_ext.trainers.hidden_loss import HiddenLoss
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
 from hf_transfer_ext.trainers.named_teachers import named_teachers
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
@@ -64,6 +66,7 @@ from hf_transfer_ext.trainers.rollouts import (
     with_prompts,
 )
 from hf_transfer_ext.trainers.several_teachers import KeepsRoutes, combined, server_teacher, started
+from hf_transfer_ext.trainers.trained_along import ProjectionCallback, TrainedAlong
 from hf_transfer_ext.trainers.trl_names import converted
 
 logger = logging.getLogger(__name__)
@@ -190,6 +193,11 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         if self.teacher is not None:
             logger.info("Memory of the frozen teachers: %s.", shown_bytes(self.frozen_bytes))
         self.hidden_loss = self._hidden_loss(kwargs.get("optimizers")) if args.hidden_loss is not None else None
+        self.dual_space: DualSpace | None = None
+        if isinstance(self.teacher, SpanTeacher) and has_projections(SPAN_LOSSES[args.loss]):
+            loss, options = SPAN_LOSSES[args.loss], cast(Any, args.loss_options)
+            self.dual_space = DualSpace(loss, options, self.model, self.teacher, args.seed)
+            self._train_along(self.dual_space, kwargs.get("optimizers"))
         self.start_rollouts()
 
     @property
@@ -307,28 +315,33 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
             args.hidden_loss, args.hidden_options, args.layer_map, embeddings=args.hidden_embeddings,
             student=self.model, teacher=self.teacher.network, seed=args.seed,
         )  # fmt: skip
-        hidden.train_with(self.accelerator)
-        if hidden.projections and optimizers is not None and optimizers[0] is not None:
-            raise ValueError(
-                "`optimizers` are given, but this `hidden_loss` trains projections, which only an optimizer that the "
-                "trainer makes knows. Name it by `optim`, or use `optimizer_cls_and_kwargs`."
-            )
-        self.add_callback(ProjectionCallback(hidden))
+        self._train_along(hidden, optimizers)
         return hidden
 
+    def _train_along(self, part: TrainedAlong, optimizers: Any) -> None:
+        """Let the trainer's optimizer train the projections of a part of the loss, if it has any."""
+        part.train_with(self.accelerator)
+        if part.projections and optimizers is not None and optimizers[0] is not None:
+            raise ValueError(
+                f"`optimizers` are given, but this `{part.setting}` trains projections, which only an optimizer that "
+                "the trainer makes knows. Name it by `optim`, or use `optimizer_cls_and_kwargs`."
+            )
+        self.add_callback(ProjectionCallback(part))
+
     def create_optimizer(self, model: Any = None) -> Any:
-        """As in `Trainer`; projections of the hidden loss are a group of parameters of their own."""
+        """As in `Trainer`; projections of a loss are a group of parameters of their own."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.hidden_loss is not None and self.hidden_loss.projections:
-            projections = list(self.hidden_loss.parameters())
+        projections = [one for part in (self.hidden_loss, self.dual_space) if part for one in part.parameters()]
+        if is_new and projections:
             optimizer.add_param_group({"params": projections, "weight_decay": self.args.weight_decay})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.hidden_loss is not None and self.accelerator.sync_gradients:
-            self.hidden_loss.average_gradients(self.accelerator)
+        for part in (self.hidden_loss, self.dual_space):
+            if part is not None and self.accelerator.sync_gradients:
+                part.average_gradients(self.accelerator)
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -344,8 +357,9 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
             part.load(resume_from_checkpoint)
 
     def _trained_along(self) -> list[Any]:
-        """The parts with parameters of their own: projections of the hidden loss, the gate of learned teachers."""
-        return [part for part in (self.hidden_loss, self.teacher) if isinstance(part, (HiddenLoss, LearnedTeachers))]
+        """The parts with parameters of their own: projections of a loss, the gate of learned teachers."""
+        parts = (self.hidden_loss, self.dual_space, self.teacher)
+        return [part for part in parts if isinstance(part, (TrainedAlong, LearnedTeachers))]
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
@@ -396,12 +410,23 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
 
         def losses_of(states: Tensor, head: LMHead | None) -> FusedLoss:
             rows = predicting_rows(states, mask)
-            parts = divergence_of_logits(rows, **terms) if head is None else fused_divergence(rows, head, **terms)
+            if head is None:
+                parts = divergence_of_logits(rows, **terms)
+            else:
+                parts = fused_divergence(rows, head, float32_logits=self.args.float32_logits, **terms)
+            if self.dual_space is not None and spans is not None:
+                read = student_layers[FEATURES].states
+                found = self.dual_space(
+                    model, read, head or head_of(model), spans, inputs, self.args.kd_weight * weight,
+                    self.args.distill_temperature,
+                )  # fmt: skip
+                return parts._replace(loss=parts.loss + found.loss, divergence=found.values)
             return parts if spans is None else self._with_spans(parts, states, head, spans, inputs, weight)
 
         if self._fused is None:
             self._fused = head_is_understood(model)
-        with nullcontext({}) if hidden is None else hidden.student_viewed(model) as student_layers:
+        viewed: Any = hidden or self.dual_space
+        with nullcontext({}) if viewed is None else viewed.student_viewed(model) as student_layers:
             if self._fused and not return_outputs:
                 outputs, parts = self._loss_inside_the_head(model, inputs, losses_of)
             else:
@@ -411,7 +436,8 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         loss = parts.loss + 0.0 * outputs.logits[..., :1].sum()
         between = None
         if hidden is not None:
-            between = hidden(student_layers, teacher_layers, inputs, mask, targets[mask], teacher.network)
+            models = model, teacher.network
+            between = hidden(student_layers, teacher_layers, inputs, mask, targets[mask], *models)
             loss = loss + self.args.hidden_weight * weight * between.sum()
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1

@@ -15,7 +15,9 @@ from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import LAYER_MAPS
 from hf_transfer_ext.losses.layer_reading import AT_HEADS, hidden_options, reading_of
 from hf_transfer_ext.losses.slopes import Form, own_options, require_form
-from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, takes_vocabularies
+from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, has_projections, takes_vocabularies
+from hf_transfer_ext.losses.spans.dskd import SpaceSide
+from hf_transfer_ext.models.heads import LMHead
 from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
@@ -35,8 +37,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
 
     Args:
         loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...; with a teacher of another
-            tokenizer, one of `SPAN_LOSSES`: uld, gold, alm. These are summed over the spans of text that are groups of
-            tokens on both sides, and divided by the labeled tokens, as every other loss.
+            tokenizer, one of `SPAN_LOSSES`: uld, gold, alm, dskd. These are summed over the spans of text that are
+            groups of tokens on both sides, and divided by the labeled tokens, as every other loss.
         loss_options: The divergence's own options, such as `{"beta": 0.3}` of generalized_jsd.
         distill_temperature: Divides both models' logits in the divergence, > 0. It is not a sampling temperature, and
             the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
@@ -51,6 +53,9 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
             with adapters off; no second model then.
         fused: Project to the vocabulary a chunk of tokens at a time, and never build full logits. Heads that are
             adapted or quantized use full logits in any case.
+        float32_logits: Compute the logits of heads in bfloat16 and float16 in float32, on a CPU for about half more
+            time. Off, they are rounded as the model itself rounds them: near the teacher a tenth of the gradient and
+            more is then rounding, instead of .3 %. Full logits (`fused: false`) are what the model makes of them.
         disable_dropout: Set the student's own dropout to 0; an adapter of `peft_config` keeps its own.
         drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
             refusing them.
@@ -92,6 +97,7 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = None
     teacher_adapter: str | None = None
     fused: bool = True
+    float32_logits: bool = True
     disable_dropout: bool = False
     drop_unlabelled: bool = False
     stop_on_nan: bool = True
@@ -140,6 +146,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         self.teacher_cache_options: dict[str, Any] = dict(self.teacher_cache_options or {})  # type: ignore[arg-type]
         if self.teacher_cache is None and self.teacher_cache_options:
             raise ValueError("`teacher_cache_options` are given, but no `teacher_cache`. Name its folder.")
+        if not (self.fused or self.float32_logits):
+            raise ValueError("`float32_logits` is off, which has no effect with `fused=False`. Leave one of them out.")
         if self.is_span_loss:
             self._check_span_loss()
         elif self.teacher_form is not None:
@@ -245,6 +253,11 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
             raise ValueError("`hidden_loss` reads layers by hooks, which `torch_compile` does not see. Switch it off.")
 
     def _check_span_loss(self) -> None:
+        if has_projections(SPAN_LOSSES[self.loss]) and not self.fused:
+            raise ValueError(
+                f"`fused` is False, but {self.loss} compares hidden states, and full logits would not show them. "
+                "Leave `fused` out."
+            )
         for name in ("teacher_cache", "teacher_adapter", "teacher_server", "teachers", "hidden_loss"):
             if getattr(self, name):
                 raise ValueError(
@@ -291,12 +304,17 @@ def check_loss(name: str, options: dict[str, Any]) -> None:
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of {name}", option, known or ["(it has none)"]))
-    if spans:
+    if has_projections(divergence):
+        row, token, count = torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long)
+        side = SpaceSide(row, LMHead(torch.zeros(2, 1)), row, row, token, count)
+        names = {"query": torch.zeros(2, 2), "to_student": row, "to_teacher": row}
+        divergence(side, side, token, token, token, names, **options)
+    elif spans:
         whole, each = torch.zeros(1, 2).log_softmax(-1), torch.zeros(1, dtype=torch.long)
         matched = [each, each] if takes_vocabularies(divergence) else []
         divergence(SpanPair(whole, whole, whole[:, 0], whole[:, 0]), *matched, **options)
-        return
-    divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
+    else:
+        divergence(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), **options)  # ranges are the divergence's own to check
 
 
 def between_stages(args: DistillationConfig) -> DistillationConfig:

@@ -1,25 +1,18 @@
 """A loss between mapped layers of student and teacher: which layers, what is read of them, and what is trained along.
 
-The losses themselves are formulas in `losses/hidden/`. Projections are parameters of their own: the optimizer of the
-trainer has them, checkpoints hold them in `distillation_projections.safetensors`, and the final model does not.
+The losses themselves are formulas in `losses/hidden/`. Projections are trained along (`trainers.trained_along`).
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback
 
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import layer_pairs
@@ -29,12 +22,12 @@ from hf_transfer_ext.models.layer_views import EMBEDDINGS, FEATURES, LayerView, 
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.registry import keyword_options
 from hf_transfer_ext.teachers.documents import documents_of
+from hf_transfer_ext.teachers.live import inputs_for
 from hf_transfer_ext.tensors import Mask, predicting_rows
+from hf_transfer_ext.trainers.conversation import cross_entropy_of, network_shapes, speaker
+from hf_transfer_ext.trainers.trained_along import TrainedAlong
 
 logger = logging.getLogger(__name__)
-
-#: The parameters that are trained along, in a checkpoint.
-PROJECTIONS_FILE = "distillation_projections.safetensors"
 
 #: The name of an auxiliary head among the projections.
 AUXILIARY_HEAD = "auxiliary_head"
@@ -44,7 +37,7 @@ LOGIT_TOKENS = 128
 Views = dict[int, LayerView]
 
 
-class HiddenLoss(nn.Module):
+class HiddenLoss(TrainedAlong):
     """A loss of `HIDDEN_LOSSES` between mapped layers, as a mean over the pairs of layers.
 
     Args:
@@ -71,7 +64,11 @@ class HiddenLoss(nn.Module):
         teacher: nn.Module,
         seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            "hidden_loss",
+            "Use a loss without (`attention_relation`, `token_relationship_graph`), a teacher of the student's width, "
+            "or plain DDP.",
+        )
         self.loss, self.options = HIDDEN_LOSSES[name], dict(options)
         self.reading = reading_of(self.loss)
         if "causal" in keyword_options(self.loss):
@@ -79,18 +76,30 @@ class HiddenLoss(nn.Module):
         depths, widths = zip(*(_shape(model) for model in (student, teacher)), strict=True)
         self.pairs = [(FEATURES, FEATURES)] if self.reading in AT_HEADS else _mapped(mapping, *depths)
         if embeddings:
-            if self.reading in ("relations", "scores"):
+            if self._attends:
                 raise ValueError(f"`hidden_embeddings` is set, but {name} reads attention, which embeddings have not.")
             self.pairs = [(EMBEDDINGS, EMBEDDINGS), *self.pairs]
-        self.projections = nn.ParameterDict()
+        if self.reading == "messages":
+            self._start_conversation(name, widths, seed)
         if self.reading == "logits":
             start = head_module(student).weight.detach().float().clone()
             self.projections[AUXILIARY_HEAD] = nn.Parameter(start)
         if self.reading in ("states", "features") and widths[0] != widths[1]:
             generator = torch.Generator().manual_seed(seed)
             for pair in self.pairs:
-                start = torch.randn(widths[1], widths[0], generator=generator) / widths[0] ** 0.5
-                self.projections[_key(pair)] = nn.Parameter(start)
+                self.start(_key(pair), widths[1], widths[0], generator)
+
+    def _start_conversation(self, name: str, widths: tuple[int, ...], seed: int) -> None:
+        if len(self.pairs) != 1:
+            raise ValueError(
+                f"{name} cuts both models at one layer, but `layer_map` names {len(self.pairs)} pairs. Name one, such "
+                f"as [[{self.pairs[len(self.pairs) // 2][0]}, {self.pairs[len(self.pairs) // 2][1]}]]."
+            )
+        size = self.options.get("message_size", keyword_options(self.loss)["message_size"])
+        generator = torch.Generator().manual_seed(seed)
+        for role, width in zip(("student", "teacher"), widths, strict=True):
+            for part, shape in network_shapes(role, width, size).items():
+                self.start(part, *shape, generator)
 
     def student_viewed(self, model: nn.Module) -> Any:
         """`layers_viewed` of the student's mapped layers."""
@@ -102,7 +111,7 @@ class HiddenLoss(nn.Module):
 
     @property
     def _attends(self) -> bool:
-        return self.reading in ("relations", "scores")
+        return self.reading in ("relations", "scores", "attention")
 
     def forward(
         self,
@@ -111,6 +120,7 @@ class HiddenLoss(nn.Module):
         inputs: Mapping[str, Any],
         mask: Mask,
         labels: Int[Tensor, " tokens"],
+        student_model: nn.Module,
         teacher_model: nn.Module,
     ) -> Float[Tensor, " tokens"]:
         """The loss at each position that predicts a labeled token, in the reading order of the batch.
@@ -119,18 +129,22 @@ class HiddenLoss(nn.Module):
             student: What the student's layers computed; carries the gradient.
             teacher: What the teacher's layers computed.
             labels: The labeled tokens.
-            teacher_model: The model that runs as the teacher, whose head some losses read.
+            student_model: The student, whose upper layers run again in a conversation.
+            teacher_model: The model that runs as the teacher, whose head or upper layers some losses read.
 
         Raises:
             ValueError: No gradient flows through the student's layers.
         """
         at_tokens = self.reading in ("states", *AT_HEADS)
-        texts = None if at_tokens else _Texts(inputs, mask)
+        texts = None if at_tokens or self.reading == "messages" else _Texts(inputs, mask)
         head = teacher_head(teacher_model) if self.reading in AT_HEADS else None
         values = []
         for pair in self.pairs:
             own, other = student[pair[0]], teacher[pair[1]]
-            if texts is None:
+            if self.reading == "messages":
+                models = student_model, teacher_model
+                values.append(self._conversation(pair, own, other, inputs, mask, labels, *models))
+            elif texts is None:
                 values.append(self._at_tokens(pair, own, other, mask, labels, head))
             else:
                 values.append(self._in_texts(own, other, texts))
@@ -171,91 +185,46 @@ class HiddenLoss(nn.Module):
         blocks = zip(student.split(LOGIT_TOKENS), teacher.split(LOGIT_TOKENS), strict=True)
         return torch.cat([checkpoint(part, own, other, use_reentrant=False) for own, other in blocks])
 
+    def _conversation(
+        self, pair: tuple[int, int], own: LayerView, other: LayerView, inputs: Mapping[str, Any], mask: Mask,
+        labels: Tensor, student_model: nn.Module, teacher_model: nn.Module,
+    ) -> Tensor:  # fmt: skip
+        assert own.states is not None and other.states is not None
+        if causal_lm_of(student_model) is causal_lm_of(teacher_model):
+            raise ValueError(
+                "In a conversation gradients pass through the teacher, which cannot be an adapter of the student. "
+                "Give a model of its own as the teacher, or choose another `hidden_loss`."
+            )
+        if own.states.shape[:2] != other.states.shape[:2]:
+            raise ValueError(
+                f"In a conversation both models read the same positions, but the student has {own.states.shape[1]} "
+                f"and the teacher {other.states.shape[1]}: virtual tokens (prompt learning) are in front of one of "
+                "them. Choose another adapter, or another `hidden_loss`."
+            )
+        read, weights = dict(inputs), dict(self.projections.items())
+        theirs = inputs_for(teacher_model, student_model, read) | {"use_cache": False}
+        student = speaker("student", student_model, pair[0], own.states, read, weights)
+        teacher = speaker("teacher", teacher_model, pair[1], other.states.detach(), theirs, weights)
+        task = cross_entropy_of(student_model, mask, labels)
+        return self.loss(student, teacher, task, lambda x: predicting_rows(x, mask), **self.options)
+
     def _in_texts(self, own: LayerView, other: LayerView, texts: _Texts) -> Tensor:
         if self.reading == "sequences":
             sides = [(texts.tokens(own.states), texts.tokens(other.states))]
         elif self.reading == "scores":
             scores = [texts.pairs_of_tokens(view.scores()) for view in (own, other)]
             sides = [(scores[0], scores[1])]
+        elif self.reading == "attention":
+            scores = [texts.pairs_of_tokens(view.scores()) for view in (own, other)]
+            values = [texts.tokens(_joined(view.attended_values())) for view in (own, other)]
+            sides = [(*scores, *values)]
         else:
             parts = ("query", "key", "value")
             both = [[texts.tokens(_joined(getattr(view, part))) for part in parts] for view in (own, other)]
             sides = list(zip(*both, strict=True))
         mask = texts.mask.to(sides[0][0].device)
-        values = [self.loss(student, teacher.to(mask.device), mask, **self.options) for student, teacher in sides]
-        return torch.stack(values).sum(0)[texts.counts.to(mask.device)]
-
-    # ---- Training along ----
-
-    def train_with(self, accelerator: Accelerator) -> None:
-        """Place the projections on the device.
-
-        Raises:
-            ValueError: There are some, and weights are sharded.
-        """
-        if self.projections and (
-            is_sharded(accelerator=accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
-        ):
-            raise ValueError(
-                "This `hidden_loss` trains a projection between different widths, or a head; under FSDP and DeepSpeed "
-                "these cannot be trained beside the sharded student. Use a loss without (`attention_relation`, "
-                "`token_relationship_graph`), a teacher of the student's width, or plain DDP."
-            )
-        self.to(accelerator.device)
-
-    def average_gradients(self, accelerator: Accelerator) -> None:
-        """Average the projections' gradients over all processes, as DDP does with the student's."""
-        for parameter in self.parameters() if accelerator.num_processes > 1 else ():
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= accelerator.num_processes
-
-    def save(self, folder: str | Path) -> None:
-        """Write the projections to a checkpoint, atomically; without any, write nothing."""
-        if self.projections:
-            aside = Path(folder) / f".{PROJECTIONS_FILE}.partial"
-            save_file({name: value.detach().cpu().contiguous() for name, value in self.projections.items()}, aside)
-            os.replace(aside, Path(folder) / PROJECTIONS_FILE)
-
-    @torch.no_grad()
-    def load(self, folder: str | Path) -> None:
-        """Read the projections that `save` wrote.
-
-        Raises:
-            FileNotFoundError: The checkpoint has none.
-            ValueError: They belong to other layers or widths.
-        """
-        if not self.projections:
-            return
-        path = Path(folder) / PROJECTIONS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"The checkpoint {str(folder)!r} has no {PROJECTIONS_FILE}: it was not written with this "
-                "`hidden_loss`. Resume with the settings that it was written with, or start anew."
-            )
-        saved, own = load_file(path), dict(self.projections.items())
-        shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (saved, own)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"The projections in {str(path)!r} are {shapes[0]}, needed are {shapes[1]}: the checkpoint was "
-                "written with another `layer_map` or other models."
-            )
-        for name, value in own.items():
-            value.copy_(saved[name])
-
-
-class ProjectionCallback(TrainerCallback):
-    """Clips the projections' gradients by `max_grad_norm`, apart from the student's; clears them after each step."""
-
-    def __init__(self, hidden: HiddenLoss) -> None:
-        self.hidden = hidden
-
-    def on_pre_optimizer_step(self, args: Any, *rest: Any, **kwargs: Any) -> None:
-        if args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.hidden.parameters(), args.max_grad_norm)
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.hidden.zero_grad()
+        found = [self.loss(*(one.to(mask.device) for one in side), mask, **self.options) for side in sides]
+        return torch.stack(found).sum(0)[texts.counts.to(mask.device)]
 
 
 class _Texts:

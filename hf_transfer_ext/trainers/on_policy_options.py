@@ -94,6 +94,12 @@ class OnPolicyOptions:
                 f"`loss` is {config.loss!r}, which compares spans of text, but {self.on_policy} compares tokens. "
                 "Choose gkd or distillm, or a divergence of tokens."
             )
+        if config.loss == "dskd" and config.loss_options.get("alignment") != "exact":
+            raise ValueError(
+                "`loss: dskd` with `alignment: attention` trains its projections on the tokens of the text, but here "
+                "the student writes the text, and the teacher would learn to repeat the student. Set "
+                '`loss_options` to {"alignment": "exact"}, which takes the teacher\'s own tokens.'
+            )
         if config.teachers is not None and config.teachers_by == "column":
             raise ValueError(
                 "`teachers_by` is column, but a text that is written has no column that names its teacher. Combine "

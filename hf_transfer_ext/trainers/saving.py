@@ -14,8 +14,8 @@ from hf_transfer_ext.files import publish, refuse_existing_output, refuse_inputs
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.students.auxiliary import SHARED_FILE
 from hf_transfer_ext.teachers.learned import GATE_FILE
-from hf_transfer_ext.trainers.hidden_loss import PROJECTIONS_FILE
 from hf_transfer_ext.trainers.results import SETTINGS_PICKLE, ask_for_whole_weights
+from hf_transfer_ext.trainers.trained_along import PROJECTIONS_FILE
 
 #: What recipes put into their training folder. `--overwrite` removes a folder with these entries and no others.
 TRAINING_ENTRIES = (

@@ -269,6 +269,32 @@ def test_on_logits_the_loss_is_the_same(name, options, dtype):
     )
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd"])
+def test_near_the_teacher_float32_logits_keep_the_gradient_of_bfloat16_weights(name):
+    """The difference of two close distributions drowns in logits that are rounded to bfloat16."""
+    torch.manual_seed(0)
+    t, u = torch.randn(64, 128).bfloat16(), (torch.randn(2000, 128) * 0.4).bfloat16()
+    h, w = ((x.float() + 0.02 * x.float().std() * torch.randn(x.shape)).bfloat16() for x in (t, u))
+
+    def gradients(*tensors, **options):
+        own, head = (x.clone().requires_grad_() for x in tensors[:2])
+        rows = HeadRows(tensors[2], LMHead(tensors[3]))
+        loss = fused_divergence(
+            own, LMHead(head), rows, DISTILLATION_LOSSES[name], weights=torch.full((64,), 1 / 64), **options
+        ).loss
+        return loss.item(), [x.double() for x in torch.autograd.grad(loss, (own, head))]
+
+    _, exact = gradients(*(x.double() for x in (h, w, t, u)))
+    value, near = gradients(h, w, t, u)
+    rounded_value, rounded = gradients(h, w, t, u, float32_logits=False)
+    assert value < 0.02
+    errors = [
+        [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)] for found in (near, rounded)
+    ]
+    assert max(errors[0]) < 0.01 < 0.05 < min(errors[1])
+    assert rounded_value != value
+
+
 @pytest.mark.parametrize("way", ["half weights", "autocast", "full logits"])
 def test_float16_keeps_small_gradients_under_a_gradient_scaler(way):
     """Stored times 1 / tokens, most of a gradient would lie below the smallest float16."""
@@ -288,9 +314,16 @@ def test_float16_keeps_small_gradients_under_a_gradient_scaler(way):
         with torch.autocast("cpu", dtype=torch.float16, enabled=way == "autocast"):
             loss = fused_divergence(a, LMHead(b), rows, kl, weights=weights).loss
     (loss * scale).backward()
-    for got, want in ((a, x), (b, y)):
+    c, d = (tensor.detach().clone().requires_grad_() for tensor in (a, b))
+    with torch.autocast("cpu", dtype=torch.float16, enabled=way == "autocast"):
+        logits, teacher_logits = c @ d.T, t.half().to(dtype) @ w.half().to(dtype).T
+    (kl(logits[None].float(), teacher_logits[None].float()).mean() * scale).backward()
+    for got, plain, want in ((a, c, x), (b, d, y)):
         assert got.grad.dtype == dtype
-        assert (got.grad.double() / scale - want.grad).norm() < 0.02 * want.grad.norm()
+        error, by_autograd = (
+            (one.grad.double() / scale - want.grad).norm() / want.grad.norm() for one in (got, plain)
+        )
+        assert error < 0.02 and error < 1.1 * by_autograd
 
 
 def test_a_float16_head_gradient_beyond_the_range_of_float16_is_summed():

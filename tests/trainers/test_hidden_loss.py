@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.hidden.hidden_mse import hidden_mse
-from hf_transfer_ext.trainers.hidden_loss import PROJECTIONS_FILE
 from hf_transfer_ext.trainers.saving import save_whole
+from hf_transfer_ext.trainers.trained_along import PROJECTIONS_FILE
 
 PAIRS = [(0, 1), (1, 3)]  # "uniform" of 2 and 4 layers
 
@@ -62,6 +62,11 @@ def by_formula(name, own, other, student_head, teacher, ids, options):
         sides = [[x.transpose(1, 2).flatten(2) for x in side[1:4]] for side in (own, other)]
         total = sum(loss(x, y, mask, causal=True, **options) for x, y in zip(*sides, strict=True))
         return total[0, :-1]
+    if name == "minilm":
+        scores = [side[1] @ side[2].repeat_interleave(2, 1).transpose(2, 3) / side[1].shape[-1] ** 0.5
+                  for side in (own, other)]  # fmt: skip
+        values = [side[3].repeat_interleave(2, 1).transpose(1, 2).flatten(2) for side in (own, other)]
+        return loss(*scores, *values, mask, causal=True)[0, :-1]
     later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
     scores = [
         (side[1] @ side[2].repeat_interleave(2, 1).transpose(2, 3) / side[1].shape[-1] ** 0.5).masked_fill(
@@ -100,6 +105,7 @@ ALL = [
     ("hidden_cosine", {}),
     ("attention_relation", {"heads": 2}),
     ("attention_mse", {}),
+    ("minilm", {}),
     ("token_relationship_graph", {"neighbors": 3}),
     ("feature_norm_direction", {}),
     ("dual_head", {"top": 5}),
@@ -270,6 +276,9 @@ def test_what_the_models_cannot_do_is_refused(tmp_path):
         make(tmp_path, teacher=deep(), hidden_loss="hidden_mse", layer_map=[[0, 9]])
     with pytest.raises(ValueError, match="`hidden_embeddings` is set, but attention_relation reads attention"):
         make(tmp_path, teacher=deep(), hidden_loss="attention_relation", hidden_embeddings=True)
+    with pytest.raises(ValueError, match="minilm compares attention head by head, but the student has 4 heads and"):
+        wide = deep(num_attention_heads=8, num_key_value_heads=4)
+        trained(tmp_path, teacher=wide, hidden_loss="minilm", layer_map=[[-1, -1]])
     with pytest.raises(ValueError, match="only an optimizer that the trainer makes knows"):
         student = tiny_llama(1, hidden_size=16)
         optimizers = (torch.optim.SGD(student.parameters(), lr=0.1), None)

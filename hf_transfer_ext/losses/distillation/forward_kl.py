@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, weighted, weighted_sum
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
 def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
     p = log_p.exp()
-    return weighted(p, log_p - log_q).sum(-1), -p
+    return weighted_sum(p, log_p - log_q), p.neg_()
 
 
 @fused_by(slope, forms=ALL_FORMS)

@@ -10,6 +10,8 @@ from hf_transfer_ext.losses.hidden.dual_head import dual_head
 from hf_transfer_ext.losses.hidden.feature_norm_direction import feature_norm_direction
 from hf_transfer_ext.losses.hidden.hidden_cosine import hidden_cosine
 from hf_transfer_ext.losses.hidden.hidden_mse import hidden_mse
+from hf_transfer_ext.losses.hidden.minilm import minilm
+from hf_transfer_ext.losses.hidden.talking_models import talking_models
 from hf_transfer_ext.losses.hidden.token_relationship_graph import token_relationship_graph
 from hf_transfer_ext.losses.layer_map import LAYER_MAPS, layer_pairs
 from hf_transfer_ext.losses.layer_reading import check_hidden_loss
@@ -20,9 +22,11 @@ _LOSSES: list[Callable[..., Tensor]] = [
     hidden_cosine,
     attention_mse,
     attention_relation,
+    minilm,
     token_relationship_graph,
     feature_norm_direction,
     dual_head,
+    talking_models,
 ]
 HIDDEN_LOSSES = Registry("hidden loss", _LOSSES, check=check_hidden_loss)
 
