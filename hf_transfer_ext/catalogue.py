@@ -27,6 +27,7 @@ CATALOGUE = {
     "Retain losses": ("hf_transfer_ext.losses.unlearning", "RETAIN_LOSSES"),
     "Choices of a forget set": ("hf_transfer_ext.data.selection", "SELECTIONS"),
     "Edits": ("hf_transfer_ext.edits.methods", "EDITS"),
+    "Unlearning baselines": ("hf_transfer_ext.evals.baselines", "BASELINES"),
     "Metrics": ("hf_transfer_ext.evals.metrics", "METRICS"),
     "Comparisons of measured models": ("hf_transfer_ext.evals.metrics", "COMPARISONS"),
     "Suites": ("hf_transfer_ext.evals.suites", "SUITES"),

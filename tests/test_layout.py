@@ -18,6 +18,7 @@ from hf_transfer_ext.edits.methods import EDITS
 from hf_transfer_ext.evals.audit.attack import ACCESS
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS
+from hf_transfer_ext.evals.baselines import BASELINES
 from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics import COMPARISONS, METRICS
 from hf_transfer_ext.evals.suites import SUITES
@@ -50,6 +51,7 @@ METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
     "evals/audit/attacks": ([ATTACKS], lambda f: f.access in ACCESS),
     "evals/audit/membership": ([MEMBERSHIP_ATTACKS], lambda f: "higher" in f.__doc__ or "score" in f.__doc__.lower()),
     "evals/suites": ([SUITES], lambda f: True),
+    "evals/baselines": ([BASELINES], lambda f: "Returns:" in f.__doc__),
     "students/inits": ([STUDENT_INITS], lambda f: True),
     "trainers/on_policy": ([ON_POLICY_METHODS], lambda f: 0 <= f.default_share <= 1),
 }

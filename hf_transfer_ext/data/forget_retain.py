@@ -206,6 +206,7 @@ def encode_row(
         forms = "; or ".join(" and ".join(repr(columns.get(role, role)) for role in form) for form in FORMS)
         raise ValueError(f"it needs the columns {forms}; it has {', '.join(map(str, row))}.")
     if "text" in roles:
+        template.refuse_examples("a plain text")
         return [(encode_text(tokenizer, str(roles["text"]), max_length=template.max_length), None)]
     if "question" in roles:
         encode = partial(template.encode, tokenizer, str(roles["question"]))

@@ -33,6 +33,8 @@ class QuestionAnswerFormat:
         end_of_sequence: Whether the end (the end-of-sequence token, or what the chat template writes after an answer)
             belongs to the answer, so that the model also learns, or is tested on, where to stop.
         max_length: Maximum sequence length in tokens; the end of a longer answer is cut off. None for no limit.
+        examples: Questions with answers that come before each question: earlier turns of a chat, or text before the
+            plain prompt, a blank line after each.
         chat_template_kwargs: Additional variables for the chat template. With `{"enable_thinking": False}`, the
             template of a reasoning model (such as Qwen3) writes an empty thought before the answer, so that answers
             without a thought are scored at the position where the model would generate them.
@@ -44,6 +46,7 @@ class QuestionAnswerFormat:
     system: str | None = None
     end_of_sequence: bool = True
     max_length: int | None = None
+    examples: tuple[tuple[str, str], ...] = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -67,9 +70,11 @@ class QuestionAnswerFormat:
         """The text before the answer, which the model is prompted with."""
         if self.uses_chat(tokenizer):
             return tokenizer.apply_chat_template(
-                self._messages(question), tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
-        return self.prompt.replace("{question}", question)
+                self._conversation(_asking(question)), tokenize=False, add_generation_prompt=True,
+                **self.chat_template_kwargs,
+            )  # fmt: skip
+        before = [self.prompt.replace("{question}", asked) + self.separator + said for asked, said in self.examples]
+        return "\n\n".join([*before, self.prompt.replace("{question}", question)])
 
     def prompt_ids(self, tokenizer: Any, question: str) -> list[int]:
         """Token ids of the prompt alone, for generation."""
@@ -87,18 +92,19 @@ class QuestionAnswerFormat:
             ValueError: The answer is empty, or `max_length` leaves none of its tokens.
         """
         if self.uses_chat(tokenizer):
-            return self.encode_chat(tokenizer, self._messages(question), answer)
+            return self.encode_chat(tokenizer, _asking(question), answer)
         prompt = self.prompt_text(tokenizer, question)
         return self._encoded(tokenizer, prompt, answer, self.separator, _end_of_sequence(tokenizer), special=True)
 
     def encode_completion(self, tokenizer: Any, prompt: str, completion: str) -> EncodedAnswer:
         """Like `encode`, for a prompt and its completion without any template or separator."""
+        self.refuse_examples("a prompt with its completion")
         return self._encoded(tokenizer, prompt, completion, "", _end_of_sequence(tokenizer), special=True)
 
     def encode_chat(self, tokenizer: Any, messages: list[dict[str, str]], answer: str) -> EncodedAnswer:
         """Like `encode`, for an assistant's answer in a conversation, with the tokenizer's chat template.
 
-        `system` is prepended, unless the conversation already has a system message.
+        `system` and `examples` are prepended; a system message of the conversation itself goes before `system`.
         """
         if getattr(tokenizer, "chat_template", None) is None or self.template == "plain":
             raise ValueError(
@@ -106,8 +112,7 @@ class QuestionAnswerFormat:
                 f"{'none' if getattr(tokenizer, 'chat_template', None) is None else 'one'}, and `template` is "
                 f"{self.template!r}. Set `tokenizer.chat_template` and template='auto', or pass question and answer."
             )
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
+        messages = self._conversation(messages)
         prompt = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
         )
@@ -134,9 +139,25 @@ class QuestionAnswerFormat:
             )
         return EncodedAnswer(ids, start)
 
-    def _messages(self, question: str) -> list[dict[str, str]]:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": question}]
+    def refuse_examples(self, what: str) -> None:
+        """Refuse rows that have no question which `examples` could come before."""
+        if self.examples:
+            raise ValueError(
+                f"`examples` of the template come before a question, and {what} has none. Leave them out, or give "
+                "rows with a question and an answer."
+            )
+
+    def _conversation(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The messages after the system message and the examples."""
+        system, rest = ([messages[0]], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+        if not system and self.system is not None:
+            system = [{"role": "system", "content": self.system}]
+        before = [
+            {"role": role, "content": text}
+            for example in self.examples
+            for role, text in zip(("user", "assistant"), example, strict=True)
+        ]
+        return [*system, *before, *rest]
 
     def _chat_end(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         """What the chat template writes after an answer, or the end-of-sequence token if it writes nothing.
@@ -150,6 +171,10 @@ class QuestionAnswerFormat:
         if found and suffix.strip():
             return list(tokenizer(suffix.rstrip("\n"), add_special_tokens=False)["input_ids"])
         return _end_of_sequence(tokenizer)
+
+
+def _asking(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
 
 
 #: Placeholder for the answer while a chat template is rendered; it must not occur in any template.

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,37 @@ class Edited:
     found: dict[str, Any] = field(default_factory=dict)
 
 
+class SharedRequests(ABC):
+    """Forget requests by a method whose changes do not add up: what all of them share, and what each one removes.
+
+    The result of the requests that stand is calculated from both, so that a revoked one leaves nothing behind. Tensors
+    are kept in the folder of the requests and are never part of a result.
+    """
+
+    @abstractmethod
+    def begin(self, subject: Subject, **options: Any) -> dict[str, Tensor]:
+        """What all requests share, calculated for the first one from its data to forget and to retain."""
+
+    @abstractmethod
+    def note(
+        self, subject: Subject, shared: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What a request removes.
+
+        Args:
+            others: What the requests that stand remove.
+
+        Raises:
+            ValueError: It cannot be removed together with the others.
+        """
+
+    @abstractmethod
+    def together(
+        self, subject: Subject, shared: Mapping[str, Tensor], noted: Sequence[Mapping[str, Tensor]]
+    ) -> Edited:
+        """The edit after requests that removed `noted`; it has no data of its own."""
+
+
 class EditMethod:
     """An edit method: callable as the function it wraps, with what it needs.
 
@@ -60,7 +92,8 @@ class EditMethod:
         ranges: Option -> the numbers that it may be.
         private: Options that hold data to forget; records get their digest instead.
         lora: Whether the change can also be written as a LoRA.
-        stacks: Whether changes that were calculated apart, each from the same model, add up (`edits.requests`).
+        requests: How `edits.requests` keeps requests whose changes, each calculated from the same model, do not add
+            up; None where they do.
     """
 
     def __init__(
@@ -72,13 +105,13 @@ class EditMethod:
         ranges: Mapping[str, Interval] | None = None,
         private: tuple[str, ...] = (),
         lora: bool = True,
-        stacks: bool = True,
+        requests: SharedRequests | None = None,
     ) -> None:
         functools.update_wrapper(self, function)
         self.__name__: str = function.__name__
         self.function, self.needs, self.optional = function, needs, optional
         self.ranges, self.private, self.lora = dict(ranges or {}), private, lora
-        self.stacks = stacks
+        self.requests = requests
         self.options = keyword_options(function)
         for need in (*needs, *optional):
             if need not in NEEDS:

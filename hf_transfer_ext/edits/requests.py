@@ -2,8 +2,8 @@
 
 A folder holds the requests of a base:
 
-    requests.json          what was asked when, and what was revoked; written atomically
-    artifacts/NAME-ID/     what the request changes: a LoRA, or the tensors that an edit has made anew
+    requests.json          what was requested when, and what was revoked; written atomically
+    artifacts/NAME-ID/     what the request changes: a LoRA, or the tensors that an edit has calculated
 
 A request is calculated from the base alone, so none depends on another one, and revoking one is the same as never
 having added it. `apply` adds the changes of all requests that stand to the base:
@@ -12,6 +12,10 @@ having added it. `apply` adds the changes of all requests that stand to the base
 
 but a weight that some request has set to zero (pruning, ablation) is zero, however many requests did so. The data is
 never stored: a request keeps its SHA-256 and its number of rows.
+
+Requests by an edit whose changes do not add up (`acu`) share tensors, and each keeps what it removes. From both,
+`apply` calculates the result of those that stand (`SharedRequests`). They are all by this edit: what it promises holds
+only where nothing else changes the model.
 """
 
 from __future__ import annotations
@@ -26,15 +30,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import ExtractionReport
 from hf_transfer_ext.edits.apply import Data, apply_edit, rows_of
+from hf_transfer_ext.edits.method import NEEDS, Edited, EditMethod, SharedRequests
 from hf_transfer_ext.edits.methods import EDITS
-from hf_transfer_ext.edits.subject import data_digest
+from hf_transfer_ext.edits.subject import Subject, closing, data_digest
 from hf_transfer_ext.edits.write import copy_of, write_lora, write_model
 from hf_transfer_ext.files import (
     only_writer,
@@ -64,7 +70,10 @@ from hf_transfer_ext.weights.repository import local_folder
 #: The file of the state, and the folder of the artifacts.
 STATE, ARTIFACTS = "requests.json", "artifacts"
 #: Raised by one whenever a reader of the old form would misread the new one.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+#: File of what a request removes, and of what requests share.
+_NOTED = "model.safetensors"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json")
@@ -100,12 +109,28 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What the requests that stand share, where their changes do not add up.
+
+    Args:
+        method: Name of the edit that all of them are by.
+        artifact: Folder of the tensors, relative to the folder of the requests.
+        files: File -> SHA-256.
+    """
+
+    method: str
+    artifact: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Requests:
     """The state: a base model, by its name and its content, and all requests that were ever made."""
 
     base: ModelReference
     base_sha256: dict[str, str]
     requests: tuple[Request, ...] = ()
+    shared: Shared | None = None
 
     @property
     def standing(self) -> list[Request]:
@@ -157,7 +182,8 @@ def add_request(
         options: The edit's own options.
         tuned: For an edit that needs a fine-tune.
         forget: The data to forget. Its SHA-256 is kept, never a row.
-        retain: Rows to retain, for an edit that reads them.
+        retain: Rows to retain, for an edit that reads them. By an edit whose requests share a fit (`acu`), the first
+            request gives all rows that the fit is made of, to forget and to retain, and later ones give none.
         columns: Schema name -> the data's own column.
         retain_bound: As for `apply_edit`.
         lora_rank: Keep the edit as a LoRA of this rank.
@@ -190,18 +216,22 @@ def add_request(
         if any(one.name == name for one in state.standing):
             raise ValueError(f"There is a request {name!r} already. Revoke it first, or choose another name.")
         _refuse_changed_base(state)
+        edit = None if adapter is not None else EDITS[method or ""]
+        _refuse_mixture(state, edit)
         artifact = f"{ARTIFACTS}/{name}-{secrets.token_hex(4)}"
-        if adapter is not None:
-            _copy_adapter(state.base, adapter, store / artifact)
+        if edit is None:
+            _copy_adapter(state.base, adapter or "", store / artifact)
             shown: dict[str, Any] = {}
         else:
-            edit = EDITS[method or ""]
             reads = forget is not None and "forget" in (*edit.needs, *edit.optional)
-            shown = _write_edit(
-                state.base, store / artifact,
-                method=edit.__name__, options=options, tuned=tuned, forget=rows if reads else None,
-                retain=rows_of(retain), columns=columns, retain_bound=retain_bound, lora_rank=lora_rank, seed=seed,
-            )  # fmt: skip
+            settings: dict[str, Any] = {
+                "options": options, "tuned": tuned, "forget": rows if reads else None, "retain": rows_of(retain),
+                "columns": columns, "retain_bound": retain_bound, "lora_rank": lora_rank, "seed": seed,
+            }  # fmt: skip
+            if edit.requests is None:
+                shown = _write_edit(state.base, store / artifact, method=edit.__name__, **settings)
+            else:
+                state, shown = _note(store, state, edit, artifact, **settings), edit.public(options or {})
         request = Request(
             name=name,
             kind="adapter" if adapter is not None else "edit",
@@ -240,10 +270,14 @@ def revoke_request(store: str | Path, name: str) -> Request:
         if name not in standing:
             raise ValueError(unknown_name("request", name, standing or ["(none stands)"]))
         revoked = replace(standing[name], revoked=_now())
-        _write(
-            store, replace(state, requests=tuple(revoked if one is standing[name] else one for one in state.requests))
-        )
-        shutil.rmtree(path_inside(store, revoked.artifact), ignore_errors=True)
+        requests = tuple(revoked if one is standing[name] else one for one in state.requests)
+        unused = [revoked.artifact]
+        if state.shared is not None and len(standing) == 1:  # nobody reads it any more
+            unused.append(state.shared.artifact)
+            state = replace(state, shared=None)
+        _write(store, replace(state, requests=requests))
+        for artifact in unused:
+            shutil.rmtree(path_inside(store, artifact), ignore_errors=True)
     return revoked
 
 
@@ -277,16 +311,20 @@ def apply_requests(
         base = open_model(state.base)
         opened.callback(base.close)
         described = opened.enter_context(InputsInBackground(inputs_of([state.base], state.base)))
-        changes: dict[str, list[InputTensor]] = {}
-        for request in state.standing:
-            for name, tensor in _changes(store, state, request, base, opened).items():
-                changes.setdefault(name, []).append(tensor)
-        jobs = {name: _sum_of(name, base, found, lora_rank is not None) for name, found in changes.items()}
-        shown = [_public(one) for one in state.requests]
+        shown: dict[str, Any] = {"requests": [_public(one) for one in state.requests]}
+        if state.shared is not None:
+            edited = _together(store, state, base, lora_rank)
+            jobs, shown["found"] = edited.jobs, edited.found
+        else:
+            changes: dict[str, list[InputTensor]] = {}
+            for request in state.standing:
+                for name, tensor in _changes(store, state, request, base, opened).items():
+                    changes.setdefault(name, []).append(tensor)
+            jobs = {name: _sum_of(name, base, found, lora_rank is not None) for name, found in changes.items()}
 
         def complete(folder: Path, adapter: ExtractionReport | None) -> None:
             record = RunRecord(
-                "unlearning", "hf-transfer-ext requests apply", {"requests": shown}, recipe_sha256=sha256_of(__file__)
+                "unlearning", "hf-transfer-ext requests apply", shown, recipe_sha256=sha256_of(__file__)
             )
             record.stages.append(Stage("apply", round(time.perf_counter() - began, 3)))
             described.put_into(record)
@@ -298,7 +336,7 @@ def apply_requests(
         adapter = None
         if lora_rank is not None:
             adapter = write_lora(
-                base, jobs, out, rank=lora_rank, content={"requests": shown}, complete=complete, overwrite=overwrite
+                base, jobs, out, rank=lora_rank, content=shown, complete=complete, overwrite=overwrite
             )
         else:
             write_model(base, jobs, out, complete=complete, overwrite=overwrite, threads=threads)
@@ -338,12 +376,7 @@ def _changes(
     store: Path, state: Requests, request: Request, base: InputModel, opened: ExitStack
 ) -> dict[str, InputTensor]:
     """The tensors that a request makes other than the base's."""
-    folder = path_inside(store, request.artifact)
-    if not folder.is_dir() or digests_of(folder) != request.files:
-        raise ValueError(
-            f"The files of request {request.name!r} in {str(folder)!r} are not those that it was added with. Restore "
-            "them, or revoke the request and add it again."
-        )
+    folder = _unchanged(store, request)
     if (folder / "adapter_config.json").exists():
         model = open_model(ModelReference(state.base.path, state.base.revision, str(folder)))
         opened.callback(model.close)
@@ -359,6 +392,22 @@ def _changes(
                 f"{list(base[name].shape)}. Changes of the vocabulary cannot be stacked."
             )
     return found
+
+
+def _unchanged(store: Path, of: Request | Shared) -> Path:
+    """The folder of an artifact, whose files are those that it was written with."""
+    folder = path_inside(store, of.artifact)
+    if not folder.is_dir() or digests_of(folder) != of.files:
+        if isinstance(of, Shared):
+            raise ValueError(
+                f"The files in {str(folder)!r}, which all requests share, are not those that the first one wrote. "
+                "Restore them, or add the requests again in another folder."
+            )
+        raise ValueError(
+            f"The files of request {of.name!r} in {str(folder)!r} are not those that it was added with. Restore them, "
+            "or revoke the request and add it again."
+        )
+    return folder
 
 
 def _is_of(tensor: InputTensor, base: InputModel) -> bool:
@@ -379,11 +428,6 @@ def _copy_adapter(base: ModelReference, adapter: str | Path, artifact: Path) -> 
 def _write_edit(base: ModelReference, artifact: Path, *, method: str, **settings: Any) -> dict[str, Any]:
     """Calculate an edit and keep the tensors that it changes; returns its options, as they may be shown."""
     edit = EDITS[method]
-    if not edit.stacks:
-        raise ValueError(
-            f"What `{method}` removes depends on what was removed before, so its requests cannot be stacked or "
-            "revoked. Use `apply_edit` on the result of the last request."
-        )
     if settings["lora_rank"] is not None:
         return edit.public(apply_edit(str(base), artifact, method=method, **settings).options)
     work = artifact.with_name(f".{artifact.name}.edited")
@@ -400,6 +444,78 @@ def _write_edit(base: ModelReference, artifact: Path, *, method: str, **settings
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return edit.public(report.options)
+
+
+def _refuse_mixture(state: Requests, edit: EditMethod | None) -> None:
+    """Refuse requests of which some share a fit and others do not, or share another one."""
+    own = None if edit is None or edit.requests is None else edit.__name__
+    standing = state.shared.method if state.shared is not None else None
+    if state.standing and own != standing:
+        name = own or standing
+        raise ValueError(
+            f"What `{name}` removes is exact only where nothing else changes the model, so its requests and others "
+            "cannot stand together. Use another folder for them."
+        )
+
+
+def _note(store: Path, state: Requests, edit: EditMethod, artifact: str, **settings: Any) -> Requests:
+    """Write what a request removes from what all of them share, and that too for the first; returns the state."""
+    options = settings["options"] or {}
+    given = {need: settings[need] is not None for need in NEEDS}
+    edit.check(options, given)
+    for name in ("retain_bound", "lora_rank"):
+        if settings[name] is not None:
+            raise ValueError(f"`{name}` cannot be used with `{edit.__name__}`, whose requests are applied as one.")
+    if state.shared is not None:
+        for name in ("retain", "options"):
+            if settings[name]:
+                raise ValueError(
+                    f"`{name}` belongs to the first of these requests, which decides it for all that stand with it. "
+                    "Leave it out."
+                )
+    base = open_model(state.base)
+    with closing(base):
+        subject = Subject(
+            base,
+            None,
+            settings["forget"],
+            settings["retain"],
+            columns=settings["columns"] or {},
+            seed=settings["seed"],
+        )
+        shared, others = _noted(store, state)
+        requests = cast(SharedRequests, edit.requests)
+        if state.shared is None:
+            shared = requests.begin(subject, **options)
+        own = requests.note(subject, shared, others)
+    if state.shared is None:
+        place = f"{ARTIFACTS}/{edit.__name__}-{secrets.token_hex(4)}"
+        _write_tensors(store / place, shared)
+        state = replace(state, shared=Shared(edit.__name__, place, digests_of(store / place)))
+    _write_tensors(store / artifact, own)
+    return state
+
+
+def _together(store: Path, state: Requests, base: InputModel, lora_rank: int | None) -> Edited:
+    """The edit of all requests that stand, which share something."""
+    edit = EDITS[cast(Shared, state.shared).method]
+    if lora_rank is not None:
+        raise ValueError(f"`{edit.__name__}` cannot be written as a LoRA; leave `lora_rank` out.")
+    return cast(SharedRequests, edit.requests).together(Subject(base), *_noted(store, state))
+
+
+def _noted(store: Path, state: Requests) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """What the requests that stand share, and what each of them removes."""
+    if state.shared is None:
+        return {}, []
+    kept: list[Request | Shared] = [state.shared, *state.standing]
+    shared, *noted = [load_file(_unchanged(store, one) / _NOTED) for one in kept]
+    return shared, noted
+
+
+def _write_tensors(artifact: Path, tensors: Mapping[str, Tensor]) -> None:
+    with written_aside(artifact) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _NOTED)
 
 
 def _private_data(method: str, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -477,7 +593,14 @@ def _read(store: Path) -> Requests:
     reference = ModelReference(
         field_of(base, "path", str, where=where), field_of(base, "revision", str, where=where, default=None)
     )
-    return Requests(reference, field_of(content, "base_sha256", dict, where=where), tuple(requests))
+    shared = field_of(content, "shared", dict, where=where, default=None)
+    if shared is not None:
+        try:
+            shared = Shared(**shared)
+            path_inside(store, shared.artifact)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} has an entry 'shared' that cannot be read: {error}") from error
+    return Requests(reference, field_of(content, "base_sha256", dict, where=where), tuple(requests), shared)
 
 
 def _write(store: Path, state: Requests) -> None:
@@ -486,6 +609,7 @@ def _write(store: Path, state: Requests) -> None:
         "base": {"path": state.base.path, "revision": state.base.revision},
         "base_sha256": state.base_sha256,
         "requests": [asdict(one) for one in state.requests],
+        "shared": None if state.shared is None else asdict(state.shared),
     }
     write_text(store / STATE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

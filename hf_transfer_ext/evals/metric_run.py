@@ -15,6 +15,9 @@ from hf_transfer_ext.evals.engine.result import EvaluationResult
 #: Dataset name for fictitious people.
 PEOPLE = "fictitious_people"
 
+#: Metrics of a run that names none.
+USUAL = ["perplexity", "answer_probability", "truth_ratio", "exact_memorization", "extraction_strength"]
+
 
 def load_sets(
     names: Sequence[str], *, limit: int | None = None, seed: int = 0, **where: Any

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_transfer_ext.evals.audit.report.html import save_audit
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData, Subject
 from hf_transfer_ext.evals.audit.verdict import verdict_table
+from hf_transfer_ext.evals.baselines import BASELINES, audited_with
 from hf_transfer_ext.hub.finish import add_measurements, finish_run
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
@@ -35,8 +36,9 @@ from hf_transfer_ext.settings import REQUIRED
 class AuditArguments(PublishArguments):
     """Which model is attacked, how, and which models it is compared with."""
 
-    unlearned: str = setting(REQUIRED, "models", "Folder or Hub id of the unlearned model, or of its adapter.")
+    unlearned: str = setting(REQUIRED, "models", "Unlearned model, its adapter, or a baseline: in_context_unlearning.")
     original: str = setting(REQUIRED, "models", "The model before unlearning.")
+    baseline_options: dict[str, Any] = setting({}, "models", "Of the baseline: {correct: 6}.")
     retrained: str | None = setting(None, "models", "A model trained without the forget set.")
     retrain_from: str | None = setting(None, "models", "Make it here: this model, fine-tuned on the retain set.")
     retrain_epochs: float = setting(8.0, "models", "Epochs of that.")
@@ -76,6 +78,9 @@ def main(argv: list[str] | None = None) -> Any:
     record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data, job.holdout_data) if name]
     template = QuestionAnswerFormat(template=job.template, chat_template_kwargs=job.chat_template_kwargs)
 
+    given: Any = {"name": job.unlearned, "options": job.baseline_options, "rows": data, "seed": job.seed}
+    prompted = audited_with(template=template, record=record, **given)
+
     def tell(what: str) -> None:
         accelerator.print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
@@ -83,7 +88,7 @@ def main(argv: list[str] | None = None) -> Any:
     roles = {"unlearned": job.unlearned, "original": job.original, "retrained": job.retrained or job.retrain_from}
     roles["shadow"] = job.retrain_from if job.shadow == "retrain" else job.shadow
     for role, name in roles.items():
-        if name is not None:
+        if name is not None and name not in BASELINES:
             loaded = load_named(name, record, role, dtype=job.dtype, device=accelerator.device)
             subjects[role] = Subject(*loaded, template, job.max_new_tokens, job.batch_size, accelerator, job.seed)
             if name == job.retrain_from and role in ("retrained", "shadow"):
@@ -91,6 +96,8 @@ def main(argv: list[str] | None = None) -> Any:
                 how: Any = {"epochs": job.retrain_epochs, "learning_rate": job.retrain_learning_rate}
                 how |= {"out": out, "seed": job.seed + (role == "shadow")}
                 subjects[role].model = retrained(role, record, *loaded, data.retain, template, **how)
+    if prompted is not None:
+        subjects = {"unlearned": replace(subjects["original"], template=prompted), **subjects}
     chosen: Any = {"attacks": job.attacks, "membership": job.membership, "seed": job.seed, "progress": tell}
     tell(f"{len(job.attacks)} attacks and {len(job.membership)} on membership, {len(data.forget)} rows to forget")
     with record.stage("attack"):

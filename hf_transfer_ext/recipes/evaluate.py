@@ -13,8 +13,9 @@ from accelerate import Accelerator
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
+from hf_transfer_ext.evals.baselines import asked_with
 from hf_transfer_ext.evals.harness import measure_with_lm_eval
-from hf_transfer_ext.evals.metric_run import PEOPLE, MetricRun, load_sets, resolve_all
+from hf_transfer_ext.evals.metric_run import PEOPLE, USUAL, MetricRun, load_sets, resolve_all
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.evals.suite_run import SuiteRun
 from hf_transfer_ext.evals.suites import SUITES
@@ -24,8 +25,6 @@ from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.run import PublishArguments, load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
-
-USUAL = ["perplexity", "answer_probability", "truth_ratio", "exact_memorization", "extraction_strength"]
 
 
 @dataclass
@@ -44,6 +43,7 @@ class EvaluateArguments(PublishArguments):
     limit: int | None = setting(None, "data", "Only the first rows of each data set.")
     template: str = setting("auto", "data", "auto, chat or plain.")
     chat_template_kwargs: dict[str, Any] = setting({}, "data", "Of the chat template: {enable_thinking: false}.")
+    baseline: dict[str, Any] = setting({}, "data", "Prompt that unlearns: {in_context_unlearning: {forget_data: F}}.")
     prompt: str = setting(QuestionAnswerFormat.prompt, "data", "The plain prompt.")
     metrics: list[Any] = setting(USUAL, "metrics", f"Of {', '.join(METRICS)}; or {{name: {{option: value}}}}.")
     suite: str | None = setting(None, "metrics", f"One of {', '.join(SUITES)}, instead of metrics.")
@@ -61,9 +61,8 @@ class EvaluateArguments(PublishArguments):
 def metric_run(job: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
     """The data sets and the reference, loaded once for all models."""
     resolve_all(job.metrics)
-    sets = load_sets(
-        job.data or [PEOPLE], split=job.split, config_name=job.data_config, limit=job.limit, seed=job.seed
-    )
+    own: Any = {"split": job.split, "config_name": job.data_config, "limit": job.limit, "seed": job.seed}
+    sets = load_sets(job.data or [PEOPLE], **own)
     reference: Any = job.reference
     if reference not in (None, "base"):
         reference, _ = load_named(reference, dtype=job.dtype, device=shared["accelerator"].device)
@@ -76,7 +75,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator, out, first = Accelerator(), Path(job.output_dir), job.compared_with
     record = start_record("evaluation", __file__, argv, job, seed=job.seed)
     shared: dict[str, Any] = {name: getattr(job, name) for name in ("columns", "batch_size", "cache", "seed")}
-    shared["template"] = QuestionAnswerFormat(job.template, job.prompt, chat_template_kwargs=job.chat_template_kwargs)
+    form = QuestionAnswerFormat(job.template, job.prompt, chat_template_kwargs=job.chat_template_kwargs)
+    shared["template"] = asked_with(job.baseline, form, record, suite=job.suite or job.lm_eval_tasks, seed=job.seed)
     shared |= {"generation": GenerationSettings(job.max_new_tokens), "accelerator": accelerator, "progress": True}
     suite = None
     if job.adapters and len(job.models) > 1:

@@ -153,7 +153,7 @@ def test_a_request_that_fails_leaves_the_requests_as_they_were(tmp_path, base):
     bad = write_adapter(tmp_path / "bad", other)
     for settings, message in (
         ({"method": "wanda", "forget": FORGET}, "needs rows to retain"),
-        ({"method": "acu", "forget": FORGET}, "cannot be stacked"),
+        ({"method": "acu", "forget": FORGET, "retain": RETAIN}, "cannot stand together"),
         ({"adapter": bad}, "`forget` is needed"),
         ({"adapter": bad, "forget": FORGET, "retain": RETAIN}, "`retain` belongs to an edit"),
         ({"forget": FORGET}, "needs an `adapter`, or the `method`"),
@@ -190,8 +190,8 @@ def test_a_state_that_leads_out_of_its_folder_is_refused(tmp_path, base):
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match="leads out of its folder"):
         revoke_request(store, "r")
-    path.write_text(json.dumps({**state, "schema_version": 2}))
-    with pytest.raises(ValueError, match="schema version 2"):
+    path.write_text(json.dumps({**state, "schema_version": 3}))
+    with pytest.raises(ValueError, match="schema version 3"):
         list_requests(store)
     path.write_text("[]")
     with pytest.raises(ValueError):

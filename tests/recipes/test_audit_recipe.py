@@ -82,3 +82,16 @@ def test_an_audit_that_was_cut_off_goes_on_and_leaves_nothing_beside_its_report(
     monkeypatch.undo()
     whole = audit.main([*both[:5], f"{folders}/whole", *both[6:]])
     assert [v.to_dict() for v in resumed.verdicts] == [v.to_dict() for v in whole.verdicts]
+
+
+def test_a_baseline_is_audited_as_the_original_with_a_prompt(folders, capsys):
+    words = f"--unlearned in_context_unlearning --original {folders}/original --output_dir {folders}/out"
+    words += " --people 3 --forget_people 1 --facts 2 --max_new_tokens 3 --membership []"
+    both = [*words.split(), "--attacks", "[plain_question, prompt_removal]"]
+    found = audit.main([*both, "--baseline_options", "{correct: 1}"])
+    by_name = {v.attack: v for v in found.verdicts}
+    assert by_name["prompt_removal"].unlearned == by_name["prompt_removal"].original
+    card = (folders / "out" / "README.md").read_text()
+    assert "Nothing was removed" in card and "stand in the card" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`baseline_options` belong to one of"):
+        audit.main([*both[:1], f"{folders}/unlearned", *both[2:], "--baseline_options", "{correct: 1}"])

@@ -112,3 +112,18 @@ def test_tasks_of_the_harness_stand_beside_the_metrics(tmp_path, model_folder, m
     found = evaluate.main([*words.split(), "--lm_eval_tasks", "own, other", "--lm_eval_folder", "tasks"])
     assert asked == [(["own", "other"], "tasks")]
     assert [m.name for m in found["tiny"]] == ["own perplexity", "own acc"]
+
+
+def test_a_baseline_puts_its_prompt_before_each_question(tmp_path, model_folder):
+    words = (
+        f"--models {model_folder} --data {tmp_path}/own.jsonl --metrics answer_probability --output_dir {tmp_path}/"
+    )
+    plain = evaluate.main(f"{words}plain".split())["tiny"][0].value
+    own = {"in_context_unlearning": {"forget_data": f"{tmp_path}/own.jsonl", "correct": 0}}
+    prompted = [*f"{words}prompted".split(), "--baseline", json.dumps(own)]
+    assert evaluate.main(prompted)["tiny"][0].value != pytest.approx(plain, rel=1e-3)
+    assert "Nothing was removed" in (tmp_path / "prompted" / "README.md").read_text()
+    with pytest.raises(ValueError, match="'restor' has prompts of its own"):
+        evaluate.main([*prompted, "--suite", "restor"])
+    with pytest.raises(ValueError, match="Did you mean 'correct'"):
+        evaluate.main([*prompted[:-1], json.dumps({"in_context_unlearning": {"corect": 0}})])

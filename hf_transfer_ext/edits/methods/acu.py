@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer
-from hf_transfer_ext.edits.method import Edited, edit_method
+from hf_transfer_ext.edits.method import Edited, SharedRequests, edit_method
 from hf_transfer_ext.edits.subject import Subject
 from hf_transfer_ext.merging.method import Interval
 from hf_transfer_ext.models.heads import head_module, is_plain_head
 
 #: What the next request needs, beside the model. It holds second moments of the rows' features: do not publish it.
 STATE_FILE = "acu_state.safetensors"
+
+#: Of a first fit that sets no others.
+GAMMA, MARGIN = 1.0, 10.0
 
 #: Rows that are added or removed at a time.
 BLOCK = 512
@@ -92,32 +95,39 @@ class _State:
     margin: float
 
     def tensors(self) -> dict[str, Tensor]:
-        joined = b"".join(self.answers)
         return {
             "inverse": self.ridge.inverse.contiguous(),
             "weights": self.ridge.weights.contiguous(),
             "start": self.start,
             "tokens": self.tokens,
-            "answers": torch.tensor(list(joined), dtype=torch.uint8).reshape(-1, 32),
+            "answers": _joined(self.answers),
             "settings": torch.tensor([self.gamma, self.margin], dtype=torch.float64),
         }
 
     @classmethod
-    def of(cls, path: Path, width: int) -> _State:
-        try:
-            found = load_file(path)
-            gamma, margin = found["settings"].tolist()
-            answers = [bytes(row.tolist()) for row in found["answers"]]
-            state = cls(
-                Ridge(found["inverse"], found["weights"]), found["start"], found["tokens"], answers, gamma, margin
-            )
-        except (KeyError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{str(path)!r} is not the state of an earlier `acu` edit ({error}).") from error
-        if state.ridge.inverse.shape != (width, width):
-            raise ValueError(
-                f"{str(path)!r} belongs to a model of width {state.ridge.inverse.shape[0]}, and this one has {width}."
-            )
-        return state
+    def of(cls, found: Mapping[str, Tensor]) -> _State:
+        """The state with these `tensors`."""
+        gamma, margin = found["settings"].tolist()
+        answers = [bytes(row.tolist()) for row in found["answers"]]
+        return cls(Ridge(found["inverse"], found["weights"]), found["start"], found["tokens"], answers, gamma, margin)
+
+    def without(self, removed: _Rows) -> _State:
+        """The state as a fit without these answers would have left it.
+
+        Raises:
+            ValueError: They are not among those that it was fitted to.
+        """
+        left = list(self.answers)
+        for index, answer in enumerate(removed.answers):
+            try:
+                left.remove(answer)
+            except ValueError:
+                raise ValueError(
+                    f"Answer {index} of the forget set is not among those that the head was fitted to, or was removed "
+                    "before. Rows have to be tokenized as they were in the fit."
+                ) from None
+        ridge = self.ridge.remove(removed.features, self.targets(removed.tokens))
+        return replace(self, ridge=ridge, answers=left)
 
     def targets(self, tokens: Tensor) -> Float[Tensor, "rows targets"]:
         """`margin` at each row's token."""
@@ -128,24 +138,119 @@ class _State:
         return torch.zeros(len(tokens), len(self.tokens), dtype=torch.float64).scatter_(1, place[:, None], self.margin)
 
 
-def _key(answer: EncodedAnswer) -> bytes:
-    return hashlib.sha256(repr((answer.answer_start, answer.input_ids)).encode()).digest()
+@dataclass(frozen=True)
+class _Rows:
+    """What a fit reads of answers: the head's inputs and the token at each of them, and SHA-256 of each answer."""
+
+    features: Float[Tensor, "rows features"]
+    tokens: Tensor
+    answers: list[bytes]
+
+    @classmethod
+    def read(cls, subject: Subject, answers: Sequence[EncodedAnswer]) -> _Rows:
+        parts = [subject.head_inputs(answer) for answer in answers]
+        keys = [hashlib.sha256(repr((one.answer_start, one.input_ids)).encode()).digest() for one in answers]
+        return cls(torch.cat([hidden for hidden, _ in parts]), torch.cat([tokens for _, tokens in parts]), keys)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"features": self.features, "tokens": self.tokens, "answers": _joined(self.answers)}
+
+    @classmethod
+    def of(cls, found: Mapping[str, Tensor]) -> _Rows:
+        """The rows with these `tensors`."""
+        return cls(found["features"], found["tokens"], [bytes(row.tolist()) for row in found["answers"]])
 
 
-def _features(subject: Subject, answers: list[EncodedAnswer]) -> tuple[Tensor, Tensor]:
-    parts = [subject.head_inputs(answer) for answer in answers]
-    return torch.cat([hidden for hidden, _ in parts]), torch.cat([tokens for _, tokens in parts])
+def _joined(digests: Sequence[bytes]) -> Tensor:
+    return torch.tensor(list(b"".join(digests)), dtype=torch.uint8).reshape(-1, 32)
 
 
-def _fitted(subject: Subject, head: Tensor, gamma: float, margin: float) -> _State:
-    answers = subject.forget + subject.retain
-    keys = [_key(answer) for answer in answers]
-    hidden, tokens = _features(subject, answers)
-    known = torch.unique(tokens)
-    start = head[known].double()
-    ridge = Ridge.empty(hidden.shape[1], len(known), gamma)
-    state = _State(ridge, start, known, keys, gamma, margin)
-    return replace(state, ridge=ridge.add(hidden, state.targets(tokens)))
+def _fitted(subject: Subject, head: Tensor, gamma: float | None, margin: float | None) -> _State:
+    """The fit to the forget and the retain rows, before anything is removed."""
+    rows = _Rows.read(subject, subject.forget + subject.retain)
+    gamma, margin = GAMMA if gamma is None else gamma, MARGIN if margin is None else margin
+    known = torch.unique(rows.tokens)
+    empty = Ridge.empty(rows.features.shape[1], len(known), gamma)
+    state = _State(empty, head[known].double(), known, rows.answers, gamma, margin)
+    return replace(state, ridge=empty.add(rows.features, state.targets(rows.tokens)))
+
+
+def _head(subject: Subject) -> tuple[str, Tensor]:
+    """Name and value of the head's weight."""
+    head = head_module(subject.live)
+    if not is_plain_head(head):
+        raise ValueError(f"`acu` needs a plain linear head, got {type(head).__name__}.")
+    module = next(name for name, part in subject.live.named_modules() if part is head)
+    return f"{module}.weight", head.weight.detach()
+
+
+def _begun(subject: Subject, *, gamma: float | None = None, margin: float | None = None) -> _State:
+    """The state of an earlier edit, if the model has one, or a new fit."""
+    _, head = _head(subject)
+    path = subject.model.folder / STATE_FILE
+    if not path.exists():
+        if subject.retain_rows is None:
+            raise ValueError("The first `acu` edit of a model fits the head, so it needs rows to retain (`retain`).")
+        return _fitted(subject, head, gamma, margin)
+    if subject.retain_rows is not None:
+        raise ValueError(
+            f"{str(subject.model.folder)!r} holds the state of an earlier `acu` edit, which knows the rows that "
+            "stay. Leave `retain` out, or delete the state to fit again."
+        )
+    try:
+        state = _State.of(load_file(path))
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{str(path)!r} is not the state of an earlier `acu` edit ({error}).") from error
+    if state.ridge.inverse.shape[0] != head.shape[1]:
+        raise ValueError(
+            f"{str(path)!r} belongs to a model of width {state.ridge.inverse.shape[0]}, and this one has "
+            f"{head.shape[1]}."
+        )
+    for name, value, fitted in (("gamma", gamma, state.gamma), ("margin", margin, state.margin)):
+        if value not in (None, fitted):
+            raise ValueError(
+                f"The head was fitted with {name}={fitted:g}, and {name}={value} would have no effect on what is "
+                "left of that fit. Leave it out."
+            )
+    return state
+
+
+def _edited(subject: Subject, state: _State, removed: int) -> Edited:
+    name, _ = _head(subject)
+    rows = state.start + state.ridge.weights.T
+
+    def with_rows(weight: Tensor) -> Tensor:
+        weight[state.tokens] = rows.float()
+        return weight
+
+    found = {"answers_removed": removed, "answers_left": len(state.answers), "tokens": len(state.tokens),
+             "gamma": state.gamma, "margin": state.margin}  # fmt: skip
+    return Edited({name: subject.edit(name, with_rows)}, found=found)
+
+
+class _Requests(SharedRequests):
+    """Requests share one fit. Each keeps the features and tokens of its own answers, which leave the fit together."""
+
+    def begin(self, subject: Subject, **options: float | None) -> dict[str, Tensor]:
+        return _begun(subject, **options).tensors()
+
+    def note(
+        self, subject: Subject, shared: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        own = _Rows.read(subject, subject.forget).tensors()
+        _without(_State.of(shared), [*others, own])
+        return own
+
+    def together(
+        self, subject: Subject, shared: Mapping[str, Tensor], noted: Sequence[Mapping[str, Tensor]]
+    ) -> Edited:
+        return _edited(subject, _without(_State.of(shared), noted), sum(len(one["answers"]) for one in noted))
+
+
+def _without(state: _State, noted: Sequence[Mapping[str, Tensor]]) -> _State:
+    for one in noted:
+        state = state.without(_Rows.of(one))
+    return state
 
 
 @edit_method(
@@ -153,9 +258,9 @@ def _fitted(subject: Subject, head: Tensor, gamma: float, margin: float) -> _Sta
     optional=("retain",),
     ranges={"gamma": Interval(0, open_low=True), "margin": Interval(0)},
     lora=False,
-    stacks=False,
+    requests=_Requests(),
 )
-def acu(subject: Subject, *, gamma: float = 1.0, margin: float = 10.0) -> Edited:
+def acu(subject: Subject, *, gamma: float | None = None, margin: float | None = None) -> Edited:
     r"""Analytic continual unlearning: the head is a ridge regression on frozen features, and rows leave it exactly.
 
     The inputs x of the head at the positions that predict an answer, and the answer's tokens y, give the head's rows
@@ -172,57 +277,27 @@ def acu(subject: Subject, *, gamma: float = 1.0, margin: float = 10.0) -> Edited
     rows. Any order of requests gives the same head. The state holds second moments of the features of the rows that
     are left, so it is not published with the model.
 
+    `hf-transfer-ext requests` keeps the fit and the features of each request's answers in its own folder instead, so
+    that a request can be revoked: the head is then calculated again from the fit and the requests that stand. Features
+    tell much about a text, so that folder is as private as the data; the models that it gives hold none of them.
+
     When to use it: personal data is taught through the head alone (this fit), and deletion requests have to be exact
     and cheap. It undoes nothing that other training has put into the rest of the model, and says so: audit the trunk.
 
     Args:
-        gamma: Ridge, above 0; the larger, the nearer the head stays to W_0. Later edits use that of the first one.
-        margin: m, by how much an answer's token is raised, in logits, from 0 (the fit changes nothing). Later edits
-            use that of the first one.
+        gamma: Ridge, above 0; the larger, the nearer the head stays to W_0. None: 1, or that of the earlier fit.
+        margin: m, by how much an answer's token is raised, in logits, from 0 (the fit changes nothing). None: 10, or
+            that of the earlier fit.
 
     Returns:
         A job for the head; that of a model with tied embeddings is written as a tensor of its own.
 
     Raises:
-        ValueError: The first edit has no retain rows, a later one has some; rows that were never fitted, or were
-            removed before; no plain head.
+        ValueError: The first edit has no retain rows, a later one has some or other options; rows that were never
+            fitted, or were removed before; no plain head.
 
     Source: ACU, analytic continual unlearning for efficient and exact forgetting with privacy preservation, 2025,
     https://arxiv.org/abs/2505.12239. The offset W_0 and the margin are this package's own.
     """
-    head = head_module(subject.live)
-    if not is_plain_head(head):
-        raise ValueError(f"`acu` needs a plain linear head, got {type(head).__name__}.")
-    name = next(module for module, part in subject.live.named_modules() if part is head)
-    path = subject.model.folder / STATE_FILE
-    if path.exists():
-        if subject.retain_rows is not None:
-            raise ValueError(
-                f"{str(subject.model.folder)!r} holds the state of an earlier `acu` edit, which knows the rows that "
-                "stay. Leave `retain` out, or delete the state to fit again."
-            )
-        state = _State.of(path, head.weight.shape[1])
-    else:
-        if subject.retain_rows is None:
-            raise ValueError("The first `acu` edit of a model fits the head, so it needs rows to retain (`retain`).")
-        state = _fitted(subject, head.weight.detach(), gamma, margin)
-    left = list(state.answers)
-    for index, answer in enumerate(subject.forget):
-        try:
-            left.remove(_key(answer))
-        except ValueError:
-            raise ValueError(
-                f"Answer {index} of the forget set is not among those that the head was fitted to, or was removed "
-                "before. Rows have to be tokenized as they were in the fit."
-            ) from None
-    hidden, tokens = _features(subject, subject.forget)
-    state = replace(state, ridge=state.ridge.remove(hidden, state.targets(tokens)), answers=left)
-    rows = state.start + state.ridge.weights.T
-
-    def with_rows(weight: Tensor) -> Tensor:
-        weight[state.tokens] = rows.float()
-        return weight
-
-    found = {"answers_removed": len(subject.forget), "answers_left": len(left), "tokens": len(state.tokens)}
-    name = f"{name}.weight"
-    return Edited({name: subject.edit(name, with_rows)}, {STATE_FILE: state.tensors()}, found)
+    state = _begun(subject, gamma=gamma, margin=margin).without(_Rows.read(subject, subject.forget))
+    return replace(_edited(subject, state, len(subject.forget)), files={STATE_FILE: state.tensors()})

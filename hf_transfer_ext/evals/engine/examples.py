@@ -114,6 +114,7 @@ def _sequences(
             raise ValueError(f"it needs a column {names['text']!r}, or {names['question']!r} and {names['answer']!r}.")
         if wanted - {"answer"}:
             raise ValueError(f"{', '.join(sorted(wanted - {'answer'}))} need a question, but it has only text.")
+        template.refuse_examples("a plain text")
         return {"answer": [encode_text(tokenizer, str(example["text"]), max_length=template.max_length)]}
     sequences = {}
     for column in TEXT_COLUMNS:

@@ -1,9 +1,10 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from evals.audit.planted_people import DATA, FORGET, HOLDOUT, RETAIN, never_taught, planted, subject
+from evals.audit.planted_people import DATA, FORGET, HOLDOUT, PLAIN, RETAIN, never_taught, planted, subject
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
@@ -116,7 +117,8 @@ def test_every_attack_scores_each_example_and_leaves_the_weights(name, models):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     _, shallow, _ = models
     before, trainable = weights(shallow), [p.requires_grad for p in shallow.parameters()]
-    scores = ATTACKS[name](subject(shallow), DATA)
+    template = replace(PLAIN, examples=(("Who is Ada?", "nobody"),)) if name == "prompt_removal" else PLAIN
+    scores = ATTACKS[name](subject(shallow, template), DATA)
     assert scores.shape == (len(FORGET),) and ((scores >= 0) & (scores <= 1)).all()
     after = weights(shallow)
     assert all(torch.equal(before[n], after[n]) for n in before)

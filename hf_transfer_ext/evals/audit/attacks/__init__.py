@@ -15,6 +15,7 @@ from hf_transfer_ext.evals.audit.attacks.paraphrased_question import paraphrased
 from hf_transfer_ext.evals.audit.attacks.plain_generation import plain_generation
 from hf_transfer_ext.evals.audit.attacks.plain_question import plain_question
 from hf_transfer_ext.evals.audit.attacks.prefix_injection import prefix_injection
+from hf_transfer_ext.evals.audit.attacks.prompt_removal import prompt_removal
 from hf_transfer_ext.evals.audit.attacks.quantization import quantization
 from hf_transfer_ext.evals.audit.attacks.relearn_few import relearn_few
 from hf_transfer_ext.evals.audit.attacks.relearn_forget import relearn_forget
@@ -37,6 +38,7 @@ ATTACKS: Registry[Attack] = Registry(
         first_token_branching,
         sampling,
         adapter_removal,
+        prompt_removal,
         quantization,
         bitsandbytes_quantization,
         logit_lens,
