@@ -46,7 +46,7 @@ from hf_transfer_ext.files import (
 )
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.inputs import InputsInBackground
+from hf_transfer_ext.hub.inputs import InputsInBackground, call_of
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, describe_input, digests_of
 from hf_transfer_ext.merging.method import merge_method
 from hf_transfer_ext.merging.methods.task_arithmetic import task_arithmetic
@@ -267,27 +267,55 @@ def apply_requests(
     Raises:
         ValueError: The base, or an artifact, is not what it was when the requests were made.
     """
-    began, store = time.perf_counter(), Path(store)
-    if lora_rank is not None and lora_rank < 1:
-        raise ValueError(f"`lora_rank` has to be at least 1, got {lora_rank}.")
-    with _locked(store, exists=True), ExitStack() as opened:
+    store = Path(store)
+    with _locked(store, exists=True):
         state = _read(store)
         refuse_existing_output(out, overwrite=overwrite, inputs=[store, state.base.path])
         _refuse_changed_base(state)
-        base = open_model(state.base)
-        opened.callback(base.close)
-        described = opened.enter_context(InputsInBackground(inputs_of([state.base], state.base)))
-        changes: dict[str, list[InputTensor]] = {}
-        for request in state.standing:
-            for name, tensor in _changes(store, state, request, base, opened).items():
-                changes.setdefault(name, []).append(tensor)
-        jobs = {name: _sum_of(name, base, found, lora_rank is not None) for name, found in changes.items()}
+        artifacts = {one.name: _artifact(store, one) for one in state.standing}
+        how: dict[str, Any] = {"lora_rank": lora_rank, "threads": threads, "overwrite": overwrite}
         shown = [_public(one) for one in state.requests]
+        found = stack_requests(str(state.base), list(artifacts.values()), out, shown=shown, **how)
+    return replace(found, requests=list(artifacts))
+
+
+def stack_requests(
+    base: str,
+    artifacts: Sequence[str | Path],
+    out: str | Path,
+    *,
+    lora_rank: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    shown: Sequence[Mapping[str, Any]] = (),
+) -> StackReport:
+    """Write a base with the changes of some requests, by their folders: what `apply_requests` does, without a store.
+
+    Args:
+        base: Folder or Hub id, `path[@revision]`.
+        artifacts: The folders of the requests, as a store holds them, in the order in which they were added.
+        shown: What the record says of all requests that were ever made.
+    """
+    began, reference = time.perf_counter(), parse_reference(base, "base")
+    if lora_rank is not None and lora_rank < 1:
+        raise ValueError(f"`lora_rank` has to be at least 1, got {lora_rank}.")
+    with ExitStack() as opened:
+        model = open_model(reference)
+        opened.callback(model.close)
+        wanted = [*inputs_of([reference], reference), *((folder, None, "request") for folder in artifacts)]
+        described = opened.enter_context(InputsInBackground(wanted))
+        changes: dict[str, list[InputTensor]] = {}
+        for folder in artifacts:
+            for name, tensor in _changes(Path(folder), reference, model, opened).items():
+                changes.setdefault(name, []).append(tensor)
+        jobs = {name: _sum_of(name, model, found, lora_rank is not None) for name, found in changes.items()}
 
         def complete(folder: Path, adapter: ExtractionReport | None) -> None:
             record = RunRecord(
-                "unlearning", "hf-transfer-ext requests apply", {"requests": shown}, recipe_sha256=sha256_of(__file__)
-            )
+                "unlearning", "hf-transfer-ext requests apply", {"requests": list(shown)},
+                recipe_sha256=sha256_of(__file__),
+            )  # fmt: skip
+            record.call = call_of({"base": base, "artifacts": list(artifacts), "lora_rank": lora_rank}, wanted)
             record.stages.append(Stage("apply", round(time.perf_counter() - began, 3)))
             described.put_into(record)
             if adapter is not None:
@@ -298,11 +326,17 @@ def apply_requests(
         adapter = None
         if lora_rank is not None:
             adapter = write_lora(
-                base, jobs, out, rank=lora_rank, content={"requests": shown}, complete=complete, overwrite=overwrite
+                model,
+                jobs,
+                out,
+                rank=lora_rank,
+                content={"requests": list(shown)},
+                complete=complete,
+                overwrite=overwrite,
             )
         else:
-            write_model(base, jobs, out, complete=complete, overwrite=overwrite, threads=threads)
-    names = [one.name for one in state.standing]
+            write_model(model, jobs, out, complete=complete, overwrite=overwrite, threads=threads)
+    names = [Path(folder).name for folder in artifacts]
     return StackReport(str(out), names, sorted(jobs), adapter, time.perf_counter() - began)
 
 
@@ -334,18 +368,21 @@ def _sum_of(name: str, base: InputModel, changes: list[InputTensor], as_lora: bo
     return TensorJob(name, start.shape, start.dtype, stacked, start, tuple(changes), {})
 
 
-def _changes(
-    store: Path, state: Requests, request: Request, base: InputModel, opened: ExitStack
-) -> dict[str, InputTensor]:
-    """The tensors that a request makes other than the base's."""
+def _artifact(store: Path, request: Request) -> Path:
+    """The folder of a request, with the files that it was added with."""
     folder = path_inside(store, request.artifact)
     if not folder.is_dir() or digests_of(folder) != request.files:
         raise ValueError(
             f"The files of request {request.name!r} in {str(folder)!r} are not those that it was added with. Restore "
             "them, or revoke the request and add it again."
         )
+    return folder
+
+
+def _changes(folder: Path, reference: ModelReference, base: InputModel, opened: ExitStack) -> dict[str, InputTensor]:
+    """The tensors that a request makes other than the base's."""
     if (folder / "adapter_config.json").exists():
-        model = open_model(ModelReference(state.base.path, state.base.revision, str(folder)))
+        model = open_model(ModelReference(reference.path, reference.revision, str(folder)))
         opened.callback(model.close)
         found = {name: one for name, one in model.tensors.items() if not _is_of(one, base)}
     else:
@@ -355,7 +392,7 @@ def _changes(
     for name, tensor in found.items():
         if tensor.shape != base[name].shape:
             raise ValueError(
-                f"Request {request.name!r} gives {name!r} the shape {list(tensor.shape)}, and the base has "
+                f"Request {folder.name!r} gives {name!r} the shape {list(tensor.shape)}, and the base has "
                 f"{list(base[name].shape)}. Changes of the vocabulary cannot be stacked."
             )
     return found

@@ -254,7 +254,8 @@ def _title(record: RunRecord, bases: Sequence[str]) -> str:
 
 
 def _models(record: RunRecord) -> list[RunInput]:
-    return [item for item in record.inputs if item.role != "dataset"]
+    """The models that a result derives from; a forget request takes something away from its base."""
+    return [item for item in record.inputs if item.role not in ("dataset", "request")]
 
 
 def _is_gemma(item: RunInput, known: dict[int, bool] | None = None) -> bool:
