@@ -5,19 +5,30 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from hf_transfer_ext.adapters.gguf import convert_to_gguf, interleaved
-from hf_transfer_ext.files import require_free_space
+from hf_transfer_ext.adapters.gguf import export_adapter, interleaved
+from hf_transfer_ext.data.facts import FACTS_DATASET
+from hf_transfer_ext.data.text import load_train_and_test
+from hf_transfer_ext.evals.language import measure_language_model
+from hf_transfer_ext.files import require_free_space, sha256_of, written_aside
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication, refuse_single_file
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.inputs import call_of
 from hf_transfer_ext.hub.privacy import public_text
-from hf_transfer_ext.hub.record import last_name
-from hf_transfer_ext.models.loading import NO_REMOTE_CODE, load_tokenizer
+from hf_transfer_ext.hub.record import RunRecord, Stage, describe_dataset, describe_input, last_name, read_record
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.merging.record import inputs_of
+from hf_transfer_ext.models.loading import NO_REMOTE_CODE, checked_adapter, load_model, load_tokenizer
 from hf_transfer_ext.reading import field_of, parse_json, read_json
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.settings import arguments_for
@@ -71,19 +82,27 @@ def export(
     to: str = "gguf",
     quantize: str = "f16",
     base: str | None = None,
+    data: str | None = FACTS_DATASET,
+    rows: int = 64,
+    name: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write a model, or a LoRA, as one GGUF file, atomically and one tensor at a time.
+    """Write a model, or a LoRA, as one GGUF file in a folder with card and record, atomically.
 
     When to use: to run the result with llama.cpp, Ollama or LM Studio. The file holds weights, tokenizer and chat
-    template. What a type costs is measured by loading the file back: `transformers` reads it with `gguf_file=`.
+    template. It is read back by transformers and measured beside the original, so that the card says what the type
+    costs: perplexity of both, KL and agreement of the next token. Tensors are written one at a time; the measurement
+    holds both models in float32 in memory.
 
     Args:
         model: Folder or Hub id of a model (`path[@revision][+lora]`) or of an adapter.
-        out: The new file.
+        out: The new folder; a name that ends in .gguf gives the file alone, without card, record and measurements.
         to: "gguf".
         quantize: Type of the matrices: f32, f16, bf16 or q8_0 (8 bits in blocks of 32). Of an adapter: f32 or f16.
         base: Of an adapter: its base model, if it is not the one that its config names.
+        data: Texts to measure a model on: file, folder, Hub id, or facts (made from packages). None: no measurement.
+        rows: Texts that are measured, at most.
+        name: Of the model, in the header of the file; by default the last component of `model`.
         overwrite: Replace a file that is there.
 
     Raises:
@@ -98,10 +117,13 @@ def export(
         raise ValueError(unknown_name("format", to, ["gguf"]))
     if quantize not in TYPES:
         raise ValueError(unknown_name("type", quantize, TYPES))
+    if rows < 1:
+        raise ValueError(f"`rows` must be at least 1, got {rows}. To measure nothing, set `data` to none.")
     path = Path(out)
-    if path.is_dir():
-        raise ValueError(f"`out` must be a file, and {out!r} is a folder. Name a file that ends in .gguf.")
-    if path.exists() and not overwrite:
+    alone = path.suffix == ".gguf"
+    if alone and path.is_dir():
+        raise ValueError(f"`out` ends in .gguf, and {out!r} is a folder. Name a file, or another folder.")
+    if alone and path.exists() and not overwrite:
         raise FileExistsError(f"{out!r} exists. Name another file, or set `overwrite`.")
     reference = parse_reference(model, "model")
     if reference.lora is None and file_of(reference.path, "adapter_config.json", revision=reference.revision):
@@ -112,11 +134,64 @@ def export(
         import gguf
     except ImportError as error:
         raise ImportError("Writing GGUF files needs the package gguf: pip install gguf") from error
+    name = name or public_text(last_name(reference.path))
+    if alone:
+        return _export_file(reference, path, quantize, name, gguf)
+    began = time.perf_counter()
+    with written_aside(path, overwrite=overwrite, inputs=[reference.path, reference.lora, data]) as folder:
+        file = folder / f"model-{quantize}.gguf"
+        report = _export_file(reference, file, quantize, name, gguf)
+        settings = {"model": model, "to": to, "quantize": quantize, "data": data, "rows": rows, "name": name}
+        wanted = inputs_of([reference], None)
+        record = RunRecord("export", "hf-transfer-ext export", settings, recipe_sha256=sha256_of(__file__))
+        record.inputs += [describe_input(*one) for one in wanted]
+        record.stages.append(Stage("export", round(time.perf_counter() - began, 3)))
+        measured = None
+        if data is not None:
+            wanted.append((data, None, "dataset"))
+            record.inputs.append(describe_dataset(data))
+            with record.stage("measure"):
+                measured = _measured(reference, file, data, rows)
+        else:
+            record.not_measured.append("What the type of the weights costs: the export had no data.")
+        if report.in_f16:
+            listed = ", ".join(report.in_f16[:8]) + (", ..." if len(report.in_f16) > 8 else "")
+            record.notes["Types"] = [f"Stored as f16, since their rows do not divide into blocks: {listed}."]
+        record.call = call_of(settings, wanted)
+        finish_run(folder, record, measured, result="exported", quiet=True)
+    return replace(report, file=str(path / file.name))
+
+
+def _export_file(reference: ModelReference, out: Path, quantize: str, name: str, gguf: Any) -> ExportReport:
     opened = open_model(reference)
     try:
-        return _write(_Exported(opened, gguf), path, quantize, gguf)
+        return _write(_Exported(opened, gguf), out, quantize, name, gguf)
     finally:
         opened.close()
+
+
+def _measured(reference: ModelReference, file: Path, data: str, rows: int) -> dict[str, list[Measurement]]:
+    """The original, and what transformers reads back from the file, on the held-out texts of a data set."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    accelerator = Accelerator()
+    plain = ModelReference(reference.path, reference.revision)
+    original: Any = load_model(plain.path, revision=plain.revision, dtype="float32")
+    if reference.lora is not None:
+        lora = checked_adapter(reference.lora, original, revision=reference.lora_revision)
+        original = PeftModel.from_pretrained(original, str(lora)).merge_and_unload()
+    again = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, **NO_REMOTE_CODE
+    )
+    original, again = (model.eval().to(accelerator.device) for model in (original, again))
+    tokenizer = load_tokenizer(reference.path, revision=reference.revision)
+    texts = list(islice(load_train_and_test(data)[1] or (), rows))
+    how: Any = {"dataset": last_name(data), "accelerator": accelerator}
+    return {
+        "original": measure_language_model(original, tokenizer, texts, **how),
+        "exported": measure_language_model(again, tokenizer, texts, reference=original, **how),
+    }
 
 
 def _export_adapter(
@@ -125,12 +200,12 @@ def _export_adapter(
     names = {"f32": "float32", "f16": "float16"}
     if quantize not in names:
         raise ValueError(f"The factors of an adapter are stored as f32 or f16, not {quantize}.")
-    convert_to_gguf(
+    file = export_adapter(
         reference.path, out, base=base, dtype=names[quantize], revision=reference.revision, overwrite=overwrite
     )
     import gguf
 
-    return ExportReport(str(out), "lora", len(gguf.GGUFReader(out).tensors), out.stat().st_size)
+    return ExportReport(str(file), "lora", len(gguf.GGUFReader(file).tensors), file.stat().st_size)
 
 
 class _Exported:
@@ -244,10 +319,10 @@ class _Exported:
                 found.append(1 / ((1 - smooth) / factor + smooth))
         return torch.tensor(found)
 
-    def describe(self, writer: Any, quantize: str, gguf: Any) -> None:
+    def describe(self, writer: Any, quantize: str, name: str, gguf: Any) -> None:
         """Write the header: sizes, rotary embedding, tokenizer."""
         config = self.config
-        writer.add_name(public_text(last_name(self.model.reference.path)))
+        writer.add_name(name)
         writer.add_file_type(
             getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(quantize, f"MOSTLY_{TYPES[quantize]}"))
         )
@@ -273,7 +348,7 @@ class _Exported:
         _describe_tokenizer(writer, load_tokenizer(self.model.folder), self.number("vocab_size"))
 
 
-def _write(model: _Exported, out: Path, quantize: str, gguf: Any) -> ExportReport:
+def _write(model: _Exported, out: Path, quantize: str, name: str, gguf: Any) -> ExportReport:
     types: dict[str, Any] = {}
     in_f16: list[str] = []
     chosen = gguf.GGMLQuantizationType[TYPES[quantize]]
@@ -288,7 +363,7 @@ def _write(model: _Exported, out: Path, quantize: str, gguf: Any) -> ExportRepor
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     writer = gguf.GGUFWriter(partial, model.architecture)
     try:
-        model.describe(writer, quantize, gguf)
+        model.describe(writer, quantize, name, gguf)
         factors = model.rope_factors()
         total = 0
         if factors is not None:
@@ -432,8 +507,16 @@ def _scores(vocabulary: Mapping[str, int], merges: list[tuple[str, ...]]) -> dic
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext export FOLDER OUT.gguf --to gguf`."""
     about = "Write a model or a LoRA as one GGUF file, for llama.cpp, Ollama and LM Studio."
-    report = export(**arguments_for(export, argv, program="hf-transfer-ext export", about=about))
+    arguments = arguments_for(export, argv, program="hf-transfer-ext export", about=about, extra=PUSH_OPTIONS)
+    publication = Publication.taken_from(arguments)
+    if publication.repo is not None:
+        refuse_single_file(arguments["out"])
+    report = export(**arguments)
     print(f"{report.file}: {report.architecture}, {report.tensors} tensors, {report.bytes / 1e6:.1f} MB")
     if report.in_f16:
         print(f"stored as f16, since their rows do not divide into blocks: {', '.join(report.in_f16)}")
+    folder = Path(report.file).parent
+    for m in read_record(folder).metrics if arguments["out"] != report.file else ():
+        print(f"{m.name}: {m.value:.4g} {m.unit}")
+    publication.publish(folder)
     return 0

@@ -42,6 +42,7 @@ CALLS = {
     "hf-transfer-ext convert": ("hf_transfer_ext.adapters.convert", "convert_to_lora", "out"),
     "hf-transfer-ext transfer": ("hf_transfer_ext.adapters.transfer.run", "transfer_lora", "out"),
     "hf-transfer-ext edit": ("hf_transfer_ext.edits.apply", "apply_edit", "out"),
+    "hf-transfer-ext export": ("hf_transfer_ext.export", "export", "out"),
     "hf-transfer-ext requests apply": ("hf_transfer_ext.edits.requests", "stack_requests", "out"),
     "hf-transfer-ext cache-teacher": ("hf_transfer_ext.recipes.cache_teacher", "cache_for_distillation", "folder"),
 }
@@ -57,9 +58,9 @@ RECIPES = {
 #: Files that name the inputs in words of their own, so that their bytes say nothing about the result.
 NOT_COMPARED = ("mergekit_config.yml", "mergekit_moe_config.yml", "transfer.json", "comparison.png")
 #: Arguments of a call that name a model, adapter or data set; each has to be an input of the record.
-MODEL_KEYS = ("adapter", "artifacts", "base", "base_model", "dataset", "finetuned", "forget", "lora", "model", "path",
-              "retain", "source_base", "source_model", "target_base", "teacher", "test_data", "texts", "train_data",
-              "tuned")  # fmt: skip
+MODEL_KEYS = ("adapter", "artifacts", "base", "base_model", "data", "dataset", "finetuned", "forget", "lora", "model",
+              "path", "retain", "source_base", "source_model", "target_base", "teacher", "test_data", "texts",
+              "train_data", "tuned")  # fmt: skip
 _INPUTS = re.compile(r"input:[0-9]{1,4}(\+input:[0-9]{1,4})?")
 #: Settings of a recipe that do not change its result, and that a second run must not obey.
 _NOT_REPEATED = ("output_dir", "overwrite", "push_to_hub", "private", "create_pr", "resume_from_checkpoint",
