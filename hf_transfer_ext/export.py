@@ -40,8 +40,10 @@ from hf_transfer_ext.weights.repository import file_of
 #: another order, and a file in the wrong order is wrong without an error.
 MODELS = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
 }
 #: Type of the matrices -> its name in `gguf`. Vectors stay float32, as llama.cpp asks for.
@@ -263,8 +265,12 @@ class _Exported:
         config, reason = self.config, ""
         if config.get("quantization_config"):
             reason = "its weights are quantized already; export the model that it was made from"
-        elif config.get("use_sliding_window") and self.architecture != "gemma3":
+        elif config.get("use_sliding_window"):
             reason = "`use_sliding_window`, which llama.cpp does not read"
+        elif self.architecture == "llama" and (config.get("sliding_window") or math.inf) < self.number(
+            "max_position_embeddings"
+        ):
+            reason = "`sliding_window`, which llama.cpp does not read for this architecture"
         elif self.architecture in ("llama", "qwen3") and config.get("attention_bias"):
             reason = "`attention_bias`, which is not converted"
         elif config.get("mlp_bias"):
@@ -273,14 +279,18 @@ class _Exported:
             reason = f"the rotary embedding {self.rope.get('rope_type')!r}, which is not converted"
         elif self.rope.get("partial_rotary_factor", 1.0) != 1.0:
             reason = "`partial_rotary_factor`, which is not converted"
-        elif self.architecture == "gemma3":
-            kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(self.layers)]
+        elif self.architecture in ("gemma2", "gemma3"):
+            every = 2 if self.architecture == "gemma2" else 6
+            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(self.layers)]
+            caps = (config.get("final_logit_softcapping"), config.get("attn_logit_softcapping"))
             if config.get("layer_types", kinds) != kinds:
-                reason = "`layer_types` other than five local layers and one that sees everything in turn"
+                reason = f"`layer_types` other than {every - 1} local layers and one that sees everything in turn"
             elif config.get("query_pre_attn_scalar", self.head_dim) != self.head_dim:
                 reason = "`query_pre_attn_scalar` other than `head_dim`"
-            elif config.get("final_logit_softcapping") or config.get("attn_logit_softcapping"):
+            elif self.architecture == "gemma3" and any(caps):
                 reason = "soft caps of logits"
+            elif self.architecture == "gemma2" and not all(caps):
+                reason = "no soft caps of logits, which llama.cpp applies to every Gemma 2"
         if reason:
             raise ValueError(f"{str(self.model.reference)!r} is not exported: {reason}.")
 
@@ -291,7 +301,7 @@ class _Exported:
         stored.read(0, values.view(-1), Scratch())
         if self.architecture == "llama" and name.endswith((".q_proj.weight", ".k_proj.weight")):
             values = interleaved(values, self.heads if ".q_proj." in name else self.heads_kv)
-        if self.architecture == "gemma3" and name.endswith("norm.weight"):
+        if self.architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             values = values + 1  # transformers adds it in each forward pass, llama.cpp in the file
         if not torch.isfinite(values).all():
             raise ValueError(f"{name!r} of {str(self.model.reference)!r} holds NaN or infinity.")
@@ -340,7 +350,10 @@ class _Exported:
         writer.add_value_length(self.head_dim)
         if self.architecture == "llama":
             writer.add_rope_dimension_count(self.head_dim)
-        if self.architecture == "gemma3":
+        if self.architecture == "gemma2":
+            writer.add_attn_logit_softcapping(float(config["attn_logit_softcapping"]))
+            writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
+        if self.architecture in ("gemma2", "gemma3"):
             writer.add_sliding_window(self.number("sliding_window"))
         if self.rope.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
