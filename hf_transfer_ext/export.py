@@ -5,19 +5,30 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from hf_transfer_ext.adapters.gguf import convert_to_gguf, interleaved
-from hf_transfer_ext.files import require_free_space
+from hf_transfer_ext.adapters.gguf import export_adapter, interleaved
+from hf_transfer_ext.data.facts import FACTS_DATASET
+from hf_transfer_ext.data.text import load_train_and_test
+from hf_transfer_ext.evals.language import measure_language_model
+from hf_transfer_ext.files import require_free_space, sha256_of, written_aside
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication, refuse_single_file
+from hf_transfer_ext.hub.finish import finish_run
+from hf_transfer_ext.hub.inputs import call_of
 from hf_transfer_ext.hub.privacy import public_text
-from hf_transfer_ext.hub.record import last_name
-from hf_transfer_ext.models.loading import NO_REMOTE_CODE, load_tokenizer
+from hf_transfer_ext.hub.record import RunRecord, Stage, describe_dataset, describe_input, last_name, read_record
+from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.merging.record import inputs_of
+from hf_transfer_ext.models.loading import NO_REMOTE_CODE, checked_adapter, load_model, load_tokenizer
 from hf_transfer_ext.reading import field_of, parse_json, read_json
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.settings import arguments_for
@@ -29,8 +40,10 @@ from hf_transfer_ext.weights.repository import file_of
 #: another order, and a file in the wrong order is wrong without an error.
 MODELS = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
 }
 #: Type of the matrices -> its name in `gguf`. Vectors stay float32, as llama.cpp asks for.
@@ -71,19 +84,27 @@ def export(
     to: str = "gguf",
     quantize: str = "f16",
     base: str | None = None,
+    data: str | None = FACTS_DATASET,
+    rows: int = 64,
+    name: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write a model, or a LoRA, as one GGUF file, atomically and one tensor at a time.
+    """Write a model, or a LoRA, as one GGUF file in a folder with card and record, atomically.
 
     When to use: to run the result with llama.cpp, Ollama or LM Studio. The file holds weights, tokenizer and chat
-    template. What a type costs is measured by loading the file back: `transformers` reads it with `gguf_file=`.
+    template. It is read back by transformers and measured beside the original, so that the card says what the type
+    costs: perplexity of both, KL and agreement of the next token. Tensors are written one at a time; the measurement
+    holds both models in float32 in memory.
 
     Args:
         model: Folder or Hub id of a model (`path[@revision][+lora]`) or of an adapter.
-        out: The new file.
+        out: The new folder; a name that ends in .gguf gives the file alone, without card, record and measurements.
         to: "gguf".
         quantize: Type of the matrices: f32, f16, bf16 or q8_0 (8 bits in blocks of 32). Of an adapter: f32 or f16.
         base: Of an adapter: its base model, if it is not the one that its config names.
+        data: Texts to measure a model on: file, folder, Hub id, or facts (made from packages). None: no measurement.
+        rows: Texts that are measured, at most.
+        name: Of the model, in the header of the file; by default the last component of `model`.
         overwrite: Replace a file that is there.
 
     Raises:
@@ -98,10 +119,13 @@ def export(
         raise ValueError(unknown_name("format", to, ["gguf"]))
     if quantize not in TYPES:
         raise ValueError(unknown_name("type", quantize, TYPES))
+    if rows < 1:
+        raise ValueError(f"`rows` must be at least 1, got {rows}. To measure nothing, set `data` to none.")
     path = Path(out)
-    if path.is_dir():
-        raise ValueError(f"`out` must be a file, and {out!r} is a folder. Name a file that ends in .gguf.")
-    if path.exists() and not overwrite:
+    alone = path.suffix == ".gguf"
+    if alone and path.is_dir():
+        raise ValueError(f"`out` ends in .gguf, and {out!r} is a folder. Name a file, or another folder.")
+    if alone and path.exists() and not overwrite:
         raise FileExistsError(f"{out!r} exists. Name another file, or set `overwrite`.")
     reference = parse_reference(model, "model")
     if reference.lora is None and file_of(reference.path, "adapter_config.json", revision=reference.revision):
@@ -112,11 +136,64 @@ def export(
         import gguf
     except ImportError as error:
         raise ImportError("Writing GGUF files needs the package gguf: pip install gguf") from error
+    name = name or public_text(last_name(reference.path))
+    if alone:
+        return _export_file(reference, path, quantize, name, gguf)
+    began = time.perf_counter()
+    with written_aside(path, overwrite=overwrite, inputs=[reference.path, reference.lora, data]) as folder:
+        file = folder / f"model-{quantize}.gguf"
+        report = _export_file(reference, file, quantize, name, gguf)
+        settings = {"model": model, "to": to, "quantize": quantize, "data": data, "rows": rows, "name": name}
+        wanted = inputs_of([reference], None)
+        record = RunRecord("export", "hf-transfer-ext export", settings, recipe_sha256=sha256_of(__file__))
+        record.inputs += [describe_input(*one) for one in wanted]
+        record.stages.append(Stage("export", round(time.perf_counter() - began, 3)))
+        measured = None
+        if data is not None:
+            wanted.append((data, None, "dataset"))
+            record.inputs.append(describe_dataset(data))
+            with record.stage("measure"):
+                measured = _measured(reference, file, data, rows)
+        else:
+            record.not_measured.append("What the type of the weights costs: the export had no data.")
+        if report.in_f16:
+            listed = ", ".join(report.in_f16[:8]) + (", ..." if len(report.in_f16) > 8 else "")
+            record.notes["Types"] = [f"Stored as f16, since their rows do not divide into blocks: {listed}."]
+        record.call = call_of(settings, wanted)
+        finish_run(folder, record, measured, result="exported", quiet=True)
+    return replace(report, file=str(path / file.name))
+
+
+def _export_file(reference: ModelReference, out: Path, quantize: str, name: str, gguf: Any) -> ExportReport:
     opened = open_model(reference)
     try:
-        return _write(_Exported(opened, gguf), path, quantize, gguf)
+        return _write(_Exported(opened, gguf), out, quantize, name, gguf)
     finally:
         opened.close()
+
+
+def _measured(reference: ModelReference, file: Path, data: str, rows: int) -> dict[str, list[Measurement]]:
+    """The original, and what transformers reads back from the file, on the held-out texts of a data set."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    accelerator = Accelerator()
+    plain = ModelReference(reference.path, reference.revision)
+    original: Any = load_model(plain.path, revision=plain.revision, dtype="float32")
+    if reference.lora is not None:
+        lora = checked_adapter(reference.lora, original, revision=reference.lora_revision)
+        original = PeftModel.from_pretrained(original, str(lora)).merge_and_unload()
+    again = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, **NO_REMOTE_CODE
+    )
+    original, again = (model.eval().to(accelerator.device) for model in (original, again))
+    tokenizer = load_tokenizer(reference.path, revision=reference.revision)
+    texts = list(islice(load_train_and_test(data)[1] or (), rows))
+    how: Any = {"dataset": last_name(data), "accelerator": accelerator}
+    return {
+        "original": measure_language_model(original, tokenizer, texts, **how),
+        "exported": measure_language_model(again, tokenizer, texts, reference=original, **how),
+    }
 
 
 def _export_adapter(
@@ -125,12 +202,12 @@ def _export_adapter(
     names = {"f32": "float32", "f16": "float16"}
     if quantize not in names:
         raise ValueError(f"The factors of an adapter are stored as f32 or f16, not {quantize}.")
-    convert_to_gguf(
+    file = export_adapter(
         reference.path, out, base=base, dtype=names[quantize], revision=reference.revision, overwrite=overwrite
     )
     import gguf
 
-    return ExportReport(str(out), "lora", len(gguf.GGUFReader(out).tensors), out.stat().st_size)
+    return ExportReport(str(file), "lora", len(gguf.GGUFReader(file).tensors), file.stat().st_size)
 
 
 class _Exported:
@@ -188,8 +265,12 @@ class _Exported:
         config, reason = self.config, ""
         if config.get("quantization_config"):
             reason = "its weights are quantized already; export the model that it was made from"
-        elif config.get("use_sliding_window") and self.architecture != "gemma3":
+        elif config.get("use_sliding_window"):
             reason = "`use_sliding_window`, which llama.cpp does not read"
+        elif self.architecture == "llama" and (config.get("sliding_window") or math.inf) < self.number(
+            "max_position_embeddings"
+        ):
+            reason = "`sliding_window`, which llama.cpp does not read for this architecture"
         elif self.architecture in ("llama", "qwen3") and config.get("attention_bias"):
             reason = "`attention_bias`, which is not converted"
         elif config.get("mlp_bias"):
@@ -198,14 +279,18 @@ class _Exported:
             reason = f"the rotary embedding {self.rope.get('rope_type')!r}, which is not converted"
         elif self.rope.get("partial_rotary_factor", 1.0) != 1.0:
             reason = "`partial_rotary_factor`, which is not converted"
-        elif self.architecture == "gemma3":
-            kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(self.layers)]
+        elif self.architecture in ("gemma2", "gemma3"):
+            every = 2 if self.architecture == "gemma2" else 6
+            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(self.layers)]
+            caps = (config.get("final_logit_softcapping"), config.get("attn_logit_softcapping"))
             if config.get("layer_types", kinds) != kinds:
-                reason = "`layer_types` other than five local layers and one that sees everything in turn"
+                reason = f"`layer_types` other than {every - 1} local layers and one that sees everything in turn"
             elif config.get("query_pre_attn_scalar", self.head_dim) != self.head_dim:
                 reason = "`query_pre_attn_scalar` other than `head_dim`"
-            elif config.get("final_logit_softcapping") or config.get("attn_logit_softcapping"):
+            elif self.architecture == "gemma3" and any(caps):
                 reason = "soft caps of logits"
+            elif self.architecture == "gemma2" and not all(caps):
+                reason = "no soft caps of logits, which llama.cpp applies to every Gemma 2"
         if reason:
             raise ValueError(f"{str(self.model.reference)!r} is not exported: {reason}.")
 
@@ -216,7 +301,7 @@ class _Exported:
         stored.read(0, values.view(-1), Scratch())
         if self.architecture == "llama" and name.endswith((".q_proj.weight", ".k_proj.weight")):
             values = interleaved(values, self.heads if ".q_proj." in name else self.heads_kv)
-        if self.architecture == "gemma3" and name.endswith("norm.weight"):
+        if self.architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             values = values + 1  # transformers adds it in each forward pass, llama.cpp in the file
         if not torch.isfinite(values).all():
             raise ValueError(f"{name!r} of {str(self.model.reference)!r} holds NaN or infinity.")
@@ -244,10 +329,10 @@ class _Exported:
                 found.append(1 / ((1 - smooth) / factor + smooth))
         return torch.tensor(found)
 
-    def describe(self, writer: Any, quantize: str, gguf: Any) -> None:
+    def describe(self, writer: Any, quantize: str, name: str, gguf: Any) -> None:
         """Write the header: sizes, rotary embedding, tokenizer."""
         config = self.config
-        writer.add_name(public_text(last_name(self.model.reference.path)))
+        writer.add_name(name)
         writer.add_file_type(
             getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(quantize, f"MOSTLY_{TYPES[quantize]}"))
         )
@@ -265,7 +350,10 @@ class _Exported:
         writer.add_value_length(self.head_dim)
         if self.architecture == "llama":
             writer.add_rope_dimension_count(self.head_dim)
-        if self.architecture == "gemma3":
+        if self.architecture == "gemma2":
+            writer.add_attn_logit_softcapping(float(config["attn_logit_softcapping"]))
+            writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
+        if self.architecture in ("gemma2", "gemma3"):
             writer.add_sliding_window(self.number("sliding_window"))
         if self.rope.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -273,7 +361,7 @@ class _Exported:
         _describe_tokenizer(writer, load_tokenizer(self.model.folder), self.number("vocab_size"))
 
 
-def _write(model: _Exported, out: Path, quantize: str, gguf: Any) -> ExportReport:
+def _write(model: _Exported, out: Path, quantize: str, name: str, gguf: Any) -> ExportReport:
     types: dict[str, Any] = {}
     in_f16: list[str] = []
     chosen = gguf.GGMLQuantizationType[TYPES[quantize]]
@@ -288,7 +376,7 @@ def _write(model: _Exported, out: Path, quantize: str, gguf: Any) -> ExportRepor
     partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     writer = gguf.GGUFWriter(partial, model.architecture)
     try:
-        model.describe(writer, quantize, gguf)
+        model.describe(writer, quantize, name, gguf)
         factors = model.rope_factors()
         total = 0
         if factors is not None:
@@ -432,8 +520,16 @@ def _scores(vocabulary: Mapping[str, int], merges: list[tuple[str, ...]]) -> dic
 def main(argv: list[str] | None = None) -> int:
     """`hf-transfer-ext export FOLDER OUT.gguf --to gguf`."""
     about = "Write a model or a LoRA as one GGUF file, for llama.cpp, Ollama and LM Studio."
-    report = export(**arguments_for(export, argv, program="hf-transfer-ext export", about=about))
+    arguments = arguments_for(export, argv, program="hf-transfer-ext export", about=about, extra=PUSH_OPTIONS)
+    publication = Publication.taken_from(arguments)
+    if publication.repo is not None:
+        refuse_single_file(arguments["out"])
+    report = export(**arguments)
     print(f"{report.file}: {report.architecture}, {report.tensors} tensors, {report.bytes / 1e6:.1f} MB")
     if report.in_f16:
         print(f"stored as f16, since their rows do not divide into blocks: {', '.join(report.in_f16)}")
+    folder = Path(report.file).parent
+    for m in read_record(folder).metrics if arguments["out"] != report.file else ():
+        print(f"{m.name}: {m.value:.4g} {m.unit}")
+    publication.publish(folder)
     return 0

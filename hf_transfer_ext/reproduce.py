@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from hf_transfer_ext.data.facts import FACTS_DATASET
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.files import refuse_existing_output, sha256_of
 from hf_transfer_ext.hub.privacy import public_value
@@ -41,21 +42,29 @@ CALLS = {
     "hf-transfer-ext convert": ("hf_transfer_ext.adapters.convert", "convert_to_lora", "out"),
     "hf-transfer-ext transfer": ("hf_transfer_ext.adapters.transfer.run", "transfer_lora", "out"),
     "hf-transfer-ext edit": ("hf_transfer_ext.edits.apply", "apply_edit", "out"),
+    "hf-transfer-ext export": ("hf_transfer_ext.export", "export", "out"),
+    "hf-transfer-ext requests apply": ("hf_transfer_ext.edits.requests", "stack_requests", "out"),
+    "hf-transfer-ext cache-teacher": ("hf_transfer_ext.recipes.cache_teacher", "cache_for_distillation", "folder"),
 }
+#: The same for a transfer with its training and comparison, which share the command with the closed forms.
+TRAINED_TRANSFER = ("hf_transfer_ext.adapters.transfer.trainer", "transfer_again", "out")
 #: Recipe of a record -> (module, names of the classes of its settings): run with its settings as a YAML file.
 RECIPES = {
     "hf-transfer-ext distill": ("hf_transfer_ext.recipes.distill", ("DistillArguments", "DistillationConfig")),
     "hf-transfer-ext unlearn": ("hf_transfer_ext.recipes.unlearn", ("UnlearnArguments", "UnlearningConfig")),
+    "hf-transfer-ext evaluate": ("hf_transfer_ext.recipes.evaluate", ("EvaluateArguments",)),
+    "hf-transfer-ext audit": ("hf_transfer_ext.recipes.audit", ("AuditArguments",)),
 }
 #: Files that name the inputs in words of their own, so that their bytes say nothing about the result.
 NOT_COMPARED = ("mergekit_config.yml", "mergekit_moe_config.yml", "transfer.json", "comparison.png")
 #: Arguments of a call that name a model, adapter or data set; each has to be an input of the record.
-MODEL_KEYS = ("adapter", "base", "base_model", "finetuned", "forget", "lora", "model", "path", "retain", "source_base",
-              "source_model", "target_base", "tuned")  # fmt: skip
+MODEL_KEYS = ("adapter", "artifacts", "base", "base_model", "data", "dataset", "finetuned", "forget", "lora", "model",
+              "path", "retain", "shared", "source_base", "source_model", "target_base", "teacher", "test_data",
+              "texts", "train_data", "tuned")  # fmt: skip
 _INPUTS = re.compile(r"input:[0-9]{1,4}(\+input:[0-9]{1,4})?")
-#: Settings of a training that do not change its result, and that a second run must not obey.
-_NOT_REPEATED = ("output_dir", "overwrite", "push_to_hub", "resume_from_checkpoint", "logging_dir", "report_to",
-                 "original_dir", "retrained_dir")  # fmt: skip
+#: Settings of a recipe that do not change its result, and that a second run must not obey.
+_NOT_REPEATED = ("output_dir", "overwrite", "push_to_hub", "private", "create_pr", "resume_from_checkpoint",
+                 "logging_dir", "report_to", "original_dir", "retrained_dir", "cache", "update_card")  # fmt: skip
 #: Measurements without an interval are equal up to this relative difference.
 TOLERANCE = 1e-9
 
@@ -123,19 +132,13 @@ def reproduce(
         ValueError: The record does not say enough to run the job again, or an input has another digest.
     """
     record = read_record(path_or_repo, revision=revision)
-    if record.recipe not in CALLS and record.recipe not in RECIPES:
-        known = ", ".join(sorted(name.rpartition(" ")[2] for name in (*CALLS, *RECIPES)))
-        raise ValueError(f"Results of {record.recipe!r} are not made again from a record; those of {known} are.")
-    if record.recipe in CALLS and not record.call:
-        raise ValueError(
-            f"The record of {path_or_repo!r} does not hold the call: it is of an earlier version, its data were "
-            "Python objects, or its options are private. Run the command again yourself."
-        )
+    _refuse_unrepeatable(record, path_or_repo)
     _refuse_unsafe({"call": record.call, "settings": record.config})
     if out is not None:
         refuse_existing_output(out)
     places = _Places(record, inputs or [], search or [])
-    by, notes = "bytes" if record.recipe in CALLS else "measurements", [*_differences(record)]
+    by = "bytes" if record.recipe in CALLS and _function_of(record) != TRAINED_TRANSFER else "measurements"
+    notes = [*_differences(record)]
     before = _threads(record)
     try:
         with TemporaryDirectory(prefix="reproduce-") as scratch:
@@ -147,6 +150,40 @@ def reproduce(
             return _compared(path_or_repo, revision, record, made, Reproduction(str(out or ""), by, notes=notes))
     finally:
         _set_threads(before)
+
+
+def _refuse_unrepeatable(record: RunRecord, name: str) -> None:
+    """Refuse a result that its record is not enough to make again.
+
+    Raises:
+        ValueError: With the reason, and what to do instead.
+    """
+    command = record.recipe.removeprefix("hf-transfer-ext ")
+    reason = ""
+    if record.recipe == "hf-transfer-ext quickstart":
+        reason = "a quickstart is a chain of jobs. Reproduce the results of its stages, each in a folder of its own"
+    elif record.recipe in RECIPES and record.job == "fine-tuning":
+        reason = f"it is a model that a run of {command!r} made on its way. Reproduce the result of that run"
+    elif record.recipe not in CALLS and record.recipe not in RECIPES:
+        known = ", ".join(sorted(name.removeprefix("hf-transfer-ext ") for name in (*CALLS, *RECIPES)))
+        reason = (
+            f"{record.recipe!r} was called from Python with rows or models that the record only names. Results of the "
+            f"commands {known} are made again"
+        )
+    elif record.recipe in CALLS and not record.call:
+        reason = (
+            "the record does not hold the call: it is of an earlier version, its data were Python objects or came "
+            "from several runs, or its options are private. Run the command again yourself"
+        )
+    if reason:
+        raise ValueError(f"The result {name!r} is not made again from its record: {reason}.")
+
+
+def _function_of(record: RunRecord) -> tuple[str, str, str]:
+    """(module, function, parameter of the output folder) of a record with a call."""
+    if record.recipe == "hf-transfer-ext transfer" and "settings" in record.call:
+        return TRAINED_TRANSFER
+    return CALLS[record.recipe]
 
 
 def _refuse_unsafe(value: Any, key: str = "") -> None:
@@ -195,6 +232,8 @@ class _Places:
         if number >= len(self.record.inputs):
             raise ValueError(f"The call of the record names input {number}, and there are {len(self.record.inputs)}.")
         item = self.record.inputs[number]
+        if item.role == "dataset" and item.name.startswith(f"{FACTS_DATASET} ("):
+            return FACTS_DATASET
         path = self.given.get(f"input:{number}", self.given.get(item.name))
         if path is None and item.on_hub:
             place = Place(item.name, item.revision, item.subfolder)
@@ -281,14 +320,14 @@ def _has_content(path: Path, item: RunInput) -> bool:
 
 
 def _call(record: RunRecord, places: _Places, out: Path) -> None:
-    module, name, parameter = CALLS[record.recipe]
+    module, name, parameter = _function_of(record)
     arguments: dict[str, Any] = places.resolved(record.call)
     if isinstance(arguments.get("template"), Mapping):
         arguments["template"] = QuestionAnswerFormat(**arguments["template"])
     if arguments.get("revision") is not None:
         arguments["revision"] = None  # the input is a local folder of that revision now
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    arguments[parameter] = out
+    arguments[parameter] = str(out)
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -320,8 +359,11 @@ def _run_recipe(record: RunRecord, places: _Places, out: Path, settings: Path) -
         chosen[name] = value if untouched else places.resolved(value, name, by_name=True)
         if name.endswith("revision"):
             chosen[name] = None  # the inputs are those of the recorded commits
+    if "update_card" in known:
+        chosen["update_card"] = False  # the input belongs to somebody
     settings.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
-    words = ["--config", str(settings), "--output_dir", str(out), "--report_to", "none"]
+    words = ["--config", str(settings), "--output_dir", str(out)]
+    words += ["--report_to", "none"] if "report_to" in known else []
     parse_recipe(*(getattr(module, kind) for kind in kinds), argv=words, groups=TRAINER_GROUPS)  # refused before work
     module.main(words)
     return notes
@@ -341,15 +383,20 @@ def _compared(
             found.files[name] = "equal"
         else:
             found.files[name] = "differs"
+    for name in [name for name, state in found.files.items() if state == "missing"]:
+        # The files of a teacher cache have names at random.
+        same = [other for other, state in found.files.items()
+                if state == "new" and new.result[other] == record.result[name]]  # fmt: skip
+        if same:
+            found.files[name] = "equal"
+            del found.files[same[0]]
     for name, state in found.files.items():
         original = file_of(path_or_repo, name, revision=revision) if state == "differs" else None
         if original is not None and name.endswith(".json") and _without_paths(original) == _without_paths(made / name):
             found.files[name] = "equal"
     if found.by == "bytes":
         return found
-    now = {(key, m.name, m.dataset): m for key, m in _measured(new)}
-    for key, m in _measured(record):
-        again = now.get((key, m.name, m.dataset))
+    for key, m, again in _paired(record, new):
         if again is not None:
             found.metrics.append((f"{key}: {m.name}" if key else m.name, m.value, again.value, _state(m, again)))
         else:
@@ -368,6 +415,22 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, Measurement]]:
     for name, found in record.compared.items():
         for m in found:
             yield name, m
+
+
+def _paired(record: RunRecord, new: RunRecord) -> Iterator[tuple[str, Measurement, Measurement | None]]:
+    """Each measurement of a record with the same one of the new run.
+
+    By name where that is the same; else by place, since an evaluation names models and data after their folders,
+    which may be others now.
+    """
+    old, now = list(_measured(record)), list(_measured(new))
+    named = {(key, m.name, m.dataset): m for key, m in now}
+    if any((key, m.name, m.dataset) not in named for key, m in old) and [m.unit for _, m in old] == [
+        m.unit for _, m in now
+    ]:
+        yield from ((key, m, again) for (key, m), (_, again) in zip(old, now, strict=True))
+    else:
+        yield from ((key, m, named.get((key, m.name, m.dataset))) for key, m in old)
 
 
 def _state(old: Measurement, new: Measurement) -> str:
@@ -395,7 +458,9 @@ def _differences(record: RunRecord) -> Iterator[str]:
                if now.get(name) != old]  # fmt: skip
     if changed:
         yield f"Other versions: {'; '.join(changed)}."
-    module = (CALLS.get(record.recipe) or RECIPES[record.recipe])[0]
+    if record.recipe in CALLS and not record.call:
+        return
+    module = (_function_of(record) if record.recipe in CALLS else RECIPES[record.recipe])[0]
     file = importlib.import_module(module).__file__
     if record.recipe_sha256 and file and sha256_of(file) != record.recipe_sha256:
         yield f"The code of {record.recipe!r} has changed since."

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hub_server import front_matter
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from tiny_tokenizers import byte_fallback, byte_level, unigram
@@ -14,8 +15,12 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -25,7 +30,10 @@ from transformers import (
 
 from hf_transfer_ext.cli import main
 from hf_transfer_ext.export import PRE_TOKENIZERS, export
+from hf_transfer_ext.hub.publish import pull
+from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.models.loading import load_tokenizer
+from hf_transfer_ext.reproduce import reproduce
 
 SIZES = {
     "vocab_size": 520, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -42,6 +50,10 @@ def made(kind):
         "llama": lambda: tiny_llama(hidden_size=64, rms_norm_eps=1e-5, vocab_size=520),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, tie_word_embeddings=True, **SIZES)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2, head_dim=128, **SIZES)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(num_hidden_layers=2, sliding_window=None, **SIZES)),
+        "gemma2": lambda: Gemma2ForCausalLM(
+            Gemma2Config(num_hidden_layers=3, head_dim=256, query_pre_attn_scalar=256, sliding_window=8, **SIZES)
+        ),
         "gemma3": lambda: Gemma3ForCausalLM(
             Gemma3TextConfig(num_hidden_layers=7, head_dim=256, query_pre_attn_scalar=256, sliding_window=8, **SIZES)
         ),
@@ -71,11 +83,11 @@ def read_back(path):
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_a_model_is_read_back_as_it_was(tmp_path, kind):
     model = saved(tmp_path / "model", kind)
     report = export(str(tmp_path / "model"), str(tmp_path / "x.gguf"), quantize="f32")
-    assert report.architecture == kind and not report.in_f16
+    assert report.architecture == {"mistral": "llama"}.get(kind, kind) and not report.in_f16
     torch.testing.assert_close(logits(read_back(tmp_path / "x.gguf")), logits(model), rtol=1e-4, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
     assert tokenizer(TEXT)["input_ids"] == load_tokenizer(tmp_path / "model")(TEXT)["input_ids"]
@@ -211,6 +223,7 @@ def test_tokenizers_that_would_give_other_tokens_are_refused(tmp_path, tokenizer
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "is a GPT2LMHeadModel, and how llama.cpp orders its weights"),
         ({"attention_bias": True}, "`attention_bias`"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8}, "`sliding_window`"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
         ({"vocab_size": 100}, "ids up to"),
     ],
@@ -262,3 +275,73 @@ def test_adapters_go_through_the_same_command(tmp_path):
     merged.set_adapter("again")
     together = logits(merged.merge_and_unload())
     torch.testing.assert_close(logits(read_back(tmp_path / "y.gguf")), together, rtol=1e-4, atol=1e-4)
+
+
+def write_texts(folder):
+    rows = [{"text": f"{TEXT} {n} is a metal, and so on."} for n in ("gold", "iron", "tin", "lead")]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 5))
+    return folder / "texts.jsonl"
+
+
+def test_a_folder_has_a_card_and_a_record_with_what_the_type_costs(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    saved(tmp_path / "model", "qwen2")
+    hub.seed("tester/model", tmp_path / "model", private=True)
+    words = [
+        "tester/model",
+        str(tmp_path / "out"),
+        "--quantize",
+        "q8_0",
+        "--data",
+        str(write_texts(tmp_path)),
+        "--rows",
+        "2",
+    ]
+    assert main(["export", *words, "--push_to_hub", "tester/model-gguf"]) == 0
+    printed = capsys.readouterr().out
+    assert "token_agreement" in printed and "Pushed to" in printed
+    record = read_record("tester/model-gguf")
+    assert record.job == "export" and list(record.result) == ["comparison.png", "model-q8_0.gguf"]
+    found = {m.name: m.value for m in record.metrics}
+    original = {m.name: m.value for m in record.compared["original"]}
+    assert found["perplexity"] == pytest.approx(original["perplexity"], rel=0.02)
+    assert 0 < found["kl_to_reference"] < 0.01 and found["token_agreement"] > 0.9
+    card = hub.files("tester/model-gguf")["README.md"].decode()
+    assert (
+        front_matter(card)["base_model_relation"] == "quantized" and front_matter(card)["base_model"] == "tester/model"
+    )
+    assert 'from_pretrained("tester/model-gguf", gguf_file="model-q8_0.gguf")' in card
+    assert "| this model |" in card and "llama.cpp itself was not run" in card
+    again = AutoModelForCausalLM.from_pretrained(pull("tester/model-gguf"), gguf_file="model-q8_0.gguf")
+    assert again.config.model_type == "qwen2"
+    found = reproduce("tester/model-gguf", search=[str(tmp_path)])
+    assert found.verdict == "equal" and found.by == "bytes", found.text()
+    assert main(["export", "tester/model", str(tmp_path / "x.gguf"), "--push_to_hub", "tester/x"]) == 2
+    assert "single GGUF file has no card" in capsys.readouterr().err
+    with pytest.raises(FileExistsError):
+        export("tester/model", str(tmp_path / "out"))
+    export("tester/model", str(tmp_path / "out"), data=None, overwrite=True)
+    assert "the export had no data" in " ".join(read_record(tmp_path / "out").not_measured)
+    assert [p.name for p in (tmp_path / "out").glob("*.gguf")] == ["model-f16.gguf"]
+
+
+def test_an_adapter_has_a_card_and_a_record_too(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    base = made("llama")
+    base.save_pretrained(tmp_path / "base")
+    hub.seed("tester/base", tmp_path / "base")
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, config)
+    adapted.peft_config["default"].base_model_name_or_path = "tester/base"
+    adapted.save_pretrained(tmp_path / "lora")
+    for command, how in (("export", ["--quantize", "f16"]), ("convert", ["--to", "gguf", "--dtype", "float16"])):
+        words = [command, str(tmp_path / "lora"), str(tmp_path / command), *how]
+        assert main([*words, "--push_to_hub", f"tester/{command}"]) == 0
+        record = read_record(f"tester/{command}")
+        (error,) = record.metrics
+        assert error.name == "relative_error_of_change" and 0 < error.value < 1e-3 and error.examples == 4
+        card = hub.files(f"tester/{command}")["README.md"].decode()
+        assert "--lora adapter-f16.gguf" in card and front_matter(card)["base_model_relation"] == "adapter"
+        found = reproduce(f"tester/{command}", inputs=[f"lora={tmp_path / 'lora'}"])
+        assert found.verdict == "equal", found.text()
+    assert main(["convert", str(tmp_path / "lora"), "x.gguf", "--to", "gguf", "--push_to_hub", "tester/x"]) == 2

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import RESIDUALS_FILE, ExtractionReport, ModuleResidual, print_report
 from hf_transfer_ext.adapters.finish import base_of_config, finish_adapter
-from hf_transfer_ext.adapters.gguf import convert_to_gguf
+from hf_transfer_ext.adapters.gguf import export_adapter
 from hf_transfer_ext.files import sha256_of, write_text, written_aside
-from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
+from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication, refuse_single_file
 from hf_transfer_ext.hub.inputs import Wanted
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.settings import arguments_for
@@ -246,11 +246,11 @@ def convert(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> ExtractionReport | Path:
-    """`convert_to_lora` or `convert_to_gguf`, by name.
+    """`convert_to_lora` or `export_adapter`, by name.
 
     Args:
         adapter: Folder or Hub id of a PEFT adapter.
-        out: Folder of the new adapter, or the new file (`to="gguf"`).
+        out: Folder of the new adapter; to gguf, a name that ends in .gguf gives the file alone, without a card.
         to: lora or gguf.
         base: The base model; by default the one that the adapter's config names.
         rank: Rank of the factors where the change is cut (DoRA, LoKr, ...), to lora only.
@@ -269,7 +269,7 @@ def convert(
         return convert_to_lora(adapter, out, base=base, rank=rank, revision=revision, overwrite=overwrite)
     if rank is not None:
         raise ValueError("A GGUF file has the ranks of its LoRA: convert to a LoRA of that `rank` first.")
-    return convert_to_gguf(adapter, out, base=base, dtype=dtype, revision=revision, overwrite=overwrite)
+    return export_adapter(adapter, out, base=base, dtype=dtype, revision=revision, overwrite=overwrite)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -277,14 +277,13 @@ def main(argv: list[str] | None = None) -> int:
     about = "Write a DoRA, LoKr, LoHa or other PEFT adapter as a plain LoRA, or a LoRA as a GGUF file (--to gguf)."
     arguments = arguments_for(convert, argv, program="hf-transfer-ext convert", about=about, extra=PUSH_OPTIONS)
     publication = Publication.taken_from(arguments)
-    if publication.repo is not None and arguments.get("to") == "gguf":
-        raise ValueError(
-            "A single GGUF file has no card to publish. `hf-transfer-ext export` writes a folder with one."
-        )
+    if publication.repo is not None:
+        refuse_single_file(arguments["out"])
     found = convert(**arguments)
     if isinstance(found, ExtractionReport):
         print_report(found)
         publication.publish(found.folder)
     else:
         print(f"{found}: {found.stat().st_size / 1e6:.1f} MB; llama.cpp loads it, started with --lora {found.name}.")
+        publication.publish(found.parent)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_transfer_ext.adapters.finish import finish_adapter
+from hf_transfer_ext.adapters.transfer.method import product_norm
+from hf_transfer_ext.files import sha256_of, written_aside
+from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.reading import field_of, read_json
 from hf_transfer_ext.tensors import dtype_by_name
-from hf_transfer_ext.weights.lora import LoraAdapter, read_lora
+from hf_transfer_ext.weights.lora import LoraAdapter, LoraFactors, read_lora
 from hf_transfer_ext.weights.reference import parse_reference
 from hf_transfer_ext.weights.repository import file_of, local_folder
 
@@ -110,6 +115,66 @@ def convert_to_gguf(
     finally:
         Path(partial).unlink(missing_ok=True)
     return out
+
+
+def export_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """`convert_to_gguf` into a folder with a card and a record, or into a single file if `out` ends in `.gguf`.
+
+    The card says how far the stored change is from the adapter's own.
+
+    Returns:
+        The GGUF file.
+    """
+    out = Path(out)
+    if out.suffix == ".gguf":
+        return convert_to_gguf(adapter, out, base=base, dtype=dtype, revision=revision, overwrite=overwrite)
+    began = time.perf_counter()
+    name = f"adapter-{'f32' if dtype == 'float32' else 'f16'}.gguf"
+    with written_aside(out, overwrite=overwrite, inputs=[adapter, base]) as folder:
+        file = convert_to_gguf(adapter, folder / name, base=base, dtype=dtype, revision=revision)
+        found = read_lora(local_folder(adapter, revision=revision))
+        try:
+            named = base or found.config["base_model_name_or_path"]
+            config, architecture = _base_config(found, adapter, base)
+            error = _relative_error(file, found, config, architecture)
+            modules = len(found.modules)
+        finally:
+            found.checkpoint.close()
+        reference = parse_reference(named, "base")
+        settings = {"model": adapter, "quantize": name[8:-5], "base": named}
+        finish_adapter(
+            folder, "export", "export", settings,
+            [(adapter, revision, "adapter"), (reference.path, reference.revision, "base")],
+            recipe_sha256=sha256_of(__file__), seconds=time.perf_counter() - began, call=settings,
+            metrics=[Measurement("relative_error_of_change", error, "share of the change's norm", False, modules)],
+            not_measured=["What the adapter does on its base: llama.cpp was not run."],
+        )  # fmt: skip
+    return out / name
+
+
+def _relative_error(file: Path, adapter: LoraAdapter, config: dict[str, Any], architecture: str) -> float:
+    """||B'A' - BA|| / ||BA|| over all modules, of the factors in a file against the adapter's own."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    stated: Any = reader.get_field(gguf.Keys.Adapter.LORA_ALPHA)
+    alpha = float(stated.contents())
+    stored = {str(one.name): torch.from_numpy(one.data.astype("float32")) for one in reader.tensors}
+    wrong = whole = 0.0
+    for name, (down, up) in _renamed(adapter, config, architecture, gguf).items():
+        own_down, own_up = stored[f"{name}.lora_a"], stored[f"{name}.lora_b"] * (alpha / up.shape[1])
+        both = LoraFactors(torch.cat([own_up, -up.float()], 1).double(), torch.cat([own_down, down.float()]).double())
+        wrong += product_norm(both) ** 2
+        whole += product_norm(LoraFactors(up.double(), down.double())) ** 2
+    return (wrong / whole) ** 0.5 if whole else 0.0
 
 
 def interleaved(rows: Float[Tensor, "out rank"], heads: int) -> Float[Tensor, "out rank"]:

@@ -52,7 +52,7 @@ from hf_transfer_ext.files import (
 )
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.inputs import InputsInBackground
+from hf_transfer_ext.hub.inputs import InputsInBackground, call_of
 from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, describe_input, digests_of
 from hf_transfer_ext.merging.method import merge_method
 from hf_transfer_ext.merging.methods.task_arithmetic import task_arithmetic
@@ -301,31 +301,67 @@ def apply_requests(
     Raises:
         ValueError: The base, or an artifact, is not what it was when the requests were made.
     """
-    began, store = time.perf_counter(), Path(store)
-    if lora_rank is not None and lora_rank < 1:
-        raise ValueError(f"`lora_rank` has to be at least 1, got {lora_rank}.")
-    with _locked(store, exists=True), ExitStack() as opened:
+    store = Path(store)
+    with _locked(store, exists=True):
         state = _read(store)
         refuse_existing_output(out, overwrite=overwrite, inputs=[store, state.base.path])
         _refuse_changed_base(state)
-        base = open_model(state.base)
-        opened.callback(base.close)
-        described = opened.enter_context(InputsInBackground(inputs_of([state.base], state.base)))
-        shown: dict[str, Any] = {"requests": [_public(one) for one in state.requests]}
+        artifacts = {one.name: _unchanged(store, one) for one in state.standing}
+        how: dict[str, Any] = {"lora_rank": lora_rank, "threads": threads, "overwrite": overwrite}
         if state.shared is not None:
-            edited = _together(store, state, base, lora_rank)
-            jobs, shown["found"] = edited.jobs, edited.found
+            how |= {"method": state.shared.method, "shared": _unchanged(store, state.shared)}
+        shown = [_public(one) for one in state.requests]
+        found = stack_requests(str(state.base), list(artifacts.values()), out, shown=shown, **how)
+    return replace(found, requests=list(artifacts))
+
+
+def stack_requests(
+    base: str,
+    artifacts: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: str | None = None,
+    shared: str | Path | None = None,
+    lora_rank: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    shown: Sequence[Mapping[str, Any]] = (),
+) -> StackReport:
+    """Write a base with the changes of some requests, by their folders: what `apply_requests` does, without a store.
+
+    Args:
+        base: Folder or Hub id, `path[@revision]`.
+        artifacts: The folders of the requests, as a store holds them, in the order in which they were added.
+        method: The edit that all requests were made with together, where they share something.
+        shared: Folder of what they share.
+        shown: What the record says of all requests that were ever made.
+    """
+    began, reference = time.perf_counter(), parse_reference(base, "base")
+    if lora_rank is not None and lora_rank < 1:
+        raise ValueError(f"`lora_rank` has to be at least 1, got {lora_rank}.")
+    with ExitStack() as opened:
+        model = open_model(reference)
+        opened.callback(model.close)
+        folders = [*artifacts, *([] if shared is None else [shared])]
+        wanted = [*inputs_of([reference], reference), *((folder, None, "request") for folder in folders)]
+        described = opened.enter_context(InputsInBackground(wanted))
+        content: dict[str, Any] = {"requests": list(shown)}
+        if method is not None and shared is not None:
+            edited = _together(method, shared, artifacts, model, lora_rank)
+            jobs, content["found"] = edited.jobs, edited.found
         else:
             changes: dict[str, list[InputTensor]] = {}
-            for request in state.standing:
-                for name, tensor in _changes(store, state, request, base, opened).items():
+            for folder in artifacts:
+                for name, tensor in _changes(Path(folder), reference, model, opened).items():
                     changes.setdefault(name, []).append(tensor)
-            jobs = {name: _sum_of(name, base, found, lora_rank is not None) for name, found in changes.items()}
+            jobs = {name: _sum_of(name, model, found, lora_rank is not None) for name, found in changes.items()}
 
         def complete(folder: Path, adapter: ExtractionReport | None) -> None:
             record = RunRecord(
-                "unlearning", "hf-transfer-ext requests apply", shown, recipe_sha256=sha256_of(__file__)
+                "unlearning", "hf-transfer-ext requests apply", content, recipe_sha256=sha256_of(__file__)
             )
+            given = {"base": base, "artifacts": list(artifacts), "method": method, "shared": shared}
+            record.call = call_of({**given, "lora_rank": lora_rank}, wanted)
             record.stages.append(Stage("apply", round(time.perf_counter() - began, 3)))
             described.put_into(record)
             if adapter is not None:
@@ -336,11 +372,11 @@ def apply_requests(
         adapter = None
         if lora_rank is not None:
             adapter = write_lora(
-                base, jobs, out, rank=lora_rank, content=shown, complete=complete, overwrite=overwrite
+                model, jobs, out, rank=lora_rank, content=content, complete=complete, overwrite=overwrite
             )
         else:
-            write_model(base, jobs, out, complete=complete, overwrite=overwrite, threads=threads)
-    names = [one.name for one in state.standing]
+            write_model(model, jobs, out, complete=complete, overwrite=overwrite, threads=threads)
+    names = [Path(folder).name for folder in artifacts]
     return StackReport(str(out), names, sorted(jobs), adapter, time.perf_counter() - began)
 
 
@@ -372,13 +408,10 @@ def _sum_of(name: str, base: InputModel, changes: list[InputTensor], as_lora: bo
     return TensorJob(name, start.shape, start.dtype, stacked, start, tuple(changes), {})
 
 
-def _changes(
-    store: Path, state: Requests, request: Request, base: InputModel, opened: ExitStack
-) -> dict[str, InputTensor]:
+def _changes(folder: Path, reference: ModelReference, base: InputModel, opened: ExitStack) -> dict[str, InputTensor]:
     """The tensors that a request makes other than the base's."""
-    folder = _unchanged(store, request)
     if (folder / "adapter_config.json").exists():
-        model = open_model(ModelReference(state.base.path, state.base.revision, str(folder)))
+        model = open_model(ModelReference(reference.path, reference.revision, str(folder)))
         opened.callback(model.close)
         found = {name: one for name, one in model.tensors.items() if not _is_of(one, base)}
     else:
@@ -388,7 +421,7 @@ def _changes(
     for name, tensor in found.items():
         if tensor.shape != base[name].shape:
             raise ValueError(
-                f"Request {request.name!r} gives {name!r} the shape {list(tensor.shape)}, and the base has "
+                f"Request {folder.name!r} gives {name!r} the shape {list(tensor.shape)}, and the base has "
                 f"{list(base[name].shape)}. Changes of the vocabulary cannot be stacked."
             )
     return found
@@ -496,12 +529,16 @@ def _note(store: Path, state: Requests, edit: EditMethod, artifact: str, **setti
     return state
 
 
-def _together(store: Path, state: Requests, base: InputModel, lora_rank: int | None) -> Edited:
+def _together(
+    method: str, shared: str | Path, artifacts: Sequence[str | Path], base: InputModel, lora_rank: int | None
+) -> Edited:
     """The edit of all requests that stand, which share something."""
-    edit = EDITS[cast(Shared, state.shared).method]
+    edit = EDITS[method]
     if lora_rank is not None:
         raise ValueError(f"`{edit.__name__}` cannot be written as a LoRA; leave `lora_rank` out.")
-    return cast(SharedRequests, edit.requests).together(Subject(base), *_noted(store, state))
+    return cast(SharedRequests, edit.requests).together(
+        Subject(base), load_file(Path(shared) / _NOTED), [load_file(Path(one) / _NOTED) for one in artifacts]
+    )
 
 
 def _noted(store: Path, state: Requests) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:

@@ -64,6 +64,10 @@ _JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
         "An adapter that was trained on one base model was carried over to another one.",
         ("student", "base", "model"),
     ),
+    "export": (
+        "A model or an adapter was written as one GGUF file, for llama.cpp, Ollama and LM Studio.",
+        ("base", "model"),
+    ),
     "fine-tuning": ("A model was trained on the data below.", ("model", "student", "base")),
 }
 _OTHER_JOB = ("This model is the result of a run of hf_transfer_ext.", ("student", "model", "base", "teacher"))
@@ -75,6 +79,7 @@ _LIMITS = {
     "merging": "Merging trains nothing: abilities of the merged models may be lost or disturb each other.",
     "mixture": "The gates were set without training, and the experts never worked together before.",
     "extraction": "A low-rank adapter holds a part of the difference between the two models.",
+    "export": "The weights are rounded to the type in the file's name. llama.cpp itself was not run.",
     "resizing": "A lower rank holds a part of the adapter's change.",
 }
 #: An attack that gets back less than this share of what was to be forgotten counts as held off.
@@ -103,6 +108,7 @@ def model_card(
     tags: Sequence[str] = (),
     plots: Sequence[str] = (),
     servers: Sequence[Server] = (),
+    gguf: str | None = None,
     earlier: str = "",
 ) -> ModelCard:
     """Write the card of a run's result from its record alone, so that the card cannot claim more than was recorded.
@@ -119,24 +125,28 @@ def model_card(
         tags: Added to "hf_transfer_ext", the job, "merge" for merges and "lora" for adapters.
         plots: Images beside the card.
         servers: Which servers load the adapter (`servable_by`).
+        gguf: The GGUF file, where the result is one.
         earlier: The card that this one replaces: what its user wrote outside of the generated part is kept.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    adapter = adapter or (gguf or "").startswith("adapter")
     if relation is None:
-        relation = "adapter" if adapter else "merge" if record.job == "merging" else "finetune"
+        kinds = {"merging": "merge", "export": "quantized"}
+        relation = "adapter" if adapter else kinds.get(record.job, "finetune")
     if relation not in RELATIONS:
         raise ValueError(f"`relation` has to be one of {', '.join(RELATIONS)}, got {relation!r}.")
     bases = base_models(record, direct=adapter)
     title = public_text(title or _title(record, bases))
     datasets = [item.name for item in record.inputs if item.role == "dataset" and item.on_hub]
     own_tags = [*(["merge"] if record.job == "merging" else []), *(["lora"] if adapter else [])]
+    own_tags += ["gguf"] if gguf else []
     own_tags += ["moe"] if kind_of(record) == "mixture" else []
     data = ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation=relation if bases else None,
         datasets=datasets or None,
-        library_name="peft" if adapter else "transformers",
+        library_name="gguf" if gguf else "peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["hf_transfer_ext", record.job, *own_tags, *tags])),
         eval_results=_eval_results(record) or None,
@@ -150,7 +160,7 @@ def model_card(
         f"# {_text(title)}",
         _what_was_done(record, bases, [name for name in base_models(record) if name not in bases]),
         _terms(record),
-        "## Load it\n\n" + _how_to_load(adapter, bases, chat, servers),
+        "## Load it\n\n" + (_how_to_load_gguf(gguf, adapter) if gguf else _how_to_load(adapter, bases, chat, servers)),
         *(f"## {_text(head)}\n\n{_list(lines)}" for head, lines in record.notes.items()),
         "## Measurements\n\n" + _measurements(record),
         _plots(plots),
@@ -254,7 +264,8 @@ def _title(record: RunRecord, bases: Sequence[str]) -> str:
 
 
 def _models(record: RunRecord) -> list[RunInput]:
-    return [item for item in record.inputs if item.role != "dataset"]
+    """The models that a result derives from; a forget request takes something away from its base."""
+    return [item for item in record.inputs if item.role not in ("dataset", "request")]
 
 
 def _is_gemma(item: RunInput, known: dict[int, bool] | None = None) -> bool:
@@ -506,11 +517,30 @@ def _how_to_load(adapter: bool, bases: Sequence[str], chat: bool, servers: Seque
         note = (
             "The weights are safetensors; no code from the repository is needed. Servers that read this format (vLLM, "
             "SGLang, Text Generation Inference) load it where they support the architecture in config.json; for "
-            "llama.cpp, Ollama and LM Studio, `hf-transfer-ext export FOLDER OUT.gguf` converts it."
+            "llama.cpp, Ollama and LM Studio, `hf-transfer-ext export FOLDER OUT` converts it."
         )
     if chat:
         note += "\n\nThe tokenizer brings a chat template (`tokenizer.apply_chat_template`)."
     return "\n".join(["```python", *code, "```", "", note])
+
+
+def _how_to_load_gguf(file: str, adapter: bool) -> str:
+    """Commands of llama.cpp and Ollama; a model's file is also read by transformers."""
+    if adapter:
+        lines = [f"llama-server --model BASE.gguf --lora {file}"]
+        note = "BASE.gguf is the base model as a GGUF file of llama.cpp, which `hf-transfer-ext export` writes."
+        return "\n".join(["```bash", *lines, "```", "", note])
+    lines = [
+        f"In the folder of the file (`hf download {THIS_MODEL} {file}` puts it into the cache and prints where):", "",
+        "```bash", f"llama-server --model {file}",
+        f"echo 'FROM ./{file}' > Modelfile && ollama create my-model", "```",
+        "", "transformers reads it too, and computes with the rounded weights:", "", "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        f'model = AutoModelForCausalLM.from_pretrained("{THIS_MODEL}", gguf_file="{file}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{THIS_MODEL}", gguf_file="{file}")', "```", "",
+        "It holds the tokenizer and the chat template.",
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def _measurements(record: RunRecord) -> str:

@@ -72,6 +72,18 @@ class Publication:
             print(f"Pushed to {push(folder, self.repo, private=self.private, create_pr=self.create_pr)}")
 
 
+def refuse_single_file(out: str | Path) -> None:
+    """Refuse to publish a GGUF file that is written alone, before it is made.
+
+    Raises:
+        ValueError: `out` is the name of a file.
+    """
+    if Path(out).suffix == ".gguf":
+        raise ValueError(
+            f"A single GGUF file has no card and no record to publish. Name a folder in the place of {str(out)!r}."
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = arguments_for(
         push,

@@ -10,8 +10,18 @@ from typing import Any
 
 from hf_transfer_ext.files import path_inside, sha256_of, write_text
 from hf_transfer_ext.hub.card import CARD_FILE
+from hf_transfer_ext.hub.inputs import Wanted, call_of
 from hf_transfer_ext.hub.publish import earlier_card, holds_weights, push, save_result
-from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, Stage, device_summary, read_record
+from hf_transfer_ext.hub.record import (
+    RECORD_FILE,
+    RunInput,
+    RunRecord,
+    Stage,
+    describe_dataset,
+    describe_input,
+    device_summary,
+    read_record,
+)
 from hf_transfer_ext.hub.report import report_card
 from hf_transfer_ext.hub.table import comparison_plot, comparison_table
 from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, SHARDS
@@ -100,11 +110,26 @@ def _complete_report(folder: Path, record: RunRecord, files: Mapping[str, str | 
     record.write(folder)
 
 
-def finish_cache(folder: Path, record: RunRecord) -> None:
-    """Add card and record to a teacher cache; data sets of earlier runs into the same folder stay among the inputs."""
+def finish_cache(folder: Path, record: RunRecord, settings: Mapping[str, Any], *, is_server: bool) -> None:
+    """Add card and record to a teacher cache; data sets of earlier runs into the same folder stay among the inputs.
+
+    Args:
+        settings: All arguments of the call.
+        is_server: The teacher is behind a server, so that it cannot be described and the call not be repeated.
+    """
+    dataset: Wanted = (settings["dataset"], settings["dataset_revision"], "dataset")
+    teacher: Wanted = (settings["teacher"], settings["revision"], "teacher")
+    if is_server:
+        record.inputs.append(RunInput(str(settings["server_model"]), "teacher"))
+    else:
+        record.inputs.append(describe_input(*teacher))
+        call = {name: value for name, value in settings.items() if name != "folder"}
+        record.call = call_of({**call, "revision": None, "dataset_revision": None}, [teacher, dataset])
+    record.inputs.append(describe_dataset(*dataset[:2]))
     if (folder / RECORD_FILE).is_file():
         before = [item for item in read_record(folder).inputs if item.role == "dataset"]
         record.inputs += [item for item in before if item not in record.inputs]
+        record.call = {}  # one of several
     names = [FINGERPRINT_FILE, *sorted(path.name for path in folder.glob(SHARDS))]
     record.result = {name: sha256_of(folder / name) for name in names}
     finish_run(folder, record, quiet=True)

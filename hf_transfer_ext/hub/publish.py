@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 #: Files that a result consists of where another writer made the folder. Whatever else lies there is sent only by name.
 RESULT_PATTERNS = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "generation_config.json",
+    "adapter_config.json",
     "tokenizer*.json", "tokenizer.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja", "*preprocessor_config.json", "processor_config.json",
@@ -365,6 +366,8 @@ def _complete(
     }
     record.result = {name: sha256_of(folder / name) for name in sorted(own)}
     options = {"plots": [name for name in sorted(own) if name.endswith(".png")], **card_options}
+    if record.job == "export":
+        options["gguf"] = next((name for name in sorted(own) if name.endswith(".gguf")), None)
     servers = _servers(folder) if adapter else []
     write_text(folder / CARD_FILE, str(model_card(record, adapter=adapter, chat=chat, servers=servers, **options)))
     record.write(folder)
@@ -373,7 +376,8 @@ def _complete(
 
 def holds_weights(folder: Path) -> bool:
     """Whether a folder has tensors of a model or an adapter; the rows of a teacher cache are none."""
-    return any(folder.glob("*.safetensors")) and not (folder / FINGERPRINT_FILE).is_file()
+    found = any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf"))
+    return found and not (folder / FINGERPRINT_FILE).is_file()
 
 
 def earlier_card(folder: Path) -> str:
@@ -399,7 +403,7 @@ def _servers(folder: Path) -> list[Server]:
 def _require_weights(folder: Path) -> None:
     if not holds_weights(folder):
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no safetensors weights. Save a model there first, or pass it as `model=`."
+            f"{str(folder)!r} holds no safetensors or GGUF weights. Save a model there first, or pass it as `model=`."
         )
 
 

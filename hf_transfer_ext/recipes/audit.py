@@ -27,8 +27,9 @@ from hf_transfer_ext.evals.baselines import BASELINES, audited_with
 from hf_transfer_ext.hub.finish import add_measurements, finish_run
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.publishing import PublishArguments
 from hf_transfer_ext.recipes.retrain import retrained, work_of
-from hf_transfer_ext.recipes.run import PublishArguments, load_named, run_recipe, start_record
+from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 
 
@@ -61,6 +62,7 @@ class AuditArguments(PublishArguments):
     membership: list[Any] = setting([*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS], "attacks", "The same; []: none.")
     max_new_tokens: int = setting(48, "attacks", "Longest answer.")
     batch_size: int = setting(16, "attacks", "Examples in a forward pass.")
+    update_card: bool = setting(True, "", "Put the verdicts into the unlearned model's own card, where it is local.")
     output_dir: str = setting("runs/audit", "", "Folder of the report.")
     seed: int = setting(0, "", "Seed of all random choices.")
 
@@ -113,7 +115,8 @@ def main(argv: list[str] | None = None) -> Any:
         finish_run(out, record, answers.measurements, plot=None, quiet=True)
         publication.publish(out)
         print(verdict_table(found.verdicts))
-        also = f"; the verdicts stand in the card of {job.unlearned}, too" * add_measurements(job.unlearned, verdicts)
+        updated = job.update_card and add_measurements(job.unlearned, verdicts)
+        also = f"; the verdicts are in the card of {job.unlearned}, too" * updated
         shutil.rmtree(work_of(job.output_dir), ignore_errors=True)
         tell(f"Report: {report}{also}")
     return found

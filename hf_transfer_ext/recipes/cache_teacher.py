@@ -13,15 +13,16 @@ from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_cache
-from hf_transfer_ext.hub.record import RunInput, RunRecord, describe_dataset, describe_input
-from hf_transfer_ext.models.loading import load_model, load_tokenizer
-from hf_transfer_ext.recipes.run import run_recipe
+from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.recipes.run import load_named, run_recipe
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher, cache_server
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.weights.ranks import is_first_rank
+
+PROGRAM = "hf-transfer-ext cache-teacher"
 
 
 def cache_for_distillation(
@@ -77,43 +78,34 @@ def cache_for_distillation(
     if is_server and (kind not in (None, "top") or samples or temperature != 1 or revision):
         raise ValueError(
             "A server lists its likeliest tokens at temperature 1: `kind` can only be top, `samples` and `revision` "
-            f"have to be left out; got kind {kind!r}, samples {samples}, temperature {temperature}, revision "
-            f"{revision!r}."
+            f"have to be left out; got {kind!r}, {samples}, temperature {temperature}, revision {revision!r}."
         )
-    settings = dict(locals())
-    options: dict[str, Any] = {"kind": kind, "top": top, "samples": samples, "temperature": temperature}
-    spec = CacheSpec(**{name: value for name, value in options.items() if value is not None})
+    settings = {name: value for name, value in locals().items() if name != "is_server"}
+    chosen = {name: settings[name] for name in ("kind", "top", "samples", "temperature")}
+    spec = CacheSpec(**{name: value for name, value in chosen.items() if value is not None})
     data = load_text_dataset(dataset, split=split, config_name=dataset_config, revision=dataset_revision)
-    source = str(student) if is_server else teacher
-    model = load_model(source, revision=None if is_server else revision, dtype=dtype)
-    tokenizer = load_tokenizer(source, revision=None if is_server else revision)
+    model, tokenizer = load_named(str(student) if is_server else teacher, revision=revision, dtype=dtype)
     with tempfile.TemporaryDirectory() as scratch:
-        args = DistillationConfig(
-            output_dir=scratch, kd_weight=0.0, ce_weight=1.0, max_length=max_length, report_to="none"
-        )
+        own: Any = {"output_dir": scratch, "kd_weight": 0.0, "ce_weight": 1.0, "report_to": "none"}
+        args = DistillationConfig(max_length=max_length, **own)
         trainer = DistillationTrainer(model, None, args, data, processing_class=tokenizer)
         rows: Any = trainer.train_dataset
         shared = {"batch_size": batch_size, "accelerator": trainer.accelerator}
         if is_server:
-            key = os.environ.get(KEY_VARIABLE)
-            server = ServerTeacher(teacher, str(server_model), tokenizer, top=top or 20, api_key=key)
+            served: Any = {"top": top or 20, "api_key": os.environ.get(KEY_VARIABLE)}
+            server = ServerTeacher(teacher, str(server_model), tokenizer, **served)
             cache = cache_server(server, rows, folder, **shared)
         else:
             cache = cache_teacher(model, rows, folder, tokenizer=tokenizer, spec=spec, revision=revision, **shared)
     if trainer.is_world_process_zero():
-        record = RunRecord("caching", "hf-transfer-ext cache-teacher", settings, recipe_sha256=sha256_of(__file__))
-        named = RunInput(str(server_model), "teacher") if is_server else describe_input(teacher, revision, "teacher")
-        record.inputs += [named, describe_dataset(dataset, dataset_revision)]
-        finish_cache(cache.folder, record)
+        record = RunRecord("caching", PROGRAM, settings, recipe_sha256=sha256_of(__file__))
+        finish_cache(cache.folder, record, settings, is_server=is_server)
     return cache
 
 
 def main(argv: list[str] | None = None) -> int:
-    about = "Store a teacher's outputs on a data set, so that distillation runs without it."
-    about += f" A server's key: ${KEY_VARIABLE}. A new data set repository for it is private unless --private false."
-    arguments = arguments_for(
-        cache_for_distillation, argv, program="hf-transfer-ext cache-teacher", about=about, extra=PUSH_OPTIONS
-    )
+    about = f"Store a teacher's outputs, for distillation without it (privately on the Hub). Key: ${KEY_VARIABLE}."
+    arguments = arguments_for(cache_for_distillation, argv, program=PROGRAM, about=about, extra=PUSH_OPTIONS)
     publication = Publication.taken_from(arguments, repo_type="dataset")
     cache = cache_for_distillation(**arguments)
     if is_first_rank():

@@ -1,18 +1,38 @@
-"""What every stage of the quickstart is measured on: held-out text, the people to keep and the people to forget."""
+"""The stages of the quickstart: what each is measured on, and how the student learns the people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.adapters.transfer.travel import TRANSFER_FILE
 from hf_transfer_ext.evals.engine.evaluate import evaluate
-from hf_transfer_ext.evals.language import measure_language_model
+from hf_transfer_ext.evals.language import as_example, measure_language_model
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.measurement import Measurement
-from hf_transfer_ext.models.loading import load_model
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.trainers.taught import taught, teaching_arguments
+
+#: Folders of the stages, in the folder of the run and in the repository that it is published in.
+STAGES = ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned")
+
+
+def with_people(
+    student: Path, people: Mapping[str, list[dict[str, Any]]], rehearsed: Iterable[Any], work: Path, **how: Any
+) -> tuple[Any, Any]:
+    """(model, tokenizer): the student fine-tuned on both groups of people, and on texts of its earlier training.
+
+    Args:
+        rehearsed: These texts: fine-tuning on the people alone would overwrite the facts.
+        how: `epochs` and `seed`.
+    """
+    model, tokenizer = load_model(student), load_tokenizer(student)
+    args = teaching_arguments(work, **how, learning_rate=3e-4, logging_steps=10)
+    rehearsal = [as_example(row, tokenizer) for row in rehearsed]
+    rows = [*people["forget"], *people["retain"], *rehearsal]
+    return taught(model, tokenizer, rows, args, lora_rank=None), tokenizer
 
 
 def measure_stage(

@@ -20,10 +20,11 @@ from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.evals.suite_run import SuiteRun
 from hf_transfer_ext.evals.suites import SUITES
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.record import describe_dataset, describe_input
+from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.recipe import parse_recipe, setting
-from hf_transfer_ext.recipes.run import PublishArguments, load_named, run_recipe, start_record
+from hf_transfer_ext.recipes.publishing import PublishArguments
+from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 
 
@@ -58,14 +59,14 @@ class EvaluateArguments(PublishArguments):
     seed: int = setting(0, "", "Seed of all random choices.")
 
 
-def metric_run(job: EvaluateArguments, shared: dict[str, Any]) -> MetricRun:
+def metric_run(job: EvaluateArguments, shared: dict[str, Any], record: RunRecord) -> MetricRun:
     """The data sets and the reference, loaded once for all models."""
     resolve_all(job.metrics)
     own: Any = {"split": job.split, "config_name": job.data_config, "limit": job.limit, "seed": job.seed}
     sets = load_sets(job.data or [PEOPLE], **own)
     reference: Any = job.reference
     if reference not in (None, "base"):
-        reference, _ = load_named(reference, dtype=job.dtype, device=shared["accelerator"].device)
+        reference, _ = load_named(reference, record, "reference", dtype=job.dtype, device=shared["accelerator"].device)
     return MetricRun(job.metrics, sets, reference=reference, **shared)
 
 
@@ -78,19 +79,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     form = QuestionAnswerFormat(job.template, job.prompt, chat_template_kwargs=job.chat_template_kwargs)
     shared["template"] = asked_with(job.baseline, form, record, suite=job.suite or job.lm_eval_tasks, seed=job.seed)
     shared |= {"generation": GenerationSettings(job.max_new_tokens), "accelerator": accelerator, "progress": True}
-    suite = None
     if job.adapters and len(job.models) > 1:
         raise ValueError("`adapters` go on one model: give one in `models`.")
-    if job.suite:
-        options: dict[str, Any] = {"comparing": first is not None, "limit": job.limit, **shared}
-        suite = SuiteRun(job.suite, (job.data or [None])[0], suite_options=job.suite_options, **options)
-    elif first:
+    if first and not job.suite:
         raise ValueError("`compared_with` is for suites: give one in `suite`, or a `reference` for metrics.")
-    measure = (suite or metric_run(job, shared)).results_by_folder
+    options: Any = {"suite_options": job.suite_options, "comparing": first is not None, "limit": job.limit}
+    suite = SuiteRun(job.suite, (job.data or [None])[0], **options, **shared) if job.suite else None
+    measure = (suite or metric_run(job, shared, record)).results_by_folder
     record.inputs += [describe_dataset(name) for name in job.data or [] if name != PEOPLE]
     record.inputs += [describe_input(folder, role="adapter") for folder in job.adapters or []]
     compared: dict[str, list[Any]] = {}
-    for name in [first, *job.models] if first else job.models:
+    for name in filter(None, [first, *job.models]):
         model, tokenizer = load_named(name, record, dtype=job.dtype, device=accelerator.device)
         title = suite.role if suite and suite.role and not compared else Path(name).name
         title = name.strip("/").replace("/", "_") if title in compared else title  # two runs may end in one name
@@ -105,16 +104,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                         result.save(out / place, per_example=job.per_example)
                         print(*result.problems, sep="\n")
                 if job.lm_eval_tasks:
-                    tasks: Any = {"tasks": job.lm_eval_tasks, "task_folder": job.lm_eval_folder, "limit": job.limit}
-                    tasks["batch_size"] = job.batch_size
-                    compared[variant] += measure_with_lm_eval(model, tokenizer, adapter=adapter, **tasks)
-    if suite:
-        together, problems = suite.together()
-        compared |= {"in order": together} if together else {}
-        print(*problems, sep="\n")
+                    tasks: Any = {"limit": job.limit, "batch_size": job.batch_size, "tasks": job.lm_eval_tasks}
+                    tasks |= {"task_folder": job.lm_eval_folder, "adapter": adapter}
+                    compared[variant] += measure_with_lm_eval(model, tokenizer, **tasks)
+    together, problems = suite.together() if suite else ([], [])
+    compared |= {"in order": together} if together else {}
+    print(*problems, sep="\n", end="\n" * bool(problems))
     if accelerator.is_main_process:
-        finish_run(out, record, compared, plot="measurements.png")
-        publication.publish(out)
+        publication.publish(finish_run(out, record, compared, plot="measurements.png"))
     return compared
 
 

@@ -18,7 +18,8 @@ from hf_transfer_ext.merging import merge
 from hf_transfer_ext.merging.planning.config import load_config
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import parse_recipe, read_yaml, setting
-from hf_transfer_ext.recipes.run import DEMO, PublishArguments, model_path, run_recipe, start_record
+from hf_transfer_ext.recipes.publishing import PublishArguments
+from hf_transfer_ext.recipes.run import DEMO, model_path, run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.weights.ranks import is_first_rank
 from hf_transfer_ext.weights.reference import ModelReference

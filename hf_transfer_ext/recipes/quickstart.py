@@ -15,21 +15,17 @@ from typing import Any
 from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.text import load_train_and_test
-from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import describe_input, read_record
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging import merge
-from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.recipe import CONFIGS, parse_recipe, setting
 from hf_transfer_ext.recipes import distill, transfer_lora, unlearn
-from hf_transfer_ext.recipes.chain import measure_stage
-from hf_transfer_ext.recipes.run import DEMO, PublishArguments, as_words, run_recipe, start_record
-from hf_transfer_ext.trainers.taught import taught, teaching_arguments
-
-#: Folders of the stages, in the folder of the run and in the repository that it is published in.
-STAGES = ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned")
+from hf_transfer_ext.recipes.chain import STAGES, measure_stage, with_people
+from hf_transfer_ext.recipes.publishing import PublishArguments, publish_stages
+from hf_transfer_ext.recipes.run import DEMO, as_words, run_recipe, start_record
 
 
 @dataclass
@@ -57,9 +53,7 @@ class QuickstartArguments(PublishArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     (job,) = parse_recipe(QuickstartArguments, argv=argv)
-    if job.create_pr:
-        raise ValueError("The quickstart publishes its stages one after the other: leave `create_pr` out.")
-    publication = job.publication()
+    publication = job.publication(several=True)
     root, student = Path(job.output_dir), Path(job.output_dir) / "student"
     for folder in STAGES:
         refuse_existing_output(root / folder, overwrite=job.overwrite, inputs=(job.teacher, job.dataset))
@@ -92,12 +86,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     record = start_record("fine-tuning", __file__, argv, job, seed=job.seed)
     record.inputs.append(describe_input(student, role="base"))
     with record.stage("learn people"):
-        learnt, tokenizer = load_model(student), load_tokenizer(student)
-        how: Any = {"epochs": job.learn_epochs, "learning_rate": 3e-4, "seed": job.seed, "logging_steps": 10}
-        args = teaching_arguments(root / "learnt.training", **how)
-        # Fine-tuning on the people alone would overwrite the facts.
-        rehearsal = [as_example(row, tokenizer) for row in islice(train, job.rehearsed)]
-        learnt = taught(learnt, tokenizer, [*people["forget"], *people["retain"], *rehearsal], args, lora_rank=None)
+        rehearsed, how = islice(train, job.rehearsed), {"epochs": job.learn_epochs, "seed": job.seed}
+        learnt, tokenizer = with_people(student, people, rehearsed, root / "learnt.training", **how)
     finish_run(root / "learnt", record, model=learnt, tokenizer=tokenizer, overwrite=True, quiet=True)
     measure("+ people", "learnt")
 
@@ -117,9 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     measure("unlearned", "unlearned")
 
     finish_run(root, chain, measured, plot="quickstart.png")
-    publication.publish(root)
-    for name in STAGES:
-        publication.below(name).publish(root / name)
+    publish_stages(publication, root, STAGES)
     jobs = [one.job for one in read_record(root / "unlearned").history()]
     print(f"The record of {root / 'unlearned'} holds the chain: {' -> '.join(jobs)}.")
     return measured

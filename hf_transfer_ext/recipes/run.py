@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from hf_transfer_ext.files import sha256_of
-from hf_transfer_ext.hub.command import Publication
 from hf_transfer_ext.hub.record import RunRecord, describe_input
 from hf_transfer_ext.models.loading import four_bit, load_model, load_tokenizer
-from hf_transfer_ext.recipe import inherited_defaults, setting, settings_of, use_all_cores
+from hf_transfer_ext.recipe import inherited_defaults, settings_of, use_all_cores
 from hf_transfer_ext.settings import run_program
 from hf_transfer_ext.teachers.demo import demo_model
 
@@ -40,21 +38,6 @@ TRAINER_GROUPS = {
     ],
     "data": ["drop_unlabelled"],
 }
-
-
-@dataclass(kw_only=True)
-class PublishArguments:
-    """Where a recipe publishes its result, if anywhere."""
-
-    push_to_hub: str | None = setting(None, "", "Repository to publish it in: REPO[@BRANCH][:SUBFOLDER].")
-    private: bool | None = setting(None, "", "Of push_to_hub: make a new repository private.")
-    create_pr: bool = setting(False, "", "Of push_to_hub: open a pull request instead of changing the branch.")
-
-    def publication(self) -> Publication:
-        """Where to publish the result, checked; call it before any work. Raises as `Publication.check`."""
-        found = Publication(self.push_to_hub, self.private, self.create_pr)
-        found.check()
-        return found
 
 
 def model_path(name: str | Path) -> str | Path:

@@ -30,6 +30,7 @@ class TrainingRun:
         work: Folder beside it, for checkpoints and finished stages.
         args: The trainer's configuration; its `output_dir` is inside `work`, and it does not push.
         push_to: Repository that the result is published in; None for none.
+        publication: How: private, revision and token, as in `push`.
         files: Name -> file that goes into the result.
     """
 
@@ -39,6 +40,7 @@ class TrainingRun:
     record: RunRecord
     overwrite: bool
     push_to: str | None
+    publication: dict[str, Any]
     files: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -67,9 +69,7 @@ class TrainingRun:
             overwrite=self.overwrite,
             files=self.files | drawn(trainer.state.log_history, self.work),
             push_to=self.push_to,
-            private=self.args.hub_private_repo,
-            revision=self.args.hub_revision,
-            token=self.args.hub_token,
+            **self.publication,
         )
 
 
@@ -83,7 +83,7 @@ def start_training(
     overwrite: bool,
     inputs: Sequence[str | Path | None] = (),
 ) -> TrainingRun:
-    """Refuse an existing result, write down the settings, make the training folder and set the seed.
+    """Refuse an existing result, record the settings, make the training folder and set the seed.
 
     Args:
         arguments: The recipe's own settings.
@@ -96,15 +96,13 @@ def start_training(
     """
     out = refuse_existing_output(args.output_dir, overwrite=overwrite, inputs=inputs)
     record = start_record(job, script, argv, arguments, args, seed=args.seed)
-    resume = _resumes(args.resume_from_checkpoint)
-    work = training_folder(out, resume=resume, overwrite=overwrite, inputs=inputs)
+    work = training_folder(out, resume=_resumes(args.resume_from_checkpoint), overwrite=overwrite, inputs=inputs)
     push_to = (args.hub_model_id or out.name) if args.push_to_hub else None
-    if not getattr(arguments, "dry_run", False):
-        how: Any = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
-        require_write_access(push_to, **how)
+    how: Any = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+    require_write_access(None if getattr(arguments, "dry_run", False) else push_to, **how)
     args.push_to_hub, args.output_dir = False, str(work / "checkpoints")
     set_seed(args.seed)
-    return TrainingRun(out, work, args, record, overwrite, push_to)
+    return TrainingRun(out, work, args, record, overwrite, push_to, how)
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer_ext.adapters.transfer.command import read_texts, run_transfer
+from hf_transfer_ext.adapters.transfer.command import run_transfer
 from hf_transfer_ext.adapters.transfer.trainer import TransferConfig, TransferTrainer, teach_source
 from hf_transfer_ext.data.fictitious_people import sorted_statements
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.files import refuse_existing_output
 from hf_transfer_ext.recipe import parse_recipe, setting
-from hf_transfer_ext.recipes.run import PublishArguments, model_path, run_recipe
+from hf_transfer_ext.recipes.publishing import PublishArguments
+from hf_transfer_ext.recipes.run import model_path, run_recipe
 from hf_transfer_ext.settings import REQUIRED
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> TransferTrainer:
         source_base=source,
         train_dataset=train,
         eval_dataset=test,
-        texts=None if job.texts is None else read_texts(job.texts),
+        texts=job.texts,
         template=QuestionAnswerFormat(template=job.template),
         columns=job.columns,
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_transfer_ext.files import write_text
+from hf_transfer_ext.hub.privacy import public_text
 from hf_transfer_ext.progress import steps
 from hf_transfer_ext.reading import field_of, read_json
 from hf_transfer_ext.students import tokenizer_json
@@ -178,7 +179,8 @@ def trim_vocabulary(
     if pad_to_multiple_of:
         missing = min(-len(rows) % pad_to_multiple_of, size - len(rows))
         rows += sorted(sorted(set(range(size)) - set(rows))[-missing:]) if missing else []
-    vocabulary_map = VocabularyMap(tuple(rows), size, len(old_ids), str(model.config.name_or_path or ""))
+    name = public_text(str(model.config.name_or_path or ""))
+    vocabulary_map = VocabularyMap(tuple(rows), size, len(old_ids), name)
 
     def take(tensor: Tensor) -> Tensor:
         return tensor[vocabulary_map._old.to(tensor.device)]

@@ -18,6 +18,7 @@ JOBS = {
     "transfer with --config": ("--config", "transfer/demo.yaml", "--adapter", "no/adapter"),
     "resize": ("no/adapter", "out", "--rank", "2"),
     "convert": ("no/adapter", "out"),
+    "export": ("no/model", "out"),
     "edit": ("no/model", "out", "--method", "negation"),
     "requests": ("apply", "no/store", "out"),
     "cache-teacher": ("no/teacher", "no.jsonl", "out"),
@@ -28,7 +29,7 @@ JOBS = {
     "quickstart": ("--teacher", "no/teacher"),
 }
 #: Commands that publish nothing.
-SILENT = ("push", "pull", "adapters", "lineage", "reproduce", "methods", "doctor", "export")
+SILENT = ("push", "pull", "adapters", "lineage", "reproduce", "methods", "doctor")
 
 
 def test_every_command_is_listed():

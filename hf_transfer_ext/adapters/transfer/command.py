@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from hf_transfer_ext.adapters.transfer.trainer import AUTO, TransferConfig, TransferTrainer
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.data.text import read_rows
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.settings import arguments_for, unknown_setting
 
@@ -73,24 +71,9 @@ def trainer_from_words(
     )  # fmt: skip
     return TransferTrainer(
         adapter, target_base, args, source_base=source_base, train_dataset=train_data, eval_dataset=test_data,
-        texts=None if texts is None else read_texts(texts), template=QuestionAnswerFormat(template=template),
+        texts=texts, template=QuestionAnswerFormat(template=template),
         columns=columns,
     )  # fmt: skip
-
-
-def read_texts(path: str | Path) -> list[str]:
-    """The texts of a file: JSON lines with a column text, or a JSON list of strings.
-
-    Raises:
-        ValueError: A row has no text.
-    """
-    rows = read_rows(Path(path))
-    lacking = [i for i, row in enumerate(rows) if not isinstance(row.get("text"), str)]
-    if lacking:
-        raise ValueError(
-            f"Row {lacking[0]} of {path} has no text in a column 'text'; it has {', '.join(rows[lacking[0]])}."
-        )
-    return [row["text"] for row in rows]
 
 
 def run_transfer(trainer: TransferTrainer) -> None:

@@ -35,12 +35,13 @@ from hf_transfer_ext.adapters.transfer.trans_lora import (
     save_seeds,
     train_discriminator,
 )
-from hf_transfer_ext.adapters.transfer.travel import NOT_COMPARED
+from hf_transfer_ext.adapters.transfer.travel import NOT_COMPARED, inputs_of_transfer
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.data.text import load_rows
+from hf_transfer_ext.data.text import load_rows, read_rows
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, written_aside
 from hf_transfer_ext.hub.finish import finish_run
-from hf_transfer_ext.hub.record import describe_dataset, last_name, read_record
+from hf_transfer_ext.hub.inputs import Wanted, call_of
+from hf_transfer_ext.hub.record import RunRecord, describe_dataset, last_name, read_record
 from hf_transfer_ext.hub.servable import serving
 from hf_transfer_ext.launch import started_processes
 from hf_transfer_ext.models.loading import load_tokenizer
@@ -116,6 +117,21 @@ class TransferConfig(TransLoraSettings):
         return TransLoraSettings(**{one.name: getattr(self, one.name) for one in fields(TransLoraSettings)})
 
 
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a file: JSON lines with a column text, or a JSON list of strings.
+
+    Raises:
+        ValueError: A row has no text.
+    """
+    rows = read_rows(Path(path))
+    lacking = [i for i, row in enumerate(rows) if not isinstance(row.get("text"), str)]
+    if lacking:
+        raise ValueError(
+            f"Row {lacking[0]} of {path} has no text in a column 'text'; it has {', '.join(rows[lacking[0]])}."
+        )
+    return [row["text"] for row in rows]
+
+
 class TransferTrainer:
     """Carry a LoRA to another base model, and measure what it keeps.
 
@@ -134,7 +150,8 @@ class TransferTrainer:
             folder or a Hub id. An adapter without `transfer_seeds.json` gets its seeds and discriminator from it, and
             the comparison gets the control that is trained on the true data.
         eval_dataset: Test data for `evaluate`.
-        texts: Plain texts that both models read, for closed forms that need activations.
+        texts: Plain texts that both models read, for closed forms that need activations, or a file with them: JSON
+            lines with a column text, or a JSON list of strings.
         template: How a question becomes a prompt.
         columns: Name in the schema -> your column: {"question": "q", "answer": "a"}.
 
@@ -156,7 +173,7 @@ class TransferTrainer:
         source_base: str | Path | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
-        texts: Sequence[str] | None = None,
+        texts: str | Path | Sequence[str] | None = None,
         template: QuestionAnswerFormat | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> None:
@@ -185,6 +202,12 @@ class TransferTrainer:
     def eval_rows(self) -> list[dict[str, Any]] | None:
         return self._rows(self.eval_data, "test", "eval_dataset")
 
+    @cached_property
+    def text_rows(self) -> list[str] | None:
+        if isinstance(self.texts, (str, Path)):
+            return read_texts(self.texts)
+        return None if self.texts is None else list(self.texts)
+
     @property
     def source_name(self) -> str:
         """The source base with its revision."""
@@ -203,7 +226,7 @@ class TransferTrainer:
         args = self.args
         own_inputs = [self.adapter, self.target_base, self.source_base]
         refuse_existing_output(self.out, overwrite=args.overwrite, inputs=own_inputs)
-        for rows in (self.train_rows, self.eval_rows):  # refused before any work
+        for rows in (self.train_rows, self.eval_rows, self.text_rows):  # refused before any work
             if rows is not None and not rows:
                 raise ValueError("A dataset of the transfer has no rows. Leave it out, or give one with rows.")
         self.lineage, lines = self._lineage()
@@ -223,7 +246,7 @@ class TransferTrainer:
         else:
             self.report = transfer_lora(
                 self.adapter, self.target_base, self.out, method=method, options=args.method_options,
-                source_base=self.source_base, texts=self.texts, rank=args.max_rank, overwrite=args.overwrite,
+                source_base=self.source_base, texts=self.text_rows, rank=args.max_rank, overwrite=args.overwrite,
             )  # fmt: skip
         record = read_record(self.out)
         record.notes = {LINEAGE: lines, **record.notes}
@@ -233,6 +256,7 @@ class TransferTrainer:
                 "relation": found.relation, "distances": found.distances, "shared_tokens": found.shared_tokens,
                 "recommended": found.recommended,
             }  # fmt: skip
+        self._describe_data(record)
         finish_run(self.out, record, quiet=True)
         if self.eval_data is None:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -259,12 +283,25 @@ class TransferTrainer:
         record.not_measured = [one for one in record.not_measured if one != NOT_COMPARED]
         missing = self.comparison.not_measured
         record.not_measured += [f"In the comparison, {name}: {reason}." for name, reason in missing.items()]
-        record.inputs += [
-            describe_dataset(data) for data in (self.eval_data, self.train_data) if isinstance(data, (str, Path))
-        ]
         finish_run(self.out, record, measured, result=TRANSFERRED, plot=None, quiet=True)
         shutil.rmtree(self.work, ignore_errors=True)
         return self.comparison
+
+    def _describe_data(self, record: RunRecord) -> None:
+        """Add the data sets to the record, and the call that makes the result again where all data are named."""
+        given = (self.train_data, self.eval_data, self.texts)
+        datasets: list[Wanted] = [(one, None, "dataset") for one in given if isinstance(one, (str, Path))]
+        record.inputs += [describe_dataset(name) for name, _, _ in datasets]
+        if record.call or len(datasets) < sum(one is not None for one in given):
+            return
+        source, target = (parse_reference(name, "base") for name in (self.source_name, self.target_base))
+        settings = asdict(self.args)
+        del settings["output_dir"], settings["overwrite"]
+        call: dict[str, Any] = {"adapter": self.adapter, "target_base": self.target_base, "settings": settings}
+        call |= {"source_base": self.source_name, "train_data": self.train_data, "test_data": self.eval_data}
+        call |= {"texts": self.texts, "columns": self.columns, "template": self.template}
+        record.recipe_sha256 = sha256_of(__file__)
+        record.call = call_of(call, [*inputs_of_transfer(self.adapter, source, target), *datasets])
 
     def summary(self) -> list[str]:
         """What was done and measured, in lines for a terminal."""
@@ -326,6 +363,29 @@ class TransferTrainer:
                 )
             found.append(renamed)
         return found
+
+
+def transfer_again(
+    adapter: str,
+    target_base: str,
+    out: str | Path,
+    *,
+    settings: dict[str, Any],
+    source_base: str,
+    train_data: str | None,
+    test_data: str | None,
+    texts: str | None,
+    columns: dict[str, str],
+    template: QuestionAnswerFormat | None,
+) -> None:
+    """Run the transfer, and the comparison, of a call that a `TransferTrainer` wrote into its record."""
+    trainer = TransferTrainer(
+        adapter, target_base, TransferConfig(**settings, output_dir=str(out)), source_base=source_base,
+        train_dataset=train_data, eval_dataset=test_data, texts=texts, template=template, columns=columns,
+    )  # fmt: skip
+    trainer.train()
+    if test_data is not None:
+        trainer.evaluate()
 
 
 def teach_source(

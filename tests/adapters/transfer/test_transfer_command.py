@@ -8,8 +8,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.adapters.transfer.command import read_texts, trainer_from_words
+from hf_transfer_ext.adapters.transfer.command import trainer_from_words
 from hf_transfer_ext.adapters.transfer.compare import RANDOM, SOURCE_ADAPTED, TARGET_BASE
+from hf_transfer_ext.adapters.transfer.trainer import read_texts
 from hf_transfer_ext.cli import main
 from hf_transfer_ext.hub.record import read_record
 
@@ -83,6 +84,6 @@ def test_texts_of_a_file(folder):
     (folder / "texts.json").write_text('["one", "two"]')
     assert read_texts(folder / "texts.json") == ["one", "two"]
     trainer = trainer_from_words("a", "b", "c", method="ridge", texts=str(folder / "texts.json"))
-    assert trainer.texts == ["one", "two"] and trainer.args.output_dir == "c"
+    assert trainer.text_rows == ["one", "two"] and trainer.args.output_dir == "c"
     with pytest.raises(ValueError, match=r"Row 0 of .*has no text in a column 'text'; it has q, a"):
         read_texts(folder / "test.jsonl")
