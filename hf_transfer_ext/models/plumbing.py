@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hf_transfer_ext.models.heads import (
     causal_lm_of,
@@ -63,6 +64,28 @@ def is_sharded(model: Any = None, accelerator: Accelerator | None = None) -> boo
     return parameter is not None and (
         hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
     )
+
+
+@contextmanager
+def gathered_weights(*models: Any, accelerator: Accelerator) -> Iterator[None]:
+    """Within the block, weights that FSDP2 shards are whole on each process, and no forward pass waits for another.
+
+    Every process enters and leaves it. Models that are not sharded by FSDP2 are left as they are.
+    """
+    parts = [part for model in models if model is not None for part in model.modules() if isinstance(part, FSDPModule)]
+    if not parts:
+        yield
+        return
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        afterward = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(afterward, recurse=False)
 
 
 @contextmanager
