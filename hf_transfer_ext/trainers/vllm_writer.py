@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,16 @@ class VllmWriter:
         _check(student)
         self._parameters: Any = vllm.SamplingParams
         self._loaded: int | None = None
-        places = {
-            "RANK": accelerator.process_index, "LOCAL_RANK": accelerator.local_process_index,
-            "WORLD_SIZE": accelerator.num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511,
-        }  # fmt: skip
-        for name, value in places.items():  # `external_launcher` reads them; a launcher has set them
-            os.environ.setdefault(name, str(value))
         aside = Path(folder) / f".vllm-{accelerator.process_index}"
         aside.mkdir(parents=True, exist_ok=True)
         causal_lm_of(student).config.save_pretrained(aside)
         try:
-            self.engine: Any = vllm.LLM(
-                model=str(aside), skip_tokenizer_init=True, load_format="dummy", tensor_parallel_size=1,
-                distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs",
-                seed=accelerator.process_index, **options,
-            )  # fmt: skip
+            with _as_launched(accelerator):
+                self.engine: Any = vllm.LLM(
+                    model=str(aside), skip_tokenizer_init=True, load_format="dummy", tensor_parallel_size=1,
+                    distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs",
+                    seed=accelerator.process_index, **options,
+                )  # fmt: skip
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -132,6 +128,22 @@ class VllmWriter:
         ]
 
 
+@contextmanager
+def _as_launched(accelerator: Accelerator) -> Iterator[None]:
+    """Within the block, the variables that a launcher sets are there, as an engine within this process needs them."""
+    needed = {
+        "RANK": accelerator.process_index, "LOCAL_RANK": accelerator.local_process_index,
+        "WORLD_SIZE": accelerator.num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511,
+    }  # fmt: skip
+    added = [name for name in needed if name not in os.environ]
+    os.environ.update({name: str(needed[name]) for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 def engine_weights(student: Any) -> Iterator[tuple[str, Tensor]]:
     """The student's weights under the names of its architecture, adapters merged and shards gathered, one at a time.
 
@@ -175,8 +187,8 @@ def _check(student: Any) -> None:
         without = [name for name, one in student.peft_config.items() if one.is_prompt_learning]
         if without:
             raise ValueError(
-                f"Adapter {without[0]!r} is of the kind prompt learning, which cannot be merged into weights for vLLM. "
-                "Leave `rollout_engine` out."
+                f"Adapter {without[0]!r} is of the kind prompt learning, which cannot be merged into weights for "
+                "vLLM. Leave `rollout_engine` out."
             )
         if any(isinstance(part, FSDPModule) for part in student.modules()):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class LLM:
 
     def __init__(self, model, **arguments):
         self.arguments, self.resets, self.states = arguments, 0, []
+        assert os.environ["WORLD_SIZE"] == "1" and arguments["seed"] == 0
         assert not list(Path(model).glob("*.safetensors")) and arguments["load_format"] == "dummy"
         torch.manual_seed(7)
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -98,8 +100,6 @@ def vllm(monkeypatch):
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, SamplingParams
     monkeypatch.setitem(sys.modules, "vllm", module)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # as a launcher sets them; restored after the test
     LLM.made, LLM.silent = [], False
     return module
 
@@ -121,6 +121,7 @@ def test_each_text_is_written_by_the_current_student(vllm, tmp_path):
         assert all(torch.equal(state[name], weight) for name, weight in student.items())
     assert not torch.equal(engine.states[0]["lm_head.weight"], engine.states[2]["lm_head.weight"])
     fixed = {"load_format": "dummy", "distributed_executor_backend": "external_launcher", "max_model_len": 64}
+    assert "WORLD_SIZE" not in os.environ
     assert fixed.items() <= engine.arguments.items() and not list(tmp_path.glob(".vllm*"))
     rows = [json.loads(line) for line in (tmp_path / WRITTEN).read_text().splitlines()]
     assert len(rows) == 12 and len({row["text"] for row in rows}) > 3
@@ -199,7 +200,7 @@ def test_without_vllm_nothing_starts(tmp_path, monkeypatch):
 )
 def test_settings_that_cannot_be_followed_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        config(tmp_path, **{"on_policy": "gkd", "on_policy_share": 1.0, **options})
+        config(tmp_path, **{"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6, **options})
 
 
 def test_an_engine_without_rollouts_is_refused(tmp_path):
