@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_transfer_ext.models.heads import (
@@ -70,9 +70,10 @@ def is_sharded(model: Any = None, accelerator: Accelerator | None = None) -> boo
 def gathered_weights(*models: Any, accelerator: Accelerator) -> Iterator[None]:
     """Within the block, weights that FSDP2 shards are whole on each process, and no forward pass waits for another.
 
-    Every process enters and leaves it. Models that are not sharded by FSDP2 are left as they are.
+    Every process enters and leaves it. Whatever is not sharded by FSDP2, or not a model, is left as it is.
     """
-    parts = [part for model in models if model is not None for part in model.modules() if isinstance(part, FSDPModule)]
+    networks = [model for model in models if isinstance(model, nn.Module)]
+    parts = [part for network in networks for part in network.modules() if isinstance(part, FSDPModule)]
     if not parts:
         yield
         return
