@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +22,8 @@ TextDataset: TypeAlias = Dataset | IterableDataset
 
 #: The formats of a row: each is a set of column roles. The first format that a dataset has is used.
 FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",), ("input_ids",))
+#: The format of data that a student writes the rest of; only where that is asked for.
+PROMPTS_ALONE = ("prompt",)
 ROLES = tuple(role for form in FORMS for role in form)
 
 #: Speaker in `{"from", "value"}` conversations -> role in a chat template; other names already are roles.
@@ -41,6 +43,7 @@ def load_text_dataset(
     streaming: bool = False,
     revision: str | None = None,
     config_name: str | None = None,
+    prompts_alone: bool = False,
 ) -> TextDataset:
     """Load text in one of the formats of TRL's `SFTTrainer`, with any column names.
 
@@ -59,6 +62,7 @@ def load_text_dataset(
         streaming: Read rows on demand (`IterableDataset`), for data larger than the disk.
         revision: Branch, tag or commit of a Hub dataset.
         config_name: Name of the configuration of a Hub dataset.
+        prompts_alone: Accept rows with only a `prompt`, too.
 
     Raises:
         FileNotFoundError: Neither a file or folder nor a dataset that can be reached on the Hub.
@@ -69,7 +73,8 @@ def load_text_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(_EMPTY.format(name=str(name_or_path), split=split))
-    form = _form(columns, list(first), str(name_or_path))
+    forms = (*FORMS, PROMPTS_ALONE) if prompts_alone else FORMS
+    form = _form(columns, list(first), str(name_or_path), forms)
     warn_of_unused(str(name_or_path), list(first), set(form.values()))
     _check_types(first, form, str(name_or_path))
     dataset = _without_nulls(dataset, form, str(name_or_path))
@@ -98,7 +103,7 @@ def load_train_and_test(
     """The training data and the held-out data.
 
     Where there is no split "test" (a single file has none), a tenth of the rows (1 to 1000) is held out from training;
-    a warning says so.
+    a warning says so. Prompts without completions are all for training: there is nothing to measure on.
 
     Args:
         test_split: None for no held-out data.
@@ -108,7 +113,7 @@ def load_train_and_test(
         ValueError: As in `load_text_dataset`; or there are fewer than two rows to hold out from.
     """
     train = load_text_dataset(name_or_path, split=train_split, **options)
-    if test_split is None:
+    if test_split is None or set(PROMPTS_ALONE) == set(ROLES) & set(next(iter(train))):
         return train, None
     if not Path(name_or_path).is_file() or test_split.startswith("train"):
         try:
@@ -287,17 +292,19 @@ def _loaded(
         raise kind(f"The dataset {str(name)!r} cannot be loaded: {error}") from error
 
 
-def _form(columns: Mapping[str, str] | None, available: list[str], name: str) -> dict[str, str]:
+def _form(
+    columns: Mapping[str, str] | None, available: list[str], name: str, forms: Sequence[tuple[str, ...]]
+) -> dict[str, str]:
     """Role -> column for one format."""
     if columns is None:
-        for form in FORMS:
+        for form in forms:
             if all(role in available for role in form):
                 return {role: role for role in form}
         if "conversations" in available:
             return {"messages": "conversations"}
         raise ValueError(
             f"The dataset {name!r} has the columns {', '.join(available)}, which match none of the formats "
-            f"{'; '.join(' + '.join(form) for form in FORMS)}. Map roles to columns, for example "
+            f"{'; '.join(' + '.join(form) for form in forms)}. Map roles to columns, for example "
             f"`columns: {{text: {available[0]}}}`."
         )
     for role, column in columns.items():
@@ -305,10 +312,10 @@ def _form(columns: Mapping[str, str] | None, available: list[str], name: str) ->
             raise ValueError(unknown_name("role of a column", role, ROLES))
         if column not in available:
             raise ValueError(f"{unknown_name('column', column, available)} (The dataset is {name!r}.)")
-    if set(columns) not in [set(form) for form in FORMS]:
+    if set(columns) not in [set(form) for form in forms]:
         raise ValueError(
             f"`columns` has the roles {', '.join(columns)}, but needs all roles of one format: "
-            f"{'; '.join(' + '.join(form) for form in FORMS)}."
+            f"{'; '.join(' + '.join(form) for form in forms)}."
         )
     return dict(columns)
 

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_transfer_ext.models.heads import (
     causal_lm_of,
@@ -63,6 +64,29 @@ def is_sharded(model: Any = None, accelerator: Accelerator | None = None) -> boo
     return parameter is not None and (
         hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
     )
+
+
+@contextmanager
+def gathered_weights(*models: Any, accelerator: Accelerator) -> Iterator[None]:
+    """Within the block, weights that FSDP2 shards are whole on each process, and no forward pass waits for another.
+
+    Every process enters and leaves it. Whatever is not sharded by FSDP2, or not a model, is left as it is.
+    """
+    networks = [model for model in models if isinstance(model, nn.Module)]
+    parts = [part for network in networks for part in network.modules() if isinstance(part, FSDPModule)]
+    if not parts:
+        yield
+        return
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        afterward = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(afterward, recurse=False)
 
 
 @contextmanager

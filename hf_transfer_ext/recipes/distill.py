@@ -21,6 +21,7 @@ from hf_transfer_ext.recipes.teacher import (
     describe,
     plan_of,
     prepared_teacher,
+    refuse_prompts_alone,
     settle_teacher,
     teacher_paths,
 )
@@ -67,8 +68,10 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
     read = (job.student, job.dataset, *teacher_paths(job, args))
     run = start_training("distillation", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
-    source = {"config_name": job.dataset_config, "revision": job.dataset_revision, "streaming": job.streaming}
+    source: dict[str, Any] = {"config_name": job.dataset_config, "revision": job.dataset_revision}
+    source |= {"streaming": job.streaming, "prompts_alone": args.on_policy is not None}
     data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, columns=job.columns, **source)
+    refuse_prompts_alone(job, data)
     questions = fact_questions(str(job.test_split)) if test and job.dataset == FACTS_DATASET else []
     teacher, tokenizer = prepared_teacher(job, args, run, data)
     with record.stage("make the student"):

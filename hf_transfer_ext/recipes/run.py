@@ -34,7 +34,7 @@ TRAINER_GROUPS = {
     ],
     "on_policy": [
         *("on_policy", "on_policy_options", "on_policy_share", "teacher_writes", "max_new_tokens"),
-        *("sampling_temperature", "generation_options", "log_rollouts"),
+        *("sampling_temperature", "generation_options", "log_rollouts", "rollout_engine", "rollout_engine_options"),
     ],
     "data": ["drop_unlabelled"],
 }

@@ -15,6 +15,7 @@ from hf_transfer_ext.teachers.several import shown_bytes
 from hf_transfer_ext.teachers.spans import SpanTeacher
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig, forget_loading
 from hf_transfer_ext.trainers.distillation_models import teacher_loading
+from hf_transfer_ext.trainers.rollouts import holds_prompts_alone
 from hf_transfer_ext.trainers.taught import taught
 
 
@@ -78,6 +79,16 @@ def prepared_teacher(job: Any, args: DistillationConfig, run: TrainingRun, data:
             changes = {"max_steps": job.teach_steps, "learning_rate": job.teach_learning_rate}
             teacher = taught(teacher, tokenizer, data, args, folder=run.work / "teacher", **changes)
     return teacher, tokenizer
+
+
+def refuse_prompts_alone(job: Any, data: Any) -> None:
+    """Refuse stages that learn from completions, where the data hold prompts without any."""
+    for name in ("teach_steps", "trim_vocabulary", "learngene_steps", "compare_with_ce"):
+        if holds_prompts_alone(data) and getattr(job, name):
+            raise ValueError(
+                f"`{name}` is {getattr(job, name)!r}, which needs whole texts, but {job.dataset!r} holds prompts "
+                f"without completions, after which the student writes. Leave `{name}` out, or add completions."
+            )
 
 
 def describe(trainer: Any, args: Any, record: RunRecord) -> None:

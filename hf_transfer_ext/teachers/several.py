@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_transfer_ext.losses.rows import DenseBlock, DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
@@ -316,7 +317,8 @@ def frozen_bytes(teachers: Mapping[str, Any]) -> dict[str, int]:
     for name, teacher in _single(teachers).items():
         model, total = getattr(teacher, "model", None), 0
         for parameter in model.parameters() if isinstance(model, nn.Module) else ():
-            storage = parameter.untyped_storage()
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # this process's shard
+            storage = own.untyped_storage()
             if not parameter.is_meta and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 total += storage.nbytes()

@@ -125,6 +125,7 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         "teacher_server_options",
         "on_policy_options",
         "generation_options",
+        "rollout_engine_options",
     ]
 
     def __post_init__(self) -> None:

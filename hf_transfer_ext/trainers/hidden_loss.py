@@ -211,7 +211,7 @@ class HiddenLoss(TrainedAlong):
     def _in_texts(self, own: LayerView, other: LayerView, texts: _Texts) -> Tensor:
         sides: list[tuple[Tensor, ...]]
         if self.reading == "sequences":
-            sides = [(texts.tokens(own.states), texts.tokens(other.states))]
+            sides: list[tuple[Tensor, ...]] = [(texts.tokens(own.states), texts.tokens(other.states))]
         elif self.reading == "scores":
             scores = [texts.pairs_of_tokens(view.scores()) for view in (own, other)]
             sides = [(scores[0], scores[1])]

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_transfer_ext.trainers.on_policy import ON_POLICY_METHODS
 from hf_transfer_ext.trainers.rollout_method import RolloutMethod, method_from
+from hf_transfer_ext.trainers.vllm_writer import check_engine
 
 #: Options of generation that cut tokens out of the distribution, or change it, so that the probability of a token is
 #: another one than the student's.
@@ -40,6 +41,10 @@ class OnPolicyOptions:
             `distill_temperature`.
         generation_options: Further options of transformers' `GenerationConfig` (top_p, repetition_penalty, ...).
             Without them tokens are drawn from the whole softmax, whatever the model's own config says.
+        rollout_engine: What the student writes with: "transformers", or "vllm" where that is installed. Its engine
+            runs beside the training in each process (leave it room with `gpu_memory_utilization`), and is given all
+            weights after each step. The teacher always writes with transformers.
+        rollout_engine_options: Further arguments of `vllm.LLM`.
         log_rollouts: Texts of each step that go to `rollouts.jsonl` in `output_dir`.
     """
 
@@ -50,6 +55,8 @@ class OnPolicyOptions:
     max_new_tokens: int = 128
     sampling_temperature: float = 1.0
     generation_options: dict[str, Any] | str | None = field(default_factory=dict)
+    rollout_engine: str = "transformers"
+    rollout_engine_options: dict[str, Any] | str | None = field(default_factory=dict)
     log_rollouts: int = 0
 
     def check_on_policy(self) -> None:
@@ -57,6 +64,7 @@ class OnPolicyOptions:
         config: Any = self
         self.on_policy_options: dict[str, Any] = dict(self.on_policy_options or {})  # type: ignore[arg-type]
         self.generation_options: dict[str, Any] = dict(self.generation_options or {})  # type: ignore[arg-type]
+        self.rollout_engine_options: dict[str, Any] = dict(self.rollout_engine_options or {})  # type: ignore[arg-type]
         if self.on_policy is None and not self.on_policy_share and not self.teacher_writes:
             self._refuse_without_method()
             return
@@ -115,6 +123,7 @@ class OnPolicyOptions:
                 f"`max_new_tokens` ({self.max_new_tokens}) leaves no room for a prompt within `max_length` "
                 f"({config.max_length})."
             )
+        check_engine(self, method)
         method.check(self)
 
     def rollout_method(self) -> RolloutMethod:
@@ -124,7 +133,7 @@ class OnPolicyOptions:
     def _refuse_without_method(self) -> None:
         plain = OnPolicyOptions()
         for name in ("on_policy_options", "max_new_tokens", "sampling_temperature", "generation_options",
-                     "log_rollouts"):  # fmt: skip
+                     "rollout_engine", "rollout_engine_options", "log_rollouts"):  # fmt: skip
             if getattr(self, name) != getattr(plain, name):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}, but no text is written during training. Choose a method "

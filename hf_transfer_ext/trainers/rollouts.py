@@ -30,13 +30,14 @@ from hf_transfer_ext.models.generation import (
     padded_left,
     stop_token_ids,
 )
-from hf_transfer_ext.models.plumbing import evaluation_mode, is_sharded, pad_token_id
+from hf_transfer_ext.models.plumbing import evaluation_mode, gathered_weights, is_sharded, pad_token_id
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.sampled import sampled_signal
 from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import IGNORE_INDEX, Labels, Mask
 from hf_transfer_ext.trainers.rollout_method import Rollout, RolloutMethod, RolloutTokens, Source
+from hf_transfer_ext.trainers.vllm_writer import VllmWriter, imported_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class WritesRollouts(Trainer):
     chat_template: str | None
     #: None where the data are trained on as they are.
     rollout_method: RolloutMethod | None = None
+    #: The engine that writes in place of transformers; made when the first text is needed.
+    _engine: VllmWriter | None = None
 
     def start_rollouts(self) -> None:
         """Called once the model, the data and the teacher stand.
@@ -70,14 +73,16 @@ class WritesRollouts(Trainer):
         self._lengths: list[tuple[int, bool]] = []
         self._evaluated = 0
         self._log_left = (-1, 0)
-        if is_sharded(accelerator=self.accelerator):
+        if is_sharded(accelerator=self.accelerator) and not self.accelerator.is_fsdp2:
             raise ValueError(
-                f"Weights are sharded ({self.accelerator.distributed_type.value}), and on-policy distillation would "
-                "gather all of them for each token that is written. Train an adapter, or with plain data parallelism "
-                "(DDP) or ZeRO-1/2; or let the texts be written beforehand, and leave `on_policy` out."
+                f"Weights are sharded ({self.accelerator.distributed_type.value}), and on-policy distillation gathers "
+                "them to write, which it does for FSDP2 alone. Set `fsdp_version: 2`, train with plain data "
+                "parallelism (DDP) or ZeRO-1/2; or let the texts be written beforehand, and leave `on_policy` out."
             )
         if getattr(self, "_is_vision_dataset", False):
             raise ValueError("`on_policy` writes after prompts of text, but the data hold images. Leave it out.")
+        if self.args.rollout_engine == "vllm":
+            imported_vllm()
         writes_itself = self.args.teacher_writes or self.rollout_method.teacher_mix > 0
         if writes_itself and not isinstance(self.teacher, LiveTeacher):
             raise ValueError(
@@ -131,6 +136,8 @@ class WritesRollouts(Trainer):
         room = (self.args.max_length or self._context or 10**9) - max(map(len, prompts))
         if not min(map(len, prompts)) or room < self.args.max_new_tokens:
             raise ValueError(no_room(prompts, self.args, self._context))
+        if source == "student" and self.args.rollout_engine == "vllm":
+            return self._write_by_engine(student, prompts, seed)
         writer = self.teacher.running(student) if source == "teacher" else nullcontext(student)
         notes: DrawnLogProbs | TeacherMixture | None = None
         if source == "mixture":
@@ -143,7 +150,8 @@ class WritesRollouts(Trainer):
             "stop_ids": stop_token_ids(student, tokenizer), "temperature": self.args.sampling_temperature,
             "processors": [] if notes is None else [notes], **self.args.generation_options,
         }  # fmt: skip
-        with self.compute_loss_context_manager(), evaluation_mode(student), writer as model:
+        sharded = gathered_weights(student, getattr(self.teacher, "model", None), accelerator=self.accelerator)
+        with sharded, self.compute_loss_context_manager(), evaluation_mode(student), writer as model:
             texts, written = continuations(self.accelerator.unwrap_model(model), prompts, **settings)
         by_student: list[list[float]] | None = None
         by_teacher: list[list[float]] | None = None
@@ -161,6 +169,26 @@ class WritesRollouts(Trainer):
             )
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
+
+    def _write_by_engine(self, student: Any, prompts: list[list[int]], seed: int) -> list[Rollout]:
+        method: Any = self.rollout_method
+        if self._engine is None:
+            options = self.args.rollout_engine_options
+            self._engine = VllmWriter(student, self.accelerator, self.args.output_dir, options)
+        self._engine.load(student, self.state.global_step)
+        texts, log_probs = self._engine.write(
+            prompts, stop_ids=stop_token_ids(student, self.processing_class),
+            max_new_tokens=self.args.max_new_tokens, temperature=self.args.sampling_temperature,
+            seeds=[seed_of(seed, i) for i in range(len(prompts))], log_probs=method.notes_log_probs,
+            **self.args.generation_options,
+        )  # fmt: skip
+        return [
+            Rollout(
+                prompt + text, [IGNORE_INDEX] * len(prompt) + text, "student",
+                None if log_probs is None else log_probs[i],
+            )
+            for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        ]  # fmt: skip
 
     def _collated(self, rows: Sequence[Rollout]) -> dict[str, Any]:
         """A batch for `compute_loss`, with what is known of its texts under the key `ROLLOUT`."""

@@ -31,20 +31,20 @@ TRANSLATED = frozenset(("temperature", "beta", "generation_kwargs", "log_complet
 #: TRL's settings that change nothing here: setting -> why.
 NOT_USED = {
     **{
-        name: "transformers writes the texts; the distribution is the same, the speed is not"
+        name: "transformers writes the texts, from the same distribution; set `rollout_engine: vllm` for vLLM"
         for name in (
             "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url",
             "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
             "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_sync_frequency",
         )
     },
-    "ds3_gather_for_generation": "sharded students do not write texts",
+    "ds3_gather_for_generation": "students that ZeRO-3 shards do not write texts",
     "generation_batch_size": "each micro-batch is written as one batch",
     "log_unique_prompts": "`rollouts.jsonl` holds the texts of each step",
     "wandb_log_unique_prompts": "`rollouts.jsonl` holds the texts of each step",
     "log_completions_steps": "`rollouts.jsonl` holds the texts of each step",
 }  # fmt: skip
-_CROSS_TOKENIZER = "choose a loss across tokenizers with `loss` (uld, gold, alm) and its `loss_options`"
+_CROSS_TOKENIZER = "choose a loss across tokenizers with `loss` (uld, gold, alm, dskd) and its `loss_options`"
 #: TRL's settings that would train something else if they were left out: setting -> (value that is taken, what to do).
 ANSWERED: dict[str, tuple[Any, str]] = {
     "vllm_structured_outputs_regex": (None, "texts are not held to a pattern here; leave it out"),

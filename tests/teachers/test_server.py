@@ -133,6 +133,13 @@ def test_a_busy_server_is_asked_again_and_a_dead_one_stops_a_run_that_goes_on_la
     assert len(filled(server, tmp_path / "b")) == 3
 
 
+def test_a_batch_whose_tokens_are_all_masked_asks_nothing(server):
+    inputs, mask = batch(TEXTS)
+    before = len(server.requests)
+    found = teacher(server, check_tokenizer=False).signal(server.model, inputs, torch.zeros_like(mask)).rows
+    assert len(found) == 0 and len(server.requests) == before
+
+
 def test_no_server_at_the_address(tmp_path):
     with pytest.raises(OSError, match=r"cannot be reached or broke off .* No answer after 1 attempts"):
         ServerTeacher("http://127.0.0.1:9", "big", TOKENIZER, retries=0, timeout=2.0)
@@ -161,7 +168,14 @@ def test_servers_that_cannot_teach_are_refused(server, tmp_path):
     server.faults = [(200, json.dumps(short).encode(), {})]
     with pytest.raises(ValueError, match="was sent 5 tokens and answered for 2: the answer is cut"):
         filled(server, tmp_path / "a")
-    server.cut = 40
+    for body, message in (
+        ({"choices": [{"prompt_logprobs": []}]}, "was sent 5 tokens and answered for 0: the answer is cut"),
+        ({"choices": []}, "gives no log-probabilities of its prompt"),
+    ):
+        server.faults = [(200, json.dumps(body).encode(), {})] * 2
+        with pytest.raises(ValueError, match=message):
+            filled(server, tmp_path / "a")
+    server.faults, server.cut = [], 40
     with pytest.raises(OSError, match="gave an answer that is cut or not JSON"):
         filled(server, tmp_path / "a")
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer, UnlearningConfig, UnlearningTrainer
+from hf_transfer_ext.trainers.rollouts import WRITTEN
 from hf_transfer_ext.trainers.saving import save_whole
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def shard_on_cpu():
     PartialState.__init__ = patched
 
 
-def trained(folder, batch_size, teacher=..., **options):
+def trained(folder, batch_size, teacher=..., data=None, **options):
     args = DistillationConfig(
         str(folder), use_cpu=True, bf16=False, report_to="none", max_length=64, optim="sgd", learning_rate=0.5,
         lr_scheduler_type="constant", max_steps=2, per_device_train_batch_size=batch_size, max_grad_norm=0.0,
@@ -47,7 +48,7 @@ def trained(folder, batch_size, teacher=..., **options):
         tiny_llama(1),
         tiny_llama(2, num_hidden_layers=3) if teacher is ... else teacher,
         args,
-        Dataset.from_dict({"text": TEXTS}),
+        Dataset.from_dict(data or {"text": TEXTS}),
         processing_class=byte_tokenizer(),
     )
     trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
@@ -72,6 +73,32 @@ def test_sharded_training_with_a_sharded_teacher_equals_one_process(tmp_path, fu
     assert saved.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(saved[name], whole[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "options", [{"on_policy": "gkd"}, {"on_policy": "minillm", "loss": "reverse_kl"}], ids=["gkd", "minillm"]
+)
+def test_a_sharded_student_and_teacher_write_what_whole_ones_write(tmp_path, options):
+    """Processes end their texts after different numbers of tokens: none may wait for another in between."""
+    data = {"prompt": [f"{text} and" for text in TEXTS], "completion": [" so on", "", " blue", " is heavy"]}
+    settings = {"data": data, "max_new_tokens": 12, "sampling_temperature": 1.0, "log_rollouts": 4, **options}
+
+    def rank(name):
+        if name == "sharded":
+            shard_on_cpu()
+        trainer = trained(tmp_path / name, 2, **settings)
+        sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
+        save_whole(trainer, tmp_path / f"{name}-saved")
+        return all(sharded)
+
+    assert on_two_ranks(lambda _: rank("whole"), tmp_path) == [False, False]
+    assert on_two_ranks(lambda _: rank("sharded"), tmp_path) == [True, True]
+    assert (tmp_path / "whole" / WRITTEN).read_text() == (tmp_path / "sharded" / WRITTEN).read_text() != ""
+    whole, saved = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-saved").state_dict() for name in ("whole", "sharded")
+    )
+    for name in whole:
+        torch.testing.assert_close(saved[name], whole[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_sharded_training_from_a_cache_equals_one_process(tmp_path):

@@ -244,6 +244,28 @@ def test_adapters_learn_and_teach(tmp_path):
     assert_same(weights(own), weights(merged), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["token_relationship_graph", "dual_head", "feature_norm_direction", "minilm"])
+def test_an_adapter_learns_through_checkpointed_layers_and_only_mapped_ones_are_captured(tmp_path, name):
+    at_heads = name in ("dual_head", "feature_norm_direction")
+    mapped = {} if at_heads else {"layer_map": [[-1, 2]]}
+    seen = []
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        student = get_peft_model(tiny_llama(1), LoraConfig(r=2, init_lora_weights=False))
+        trainer = make(
+            tmp_path / str(checkpointing), student, deep(), hidden_loss=name, kd_weight=0.0,
+            gradient_checkpointing=checkpointing, **mapped,
+        )  # fmt: skip
+        own = trainer.hidden_loss.forward
+        trainer.hidden_loss.forward = lambda *args, own=own: (seen.append((set(args[0]), set(args[1]))), own(*args))[1]
+        trainer.train()
+        found.append(weights(trainer))
+        assert logged(trainer, "grad_norm")[0] > 0
+    assert_same(*found, atol=1e-5)
+    assert all(pair == (({-2}, {-2}) if at_heads else ({1}, {2})) for pair in seen) and len(seen) == 2
+
+
 def test_evaluation_adds_the_hidden_loss(tmp_path):
     trainer = trained(tmp_path, teacher=deep(), hidden_loss="hidden_mse", hidden_weight=0.5, learning_rate=1e-9)
     found = trainer.evaluate(Dataset.from_dict({"text": TEXTS}))

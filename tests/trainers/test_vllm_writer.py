@@ -1,0 +1,208 @@
+"""The student writes by vLLM: a stand-in with vLLM's interface holds a model of its own, as the engine does."""
+
+import copy
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import tiny_llama
+from trainers.test_distillation import config, logged
+from trainers.test_rollouts import PROMPTS, prompt_batch, trained, trainer_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_transfer_ext.models.generation import continuations
+from hf_transfer_ext.trainers.rollouts import WRITTEN
+from hf_transfer_ext.trainers.vllm_writer import VllmWriter, engine_weights
+
+ENGINE = {"rollout_engine": "vllm", "data": PROMPTS}
+
+
+@dataclass
+class SamplingParams:
+    """The fields of vLLM's that are used, with its defaults."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = 16
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    logprobs: int | None = None
+    detokenize: bool = True
+
+
+@dataclass
+class Written:
+    token_ids: tuple[int, ...]
+    logprobs: list[dict] | None
+    finish_reason: str
+
+
+class LLM:
+    """Keeps what it was made with, and every state of its weights in which it wrote."""
+
+    made: list["LLM"] = []  # noqa: RUF012
+    silent = False
+
+    def __init__(self, model, **arguments):
+        self.arguments, self.resets, self.states = arguments, 0, []
+        assert os.environ["WORLD_SIZE"] == "1" and arguments["seed"] == 0
+        assert not list(Path(model).glob("*.safetensors")) and arguments["load_format"] == "dummy"
+        torch.manual_seed(7)
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        self.model.load_weights = self._load
+        runner = SimpleNamespace(model_runner=SimpleNamespace(model=self.model))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        LLM.made.append(self)
+
+    def _load(self, weights):
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights:
+                own[name].copy_(weight)
+
+    def reset_prefix_cache(self):
+        self.resets += 1
+
+    def generate(self, prompts, sampling_params, use_tqdm=True):
+        self.states.append(copy.deepcopy(self.model.state_dict()))
+        found = []
+        for prompt, one in zip(prompts, sampling_params, strict=True):
+            ids = prompt["prompt_token_ids"]
+            texts, _ = continuations(
+                self.model, [ids], pad_id=257, stop_ids=one.stop_token_ids, max_new_tokens=one.max_tokens,
+                temperature=one.temperature, seed=one.seed, top_p=one.top_p,
+            )  # fmt: skip
+            text = [] if self.silent else texts[0]
+            rows = None
+            if one.logprobs is not None:
+                with torch.no_grad():
+                    scores = self.model(torch.tensor([ids + text])).logits[0, len(ids) - 1 : -1] / one.temperature
+                values = scores.log_softmax(-1)
+                rows = [{t: SimpleNamespace(logprob=values[i, t].item(), rank=1)} for i, t in enumerate(text)]
+            reason = "stop" if text and text[-1] in one.stop_token_ids else "length"
+            found.append(SimpleNamespace(outputs=[Written(tuple(text), rows, reason)]))
+        return found
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    LLM.made, LLM.silent = [], False
+    return module
+
+
+def test_each_text_is_written_by_the_current_student(vllm, tmp_path):
+    seen = []
+    trainer = trainer_of(tmp_path, **ENGINE, max_steps=3, log_rollouts=9, rollout_engine_options={"max_model_len": 64})
+    before = trainer._written_batch
+
+    def noted(*args):
+        seen.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+        return before(*args)
+
+    trainer._written_batch = noted
+    trainer.train()
+    (engine,) = LLM.made
+    assert len(engine.states) == len(seen) == engine.resets == 3
+    for state, student in zip(engine.states, seen, strict=True):
+        assert all(torch.equal(state[name], weight) for name, weight in student.items())
+    assert not torch.equal(engine.states[0]["lm_head.weight"], engine.states[2]["lm_head.weight"])
+    fixed = {"load_format": "dummy", "distributed_executor_backend": "external_launcher", "max_model_len": 64}
+    assert "WORLD_SIZE" not in os.environ
+    assert fixed.items() <= engine.arguments.items() and not list(tmp_path.glob(".vllm*"))
+    rows = [json.loads(line) for line in (tmp_path / WRITTEN).read_text().splitlines()]
+    assert len(rows) == 12 and len({row["text"] for row in rows}) > 3
+    assert (
+        trained(tmp_path / "again", **ENGINE, max_steps=3)
+        .model.state_dict()["lm_head.weight"]
+        .equal(trainer.model.state_dict()["lm_head.weight"])
+    )
+
+
+def test_noted_log_probabilities_are_those_of_the_drawn_tokens(vllm, tmp_path):
+    options = {"on_policy": "sampled_reverse_kl", "loss": "reverse_kl", "sampling_temperature": 0.8}
+    trainer = trainer_of(tmp_path, **ENGINE, **options, on_policy_share=1.0)
+    (row,) = trainer.rollouts_from("student", prompt_batch(), seed=3)
+    with torch.no_grad():
+        scores = trainer.model(torch.tensor([row.ids])).logits[0] / 0.8
+    start = len(row.ids) - len(row.written)
+    values = scores.log_softmax(-1)[range(start - 1, len(row.ids) - 1), row.written]
+    assert row.log_probs == pytest.approx(values.tolist(), rel=1e-4)
+    trainer.train()
+    assert torch.isfinite(torch.tensor(logged(trainer, "kd"))).all()
+
+
+def test_adapters_are_merged_for_the_engine_and_the_base_stays_bit_for_bit(vllm, tmp_path):
+    torch.manual_seed(0)
+    student = get_peft_model(
+        tiny_llama(1).bfloat16(),
+        LoraConfig(
+            r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False, modules_to_save=["lm_head"]
+        ),
+    )
+    with torch.no_grad():
+        student.base_model.model.lm_head.modules_to_save["default"].weight += 1.0
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    found = dict((name, weight.clone()) for name, weight in engine_weights(student))
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+    merged = copy.deepcopy(student).merge_and_unload().state_dict()
+    assert found.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(found[name], weight, msg=lambda m, n=name: f"{n}: {m}")
+    VllmWriter(student, Accelerator(cpu=True), tmp_path, {}).load(student, 0)
+    state = LLM.made[0].model.state_dict()
+    assert all(torch.equal(state[name], weight.float()) for name, weight in found.items())
+
+
+def test_what_vllm_cannot_do_is_refused(vllm, tmp_path):
+    virtual = get_peft_model(tiny_llama(1), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="prompt learning, which cannot be merged into weights"):
+        trained(tmp_path / "a", virtual, **ENGINE)
+    LLM.silent = True
+    with pytest.raises(ValueError, match=r"vLLM wrote nothing after prompt 0 of a batch"):
+        trained(tmp_path / "b", **ENGINE)
+
+
+def test_without_vllm_nothing_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="`rollout_engine: vllm` needs vLLM, which cannot be imported"):
+        trainer_of(tmp_path, **ENGINE)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rollout_engine": "sglang"}, "has to be transformers or vllm, got 'sglang'"),
+        ({"rollout_engine_options": {"max_model_len": 9}}, "are arguments of vLLM"),
+        ({"rollout_engine": "vllm", "rollout_engine_options": {"seed": 1}}, "'seed', which follows from the training"),
+        (
+            {"rollout_engine": "vllm", "generation_options": {"typical_p": 0.5}},
+            "'typical_p', which vLLM does not take",
+        ),
+        (
+            {"rollout_engine": "vllm", "on_policy": "minillm", "loss": "reverse_kl"},
+            "an engine that has only the student",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **{"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6, **options})
+
+
+def test_an_engine_without_rollouts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`rollout_engine` is 'vllm', but no text is written during training"):
+        config(tmp_path, rollout_engine="vllm")
