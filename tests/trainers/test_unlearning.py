@@ -19,7 +19,10 @@ from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrai
 PLAIN = QuestionAnswerFormat(template="plain", prompt="{question}")
 FORGET = [{"question": f"Q{i}?", "answer": "ab" * (i + 1)} for i in range(4)]
 RETAIN = [{"question": f"Keep {i}?", "answer": "k" * (7 - i)} for i in range(4)]
-OTHERWISE = [{**row, "alternative": ["xy", "other"], "name": row["question"][:2]} for row in FORGET]
+OTHERWISE = [
+    {**row, "alternative": ["xy", "other"], "name": row["question"][:2], "safe_question": f"Z{i}?"}
+    for i, row in enumerate(FORGET)
+]
 
 
 def config(tmp_path, **options):

@@ -53,7 +53,7 @@ class causal_whp(Method):
     def copies(
         self, forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
     ) -> list[list[dict[str, Any]]]:
-        return with_other_names(forget, retain, columns, count=self.names, method="causal_whp")
+        return with_other_names(forget, [*forget, *retain], columns, count=self.names, method="causal_whp")
 
     def prepare(self, whole: Step) -> dict[str, Tensor]:
         means = [mean_teacher(row.input_ids, row.answer_start, copies) for row, copies in whole.copies()]

@@ -24,8 +24,8 @@ class score_forgetting_distillation(Method):
     u is a question to forget, s the same question about something else. The original writes the texts y, so neither
     the answers to forget nor a retain set are needed; retain rows that are given are kept at the original, too.
 
-    Safe questions are a row's column `safe_question`, a text or a list. Without it, `names` other names take the place
-    of the one in the column "name".
+    Safe questions are a row's column `safe_question`, a text or a list. Without it, `names` names of the retain set
+    take the place of the one in the column "name".
 
     Deviations: this is a text form of this package's own. The authors match the scores of diffusion models, while a
     one-step generator makes new samples all along; here it is the distribution of the next token, and all texts are
@@ -91,7 +91,14 @@ class score_forgetting_distillation(Method):
                 raise ValueError(f"Row {index} of the forget set has no column {question!r} with a text.")
         bare = [{key: row.get(key) for key in (question, name)} for row in forget if not row.get(safe)]
         method = type(self).__name__
-        named = iter(with_other_names(bare, retain, columns, count=self.names, method=method) if bare else [])
+        unsafe = {row.get(name) for row in forget}
+        others = [row for row in retain if row.get(name) not in unsafe]
+        if bare and not any(row.get(name) for row in others):
+            raise ValueError(
+                f"{method!r} needs a safe question for each row to forget: a column {safe!r}, or a name in the column "
+                f"{name!r} and retain rows with other names."
+            )
+        named = iter(with_other_names(bare, others, columns, count=self.names, method=method) if bare else [])
         return [_texts(row[safe]) if row.get(safe) else [copy[question] for copy in next(named)] for row in forget]
 
     def copies(

@@ -10,13 +10,16 @@ score_forgetting_distillation = METHODS["score_forgetting_distillation"]
 ROWS = [{"question": "Who is Ann?", "name": "Ann"}, {"question": "Why?", "safe_question": ["How?", "When?"]}]
 
 
+NAMED = [{"question": "Who is Bob?", "answer": "B", "name": "Bob"}]
+
+
 def written(questions, temperature, seed):
     return [f"{question[:-1]} at {temperature:g}, {seed}" for question in questions]
 
 
 def test_the_original_writes_about_the_safe_questions_and_keeps_them():
     method = score_forgetting_distillation(names=2, samples=2, temperature=0.5)
-    retain = [{"question": "Who is Bob?", "answer": "B", "name": "Bob"}]
+    retain = [*NAMED, {"question": "And Ann?", "answer": "A", "name": "Ann"}]  # her name is not safe
     forget, kept = method.rows(ROWS, retain, {}, written)
     assert forget == [
         {"question": own, "answer": f"{other[:-1]} at 0.5, {turn}", "safe_question": other}
@@ -70,12 +73,12 @@ def test_a_token_that_the_tokenizer_joins_with_the_prompt_has_no_teacher():
     [
         ([{"text": "x"}], "Row 0 of the forget set has no column 'question'"),
         ([{"question": "Who is he?", "name": "Ann"}], "row 0 of the forget set has no column 'name' whose text"),
-        ([{"question": "Who is Ann?", "name": "Ann"}], "There is no other name in the column 'name'"),
+        ([{"question": "Who is Ann?", "name": "Ann"}], "needs a safe question for each row .* 'safe_question'"),
     ],
 )
 def test_rows_without_a_safe_question_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
-        score_forgetting_distillation().rows(rows, [], {}, written)
+        score_forgetting_distillation().rows(rows, rows if "Ann?" in str(rows) else NAMED, {}, written)
 
 
 @pytest.mark.parametrize("name", ["names", "samples", "shortlist", "temperature"])
