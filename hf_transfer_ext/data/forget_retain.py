@@ -28,7 +28,7 @@ ANSWER_COLUMNS = (
 #: Columns that alternatives and evaluations read, and what `fictitious_people` says about its rows.
 OTHER_COLUMNS = (
     "alternative", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "person", "name", "fact", "value",
-    "language", "hops", "described_by",
+    "language", "hops", "described_by", "safe_question",
 )  # fmt: skip
 
 #: Further ways in which `fictitious_people` are asked about.

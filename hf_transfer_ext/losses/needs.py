@@ -214,6 +214,32 @@ def _of_teacher(found: ForwardPass, name: str) -> Tensor:
     return found.computed_before(name)[rows].to(found.log_probs.device)
 
 
+def teachers_of_rows(distributions: Sequence[Float[Tensor, "_ vocab"]], shortlist: int) -> dict[str, Tensor]:
+    """What the needs `teacher_probs` and `teacher_ids` read: the most likely tokens of each row's teacher.
+
+    Args:
+        distributions: For each answer to forget, a distribution at each of its tokens; all 0 at one without a teacher.
+        shortlist: Tokens that are kept, >= 1.
+    """
+    starts, ids, probs = [0], [], []
+    for own in distributions:
+        kept = own.topk(min(shortlist, own.shape[-1] - 1), dim=-1)
+        ids.append(kept.indices)
+        probs.append(kept.values)
+        starts.append(starts[-1] + len(own))
+    return {
+        "teacher_starts": torch.tensor(starts[:-1]),
+        "teacher_ids": torch.cat(ids),
+        "teacher_probs": torch.cat(probs),
+    }
+
+
+def _picked_rows(found: ForwardPass) -> Sequences:
+    if found.index is None:
+        raise ValueError("The forward pass does not know which rows its answers are from, so it has no weights.")
+    return found.computed_before("picked")[found.index].to(found.log_probs)
+
+
 @lru_cache
 def random_direction(size: int, seed: int) -> Float[Tensor, " size"]:
     """Uniform in [0, 1)^size, divided by its length; the same for a seed on every process."""
@@ -294,6 +320,10 @@ NEEDS: dict[str, Need] = {
         Need(
             "target_outputs", "mean margin that a model without the forget set is predicted to give to each answer",
             ("sequences",), "any", _target_outputs, of_row=True,
+        ),
+        Need(
+            "picked", "weight of each answer among those that the method picked, 0 for the others; 1 on average",
+            ("sequences",), ">= 0", _picked_rows, of_row=True,
         ),
         of_alternative(_answer_nll),
         of_alternative(_lengths),

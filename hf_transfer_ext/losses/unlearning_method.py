@@ -7,7 +7,7 @@ attributes. One that does more overrides a function below; the trainer calls the
 - A schedule, or weights that are learned: `weights`, `start` and `learn`.
 - A step of its own (two gradients combined, moved weights, a mask on gradients): `gradient`.
 - Tensors computed once, such as a mask: `prepare`.
-- Where alternative answers come from: `alternatives`.
+- Where alternative answers come from: `alternatives`. Other rows than the given ones: `rows`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer
+from hf_transfer_ext.data.unlearning.alternatives import Write
 from hf_transfer_ext.losses.needs import ForwardPass, check_options
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.registry import unknown_name
@@ -37,6 +38,7 @@ ALTERNATIVES = {
     "row's own column 'alternative' goes first",
     "forget answers": "the answers to other questions of the forget set",
     "retain answers": "the answers to questions of the retain set",
+    "nearest answers": "the answer to the question of the retain set that has most words in common with the row's own",
 }
 
 #: One tensor for each trained parameter, in the order of the model's parameters.
@@ -115,13 +117,16 @@ class Step(Protocol):
         """Gradient of the mean negative log-likelihood of the answers to forget; relearning goes against it."""
         ...
 
-    def answers(self, part: Part, *, at_once: int = 1) -> Iterator[ForwardPass]:
+    def answers(
+        self, part: Part, *, at_once: int = 1, layer: int = 0, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[ForwardPass]:
         """A forward pass, without dropout and with its graph, over the answers of a whole set, in the set's order.
 
         It keeps the hidden states of `hidden_layer`, where the config sets one. Each process gets all of them.
 
         Args:
-            at_once: Answers in a pass, >= 1.
+            at_once: Answers in a pass, >= 1; one alone is not padded.
+            layer: With `change`, the layer that gives `change(hidden)`, from 1.
         """
         ...
 
@@ -182,6 +187,20 @@ class Method:
         """Learned values after a step whose mean losses, over all micro-batches and processes, were `losses`."""
         return dict(learned)
 
+    def rows(
+        self,
+        forget: Sequence[Mapping[str, Any]],
+        retain: Sequence[Mapping[str, Any]],
+        columns: Mapping[str, str],
+        write: Write,
+    ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+        """The rows to train on, made from those that were given (no retain rows: none were).
+
+        Args:
+            write: The model as it is before training, as a function that answers questions.
+        """
+        return forget, retain
+
     def copies(
         self, forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
     ) -> list[list[dict[str, Any]]]:
@@ -206,6 +225,10 @@ class Method:
     @classmethod
     def has_own_step(cls) -> bool:
         return cls.gradient is not Method.gradient
+
+    @classmethod
+    def has_own_rows(cls) -> bool:
+        return cls.rows is not Method.rows
 
 
 def weighted_sum(step: Step, forget: Gradient, retain: Gradient) -> Gradient:

@@ -243,9 +243,12 @@ class _Step:
         self.losses.setdefault(part, total)
         return found
 
-    def answers(self, part: Part, *, at_once: int = 1) -> Iterator[ForwardPass]:
+    def answers(
+        self, part: Part, *, at_once: int = 1, layer: int = 0, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[ForwardPass]:
         own = self.trainer.accelerator.unwrap_model(self.model)
-        with evaluation_mode(own):
+        changed = nullcontext() if change is None else hidden_states_changed(own, layer, change)
+        with evaluation_mode(own), changed:
             yield from self.trainer.passes_over(own, part, at_once)
 
     def copies(self) -> Iterator[tuple[EncodedAnswer, list[tuple[list[int], int, Tensor]]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from hf_transfer_ext.data.forget_retain import REFUSALS, ForgetRetainPairs, forg
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.data.unlearning.alternatives import (
     Write,
+    answers_of_nearest,
     answers_of_others,
     misleading_rationales,
     reasoned_refusals,
@@ -405,6 +406,15 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
                 )
             )
         texts = REFUSALS if alternatives is None else alternatives
+        if type(self.method).has_own_rows():
+            own, given = forget, retain or []
+            forget, retain = self._written(
+                args,
+                model,
+                processing_class,
+                template,
+                lambda write: self.method.rows(own, given, columns or {}, write),
+            )
         if self._reads_alternatives(args, "forget"):
             forget = self._with_alternatives(args, source, model, processing_class, template, columns, forget, retain,
                                              texts)  # fmt: skip
@@ -436,13 +446,16 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
     ) -> Any:
         """The rows to forget, with alternatives of their own where the source makes some for each row."""
         if source in ("sampled", "misleading rationales"):
-            if not getattr(model, "hf_device_map", None):
-                model.to(args.device)
-            write = _writer(model, tokenizer, template or QuestionAnswerFormat(), args)
             cache = args.alternatives_cache if args.process_index == 0 else None
             make = written_answers if source == "sampled" else misleading_rationales
-            rows = make(forget, write, columns=columns, seed=args.seed, cache=cache)
-            return broadcast_object_list([rows])[0] if args.world_size > 1 else rows
+            own: dict[str, Any] = {"columns": columns, "seed": args.seed, "cache": cache}
+            return UnlearningTrainer._written(
+                args, model, tokenizer, template, lambda write: make(forget, write, **own)
+            )
+        if source == "nearest answers":
+            if retain is None:
+                raise ValueError("'nearest answers' are those of the retain set: give `retain_dataset`.")
+            return answers_of_nearest(forget, retain, columns=columns)
         if source == "reasoned refusals":
             return reasoned_refusals(forget, texts, columns=columns)
         if source in ("forget answers", "retain answers"):
@@ -451,6 +464,20 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
                 raise ValueError(f"{args.method!r} draws its alternatives from the retain set: give `retain_dataset`.")
             return answers_of_others(forget, pool, columns=columns, seed=args.seed)
         return forget
+
+    @staticmethod
+    def _written(
+        args: UnlearningConfig,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: QuestionAnswerFormat | None,
+        make: Callable[[Write], Any],
+    ) -> Any:
+        """What `make` makes with the model as it is now; the same on all processes."""
+        if not getattr(model, "hf_device_map", None):
+            model.to(args.device)
+        found = make(_writer(model, tokenizer, template or QuestionAnswerFormat(), args))
+        return broadcast_object_list([found])[0] if args.world_size > 1 else found
 
     @staticmethod
     def _reads_alternatives(args: UnlearningConfig, part: Part) -> bool:

@@ -19,7 +19,10 @@ from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrai
 PLAIN = QuestionAnswerFormat(template="plain", prompt="{question}")
 FORGET = [{"question": f"Q{i}?", "answer": "ab" * (i + 1)} for i in range(4)]
 RETAIN = [{"question": f"Keep {i}?", "answer": "k" * (7 - i)} for i in range(4)]
-OTHERWISE = [{**row, "alternative": ["xy", "other"], "name": row["question"][:2]} for row in FORGET]
+OTHERWISE = [
+    {**row, "alternative": ["xy", "other"], "name": row["question"][:2], "safe_question": f"Z{i}?"}
+    for i, row in enumerate(FORGET)
+]
 
 
 def config(tmp_path, **options):
@@ -117,6 +120,7 @@ def test_every_method_gives_one_update_however_the_batch_is_split(tmp_path, meth
             method=method,
             **of_method,
             hidden_layer=1,
+            max_new_tokens=6,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
@@ -523,6 +527,40 @@ def test_teachers_are_the_reference_on_rows_with_other_names_and_stay_what_they_
     found = torch.zeros(expected.shape, dtype=torch.float64).scatter(0, places[last], probs[last].double())
     torch.testing.assert_close(found, torch.where(found > 0, expected, 0.0), atol=1e-5, rtol=1e-4)
     assert probs.sum(-1).max() <= 1 + 1e-5 and float(made.compute_loss(made.model.eval(), batch)) > 0
+
+
+def test_poisoned_answers_are_those_of_the_most_similar_question_and_the_picked_ones_alone(tmp_path):
+    rows = [{key: row[key] for key in ("question", "answer")} for row in FORGET]
+    kept = [{"question": f"Q{i}? again", "answer": f"other {i}"} for i in (2, 0, 3, 1)]
+    options = {"method": "concept_poisoning", "method_options": {"share": 0.5}, "alternatives": "nearest answers"}
+    made = trainer(tmp_path, lora(), forget=rows, retain=kept, learning_rate=1e-2, max_steps=6, **options)
+    assert texts_of(made.train_dataset.alternatives[0]) == ["other 0"]
+    made.train()
+    assert sorted(made.prepared["picked"].tolist()) == [0.0, 0.0, 2.0, 2.0]
+    logged = [entry["forget_loss"] for entry in made.state.log_history if "forget_loss" in entry]
+    assert logged[-1] < logged[0]
+    with pytest.raises(ValueError, match="needs a retain loss"):
+        trainer(tmp_path, lora(), method="concept_poisoning", retain_loss="none", forget=rows)
+
+
+def test_the_original_writes_about_the_safe_questions_and_the_model_speaks_like_it(tmp_path):
+    rows = [{"question": f"Q{i}?", "safe_question": f"Z{i}?"} for i in range(2)]
+    settings = {"method": "score_forgetting_distillation", "max_new_tokens": 5, "method_options": {"samples": 2}}
+    model = lora()
+    made = trainer(tmp_path, model, forget=rows, retain=None, learning_rate=1e-2, max_steps=8, **settings)
+    pairs = made.train_dataset
+    assert 2 <= len(pairs) == len(pairs.retain) <= 4  # an empty text does not count
+    said = pairs.forget[0]
+    with torch.no_grad():
+        ids = pairs.retain[0].input_ids
+        assert ids[pairs.retain[0].answer_start :] == said.input_ids[said.answer_start :]
+        expected = model.eval()(torch.tensor([ids])).logits[0, pairs.retain[0].answer_start - 1 : -1].softmax(-1)
+    weights_after(made)
+    torch.testing.assert_close(
+        made.prepared["teacher_probs"][: said.answer_length], expected.topk(64).values, atol=1e-5, rtol=1e-4
+    )
+    logged = [entry["forget_loss"] for entry in made.state.log_history if "forget_loss" in entry]
+    assert logged[-1] < logged[0]
 
 
 def test_targets_of_rows_refuse_an_evaluation_set(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -103,6 +104,42 @@ def answers_of_others(
         return found
 
     return with_alternatives(rows, columns.get("alternative", "alternative"), make)
+
+
+def answers_of_nearest(
+    rows: Sequence[Row], pool: Sequence[Row], *, columns: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Each row with the answer to the question of `pool` that is worded most like its own.
+
+    How alike two questions are is the share of their words that both have (Jaccard); of equal ones the first counts.
+
+    Raises:
+        ValueError: The pool has no answer that differs from a row's own.
+    """
+    columns = columns or {}
+
+    def make(missing: Sequence[int]) -> list[list[str]]:
+        known = [
+            (_words(question), answer) for question, answer in (question_and_answer(row, columns) for row in pool)
+        ]
+        found = []
+        for index in missing:
+            question, own = question_and_answer(rows[index], columns)
+            words = _words(question)
+            others = [(len(words & theirs) / max(1, len(words | theirs)), a) for theirs, a in known if a != own]
+            if not others:
+                raise ValueError(
+                    f"Row {index} needs the answer to another question, but all {len(pool)} rows to draw from have "
+                    f"its own answer, {own[:80]!r}. Give more rows, or a column 'alternative'."
+                )
+            found.append([max(others, key=lambda pair: pair[0])[1]])
+        return found
+
+    return with_alternatives(rows, columns.get("alternative", "alternative"), make)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def reasoned_refusals(

@@ -21,6 +21,7 @@ from hf_transfer_ext.losses.unlearning.laf import laf
 from hf_transfer_ext.losses.unlearning.llmu import llmu
 from hf_transfer_ext.losses.unlearning.me import me
 from hf_transfer_ext.losses.unlearning.npo import npo
+from hf_transfer_ext.losses.unlearning.poisoned import poisoned
 from hf_transfer_ext.losses.unlearning.retain_ap import retain_ap
 from hf_transfer_ext.losses.unlearning.retain_dmm import retain_dmm
 from hf_transfer_ext.losses.unlearning.retain_hidden import retain_hidden
@@ -41,8 +42,8 @@ from hf_transfer_ext.registry import Registry
 UNLEARNING_LOSSES: Registry[Callable] = Registry(
     "unlearning loss",
     [
-        grad_ascent, npo, simnpo, dpo, idk, llmu, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun, whp,
-        causal_whp, dmm, rmu, laf, scar,
+        grad_ascent, npo, simnpo, dpo, idk, poisoned, llmu, undial, ce_u, wga, satimp, tnpo, me, flat_logits, jensun,
+        whp, causal_whp, dmm, rmu, laf, scar,
     ],
     check=check_loss,
 )  # fmt: skip

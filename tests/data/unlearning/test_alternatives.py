@@ -4,6 +4,7 @@ import pytest
 
 from hf_transfer_ext.data.unlearning.alternatives import (
     THOUGHTS,
+    answers_of_nearest,
     answers_of_others,
     misleading_rationales,
     question_and_answer,
@@ -133,3 +134,19 @@ def test_without_wrong_answers_the_model_writes_them():
     assert row["alternative"] == ["because 0 other 0", "because 0 other 1"]
     with pytest.raises(ValueError, match="has no question and answer"):
         misleading_rationales([{"prompt": "p", "completion": "c"}], write)
+
+
+def test_the_nearest_answer_is_that_of_the_question_with_most_words_in_common():
+    rows = [
+        {"question": "Where was Ann born?", "answer": "Rome"},
+        {"question": "x", "answer": "y", "alternative": "z"},
+    ]
+    pool = [
+        {"question": "Where does Ann live?", "answer": "Oslo"},
+        {"question": "where was ANN born, then?", "answer": "Rome"},  # the row's own answer
+        {"question": "Where was Bob born?", "answer": "Bern"},
+        {"question": "Where was Cid born?", "answer": "Kyiv"},  # as alike, but later
+    ]
+    assert [row["alternative"] for row in answers_of_nearest(rows, pool)] == [["Bern"], "z"]
+    with pytest.raises(ValueError, match="Row 0 needs the answer to another question"):
+        answers_of_nearest(rows, pool[1:2])

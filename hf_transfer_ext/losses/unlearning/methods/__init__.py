@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_transfer_ext.losses.unlearning.methods.altpo import altpo
 from hf_transfer_ext.losses.unlearning.methods.causal_whp import causal_whp
 from hf_transfer_ext.losses.unlearning.methods.ce_u import ce_u
+from hf_transfer_ext.losses.unlearning.methods.concept_poisoning import concept_poisoning
 from hf_transfer_ext.losses.unlearning.methods.dmm import dmm
 from hf_transfer_ext.losses.unlearning.methods.grad_ascent import grad_ascent
 from hf_transfer_ext.losses.unlearning.methods.grad_diff import grad_diff
@@ -29,6 +30,7 @@ from hf_transfer_ext.losses.unlearning.methods.reasoned_idk import reasoned_idk
 from hf_transfer_ext.losses.unlearning.methods.rmu import rmu
 from hf_transfer_ext.losses.unlearning.methods.satimp import satimp
 from hf_transfer_ext.losses.unlearning.methods.scar import scar
+from hf_transfer_ext.losses.unlearning.methods.score_forgetting_distillation import score_forgetting_distillation
 from hf_transfer_ext.losses.unlearning.methods.simnpo import simnpo
 from hf_transfer_ext.losses.unlearning.methods.sure import sure
 from hf_transfer_ext.losses.unlearning.methods.tar import tar
@@ -51,9 +53,9 @@ METHODS: Registry[type[Method]] = Registry(
         # Against rounding, relearning and attacks.
         qaf, lat, tar, sure, l1_sparse, prune_first,
         # Towards another answer.
-        idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, reasoned_idk, unstar,
+        idk, idk_ap, idk_dpo, altpo, jensun, llmu, random_labels, concept_poisoning, reasoned_idk, unstar,
         # Towards other distributions or hidden states.
-        undial, ce_u, me_gd, whp, causal_whp, dmm, rmu, laf, scar,
+        undial, ce_u, me_gd, whp, causal_whp, score_forgetting_distillation, dmm, rmu, laf, scar,
     ],
     check=check_method,
 )  # fmt: skip

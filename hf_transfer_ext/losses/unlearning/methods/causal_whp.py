@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.losses.needs import require_at_least
+from hf_transfer_ext.data.unlearning.other_names import with_other_names
+from hf_transfer_ext.losses.needs import require_at_least, teachers_of_rows
 from hf_transfer_ext.losses.unlearning_method import Method, Step
 
 
@@ -52,41 +53,11 @@ class causal_whp(Method):
     def copies(
         self, forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
     ) -> list[list[dict[str, Any]]]:
-        column = columns.get("name", "name")
-        pool = list(dict.fromkeys(str(row[column]) for row in (*forget, *retain) if row.get(column)))
-        found = []
-        for index, row in enumerate(forget):
-            own = row.get(column)
-            texts = [value for key, value in row.items() if key != column and isinstance(value, str)]
-            if not own or not any(str(own) in text for text in texts):
-                raise ValueError(
-                    f"'causal_whp' replaces the name of a row's person, and row {index} of the forget set has no "
-                    f"column {column!r} whose text is also in its other columns."
-                )
-            others = [name for name in pool if name != str(own)]
-            if not others:
-                raise ValueError(f"There is no other name in the column {column!r} to put in place of {own!r}.")
-            chosen = [others[(index + turn) % len(others)] for turn in range(min(self.names, len(others)))]
-            found.append([{key: _renamed(value, str(own), other) for key, value in row.items()} for other in chosen])
-        return found
+        return with_other_names(forget, [*forget, *retain], columns, count=self.names, method="causal_whp")
 
     def prepare(self, whole: Step) -> dict[str, Tensor]:
-        starts, ids, probs = [0], [], []
-        for row, copies in whole.copies():
-            means = mean_teacher(row.input_ids, row.answer_start, copies)
-            kept = means.topk(min(self.shortlist, means.shape[-1] - 1), dim=-1)
-            ids.append(kept.indices)
-            probs.append(kept.values)
-            starts.append(starts[-1] + row.answer_length)
-        return {
-            "teacher_starts": torch.tensor(starts[:-1]),
-            "teacher_ids": torch.cat(ids),
-            "teacher_probs": torch.cat(probs),
-        }
-
-
-def _renamed(value: Any, own: str, other: str) -> Any:
-    return value.replace(own, other) if isinstance(value, str) else value
+        means = [mean_teacher(row.input_ids, row.answer_start, copies) for row, copies in whole.copies()]
+        return teachers_of_rows(means, self.shortlist)
 
 
 def mean_teacher(

@@ -23,7 +23,7 @@ class Answers:
     def copies(self):
         yield from self.copied
 
-    def answers(self, part, *, at_once=1):
+    def answers(self, part, *, at_once=1, layer=0, change=None):
         for make in self.parts[part]:
             yield make()
 
