@@ -64,6 +64,7 @@ from hf_transfer_ext.trainers.rollouts import (
     with_prompts,
 )
 from hf_transfer_ext.trainers.several_teachers import KeepsRoutes, combined, server_teacher, started
+from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 from hf_transfer_ext.trainers.trl_names import converted
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,8 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         **kwargs: Any,
     ) -> None:
         args = DistillationConfig() if args is None else converted(args, DistillationConfig)
+        if args.task != CAUSAL_LM:
+            raise ValueError(f"`task` is {args.task!r}, which TaskDistillationTrainer trains. Use that trainer.")
         refuse_empty(train_dataset)
         train_dataset, eval_dataset = with_prompts(train_dataset, args), with_prompts(eval_dataset, args)
         if kwargs.get("compute_loss_func") is not None:
