@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_
 from hf_transfer_ext.losses.fused_spans import fused_spans
 from hf_transfer_ext.losses.slopes import require_form
 from hf_transfer_ext.losses.spans import SPAN_LOSSES, takes_vocabularies
-from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_rows, run_to_head
+from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_rows
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
 from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, TeacherCache, open_cache
@@ -65,6 +65,7 @@ from hf_transfer_ext.trainers.rollouts import (
 )
 from hf_transfer_ext.trainers.several_teachers import KeepsRoutes, combined, server_teacher, started
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
+from hf_transfer_ext.trainers.token_losses import loss_inside_the_head
 from hf_transfer_ext.trainers.trl_names import converted
 
 logger = logging.getLogger(__name__)
@@ -406,7 +407,7 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
             self._fused = head_is_understood(model)
         with nullcontext({}) if hidden is None else hidden.student_viewed(model) as student_layers:
             if self._fused and not return_outputs:
-                outputs, parts = self._loss_inside_the_head(model, inputs, losses_of)
+                outputs, parts = loss_inside_the_head(model, inputs, losses_of)
             else:
                 outputs = model(**inputs)
                 parts = losses_of(outputs.logits, None)
@@ -422,20 +423,6 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         aligned = None if spans is None else spans.student.sizes.sum()
         self._note(model, inputs, parts, outputs, hidden=between, aligned=aligned)
         return (loss, outputs) if return_outputs else loss
-
-    def _loss_inside_the_head(
-        self, model: nn.Module, inputs: dict[str, Any], losses_of: Callable[[Tensor, LMHead], FusedLoss]
-    ) -> tuple[Any, FusedLoss]:
-        """Run the student with the loss in place of its head: no logits, and the weights whole however sharded."""
-        found: list[FusedLoss] = []
-
-        def loss_of(hidden: Tensor) -> Tensor:
-            found.append(losses_of(hidden, head_of(model)))
-            # Stands where the logits would: it has to lead to the loss, and through it to the head.
-            return hidden[..., :1] + 0.0 * found[-1].loss
-
-        outputs = run_to_head(model, loss_of, **inputs)
-        return outputs, found[-1]
 
     def _with_spans(
         self, parts: FusedLoss, states: Tensor, head: LMHead | None, spans: SpanSignal, inputs: Any, weight: Tensor

@@ -67,6 +67,9 @@ class DistillationTask(ABC):
     takes_divergences: ClassVar[bool] = True
     #: Whether the teacher has to read the tokens of the student.
     shares_tokens: ClassVar[bool] = False
+    #: Set by the trainer: whether batches are for evaluation, and whether the student's whole output is asked for.
+    evaluates: bool = False
+    wants_outputs: bool = False
     #: Which rows of hidden states, or logits, a mask of positions selects.
     select: ClassVar[Any] = staticmethod(predicting_rows)
 

@@ -187,6 +187,7 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
     ) -> Any:
         if model.training:
             self.task.progress(self.state.global_step / max(self.state.max_steps, 1))
+        self.task.wants_outputs = return_outputs and self.compute_metrics is not None
         items = self.task.items(inputs)
         found = self.task.losses(model, self.teacher, inputs, self.token_weight(items, num_items_in_batch))
         noted = self._sums["train" if model.training else "eval"]
@@ -225,8 +226,11 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Adds the parts of the loss to the metrics of this evaluation set, under its own prefix."""
-        self._sums["eval"] = {}
-        output: Any = super().evaluation_loop(*args, **kwargs)
+        self._sums["eval"], self.task.evaluates = {}, True
+        try:
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.task.evaluates = False
         prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means("eval")
         if means:
             parts = {"kd": self.args.kd_weight, "ce": self.args.ce_weight}
