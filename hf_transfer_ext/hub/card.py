@@ -489,11 +489,15 @@ def audit_findings(found: Sequence[Measurement]) -> list[str]:
     ]
 
 
-#: How a text becomes a vector, where the model gives one for each token.
-_EMBED = """
-inputs = tokenizer(["A text."], return_tensors="pt")
-mask = inputs["attention_mask"][..., None]
-embedding = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)"""
+#: How a text becomes a vector, by the task's option `pooling`.
+_EMBED = {
+    "mean": [
+        'mask = inputs["attention_mask"][..., None]',
+        "embedding = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)",
+    ],
+    "cls": ["embedding = model(**inputs).last_hidden_state[:, 0]"],
+    "pooler": ["embedding = model(**inputs).pooler_output"],
+}
 
 
 def _how_to_load(
@@ -534,8 +538,10 @@ def _how_to_load(
                 "`hf-transfer-ext export FOLDER OUT.gguf` converts it."
             )
     if kind.pipeline_tag == "sentence-similarity":
-        code += _EMBED.split("\n")
-        note += " An embedding is the mean over a text's tokens, as `SentenceTransformer` takes it by default."
+        pooling = (record.config.get("task_options") or {}).get("pooling", "mean")
+        code += ["", 'inputs = tokenizer(["A text."], return_tensors="pt")', *_EMBED[pooling]]
+        if pooling == "mean":
+            note += " An embedding is the mean over a text's tokens, as `SentenceTransformer` takes it by default."
     if chat:
         note += "\n\nThe tokenizer brings a chat template (`tokenizer.apply_chat_template`)."
     return "\n".join(["```python", *code, "```", "", note])

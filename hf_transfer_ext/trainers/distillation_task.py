@@ -106,6 +106,11 @@ class DistillationTask(ABC):
         for name in args.loss_options:
             if name not in options:
                 raise ValueError(unknown_name(f"option of {args.loss}", name, options or ["(it has none)"]))
+        if args.loss in cls.own_losses and args.distill_temperature != 1:
+            raise ValueError(
+                f"`distill_temperature` is {args.distill_temperature}, but {args.loss} has no probabilities to "
+                "soften. Leave it at 1."
+            )
         for name in args.task_options:
             if name not in cls.options:
                 known = list(cls.options) or ["(it has none)"]

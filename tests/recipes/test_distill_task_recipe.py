@@ -94,3 +94,6 @@ def test_minilm_teaches_two_of_its_layers_to_tell_texts_apart(tmp_path):
     )  # fmt: skip
     values = {name: {m.name: m.value for m in side} for name, side in found.items()}
     assert values["student"]["teacher_agreement"] > 0.9
+
+
+FACTS = [row["text"] for row in fact_texts("train") if row["source"] != "question"] if find_spec("mendeleev") else []
