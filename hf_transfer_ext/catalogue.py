@@ -13,10 +13,12 @@ from hf_transfer_ext.settings import arguments_for
 
 #: Title -> (module, registry in it).
 CATALOGUE = {
+    "Tasks of distillation": ("hf_transfer_ext.trainers.tasks", "TASKS"),
     "Distillation losses": ("hf_transfer_ext.losses.distillation", "DISTILLATION_LOSSES"),
     "On-policy distillation": ("hf_transfer_ext.trainers.on_policy", "ON_POLICY_METHODS"),
     "Losses across tokenizers": ("hf_transfer_ext.losses.spans", "SPAN_LOSSES"),
     "Losses inside the network": ("hf_transfer_ext.losses.hidden", "HIDDEN_LOSSES"),
+    "Losses between vectors": ("hf_transfer_ext.losses.vectors", "VECTOR_LOSSES"),
     "Teachers combined": ("hf_transfer_ext.teachers.combinations", "COMBINED_TEACHERS"),
     "Student initializations": ("hf_transfer_ext.students", "STUDENT_INITS"),
     "Merge methods": ("hf_transfer_ext.merging.methods", "MERGE_METHODS"),

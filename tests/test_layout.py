@@ -28,11 +28,13 @@ from hf_transfer_ext.losses.needs import UNITS, unit_of
 from hf_transfer_ext.losses.spans import SPAN_LOSSES
 from hf_transfer_ext.losses.unlearning import RETAIN_LOSSES, UNLEARNING_LOSSES
 from hf_transfer_ext.losses.unlearning.methods import METHODS as UNLEARNING_METHODS
+from hf_transfer_ext.losses.vectors import VECTOR_LOSSES
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.recipes import RECIPES
 from hf_transfer_ext.registry import Registry
 from hf_transfer_ext.students import STUDENT_INITS
 from hf_transfer_ext.trainers.on_policy import ON_POLICY_METHODS
+from hf_transfer_ext.trainers.tasks import TASKS
 
 ROOT = Path(hf_transfer_ext.__file__).parent
 TESTS = Path(__file__).parent
@@ -41,6 +43,7 @@ METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
     "losses/distillation": ([DISTILLATION_LOSSES], lambda f: "Returns:" in f.__doc__),
     "losses/hidden": ([HIDDEN_LOSSES], lambda f: "Returns:" in f.__doc__),
     "losses/spans": ([SPAN_LOSSES], lambda f: "Returns:" in f.__doc__),
+    "losses/vectors": ([VECTOR_LOSSES], lambda f: "Returns:" in f.__doc__),
     "losses/unlearning": ([UNLEARNING_LOSSES, RETAIN_LOSSES], lambda f: unit_of(f) in UNITS),
     "losses/unlearning/methods": ([UNLEARNING_METHODS], lambda f: f.forget in UNLEARNING_LOSSES),
     "merging/methods": ([MERGE_METHODS], lambda f: f.unit in ("element", "row", "matrix")),
@@ -53,6 +56,7 @@ METHOD_FOLDERS: dict[str, tuple[list[Registry], Callable[[Any], bool]]] = {
     "evals/suites": ([SUITES], lambda f: True),
     "evals/baselines": ([BASELINES], lambda f: "Returns:" in f.__doc__),
     "students/inits": ([STUDENT_INITS], lambda f: True),
+    "trainers/tasks": ([TASKS], lambda f: f.kind().pipeline_tag),
     "trainers/on_policy": ([ON_POLICY_METHODS], lambda f: 0 <= f.default_share <= 1),
 }
 METHODS = [

@@ -97,8 +97,43 @@ class MissingSet(FileNotFoundError, ValueError):
     """The dataset exists but does not have the requested file, configuration or split."""
 
 
+def load_columns(
+    name_or_path: str | Path,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+    config_name: str | None = None,
+) -> TextDataset:
+    """Load a dataset of any columns, from the same sources as `load_text_dataset`.
+
+    Args:
+        columns: New name -> column, for columns to rename.
+
+    Raises:
+        FileNotFoundError: As `load_text_dataset`.
+        ValueError: The dataset is empty, or lacks the split or a column.
+    """
+    dataset = _loaded(name_or_path, split, streaming, revision, config_name)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(_EMPTY.format(name=str(name_or_path), split=split))
+    for column in (columns or {}).values():
+        if column not in first:
+            raise ValueError(f"{unknown_name('column', column, first)} (The dataset is {str(name_or_path)!r}.)")
+    new = {column: role for role, column in (columns or {}).items() if role != column}
+    dataset = dataset.remove_columns([role for role in new.values() if role in first and role not in new])
+    return dataset.rename_columns(new)
+
+
 def load_train_and_test(
-    name_or_path: str | Path, train_split: str = "train", test_split: str | None = "test", **options: Any
+    name_or_path: str | Path,
+    train_split: str = "train",
+    test_split: str | None = "test",
+    *,
+    load: Callable[..., TextDataset] = load_text_dataset,
+    **options: Any,
 ) -> tuple[TextDataset, TextDataset | None]:
     """The training data and the held-out data.
 
@@ -107,17 +142,19 @@ def load_train_and_test(
 
     Args:
         test_split: None for no held-out data.
+        load: `load_text_dataset` or `load_columns`.
         options: As in `load_text_dataset`.
 
     Raises:
         ValueError: As in `load_text_dataset`; or there are fewer than two rows to hold out from.
     """
-    train = load_text_dataset(name_or_path, split=train_split, **options)
-    if test_split is None or set(PROMPTS_ALONE) == set(ROLES) & set(next(iter(train))):
+    train = load(name_or_path, split=train_split, **options)
+    prompts_alone = load is load_text_dataset and set(PROMPTS_ALONE) == set(ROLES) & set(next(iter(train)))
+    if test_split is None or prompts_alone:
         return train, None
     if not Path(name_or_path).is_file() or test_split.startswith("train"):
         try:
-            return train, load_text_dataset(name_or_path, split=test_split, **options)
+            return train, load(name_or_path, split=test_split, **options)
         except MissingSet:
             if test_split != "test":  # a split that somebody named
                 raise

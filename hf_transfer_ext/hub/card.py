@@ -19,6 +19,7 @@ from hf_transfer_ext.hub.record import RunInput, RunRecord
 from hf_transfer_ext.hub.servable import Server
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.reading import parse_yaml
+from hf_transfer_ext.weights.kinds import MODEL_KINDS, ModelKind
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -42,7 +43,7 @@ RELATIONS = ("adapter", "finetune", "merge", "quantized")
 #: job -> (what was done, in a sentence; which inputs are the bases: the first of these roles that the record has)
 _JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distillation": (
-        "A student was trained to give the next-token distributions of a teacher.",
+        MODEL_KINDS["causal_lm"].learned,
         ("student", "base", "teacher"),
     ),
     "mixture": (
@@ -147,7 +148,7 @@ def model_card(
         base_model_relation=relation if bases else None,
         datasets=datasets or None,
         library_name="gguf" if gguf else "peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=model_kind(record).pipeline_tag,
         tags=list(dict.fromkeys(["hf_transfer_ext", record.job, *own_tags, *tags])),
         eval_results=_eval_results(record) or None,
         model_name=title,
@@ -160,7 +161,8 @@ def model_card(
         f"# {_text(title)}",
         _what_was_done(record, bases, [name for name in base_models(record) if name not in bases]),
         _terms(record),
-        "## Load it\n\n" + (_how_to_load_gguf(gguf, adapter) if gguf else _how_to_load(adapter, bases, chat, servers)),
+        "## Load it\n\n"
+        + (_how_to_load_gguf(gguf, adapter) if gguf else _how_to_load(record, adapter, bases, chat, servers)),
         *(f"## {_text(head)}\n\n{_list(lines)}" for head, lines in record.notes.items()),
         "## Measurements\n\n" + _measurements(record),
         _plots(plots),
@@ -257,6 +259,12 @@ def kind_of(record: RunRecord) -> str:
     return "mixture" if record.job == "merging" and record.recipe.endswith(" moe") else record.job
 
 
+def model_kind(record: RunRecord) -> ModelKind:
+    """The kind of model that a run made: that of its setting `task`; a causal language model without one."""
+    trained = record.job in ("distillation", "fine-tuning")
+    return MODEL_KINDS.get(str(record.config.get("task")) if trained else "causal_lm", MODEL_KINDS["causal_lm"])
+
+
 def _title(record: RunRecord, bases: Sequence[str]) -> str:
     names = bases or [item.name for item in record.inputs if item.role != "dataset"]
     kind = kind_of(record).capitalize()
@@ -314,7 +322,7 @@ def _eval_results(record: RunRecord) -> list[Any]:
     for m, data in _measured_on(record):
         results.append(
             EvalResult(
-                task_type="text-generation",
+                task_type=model_kind(record).pipeline_tag,
                 dataset_type="custom" if data is None else data.name,
                 dataset_name=public_text(m.dataset or "data of this run"),
                 metric_type=m.name,
@@ -358,6 +366,8 @@ def _measured_on(record: RunRecord) -> list[tuple[Measurement, RunInput | None]]
 
 def _what_was_done(record: RunRecord, bases: Sequence[str], parents: Sequence[str]) -> str:
     sentence = _JOBS.get(kind_of(record), _OTHER_JOB)[0]
+    if record.job == "distillation":
+        sentence = model_kind(record).learned
     lines = [sentence, f"Made by {_code(record.recipe)} of hf_transfer_ext ({_code(record.job)}) on {record.created}."]
     if bases:
         lines.append("It derives from " + ", ".join(_code(name) for name in bases) + ".")
@@ -491,16 +501,34 @@ def audit_findings(found: Sequence[Measurement]) -> list[str]:
     ]
 
 
-def _how_to_load(adapter: bool, bases: Sequence[str], chat: bool, servers: Sequence[Server] = ()) -> str:
+#: How a text becomes a vector, by the task's option `pooling`.
+_EMBED = {
+    "mean": [
+        'mask = inputs["attention_mask"][..., None]',
+        "embedding = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)",
+    ],
+    "cls": ["embedding = model(**inputs).last_hidden_state[:, 0]"],
+    "pooler": ["embedding = model(**inputs).pooler_output"],
+}
+
+
+def _how_to_load(
+    record: RunRecord, adapter: bool, bases: Sequence[str], chat: bool, servers: Sequence[Server] = ()
+) -> str:
+    kind = model_kind(record)
+    load, reader = kind.auto_class, kind.reader
+    reads = "tokenizer" if reader == "AutoTokenizer" else "processor"
     if adapter:
-        base = bases[0] if len(bases) == 1 else "PATH_OR_REPOSITORY_OF_THE_BASE"
+        base = json.dumps(bases[0] if len(bases) == 1 else "PATH_OR_REPOSITORY_OF_THE_BASE")
+        labels = record.config.get("labels")
+        more = f", num_labels={len(labels)}" if labels else ""
         code = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {load}, {reader}",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+            f"base = {load}.from_pretrained({base}{more})",
             f'model = PeftModel.from_pretrained(base, "{THIS_MODEL}")',
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
+            f"{reads} = {reader}.from_pretrained({base})",
         ]
         note = "It is in the format of PEFT."
         for one in servers:
@@ -509,16 +537,23 @@ def _how_to_load(adapter: bool, bases: Sequence[str], chat: bool, servers: Seque
             note += f"\n- {one.name}: " + (f"loads it.{options}" if one.loads else f"does not load it. {reasons}")
     else:
         code = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {load}, {reader}",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{THIS_MODEL}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{THIS_MODEL}")',
+            f'model = {load}.from_pretrained("{THIS_MODEL}")',
+            f'{reads} = {reader}.from_pretrained("{THIS_MODEL}")',
         ]
-        note = (
-            "The weights are safetensors; no code from the repository is needed. Servers that read this format (vLLM, "
-            "SGLang, Text Generation Inference) load it where they support the architecture in config.json; for "
-            "llama.cpp, Ollama and LM Studio, `hf-transfer-ext export FOLDER OUT` converts it."
-        )
+        note = "The weights are safetensors; no code from the repository is needed."
+        if load == "AutoModelForCausalLM":
+            note += (
+                " Servers that read this format (vLLM, SGLang, Text Generation Inference) load it where they support "
+                "the architecture in config.json; for llama.cpp, Ollama and LM Studio, "
+                "`hf-transfer-ext export FOLDER OUT` converts it."
+            )
+    if kind.pipeline_tag == "sentence-similarity":
+        pooling = (record.config.get("task_options") or {}).get("pooling", "mean")
+        code += ["", 'inputs = tokenizer(["A text."], return_tensors="pt")', *_EMBED[pooling]]
+        if pooling == "mean":
+            note += " An embedding is the mean over a text's tokens, as `SentenceTransformer` takes it by default."
     if chat:
         note += "\n\nThe tokenizer brings a chat template (`tokenizer.apply_chat_template`)."
     return "\n".join(["```python", *code, "```", "", note])

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_transfer_ext.models.chat_template import guard_chat_templates
 from hf_transfer_ext.reading import check_patterns, field_of, one_line, read_json
@@ -54,9 +55,14 @@ NO_REMOTE_CODE = {"trust_remote_code": False}
 
 
 def load_model(
-    name: str | Path, *, revision: str | None = None, dtype: str | torch.dtype | None = "auto", **kwargs: Any
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = "auto",
+    auto_class: str = "AutoModelForCausalLM",
+    **kwargs: Any,
 ) -> PreTrainedModel | Any:
-    """Load a causal language model; a folder with `adapter_config.json` gives a `PeftModel` on its base model.
+    """Load a model, by default a causal language model; an adapter (`adapter_config.json`) gives a `PeftModel`.
 
     A folder of several adapters of one base, as PEFT saves them, gives a `PeftModel` with all of them under the names
     of their folders; the first by name is active.
@@ -64,6 +70,7 @@ def load_model(
     Args:
         name: A folder, or `repo[@revision][:subfolder]` on the Hub.
         dtype: "auto" (of the checkpoint), "float32", "bfloat16" or "float16".
+        auto_class: The class of transformers that loads it (`weights.kinds`).
         kwargs: Passed to `from_pretrained` (`device_map`, `attn_implementation`, `quantization_config`, ...).
             Code from a repository runs only with `trust_remote_code=True`, and there is no prompt on the terminal.
 
@@ -74,14 +81,14 @@ def load_model(
     kwargs = {"use_safetensors": True, **NO_REMOTE_CODE, **kwargs}
     adapter_config = file_of(name, "adapter_config.json", revision=revision)
     if adapter_config is not None:
-        return _load_adapter(name, adapter_config, revision, dtype, kwargs)
+        return _load_adapter(name, adapter_config, revision, dtype, {**kwargs, "auto_class": auto_class})
     several = adapters_in(name)
     if several:
-        return _load_adapters(several, dtype, kwargs)
+        return _load_adapters(several, dtype, {**kwargs, "auto_class": auto_class})
     place = place_of(name, revision)
     inside = {"subfolder": place.subfolder} if place.subfolder else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return getattr(transformers, auto_class).from_pretrained(
             place.path, revision=place.revision or "main", dtype=dtype_of(dtype), **inside, **kwargs
         )
     except RecursionError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,8 @@ def head_is_understood(model: Any, *, plain: bool = True) -> bool:
     finish = logit_finish(model)
     device = next(model.parameters()).device
     ids = torch.arange(1, 9, device="cpu" if device.type == "meta" else device)[None] % vocabulary_size(model)
+    decodes = getattr(causal_lm_of(model).config, "is_encoder_decoder", False)
+    more = no_cache(model) | ({"decoder_input_ids": ids} if decodes else {})
     found: list[tuple[Tensor, torch.dtype]] = []
 
     def compare(hidden: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ def head_is_understood(model: Any, *, plain: bool = True) -> bool:
 
     try:
         with probing(model), head_replaced(head, compare):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits.float()
     except (AttributeError, TypeError, NotImplementedError, IndexError):
         return False  # the model has another signature or returns its logits in another way
     if not found or found[-1][0].shape != logits.shape:
@@ -144,6 +147,17 @@ def head_is_understood(model: Any, *, plain: bool = True) -> bool:
     described, dtype = found[-1]
     error = (logits - described.to(logits.device)).abs().max() / logits.abs().max().clamp(min=1e-3)
     return bool(error < (1e-3 if dtype == torch.float32 else 1e-2))
+
+
+def accepts(model: Any, name: str) -> bool:
+    """Whether the forward of a model, inside its wrappers, takes an argument of this name."""
+    taken = inspect.signature(type(causal_lm_of(model)).forward).parameters
+    return name in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values())
+
+
+def no_cache(model: Any) -> dict[str, Any]:
+    """The argument that lets a model read a text once, without storing keys and values; {} where it takes none."""
+    return {"use_cache": False} if accepts(model, "use_cache") else {}
 
 
 def attention_span(model: Any) -> float:

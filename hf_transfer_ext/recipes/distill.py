@@ -1,4 +1,4 @@
-"""Distill a language model: `accelerate launch recipes/distill.py --config recipes/configs/distill/demo.yaml`.
+"""Distill a model: `accelerate launch recipes/distill.py --config recipes/configs/distill/demo.yaml`.
 
 Makes a smaller student of a teacher, distills, compares it with the teacher and a twin trained without, and saves it.
 """
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_transfer_ext.data.facts import FACTS_DATASET, fact_questions
-from hf_transfer_ext.data.text import load_train_and_test
 from hf_transfer_ext.evals.language import measure_language_model
 from hf_transfer_ext.files import require_free_space
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.distill_task import distilled_task
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
 from hf_transfer_ext.recipes.teacher import (
+    data_of,
     describe,
     plan_of,
     prepared_teacher,
-    refuse_prompts_alone,
     settle_teacher,
     teacher_paths,
 )
@@ -29,6 +29,7 @@ from hf_transfer_ext.recipes.training import output_of, start_training
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
+from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 from hf_transfer_ext.trainers.taught import taught
 
 
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[Any]]:
     settle_teacher(job, args)
     refuse_unused(job, args, twin=job.compare_with_ce)
     with output_of(job, args):
+        if args.task != CAUSAL_LM:
+            return distilled_task(job, args, argv, __file__)
         return distilled(job, args, argv)
 
 
@@ -68,10 +71,7 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
     read = (job.student, job.dataset, *teacher_paths(job, args))
     run = start_training("distillation", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
-    source: dict[str, Any] = {"config_name": job.dataset_config, "revision": job.dataset_revision}
-    source |= {"streaming": job.streaming, "prompts_alone": args.on_policy is not None}
-    data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, columns=job.columns, **source)
-    refuse_prompts_alone(job, data)
+    data, test = data_of(job, args)
     questions = fact_questions(str(job.test_split)) if test and job.dataset == FACTS_DATASET else []
     teacher, tokenizer = prepared_teacher(job, args, run, data)
     with record.stage("make the student"):

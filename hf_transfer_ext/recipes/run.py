@@ -30,7 +30,7 @@ TRAINER_GROUPS = {
         *("loss", "loss_options", "distill_temperature", "kd_weight", "ce_weight", "fused", "stop_on_nan"),
         *("hidden_loss", "hidden_options", "hidden_weight", "layer_map", "hidden_embeddings"),
         *("method", "forget_loss", "retain_loss", "gamma", "alpha", "forget_options", "retain_options"),
-        *("reference_adapter", "hidden_layer", "refusal", "float32_logits"),
+        *("reference_adapter", "hidden_layer", "refusal", "float32_logits", "task", "task_options"),
     ],
     "on_policy": [
         *("on_policy", "on_policy_options", "on_policy_share", "teacher_writes", "max_new_tokens"),

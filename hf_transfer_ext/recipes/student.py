@@ -98,13 +98,19 @@ def make_student(
     return student.to(teacher.device)
 
 
-def load_student(job: StudentArguments, args: DistillationConfig, record: RunRecord) -> tuple[Any, Any]:
-    """The student that `student` names and its tokenizer, in float32 unless `model_init_kwargs` say otherwise."""
+def load_student(
+    job: StudentArguments, args: DistillationConfig, record: RunRecord, **loading: Any
+) -> tuple[Any, Any]:
+    """The student that `student` names and its tokenizer, in float32 unless `model_init_kwargs` say otherwise.
+
+    Args:
+        loading: Further arguments of `load_model`.
+    """
     stated: Any = args.model_init_kwargs or {}
     how: dict[str, Any] = {"dtype": "float32", "revision": job.student_revision}
     how["trust_remote_code"] = args.trust_remote_code
     how |= packed(job.student_four_bit, args)
     args.model_init_kwargs = None  # obeyed here; the trainer gets a loaded model
-    model, tokenizer = load_named(str(job.student), record, "student", **{**how, **stated})
+    model, tokenizer = load_named(str(job.student), record, "student", **{**loading, **how, **stated})
     train_adapters(model)
     return model, tokenizer

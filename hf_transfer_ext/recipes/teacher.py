@@ -1,10 +1,11 @@
-"""The teachers of the distillation recipe: one model, or several, a server, a complete cache."""
+"""Teachers and data of the distillation recipe. Teachers: one model, or several, a server, a complete cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
 
+from hf_transfer_ext.data.text import load_train_and_test
 from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.models.heads import causal_lm_of
@@ -81,14 +82,22 @@ def prepared_teacher(job: Any, args: DistillationConfig, run: TrainingRun, data:
     return teacher, tokenizer
 
 
-def refuse_prompts_alone(job: Any, data: Any) -> None:
-    """Refuse stages that learn from completions, where the data hold prompts without any."""
+def data_of(job: Any, args: DistillationConfig) -> tuple[Any, Any]:
+    """The training data and the held-out data of a distillation.
+
+    Raises:
+        ValueError: The data hold prompts without completions, and a stage learns from completions.
+    """
+    source: dict[str, Any] = {"config_name": job.dataset_config, "revision": job.dataset_revision}
+    source |= {"streaming": job.streaming, "prompts_alone": args.on_policy is not None}
+    data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, columns=job.columns, **source)
     for name in ("teach_steps", "trim_vocabulary", "learngene_steps", "compare_with_ce"):
         if holds_prompts_alone(data) and getattr(job, name):
             raise ValueError(
                 f"`{name}` is {getattr(job, name)!r}, which needs whole texts, but {job.dataset!r} holds prompts "
                 f"without completions, after which the student writes. Leave `{name}` out, or add completions."
             )
+    return data, test
 
 
 def describe(trainer: Any, args: Any, record: RunRecord) -> None:

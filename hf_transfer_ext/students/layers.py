@@ -104,7 +104,8 @@ def rebuilt(teacher: PreTrainedModel, config: PretrainedConfig, tensors: Mapping
         path, _, leaf = name.rpartition(".")
         if name in fresh and name not in tensors and not any(part.isdigit() for part in path.split(".")):
             student.get_submodule(path)._buffers[leaf] = buffer.detach().clone()
-    student.generation_config = copy.deepcopy(teacher.generation_config)
+    if hasattr(teacher, "generation_config"):  # a classifier has none
+        student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device).train(teacher.training)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from hf_transfer_ext.models.plumbing import (
     evaluation_mode,
     head_is_understood,
     is_sharded,
+    no_cache,
 )
 from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import Mask, predicting_rows
@@ -44,11 +45,20 @@ class LiveTeacher:
         model: The teacher; it is frozen, and placed or sharded as the student is.
         accelerator: The trainer's.
         fused: False to give logits in any case; else hidden states, where the head is one that a loss can apply.
+        select: Which rows of hidden states or logits a mask selects; by default those that predict the masked tokens.
     """
 
     form: Form = "dense"
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator, *, fused: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        *,
+        fused: bool = True,
+        select: Callable[[Tensor, Mask], Tensor] = predicting_rows,
+    ) -> None:
+        self._select = select
         model.requires_grad_(False)
         self.model = prepare_frozen(model, accelerator)
         self._remember(accelerator, fused)
@@ -77,15 +87,15 @@ class LiveTeacher:
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The teacher's distribution at the student's labeled tokens; see `Teacher.signal`."""
         with self.running(student) as model:
-            shared = {**inputs_for(model, student, inputs), "use_cache": False}
+            shared = inputs_for(model, student, inputs) | no_cache(model)
             if self._fused is None:
                 self._fused = head_is_understood(model)
             if not self._fused:
-                return TeacherSignal(LogitRows(predicting_rows(model(**shared).logits, mask)))
+                return TeacherSignal(LogitRows(self._select(model(**shared).logits, mask)))
             found: list[HeadRows] = []
 
             def read(hidden: Tensor) -> None:
-                found.append(HeadRows(predicting_rows(hidden, mask), self._head_inside(model)))
+                found.append(HeadRows(self._select(hidden, mask), self._head_inside(model)))
 
             run_to_head(model, read, **shared)
             return TeacherSignal(found[-1])
@@ -108,9 +118,19 @@ class AdapterTeacher(LiveTeacher):
     Args:
         student: A `PeftModel` that holds the student's adapter and the teacher's, unwrapped.
         adapter: The teacher's adapter name, or "base".
+        select: As in `LiveTeacher`.
     """
 
-    def __init__(self, student: Any, adapter: str, accelerator: Accelerator, *, fused: bool = True) -> None:
+    def __init__(
+        self,
+        student: Any,
+        adapter: str,
+        accelerator: Accelerator,
+        *,
+        fused: bool = True,
+        select: Callable[[Tensor, Mask], Tensor] = predicting_rows,
+    ) -> None:
+        self._select = select
         check_adapter(student, adapter)
         active = list(student.active_adapters)
         if adapter in active:

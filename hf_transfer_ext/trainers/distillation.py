@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_
 from hf_transfer_ext.losses.fused_spans import fused_spans
 from hf_transfer_ext.losses.slopes import require_form
 from hf_transfer_ext.losses.spans import SPAN_LOSSES, has_projections, takes_vocabularies
-from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_rows, run_to_head
+from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_rows
 from hf_transfer_ext.models.layer_views import FEATURES
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
@@ -66,13 +66,15 @@ from hf_transfer_ext.trainers.rollouts import (
     with_prompts,
 )
 from hf_transfer_ext.trainers.several_teachers import KeepsRoutes, combined, server_teacher, started
-from hf_transfer_ext.trainers.trained_along import ProjectionCallback, TrainedAlong
+from hf_transfer_ext.trainers.tasks import CAUSAL_LM
+from hf_transfer_ext.trainers.token_losses import loss_inside_the_head
+from hf_transfer_ext.trainers.trained_along import TrainsAlong
 from hf_transfer_ext.trainers.trl_names import converted
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
+class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, SFTTrainer):  # type: ignore[misc]
     """Minimize `kd_weight * D(student, teacher) + ce_weight * CE + hidden_weight * H` per labeled token.
 
     The texts are those of the data, or written by the student and the teacher during training (`on_policy`).
@@ -114,6 +116,8 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         **kwargs: Any,
     ) -> None:
         args = DistillationConfig() if args is None else converted(args, DistillationConfig)
+        if args.task != CAUSAL_LM:
+            raise ValueError(f"`task` is {args.task!r}, which TaskDistillationTrainer trains. Use that trainer.")
         refuse_empty(train_dataset)
         train_dataset, eval_dataset = with_prompts(train_dataset, args), with_prompts(eval_dataset, args)
         if kwargs.get("compute_loss_func") is not None:
@@ -192,12 +196,12 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         self.teacher = self._teacher_of(teacher, teacher_processing_class) if args.is_taught else None
         if self.teacher is not None:
             logger.info("Memory of the frozen teachers: %s.", shown_bytes(self.frozen_bytes))
-        self.hidden_loss = self._hidden_loss(kwargs.get("optimizers")) if args.hidden_loss is not None else None
+        self.hidden_loss = self._hidden_loss() if args.hidden_loss is not None else None
         self.dual_space: DualSpace | None = None
         if isinstance(self.teacher, SpanTeacher) and has_projections(SPAN_LOSSES[args.loss]):
             loss, options = SPAN_LOSSES[args.loss], cast(Any, args.loss_options)
             self.dual_space = DualSpace(loss, options, self.model, self.teacher, args.seed)
-            self._train_along(self.dual_space, kwargs.get("optimizers"))
+        self.train_along([part for part in (self.hidden_loss, self.dual_space) if part is not None])
         self.start_rollouts()
 
     @property
@@ -299,11 +303,11 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         self.add_callback(FlushCallback(cached.cache, self.accelerator))
         return cached
 
-    def _hidden_loss(self, optimizers: Any) -> HiddenLoss:
+    def _hidden_loss(self) -> HiddenLoss:
         """The loss between layers, with its projections.
 
         Raises:
-            ValueError: The teacher has no layers to read, or projections could not be trained.
+            ValueError: The teacher has no layers to read.
         """
         if not isinstance(self.teacher, LiveTeacher):
             raise ValueError(
@@ -311,55 +315,21 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
                 "alone. Use a model or an adapter as the teacher."
             )
         args: Any = self.args
-        hidden = HiddenLoss(
+        return HiddenLoss(
             args.hidden_loss, args.hidden_options, args.layer_map, embeddings=args.hidden_embeddings,
             student=self.model, teacher=self.teacher.network, seed=args.seed,
         )  # fmt: skip
-        self._train_along(hidden, optimizers)
-        return hidden
-
-    def _train_along(self, part: TrainedAlong, optimizers: Any) -> None:
-        """Let the trainer's optimizer train the projections of a part of the loss, if it has any."""
-        part.train_with(self.accelerator)
-        if part.projections and optimizers is not None and optimizers[0] is not None:
-            raise ValueError(
-                f"`optimizers` are given, but this `{part.setting}` trains projections, which only an optimizer that "
-                "the trainer makes knows. Name it by `optim`, or use `optimizer_cls_and_kwargs`."
-            )
-        self.add_callback(ProjectionCallback(part))
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """As in `Trainer`; projections of a loss are a group of parameters of their own."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        projections = [one for part in (self.hidden_loss, self.dual_space) if part for one in part.parameters()]
-        if is_new and projections:
-            optimizer.add_param_group({"params": projections, "weight_decay": self.args.weight_decay})
-        return optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        for part in (self.hidden_loss, self.dual_space):
-            if part is not None and self.accelerator.sync_gradients:
-                part.average_gradients(self.accelerator)
-        return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `SavesResults`; a checkpoint holds what is trained along beside the student, too."""
+        """As in `TrainsAlong`; a checkpoint holds the gate of learned teachers, too."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:
-            for part in self._trained_along():
-                part.save(output_dir or self.args.output_dir)
+        if _internal_call and self.args.should_save and isinstance(self.teacher, LearnedTeachers):
+            self.teacher.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for part in self._trained_along():
-            part.load(resume_from_checkpoint)
-
-    def _trained_along(self) -> list[Any]:
-        """The parts with parameters of their own: projections of a loss, the gate of learned teachers."""
-        parts = (self.hidden_loss, self.dual_space, self.teacher)
-        return [part for part in parts if isinstance(part, (TrainedAlong, LearnedTeachers))]
+        if isinstance(self.teacher, LearnedTeachers):
+            self.teacher.load(resume_from_checkpoint)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
@@ -428,7 +398,7 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         viewed: Any = hidden or self.dual_space
         with nullcontext({}) if viewed is None else viewed.student_viewed(model) as student_layers:
             if self._fused and not return_outputs:
-                outputs, parts = self._loss_inside_the_head(model, inputs, losses_of)
+                outputs, parts = loss_inside_the_head(model, inputs, losses_of)
             else:
                 outputs = model(**inputs)
                 parts = losses_of(outputs.logits, None)
@@ -445,20 +415,6 @@ class DistillationTrainer(WritesRollouts, TokenLossNormalization, SFTTrainer):  
         aligned = None if spans is None else spans.student.sizes.sum()
         self._note(model, inputs, parts, outputs, hidden=between, aligned=aligned)
         return (loss, outputs) if return_outputs else loss
-
-    def _loss_inside_the_head(
-        self, model: nn.Module, inputs: dict[str, Any], losses_of: Callable[[Tensor, LMHead], FusedLoss]
-    ) -> tuple[Any, FusedLoss]:
-        """Run the student with the loss in place of its head: no logits, and the weights whole however sharded."""
-        found: list[FusedLoss] = []
-
-        def loss_of(hidden: Tensor) -> Tensor:
-            found.append(losses_of(hidden, head_of(model)))
-            # Stands where the logits would: it has to lead to the loss, and through it to the head.
-            return hidden[..., :1] + 0.0 * found[-1].loss
-
-        outputs = run_to_head(model, loss_of, **inputs)
-        return outputs, found[-1]
 
     def _with_spans(
         self, parts: FusedLoss, states: Tensor, head: LMHead | None, spans: SpanSignal, inputs: Any, weight: Tensor

@@ -24,6 +24,8 @@ from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.logs import require_reporters
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
 from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
+from hf_transfer_ext.trainers.task_config import check_task
+from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 from hf_transfer_ext.trainers.trl_names import takes_trl_names
 
 
@@ -36,6 +38,9 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
     settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
 
     Args:
+        task: What the models do: "causal_lm" of `DistillationTrainer`, or a name of `TASKS`, which
+            `TaskDistillationTrainer` trains: sequence_classification, token_classification, ...
+        task_options: The task's own options (`hf-transfer-ext methods TASK`).
         loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...; with a teacher of another
             tokenizer, one of `SPAN_LOSSES`: uld, gold, alm, dskd. These are summed over the spans of text that are
             groups of tokens on both sides, and divided by the labeled tokens, as every other loss.
@@ -86,6 +91,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
     emulating them is several times slower than float32.
     """
 
+    task: str = CAUSAL_LM
+    task_options: dict[str, Any] | str | None = field(default_factory=dict)
     loss: str = "forward_kl"
     loss_options: dict[str, Any] | str | None = field(default_factory=dict)
     distill_temperature: float = 1.0
@@ -118,6 +125,7 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012
         *SFTConfig._VALID_DICT_FIELDS,
+        "task_options",
         "loss_options",
         "teacher_model_init_kwargs",
         "teacher_cache_options",
@@ -134,7 +142,13 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         super().__post_init__()
         require_reporters(self.report_to)
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
-        check_loss(self.loss, self.loss_options)
+        self.task_options: dict[str, Any] = dict(self.task_options or {})  # type: ignore[arg-type]
+        if self.task != CAUSAL_LM:
+            check_task(self)
+        else:
+            check_loss(self.loss, self.loss_options)
+            if self.task_options:
+                raise ValueError(f"`task_options` are given, but the task {CAUSAL_LM} has none. Leave them out.")
         if not self.distill_temperature > 0:
             raise ValueError(f"`distill_temperature` must be > 0, got {self.distill_temperature}.")
         self._check_hidden_loss()
@@ -151,7 +165,7 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
             raise ValueError("`float32_logits` is off, which has no effect with `fused=False`. Leave one of them out.")
         if self.is_span_loss:
             self._check_span_loss()
-        elif self.teacher_form is not None:
+        elif self.teacher_form is not None and self.task == CAUSAL_LM:
             require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
         self.check_on_policy()
         refuse_without_effect(self)

@@ -90,15 +90,21 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def load_student(path: str | Path, args: DistillationConfig, quantization_config: Any) -> tuple[Any, Any]:
-    """The student and its tokenizer, loaded as `model_init_kwargs` say, by default in float32; adapters trainable."""
+def load_student(
+    path: str | Path, args: DistillationConfig, quantization_config: Any, **loading: Any
+) -> tuple[Any, Any]:
+    """The student and its tokenizer, loaded as `model_init_kwargs` say, by default in float32; adapters trainable.
+
+    Args:
+        loading: Passed to `load_model` where `model_init_kwargs` do not say otherwise.
+    """
     settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **dict(args.model_init_kwargs or {})}  # type: ignore[arg-type]
     dtype = settings.pop("torch_dtype", settings.pop("dtype", "float32"))
     if quantization_config is not None:
         if "quantization_config" in settings:
             raise ValueError("`quantization_config` is given twice: to the trainer, and in `model_init_kwargs`.")
         settings["quantization_config"] = quantization_config
-    model = load_model(path, dtype=dtype, **settings)
+    model = load_model(path, dtype=dtype, **{**loading, **settings})
     train_adapters(model)
     named = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
     return model, load_tokenizer(path, **named)
@@ -116,14 +122,17 @@ def tokenizer_beside(teacher: Any) -> PreTrainedTokenizerBase | None:
 
     One with more tokens than the teacher has entries is not its own: its vocabulary was trimmed since.
     """
-    name = causal_lm_of(teacher).config.name_or_path
+    model = causal_lm_of(teacher)
+    name = model.config.name_or_path
     if not name:
         return None
     try:
         tokenizer = load_tokenizer(name, local_files_only=True)
     except FileNotFoundError:
         return None
-    return tokenizer if len(tokenizer) <= head_rows(teacher) else None
+    has_head = model.get_output_embeddings() is not None
+    rows = head_rows(teacher) if has_head else model.get_input_embeddings().num_embeddings
+    return tokenizer if len(tokenizer) <= rows else None
 
 
 def refuse_shared_weights(student: Any, teacher: Any) -> None:

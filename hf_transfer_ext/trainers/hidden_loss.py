@@ -209,7 +209,6 @@ class HiddenLoss(TrainedAlong):
         return self.loss(student, teacher, task, lambda x: predicting_rows(x, mask), **self.options)
 
     def _in_texts(self, own: LayerView, other: LayerView, texts: _Texts) -> Tensor:
-        sides: list[tuple[Tensor, ...]]
         if self.reading == "sequences":
             sides: list[tuple[Tensor, ...]] = [(texts.tokens(own.states), texts.tokens(other.states))]
         elif self.reading == "scores":

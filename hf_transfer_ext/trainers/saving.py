@@ -15,11 +15,12 @@ from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.students.auxiliary import SHARED_FILE
 from hf_transfer_ext.teachers.learned import GATE_FILE
 from hf_transfer_ext.trainers.results import SETTINGS_PICKLE, ask_for_whole_weights
-from hf_transfer_ext.trainers.trained_along import PROJECTIONS_FILE
+from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 
 #: What recipes put into their training folder. `--overwrite` removes a folder with these entries and no others.
 TRAINING_ENTRIES = (
     *("checkpoints", "teaching", "teacher", "teacher.checkpoints", "learngene", "learngene.checkpoints", "student"),
+    *("twin", "twin.checkpoints"),
     "vocabulary_map.json",
 )
 
@@ -95,23 +96,26 @@ def save_whole(trainer: Any, folder: str | Path) -> Path:
     if trainer.is_world_process_zero():
         if not any(aside.glob("*.safetensors")):
             raise OSError(f"The trainer wrote no safetensors weights to {str(aside)!r}; nothing was replaced.")
-        for name in (SETTINGS_PICKLE, SHARED_FILE, PROJECTIONS_FILE, GATE_FILE):
+        for name in (SETTINGS_PICKLE, SHARED_FILE, GATE_FILE, PARTS_FILE):
             (aside / name).unlink(missing_ok=True)
         publish(aside, folder, overwrite=True)
     trainer.accelerator.wait_for_everyone()
     return folder
 
 
-def load_whole(folder: str | Path) -> Any:
+def load_whole(folder: str | Path, **loading: Any) -> Any:
     """Load what `save_whole` saved, whole on every process: a sharded run would load empty shards instead.
 
     Call it when training is over; it ends the sharding of whatever is loaded afterwards.
+
+    Args:
+        loading: Passed to `load_model`.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return load_model(folder)
+    return load_model(folder, **loading)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -1,18 +1,17 @@
-"""Parameters that are trained beside the student and dropped in the end: projections, auxiliary heads, messages.
+"""Parts with weights or state of their own that are trained along beside the student and left out of the result.
 
-The trainer's optimizer holds them, checkpoints store them in `distillation_projections.safetensors`, and the final
-model does not have them.
+They are projections, auxiliary heads, messages, prototypes. The trainer's optimizer trains them, checkpoints hold
+them, and the final model does not have them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,12 +19,12 @@ from transformers import TrainerCallback
 
 from hf_transfer_ext.models.plumbing import is_sharded
 
-#: The parameters that are trained along, in a checkpoint.
-PROJECTIONS_FILE = "distillation_projections.safetensors"
+#: These parts in a checkpoint.
+PARTS_FILE = "distillation_parts.safetensors"
 
 
 class TrainedAlong(nn.Module):
-    """A part of the loss with parameters of its own, in `projections`; it may have none.
+    """A part of a loss with parameters of its own, in `projections`; it may have none.
 
     Args:
         setting: The setting that asks for it, as error messages name it.
@@ -42,75 +41,111 @@ class TrainedAlong(nn.Module):
         start = torch.randn(rows, columns, generator=generator) / columns**0.5
         self.projections[name] = nn.Parameter(start)
 
-    def train_with(self, accelerator: Accelerator) -> None:
-        """Place the projections on the device.
+
+class TrainsAlong:
+    """Mixin for `Trainer` subclasses: the optimizer, checkpoints and all processes share the parts in `parts`.
+
+    Call `train_along(parts)` once, at the end of `__init__`.
+    """
+
+    parts: nn.ModuleList | None = None
+    args: Any
+    accelerator: Any
+    optimizer: Any
+
+    def train_along(self, parts: Sequence[nn.Module]) -> None:
+        """Place the parts on the device; their gradients are clipped by `max_grad_norm`, apart from the student's.
 
         Raises:
-            ValueError: There are some, and weights are sharded.
+            ValueError: They have weights, and those of the student are sharded or another optimizer is given.
         """
-        if self.projections and (
-            is_sharded(accelerator=accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
-        ):
+        self.parts = nn.ModuleList(parts)
+        learning = [part for part in parts if any(True for _ in part.parameters())]
+        sharded = is_sharded(accelerator=self.accelerator)
+        if learning and (sharded or self.accelerator.distributed_type == DistributedType.DEEPSPEED):
             raise ValueError(
-                f"This `{self.setting}` trains parameters of its own (a projection between different widths, or a "
-                f"head); under FSDP and DeepSpeed these cannot be trained beside the sharded student. {self.instead}"
+                f"This `{_setting_of(learning[0])}` trains parameters of its own (a projection between different "
+                "widths, or a head); under FSDP and DeepSpeed these cannot be trained beside the sharded student. "
+                f"{getattr(learning[0], 'instead', 'Use plain DDP, or a loss that needs none.')}"
             )
-        self.to(accelerator.device)
+        if learning and self.optimizer is not None:
+            raise ValueError(
+                f"`optimizers` are given, but this `{_setting_of(learning[0])}` trains projections, which only an "
+                "optimizer that the trainer makes knows. Name it by `optim`, or use `optimizer_cls_and_kwargs`."
+            )
+        self.parts.to(self.accelerator.device)
+        if learning:
+            self.add_callback(_ClipParts(self.parts))  # type: ignore[attr-defined]
 
-    def average_gradients(self, accelerator: Accelerator) -> None:
-        """Average the projections' gradients over all processes, as DDP does with the student's."""
-        for parameter in self.parameters() if accelerator.num_processes > 1 else ():
-            if parameter.grad is None:  # no process waits for one whose texts taught nothing
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= accelerator.num_processes
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As in `Trainer`; the parts are a group of parameters of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        weights = list(self.parts.parameters()) if self.parts is not None else []
+        if is_new and weights:
+            optimizer.add_param_group({"params": weights, "weight_decay": self.args.weight_decay})
+        return optimizer
 
-    def save(self, folder: str | Path) -> None:
-        """Write the projections to a checkpoint, atomically; without any, write nothing."""
-        if self.projections:
-            aside = Path(folder) / f".{PROJECTIONS_FILE}.partial"
-            save_file({name: value.detach().cpu().contiguous() for name, value in self.projections.items()}, aside)
-            os.replace(aside, Path(folder) / PROJECTIONS_FILE)
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; at the end of a step, the parts' gradients are averaged over all processes, as by DDP."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.parts is not None and self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for parameter in self.parts.parameters():
+                if parameter.grad is None:  # no process waits for one whose texts taught nothing
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.accelerator.num_processes
+        return loss
 
-    @torch.no_grad()
-    def load(self, folder: str | Path) -> None:
-        """Read the projections that `save` wrote.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `SavesResults`; a checkpoint holds the parts, too."""
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        state = self._state()
+        if _internal_call and self.args.should_save and state:
+            folder = Path(output_dir or self.args.output_dir)
+            aside = folder / f".{PARTS_FILE}.partial"
+            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, aside)
+            os.replace(aside, folder / PARTS_FILE)
 
-        Raises:
-            FileNotFoundError: The checkpoint has none.
-            ValueError: They belong to other layers or widths.
-        """
-        if not self.projections:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        state = self._state()
+        if not state:
             return
-        path = Path(folder) / PROJECTIONS_FILE
+        path = Path(resume_from_checkpoint) / PARTS_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"The checkpoint {str(folder)!r} has no {PROJECTIONS_FILE}: it was not written with this "
-                f"`{self.setting}`. Resume with the settings that it was written with, or start anew."
+                f"The checkpoint {str(resume_from_checkpoint)!r} has no {PARTS_FILE}: it was not written with these "
+                "settings. Resume with the settings that it was written with, or start anew."
             )
-        saved, own = load_file(path), dict(self.projections.items())
-        if shapes_of(saved) != shapes_of(own):
+        saved = load_file(path)
+        shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (saved, state)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"The projections in {str(path)!r} are {shapes_of(saved)}, needed are {shapes_of(own)}: the "
-                "checkpoint was written with other settings (`layer_map`, options of the loss) or other models."
+                f"The parts in {str(path)!r} are {shapes[0]}, needed are {shapes[1]}: the checkpoint was written with "
+                "other settings (`layer_map`, options of the loss) or other models."
             )
-        for name, value in own.items():
-            value.copy_(saved[name])
+        with torch.no_grad():
+            for name, value in state.items():
+                value.copy_(saved[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        return {} if self.parts is None else dict(self.parts.state_dict(keep_vars=True))
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in tensors.items()}
+def _setting_of(part: nn.Module) -> str:
+    return str(getattr(part, "setting", "loss"))
 
 
-class ProjectionCallback(TrainerCallback):
-    """Clips the projections' gradients by `max_grad_norm`, apart from the student's; clears them after each step."""
+class _ClipParts(TrainerCallback):
+    """Clips the parts' gradients before each step, and clears them after it."""
 
-    def __init__(self, along: TrainedAlong) -> None:
-        self.along = along
+    def __init__(self, parts: nn.Module) -> None:
+        self.parts = parts
 
     def on_pre_optimizer_step(self, args: Any, *rest: Any, **kwargs: Any) -> None:
         if args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.along.parameters(), args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.parts.parameters(), args.max_grad_norm)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.along.zero_grad()
+        self.parts.zero_grad()

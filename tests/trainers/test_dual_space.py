@@ -17,7 +17,7 @@ from hf_transfer_ext.losses.spans.dskd import SpaceSide
 from hf_transfer_ext.models.heads import LMHead
 from hf_transfer_ext.teachers.alignment import TokenBytes, align_vocabularies
 from hf_transfer_ext.trainers.saving import save_whole
-from hf_transfer_ext.trainers.trained_along import PROJECTIONS_FILE
+from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 
 EXACT = {"loss": "dskd", "loss_options": {"alignment": "exact"}}
 
@@ -93,13 +93,15 @@ def test_projections_are_saved_beside_checkpoints_and_resumed(tmp_path):
     }  # fmt: skip
     whole = trained(tmp_path / "whole", **options)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert set(load_file(checkpoint / PROJECTIONS_FILE)) == {"query", "to_student", "to_teacher"}
+    assert set(load_file(checkpoint / PARTS_FILE)) == {
+        f"0.projections.{name}" for name in ("query", "to_student", "to_teacher")
+    }
     resumed = start(tmp_path / "whole", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same(weights(resumed), weights(whole), atol=0.0)
     projections = whole.dual_space.projections
     assert all(torch.equal(p, projections[name]) for name, p in resumed.dual_space.projections.items())
-    assert not (save_whole(whole, tmp_path / "final") / PROJECTIONS_FILE).exists()
+    assert not (save_whole(whole, tmp_path / "final") / PARTS_FILE).exists()
     other = start(tmp_path / "other", **{**options, **EXACT})
     with pytest.raises(ValueError, match="the checkpoint was written with other settings"):
         other.train(resume_from_checkpoint=str(checkpoint))

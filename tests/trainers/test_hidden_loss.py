@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.hidden.hidden_mse import hidden_mse
 from hf_transfer_ext.trainers.saving import save_whole
-from hf_transfer_ext.trainers.trained_along import PROJECTIONS_FILE
+from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 
 PAIRS = [(0, 1), (1, 3)]  # "uniform" of 2 and 4 layers
 
@@ -173,16 +173,16 @@ def test_projections_are_trained_logged_saved_beside_checkpoints_and_resumed(tmp
     assert logged(whole, "hidden")[-1] < logged(whole, "hidden")[0]
 
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert set(load_file(checkpoint / PROJECTIONS_FILE)) == set(projections)
+    assert set(load_file(checkpoint / PARTS_FILE)) == {f"0.projections.{name}" for name in projections}
     resumed = resumed_from(tmp_path / "whole", checkpoint, options)
     assert_same(weights(resumed), weights(whole), atol=0.0)
     assert all(torch.equal(p, projections[n]) for n, p in resumed.hidden_loss.projections.items())
 
     final = save_whole(whole, tmp_path / "final")
     whole.save_model(str(tmp_path / "saved"))
-    assert not (final / PROJECTIONS_FILE).exists() and not (tmp_path / "saved" / PROJECTIONS_FILE).exists()
-    (checkpoint / PROJECTIONS_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {PROJECTIONS_FILE}"):
+    assert not (final / PARTS_FILE).exists() and not (tmp_path / "saved" / PARTS_FILE).exists()
+    (checkpoint / PARTS_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {PARTS_FILE}"):
         resumed_from(tmp_path / "whole", checkpoint, options)
 
 

@@ -1,0 +1,266 @@
+"""Distillation of the tasks in `trainers/tasks/`, on the plain `Trainer`: a task states its batches and its loss."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
+from hf_transfer_ext.trainers.distillation_config import DistillationConfig
+from hf_transfer_ext.trainers.distillation_models import (
+    check_length,
+    check_vocabularies,
+    disable_dropout,
+    fit_default_length,
+    load_student,
+    one_teacher,
+    refuse_empty,
+    refuse_shared_weights,
+    require_tokenizer,
+    teacher_loading,
+    tokenizer_beside,
+)
+from hf_transfer_ext.trainers.distillation_task import require_class
+from hf_transfer_ext.trainers.normalization import TokenLossNormalization
+from hf_transfer_ext.trainers.tasks import CAUSAL_LM, TASKS
+from hf_transfer_ext.trainers.trained_along import TrainsAlong
+from hf_transfer_ext.trainers.trl_names import converted
+
+logger = logging.getLogger(__name__)
+
+
+class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # type: ignore[misc]
+    """Distill classifiers, encoder-decoders, masked language models, sentence embedders and vision-language models.
+
+    Args:
+        model: Student: a model, a `PeftModel`, a path or a Hub id.
+        teacher: A model, a path or a Hub id; None where the config names the teacher or an adapter, or `kd_weight`
+            is 0.
+        args: `DistillationConfig` with the `task`.
+        train_dataset: Rows with the columns that the task reads (`hf-transfer-ext methods TASK`); others are left out,
+            and a warning names them.
+        teacher_processing_class: The teacher's tokenizer; loaded from beside the teacher where it is not given.
+        peft_config: An adapter to train instead of all weights.
+        kwargs: Everything else that `Trainer` takes.
+
+    Logs the parts of the loss, `kd` and `ce`, as means over the items (texts, words, tokens) since the last log line
+    on all processes, and what else the task counts. In evaluation over the whole set, as `eval_kd`, ...; `eval_loss`
+    is the sum of these parts times their weights.
+    """
+
+    _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
+    nan_advice = "Lower the learning rate, and check the data for corrupt rows."
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: Any = None,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        processing_class: Any = None,
+        teacher_processing_class: Any = None,
+        eval_dataset: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        config: Any = converted(args, DistillationConfig) if args is not None else DistillationConfig()
+        if config.task == CAUSAL_LM:
+            raise ValueError(
+                f"`task` is {CAUSAL_LM!r}, which DistillationTrainer trains. Set one of {', '.join(TASKS)}, or use "
+                "that trainer."
+            )
+        if kwargs.get("compute_loss_func") is not None or kwargs.get("data_collator") is not None:
+            raise ValueError(
+                "`compute_loss_func` and `data_collator` cannot be used here: the task makes the batches and their "
+                "loss. Register a task of your own with `@TASKS.register` (`trainers/tasks/`)."
+            )
+        refuse_empty(train_dataset)
+        task = TASKS[config.task]
+        kind = task.kind()
+        teacher = one_teacher(teacher, config)
+        if isinstance(teacher, (str, Path)):
+            stated = teacher_loading(config)
+            named = {key: stated[key] for key in ("revision", "trust_remote_code") if key in stated}
+            teacher_processing_class = teacher_processing_class or load_tokenizer(teacher, **named)
+            teacher = load_model(teacher, **{**task.loading(teacher, stated.get("revision")), **stated})
+        if isinstance(model, (str, Path)):
+            revision = dict(config.model_init_kwargs or {}).get("revision")
+            like = None if teacher is None else causal_lm_of(teacher).config
+            loading = task.loading(model, revision, like=like, data=train_dataset)
+            model, tokenizer = load_student(model, config, kwargs.pop("quantization_config", None), **loading)
+            processing_class = processing_class or tokenizer
+        elif config.model_init_kwargs is not None:
+            raise ValueError(
+                "`model_init_kwargs` says how to load a model, but the student is loaded already. Give its path, or "
+                "leave it out."
+            )
+        if processing_class is None:
+            processing_class = load_tokenizer(causal_lm_of(model).config.name_or_path)
+        if teacher is not None and not isinstance(teacher, nn.Module):
+            raise TypeError(f"The task {config.task} learns from a model, got a {type(teacher).__name__}.")
+        both = {"student": model} | ({"teacher": teacher} if teacher is not None else {})
+        for one in both.values():
+            require_class(one, kind, config.task)
+        if teacher is not None:
+            teacher_processing_class = teacher_processing_class or tokenizer_beside(teacher)
+            if task.shares_tokens:
+                check_vocabularies(model, teacher, processing_class, teacher_processing_class)
+            else:
+                require_tokenizer(teacher, teacher_processing_class)
+        fit_default_length(config, both.values())
+        for name, one in both.items():
+            check_length(name, one, config.max_length)
+        if config.disable_dropout:
+            disable_dropout(model)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if teacher is not None:
+            refuse_shared_weights(model, teacher)
+        if hasattr(model, "peft_config") and config.gradient_checkpointing:
+            model.enable_input_require_grads()  # else no gradient reaches the adapters behind frozen embeddings
+        network: Any = teacher if config.teacher_adapter is None else model
+        self.task = task(
+            config, model, network if config.is_taught else None, processing_class, teacher_processing_class
+        )
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._taught_by = teacher
+        self.teacher: LiveTeacher | None = None
+        prepared = self.task.prepared(train_dataset) if train_dataset is not None else None
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self.task.prepared(rows) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self.task.prepared(eval_dataset)
+        super().__init__(
+            model=model,
+            args=config,
+            train_dataset=prepared,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=self.task.collate,
+            **kwargs,
+        )
+        self.label_names = ["labels"]  # in every batch, whatever the model itself takes
+        if config.is_taught:
+            how: Any = {"fused": config.fused, "select": task.select}
+            if config.teacher_adapter is not None:
+                self.teacher = AdapterTeacher(self.model, config.teacher_adapter, self.accelerator, **how)
+            else:
+                self.teacher = LiveTeacher(network, self.accelerator, **how)
+        self.train_along(self.task.trained_along())
+
+    @property
+    def job(self) -> str:
+        """ "distillation", or "fine-tuning" where nobody teaches."""
+        return "distillation" if self.args.is_taught else "fine-tuning"
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The student, and a teacher that is a model."""
+        return {"student": self.model} | ({"teacher": self._taught_by} if self._taught_by is not None else {})
+
+    def record(self) -> RunRecord:
+        """The record of this training so far, with what the task adds."""
+        found = super().record()
+        self.describe(found)
+        return found
+
+    def describe(self, record: RunRecord) -> None:
+        """Add to a record what the settings alone do not say."""
+        record.config |= self.task.facts()
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return dataset  # the task has left out what it does not read
+
+    # ---- The loss ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if model.training:
+            self.task.progress(self.state.global_step / max(self.state.max_steps, 1))
+        self.task.wants_outputs = return_outputs and self.compute_metrics is not None
+        items = self.task.items(inputs)
+        found = self.task.losses(model, self.teacher, inputs, self.token_weight(items, num_items_in_batch))
+        noted = self._sums["train" if model.training else "eval"]
+        for name, value in {**found.sums, "items": items.sum()}.items():
+            noted[name] = noted.get(name, 0.0) + value.detach().float().to(self.args.device)
+        return (found.loss, found.outputs) if return_outputs else found.loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:  # type: ignore
+        """The items of a step, on all processes where `average_tokens_across_devices` asks for it."""
+        if not batch_samples:
+            return None
+        count = torch.tensor(sum(int(self.task.items(batch).sum()) for batch in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum() // self.get_tp_size()
+        return count
+
+    def _means(self, mode: str) -> dict[str, float]:
+        """What was noted on all processes since the last call, as means over the items; and forgets it."""
+        noted, self._sums[mode] = self._sums[mode], {}
+        if not noted:
+            return {}
+        names = sorted(noted)
+        gathered = self.accelerator.gather(torch.stack([noted[name] for name in names])[None]).sum(0).tolist()
+        total = dict(zip(names, gathered, strict=True))
+        items, labelled = max(total.pop("items"), 1.0), max(total.pop("labelled", 0.0), 1.0)
+        means = {"accuracy": total.pop("correct") / labelled} if "correct" in total else {}
+        if self.teacher is None:
+            total.pop("kd", None)
+        return means | {name: value / items for name, value in total.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss to a training log line, as means over all items since the last one."""
+        if "loss" in logs:
+            logs.update(self._means("train"))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds the parts of the loss to the metrics of this evaluation set, under its own prefix."""
+        self._sums["eval"], self.task.evaluates = {}, True
+        try:
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.task.evaluates = False
+        prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means("eval")
+        if means:
+            parts = {"kd": self.args.kd_weight, "ce": self.args.ce_weight}
+            means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in parts.items())
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def measure(self, rows: Any, *, model: Any = None, dataset: str | None = None) -> list[Any]:
+        """Measure a model on held-out rows of the data, and compare it with the teacher.
+
+        Args:
+            model: The student by default; the teacher itself is measured without comparison.
+            dataset: Name of the rows in a report.
+        """
+        model = self.accelerator.unwrap_model(self.model if model is None else model).to(self.args.device)
+        task, reference = self.task, self.teacher
+        if self.teacher is not None and model is self._taught_by:
+            theirs = task.tokenizer if task.teacher_tokenizer is None else task.teacher_tokenizer
+            task, reference = type(task)(self.args, model, None, theirs), None
+        size = self.args.per_device_eval_batch_size
+        return task.measure(model, task.prepared(rows), reference, batch_size=size, dataset=dataset)
+
+    def plan(self) -> str:
+        """What is going to be trained, in words."""
+        sizes = [(one.numel(), one.requires_grad) for one in self.model.parameters()]
+        total, trained = sum(size for size, _ in sizes) / 1e6, sum(size for size, learns in sizes if learns) / 1e6
+        data: Any = self.train_dataset
+        rows = len(data) if hasattr(data, "__len__") else "streamed"
+        name = type(causal_lm_of(self.model)).__name__
+        return (
+            f"Student: {name}, {total:.4g} M parameters, of which {trained:.4g} M are trained\n"
+            f"Loss: {self.args.loss}\nTraining rows: {rows}"
+        )
