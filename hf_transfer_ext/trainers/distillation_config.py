@@ -52,8 +52,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
             with adapters off; no second model then.
         fused: Project to the vocabulary a chunk of tokens at a time, and never build full logits. Heads that are
             adapted or quantized use full logits in any case.
-        float32_logits: Compute the logits of heads in bfloat16 and float16 in float32, on a CPU for about half more
-            time. Off, they are rounded as the model itself rounds them: near the teacher 4 to 17 % of the gradient
+        float32_logits: Compute the logits of heads in bfloat16 and float16 in float32, on a CPU for up to three
+            quarters more time. Off, they are rounded as the model itself rounds them: near the teacher 4 to 17 % of the gradient
             is then rounding, instead of .3 %. Full logits (`fused: false`, adapted heads) are what the model makes
             of them.
         disable_dropout: Set the student's own dropout to 0; an adapter of `peft_config` keeps its own.
