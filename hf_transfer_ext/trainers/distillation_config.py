@@ -53,9 +53,9 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         fused: Project to the vocabulary a chunk of tokens at a time, and never build full logits. Heads that are
             adapted or quantized use full logits in any case.
         float32_logits: Compute the logits of heads in bfloat16 and float16 in float32, on a CPU for up to three
-            quarters more time. Off, they are rounded as the model itself rounds them: near the teacher 4 to 17 % of the gradient
-            is then rounding, instead of .3 %. Full logits (`fused: false`, adapted heads) are what the model makes
-            of them.
+            quarters more time. Off, they are rounded as the model itself rounds them: near the teacher 4 to 17 % of
+            the gradient is then rounding, instead of .3 %. Full logits (`fused: false`, adapted heads) are what the
+            model makes of them.
         disable_dropout: Set the student's own dropout to 0; an adapter of `peft_config` keeps its own.
         drop_unlabelled: Drop samples in which no token is labelled (a prompt that fills `max_length`, say) instead of
             refusing them.
