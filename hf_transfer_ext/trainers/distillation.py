@@ -406,7 +406,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         loss = parts.loss + 0.0 * outputs.logits[..., :1].sum()
         between = None
         if hidden is not None:
-            models = model, teacher.network
+            models = self.accelerator.unwrap_model(model), teacher.network  # DDP follows one forward pass alone
             between = hidden(student_layers, teacher_layers, inputs, mask, targets[mask], *models)
             loss = loss + self.args.hidden_weight * weight * between.sum()
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer

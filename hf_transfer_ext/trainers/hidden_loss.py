@@ -129,7 +129,7 @@ class HiddenLoss(TrainedAlong):
             student: What the student's layers computed; carries the gradient.
             teacher: What the teacher's layers computed.
             labels: The labeled tokens.
-            student_model: The student, whose upper layers run again in a conversation.
+            student_model: The student, unwrapped, whose upper layers run again in a conversation.
             teacher_model: The model that runs as the teacher, whose head or upper layers some losses read.
 
         Raises:

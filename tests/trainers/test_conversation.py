@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from processes import on_two_ranks
 from tiny import byte_tokenizer, tiny_llama
 from trainers.test_distillation import TEXTS, adapted_student, assert_same, logged, make, trained, weights
 from trainers.test_hidden_loss import deep, inside
@@ -105,6 +106,22 @@ def test_an_adapter_learns_to_talk(tmp_path):
     assert logged(trainer, "hidden")[-1] < 0.8 * logged(trainer, "hidden")[0]
     metrics = trainer.evaluate(trainer.train_dataset)
     assert metrics["eval_hidden"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    options = settings(max_steps=2, learning_rate=0.1)
+    one = trained(tmp_path / "one", narrow(), deep(), texts=TEXTS[:4], **options)
+
+    def rank(_):
+        trainer = trained(
+            tmp_path / "two", narrow(), deep(), texts=TEXTS[:4], per_device_train_batch_size=2, **options
+        )
+        return weights(trainer), {n: p.detach() for n, p in trainer.hidden_loss.projections.items()}
+
+    for found, projections in on_two_ranks(rank, tmp_path):
+        assert_same(weights(one), found, atol=1e-5)
+        assert_same({n: p.detach() for n, p in one.hidden_loss.projections.items()}, projections, atol=1e-5)
 
 
 def test_what_cannot_talk_is_refused(tmp_path):

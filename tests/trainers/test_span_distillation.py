@@ -150,6 +150,8 @@ def test_the_padding_token_that_one_side_lacks_is_fine(tmp_path):
         ({"loss": "alm", "loss_options": {"tau": 0.0}}, "`tau` and `epsilon` of alm have to be > 0"),
         ({"loss": "uld", "teacher_cache": "x"}, "does not go with `teacher_cache`"),
         ({"loss": "uld", "teacher_adapter": "base"}, "does not go with `teacher_adapter`"),
+        ({"loss": "uld", "float32_logits": False}, "`float32_logits` is off, which has no effect with `loss: uld`"),
+        ({"loss": "forward_kl", "fused": False, "float32_logits": False}, "has no effect with `fused=False`"),
         ({"loss": "uld", "hidden_loss": "hidden_mse"}, "does not go with `hidden_loss`"),
     ],
 )
