@@ -322,6 +322,12 @@ class ForgetRetainPairs(Dataset):
             unused |= {str(column) for column in example if column not in used}
         if not encoded:
             raise ValueError(f"The {name} set is empty.")
+        longest = self.template.max_length
+        if longest is not None and (cut := sum(len(answer.input_ids) >= longest for _, (answer, _) in encoded)):
+            logger.warning(
+                f"{cut} of {len(encoded)} samples of the {name} set reach `max_length={longest}`: what is beyond it, "
+                "and the end of their answers, is neither forgotten nor retained. Raise it to learn all of them."
+            )
         if unused:
             logger.warning(f"Columns of the {name} set that are not used: {', '.join(sorted(unused))}.")
         return encoded

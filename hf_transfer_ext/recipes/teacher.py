@@ -1,4 +1,4 @@
-"""Teachers and data of the distillation recipe. Teachers: one model, or several, a server, a complete cache."""
+"""Data and teachers of the distillation recipe: one model, or several, a server, a complete cache."""
 
 from __future__ import annotations
 

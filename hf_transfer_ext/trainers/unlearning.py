@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -255,7 +255,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         reference_model: Reference for the losses that ask for one, where `model` is not a `PeftModel`. Without it,
             losses that need only the reference's log-probabilities get them computed once, before training, for the
             rows of the training and evaluation sets.
-        peft_config: A PEFT configuration, such as `LoraConfig`: an adapter is added to `model` and trained.
+        peft_config: A PEFT configuration, such as `LoraConfig`, or a mapping of its fields (those of a LoRA, if it
+            names no `peft_type`): an adapter is added to `model` and trained.
         template: How a question becomes a prompt.
         columns: Schema name -> the data's own column name.
         alternatives: Texts that may be answered instead, where `alternatives` of the config is "refusals"; a column
@@ -853,6 +854,7 @@ def _with_adapter(model: Any, peft_config: Any, args: UnlearningConfig) -> Any:
     """Add the adapter of `peft_config` to a model without one."""
     from peft import get_peft_model, prepare_model_for_kbit_training
 
+    peft_config = _peft_config(peft_config)
     if hasattr(model, "peft_config"):
         raise ValueError(
             "`peft_config` (`lora_rank` in the recipe) adds an adapter to a plain model, and this model has one "
@@ -865,6 +867,32 @@ def _with_adapter(model: Any, peft_config: Any, args: UnlearningConfig) -> Any:
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         )
     return get_peft_model(model, peft_config)
+
+
+def _peft_config(given: Any) -> Any:
+    """A PEFT configuration, or a mapping of its fields; without `peft_type` it is that of a LoRA.
+
+    Raises:
+        ValueError, TypeError: An unknown type or field, or neither a configuration nor a mapping.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+
+    if isinstance(given, PeftConfig):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"`peft_config` has to be a PEFT configuration or a mapping of its fields, got {given!r:.200}."
+        )
+    own = {"peft_type": "LORA", **given}
+    kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = kinds.get(str(own.pop("peft_type")).rpartition(".")[2].upper())
+    if kind is None:
+        raise ValueError(unknown_name("`peft_type`", given["peft_type"], kinds))
+    known = [one.name for one in fields(kind) if one.init]
+    for name in own:
+        if name not in known:
+            raise ValueError(unknown_name(f"field of {kind.__name__}", name, known))
+    return kind(**own)
 
 
 def _writer(model: Any, tokenizer: Any, template: QuestionAnswerFormat, args: UnlearningConfig) -> Write:

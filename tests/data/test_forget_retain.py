@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -96,6 +97,17 @@ def test_texts_and_renamed_columns():
 def test_examples_without_a_token_to_learn_are_named(forget, retain, message):
     with pytest.raises(ValueError, match=message):
         ForgetRetainPairs(forget, retain, byte_tokenizer(), template=PLAIN)
+
+
+def test_answers_that_max_length_cuts_are_counted_and_refused_where_nothing_is_left(caplog):
+    short = dataclasses.replace(PLAIN, max_length=8)
+    rows = [{"question": "Q?", "answer": "a"}, {"question": "Q?", "answer": "a" * 9}]
+    data = ForgetRetainPairs(rows, None, byte_tokenizer(), template=short)
+    assert [len(answer.input_ids) for answer in data.forget] == [5, 8]
+    assert "1 of 2 samples of the forget set reach `max_length=8`" in caplog.text
+    rows.append({"question": "Question?", "answer": "a"})
+    with pytest.raises(ValueError, match=r"Example 2 of the forget set .* No token of the answer 'a' is left"):
+        ForgetRetainPairs(rows, None, byte_tokenizer(), template=short)
 
 
 def test_a_text_has_no_alternative_answer():

@@ -95,3 +95,17 @@ def test_a_baseline_is_audited_as_the_original_with_a_prompt(folders, capsys):
     assert "Nothing was removed" in card and "stand in the card" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="`baseline_options` belong to one of"):
         audit.main([*both[:1], f"{folders}/unlearned", *both[2:], "--baseline_options", "{correct: 1}"])
+
+
+@pytest.mark.parametrize("name, content", [("own.json", '[{"question": "Who?", "a'), ("own.jsonl", '{"question": "W')])
+def test_data_that_cannot_be_read_is_an_error_and_no_audit_without_it(folders, name, content):
+    (folders / name).write_text(content)
+    words = f"--unlearned {folders}/unlearned --original {folders}/original --output_dir {folders}/out"
+    for setting in ("forget_data", "holdout_data"):
+        rows = folders / "good.jsonl"
+        rows.write_text('{"question": "Who?", "answer": "me"}\n')
+        given = {"forget_data": rows, "holdout_data": None, setting: folders / name}
+        data = [word for key, value in given.items() if value for word in (f"--{key}", str(value))]
+        with pytest.raises(ValueError, match=name):
+            audit.main([*words.split(), *data, "--attacks", "[plain_question]"])
+    assert not (folders / "out").exists()

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import on_two_ranks
 from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 
@@ -358,6 +359,40 @@ def test_a_path_and_a_configuration_of_an_adapter_will_do(tmp_path):
         trainer(tmp_path, lora(), given={"peft_config": settings})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         UnlearningTrainer(str(tmp_path / "nowhere"), config(tmp_path), forget_dataset=FORGET, retain_dataset=RETAIN)
+
+
+def test_the_configuration_of_an_adapter_may_be_a_mapping(tmp_path):
+    given = {"r": 2, "target_modules": ["v_proj"]}
+    made = trainer(tmp_path, given={"peft_config": given})
+    config = made.model.peft_config["default"]
+    assert (config.peft_type, config.r, set(config.target_modules)) == ("LORA", 2, {"v_proj"}) and len(given) == 2
+    made = trainer(tmp_path, given={"peft_config": {"peft_type": "IA3", "target_modules": ["v_proj"],
+                                                    "feedforward_modules": []}})  # fmt: skip
+    assert made.model.peft_config["default"].peft_type == "IA3"
+    for wrong, error, message in (
+        ({"rank": 2}, ValueError, "Unknown field of LoraConfig 'rank'"),
+        ({"peft_type": "LORE"}, ValueError, "Unknown `peft_type` 'LORE'. Did you mean 'LORA'"),
+        ("lora", TypeError, "a PEFT configuration or a mapping of its fields, got 'lora'"),
+    ):
+        with pytest.raises(error, match=message):
+            trainer(tmp_path, given={"peft_config": wrong})
+
+
+def test_evaluations_in_training_are_the_same_on_two_processes(tmp_path):
+    """The curve of forgetting against retaining that a run logs."""
+    pairs = ForgetRetainPairs(FORGET, RETAIN, byte_tokenizer(), template=PLAIN)
+    options = {"method": "grad_diff", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "learning_rate": 1e-2}
+
+    def curve(rank=0, **more):
+        made = trainer(tmp_path / f"of{rank}", lora(), given={"eval_dataset": pairs}, **options, **more)
+        made.train()
+        names = ("eval_forget_loss", "eval_retain_loss", "eval_forget_nll")
+        return [[log[name] for name in names] for log in made.state.log_history if "eval_loss" in log]
+
+    one = curve()
+    assert len(one) == 2 and one[0] != one[1]
+    for found in on_two_ranks(lambda rank: curve(rank, per_device_train_batch_size=2), tmp_path):
+        assert found == [pytest.approx(step, rel=1e-4) for step in one]
 
 
 def test_rows_longer_than_the_model_are_named(tmp_path):

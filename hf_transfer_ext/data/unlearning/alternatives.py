@@ -145,10 +145,19 @@ def _words(text: str) -> set[str]:
 def reasoned_refusals(
     rows: Sequence[Row], refusals: Sequence[str], *, columns: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Each row with chains of thought about its question, one for each of `THOUGHTS`, that end in a refusal."""
+    """Each row with chains of thought about its question, one for each of `THOUGHTS`, that end in a refusal.
+
+    Raises:
+        ValueError: There are no refusals, and a row without alternatives of its own.
+    """
     columns = columns or {}
 
     def make(missing: Sequence[int]) -> list[list[str]]:
+        if not refusals:
+            raise ValueError(
+                f"Row {missing[0]} needs a refusal, and the list of them is empty. Give some as `alternatives`, or "
+                "the row a column 'alternative'."
+            )
         questions = [question_and_answer(rows[index], columns)[0] for index in missing]
         return [
             [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -148,10 +149,18 @@ def batches_of(
 ) -> list[list[str]]:
     """Longest first, so that batches have similar lengths and one that does not fit in memory fails early.
 
-    The keys of one group (the answers to one prompt) stay together.
+    The keys of one group (the answers to one prompt) stay together, and in one batch where they fit into one: split,
+    their prompt would be read twice, in a row that is mostly padding.
     """
     longest: dict[Any, int] = {}
     for key in keys:
         longest[group(key)] = max(length(key), longest.get(group(key), 0))
     ordered = sorted(keys, key=lambda key: (-longest[group(key)], group(key), -length(key), key))
-    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    batches: list[list[str]] = []
+    for _, together in itertools.groupby(ordered, group):
+        own = list(together)
+        if batches and len(batches[-1]) + len(own) <= batch_size:
+            batches[-1] += own
+        else:
+            batches += [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+    return batches

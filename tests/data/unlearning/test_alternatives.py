@@ -136,6 +136,12 @@ def test_without_wrong_answers_the_model_writes_them():
         misleading_rationales([{"prompt": "p", "completion": "c"}], write)
 
 
+def test_reasoned_refusals_need_a_refusal_for_rows_without_alternatives():
+    assert reasoned_refusals([{**ROWS[0], "alternative": "no"}], [])[0]["alternative"] == "no"
+    with pytest.raises(ValueError, match="Row 1 needs a refusal, and the list of them is empty"):
+        reasoned_refusals([{**ROWS[0], "alternative": "no"}, ROWS[1]], [])
+
+
 def test_the_nearest_answer_is_that_of_the_question_with_most_words_in_common():
     rows = [
         {"question": "Where was Ann born?", "answer": "Rome"},

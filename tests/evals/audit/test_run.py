@@ -1,16 +1,20 @@
 import copy
+import inspect
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from evals.audit.planted_people import DATA, FORGET, HOLDOUT, PLAIN, RETAIN, never_taught, planted, subject
+from processes import on_two_ranks
 
 from hf_transfer_ext.evals.audit.attack import attack
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.run import audit
 from hf_transfer_ext.evals.audit.subject import AuditData
 from hf_transfer_ext.evals.audit.verdict import Evidence, Share, Verdict, judge_recovery, recovered_share
+from hf_transfer_ext.evals.options import options_of
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +229,35 @@ def test_rows_of_plain_text_are_audited_by_the_attacks_that_need_no_question(mod
     assert "no question to reword" in notes["label_only"]
     assert {"plain_question", "logit_lens", "hidden_probe"} <= set(found.scores)
     assert next(v.explanation for v in found.verdicts if v.attack == "plain_question").startswith("No attack:")
+
+
+def test_an_audit_rounds_to_four_bits_unless_told_otherwise(models):
+    original, shallow, retrained = models
+    chosen = inspect.signature(audit).parameters["attacks"].default
+    assert "quantization" in chosen and options_of(ATTACKS["quantization"].function) == ["bits"]
+    against = {"original": subject(original), "retrained": subject(retrained), "membership": [], "resamples": 0}
+    plain, four = (
+        audit(subject(shallow), DATA, attacks=[attack], **against).scores
+        for attack in ("quantization", {"quantization": {"bits": 4}})
+    )
+    assert np.array_equal(plain["quantization"], four["quantization(bits=4)"])
+
+
+def test_two_processes_share_an_audit_and_come_to_the_same_verdicts(models, tmp_path):
+    relearning = {"relearn_forget": {"learning_rate": 2e-3, "epochs": 2}}  # six rows: a batch of 4 and one of 2
+    chosen = [{"sampling": {"samples": 1, "temperatures": [1.0]}}, "quantization", "hidden_probe", relearning]
+    data = replace(DATA, forget=[*FORGET, *RETAIN[:2]])
+
+    def verdicts(rank=None):
+        accelerator = None if rank is None else Accelerator()
+        made = [replace(subject(copy.deepcopy(one)), accelerator=accelerator, batch_size=2) for one in models[:2]]
+        found = audit(made[1], data, original=made[0], attacks=chosen, membership=["label_only"], resamples=20)
+        return {v.attack: (v.recovered, v.unlearned, v.original, v.floor) for v in found.verdicts}
+
+    one = verdicts()
+    first, second = on_two_ranks(verdicts, tmp_path)
+    assert first == second and first.keys() == one.keys()
+    for name, values in one.items():
+        for found, expected in zip(first[name], values, strict=True):
+            assert (found is None) == (expected is None)
+            assert found is None or found == pytest.approx(expected, abs=2e-5), name

@@ -17,6 +17,7 @@ from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFo
 from hf_transfer_ext.evals.engine import work as engine_work
 from hf_transfer_ext.evals.engine.cache import ScoreCache
 from hf_transfer_ext.evals.engine.evaluate import compute_metrics, evaluate
+from hf_transfer_ext.evals.engine.work import batches_of
 from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.models import scoring
@@ -600,3 +601,11 @@ def test_an_option_that_a_metric_does_not_have_is_refused_before_any_pass():
         evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [("perplexity", {"a": 1})])
     with pytest.raises(ValueError, match="A metric must be a name"):
         evaluate(tiny_llama(), byte_tokenizer(), EXAMPLES, [{"a": {}, "b": {}}])
+
+
+def test_answers_to_one_prompt_are_in_one_batch_where_they_fit():
+    keys = [f"{prompt}{answer}" for prompt in "abc" for answer in range(3)]
+    assert batches_of(keys, len, 4, lambda key: key[0]) == [["a0", "a1", "a2"], ["b0", "b1", "b2"], ["c0", "c1", "c2"]]
+    assert batches_of(keys, len, 6, lambda key: key[0]) == [keys[:6], keys[6:]]
+    assert batches_of(keys[:3], len, 2, lambda key: key[0]) == [["a0", "a1"], ["a2"]]  # it does not fit
+    assert batches_of(["x", "yyy", "zz"], len, 2) == [["yyy", "zz"], ["x"]]

@@ -25,7 +25,8 @@ def relearn(subject: Subject, rows: Sequence[Row], measured: Sequence[Row], epoc
                 lr_scheduler_type="constant", save_strategy="no", report_to="none", logging_strategy="no",
                 disable_tqdm=True, seed=subject.seed, use_cpu=next(model.parameters()).device.type == "cpu",
             )  # fmt: skip
-            train_on_answers(model, subject.tokenizer, rows, args, template=subject.template)
+            how: dict[str, Any] = {"template": subject.template, "on_each_process": True}
+            train_on_answers(model, subject.tokenizer, rows, args, **how)
             return subject.probability(measured)
         finally:
             for name, parameter in model.named_parameters():
