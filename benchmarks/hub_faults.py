@@ -1,9 +1,12 @@
-"""Faults of the Hub while a result is pushed over an older one and pulled: `python benchmarks/hub_faults.py`.
+"""Faults of the Hub while a result is pushed over an older one, and while one is pulled.
+
+`python benchmarks/hub_faults.py`
 
 The real client talks to the loopback Hub of the tests, which fails at every place in turn: the connection drops after
 some bytes, or a request is answered with 429, 500 or 401, or slowly, once or from then on; the server
 dies in the middle of a request and comes back; other people commit in between; 16 pushes arrive at once. After each
-fault the repository must hold the old result or the new one, and nothing else.
+fault the repository must hold the old result or the new one, and nothing else. A pull, which also meets stale ETags (a
+proxy that describes a file as it was before), must give the files that the record states, or an error.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 from hub_server import HubServer, _Handler  # noqa: E402
 
 #: The requests of a push and a pull, by a part of their URL.
-PLACES = ("whoami", "repos/create", "api/models", "preupload", "objects/batch", "lfs/", "commit/", "resolve")
+PLACES = ("whoami", "auth-check", "api/models", "preupload", "objects/batch", "lfs/", "commit/", "resolve")
 
 
 class Faults:
@@ -43,9 +46,13 @@ class Faults:
         if self.kind == "slow":
             time.sleep(0.3)
             return False
+        if self.kind.startswith("stale"):
+            handler.stale = self.kind
+            return False
         handler._read_body()
         if self.kind.startswith("drop"):
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * int(self.kind[5:]))
+            if handler.command != "HEAD":
+                handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * int(self.kind[5:]))
             handler.wfile.flush()
             handler.close_connection = True
             handler.connection.close()
@@ -71,11 +78,11 @@ def main(argv: list[str] | None = None) -> None:
         HF_ENDPOINT=server.endpoint, HF_HOME=tempfile.mkdtemp(prefix="hub-faults-"), HF_HUB_DISABLE_XET="1",
         HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
     )  # fmt: skip
-    rows = measured(server)
-    out.write_text(report(rows), encoding="utf-8")
+    rows, pulls = measured(server), pulled(server)
+    out.write_text(report(rows) + report_of_pulls(pulls), encoding="utf-8")
     print(out.read_text())
-    if any(row["half"] for row in rows):
-        sys.exit("A repository was half published.")
+    if any(row["half"] for row in rows) or any(row["wrong"] for row in pulls):
+        sys.exit("A repository was half published, or a pull gave other files without an error.")
 
 
 def measured(server: HubServer) -> list[dict[str, Any]]:
@@ -114,6 +121,80 @@ def measured(server: HubServer) -> list[dict[str, Any]]:
         rows.append(_others_commit(server, folders, states))
         rows.append(_at_once(server, folders, states))
     return rows
+
+
+def pulled(server: HubServer) -> list[dict[str, Any]]:
+    """One row per kind of fault while a result is pulled into an empty cache, over which an older one once lay."""
+    import huggingface_hub.file_download as downloads
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+    from tiny import byte_tokenizer, tiny_llama
+
+    from hf_transfer_ext.hub.publish import pull, push, save_result
+    from hf_transfer_ext.hub.record import RunRecord
+
+    short: Any = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.02)), time=time.time)
+    before = _http.time, downloads.time, constants.HF_HUB_CACHE, _Handler._send
+    _http.time, downloads.time = short, short
+
+    def send(handler: Any, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        kind, handler.stale = getattr(handler, "stale", ""), ""
+        one = old.get(handler.path.split("/resolve/")[-1].partition("/")[2])
+        if kind and one is not None and headers and "ETag" in headers:
+            etag = f'"{one.sha256 if one.large else one.git_oid}"'
+            headers = {key: etag if "etag" in key.lower() else value for key, value in headers.items()}
+            if kind == "stale file":
+                data, status = one.data, 200
+                headers = {key: value for key, value in headers.items() if key != "Content-Range"}
+        before[3](handler, data, status, headers)
+
+    rows = []
+    old: dict[str, Any] = {}
+    try:
+        _Handler._send = send  # type: ignore[method-assign]
+        with tempfile.TemporaryDirectory() as made:
+            for n in (0, 1):
+                folder = save_result(
+                    Path(made) / str(n), model=tiny_llama(n), tokenizer=byte_tokenizer(),
+                    record=RunRecord("distillation", "r", {}, seed=n),
+                )  # fmt: skip
+                server.clear()
+                push(folder, "tester/a", token=server.token)
+                found = server.repos[("models", "tester/a")].find("main").files
+                old = old or dict(found)
+            state = dict(server.files("tester/a"))
+            for kind in ("drop:0", "drop:50", "429", "500", "401", "killed", "slow", "stale etag", "stale file"):
+                row = {"fault": kind, "runs": 0, "struck": 0, "right": 0, "refused": 0, "wrong": 0, "raw": 0}
+                row["seconds"] = 0.0  # type: ignore[assignment]
+                for place in ("api/models", "model.safetensors", "config.json", "hf_transfer_ext.json"):
+                    for count in (1,) if kind == "killed" else (1, 1000):
+                        constants.HF_HUB_CACHE = tempfile.mkdtemp(dir=made)
+                        _pull_once(row, state, Faults(kind, place, count), lambda: pull("tester/a"))
+                rows.append(row)
+    finally:
+        _http.time, downloads.time, constants.HF_HUB_CACHE, _Handler._send = before  # type: ignore[method-assign]
+    return rows
+
+
+def _pull_once(row: dict[str, Any], state: dict[str, bytes], fault: Faults, work: Callable[[], Path]) -> None:
+    original = _Handler._answer
+    _Handler._answer = lambda handler: None if fault(handler) else original(handler)  # type: ignore[method-assign]
+    started = time.perf_counter()
+    try:
+        folder = work()
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        whole = {"model.safetensors", "config.json"} <= set(names)
+        same = all((folder / name).read_bytes() == state[name] for name in names)
+        row["right" if whole and same else "wrong"] += 1
+    except (OSError, ValueError):
+        row["refused"] += 1
+    except Exception:
+        row["raw"] += 1
+    finally:
+        _Handler._answer = original  # type: ignore[method-assign]
+    row["seconds"] = max(row["seconds"], time.perf_counter() - started)
+    row["runs"] += 1
+    row["struck"] += fault.seen > 0
 
 
 def _one(row: dict[str, Any], server: HubServer, states: list[Any], fault: Faults, work: Callable[[], Any]) -> None:
@@ -207,6 +288,22 @@ def report(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         cells = [r["fault"], r["runs"], r["struck"], r["old"], r["new"], r["half"], r["raw"], f"{r['seconds']:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def report_of_pulls(rows: list[dict[str, Any]]) -> str:
+    """The rows of `pulled` as a Markdown table."""
+    lines = [
+        "\n## Pulls\n",
+        "A result is pulled into an empty cache. *stale etag*: a file is described by the ETag that it had in an "
+        "older result; *stale file*: it also has the content of that one. *right*: the files that the record states; "
+        "*refused*: an OSError or a ValueError that says so; *wrong*: other files without an error.\n",
+        "| fault | runs | struck | right | refused | wrong | raw errors | longest run, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [r[key] for key in ("fault", "runs", "struck", "right", "refused", "wrong", "raw")]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{r['seconds']:.1f}"])) + " |")
     return "\n".join(lines) + "\n"
 
 

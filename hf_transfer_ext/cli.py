@@ -41,7 +41,7 @@ COMMANDS = {
     "adapters": ("hf_transfer_ext.hub.adapters_of", "list the adapters of a base model on the Hub: adapters BASE"),
     "lineage": ("hf_transfer_ext.hub.lineage_tree", "show what a result was made from: lineage PATH_OR_REPO"),
     "reproduce": ("hf_transfer_ext.reproduce", "make a result again and compare: reproduce PATH_OR_REPO"),
-    "export": ("hf_transfer_ext.export", "write a model or LoRA as GGUF: export FOLDER OUT.gguf"),
+    "export": ("hf_transfer_ext.export", "write a model or LoRA as GGUF: export FOLDER OUT"),
     "methods": ("hf_transfer_ext.catalogue", "list the methods, or explain one: methods [NAME]"),
     "doctor": ("hf_transfer_ext.doctor", "show versions, devices, and what is missing for which job"),
 }

@@ -518,7 +518,7 @@ def _scores(vocabulary: Mapping[str, int], merges: list[tuple[str, ...]]) -> dic
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`hf-transfer-ext export FOLDER OUT.gguf --to gguf`."""
+    """`hf-transfer-ext export FOLDER OUT --to gguf`."""
     about = "Write a model or a LoRA as one GGUF file, for llama.cpp, Ollama and LM Studio."
     arguments = arguments_for(export, argv, program="hf-transfer-ext export", about=about, extra=PUSH_OPTIONS)
     publication = Publication.taken_from(arguments)

@@ -90,20 +90,30 @@ def _check(api: HfApi, path: str, repo_type: str, *, write: bool) -> None:
 
 def again(work: Callable[[], Any]) -> Any:
     """Do it again, after a wait, where the connection dropped or the Hub is out of order (5xx, 429)."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     for wait in WAITS:
         try:
             return _unwrapped(work)
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 500
-            if status < 500 and status != 429:
+        except Exception as error:
+            fault = _passing_fault(error)
+            if fault is None:
                 raise
-            logger.warning("The Hub answered %d. Trying again in %g s.", status, wait)
-        except connection_error() as error:
-            logger.warning("The connection to the Hub dropped (%s). Trying again in %g s.", type(error).__name__, wait)
+            logger.warning("%s Trying again in %g s.", fault, wait)
         time.sleep(wait)
     return _unwrapped(work)
+
+
+def _passing_fault(error: BaseException | None) -> str | None:
+    """What went wrong, where it may be over soon: in an error, or in the one that caused it; None for others."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code if error.response is not None else 500
+            return f"The Hub answered {status}." if status >= 500 or status == 429 else None
+        if isinstance(error, connection_error()):
+            return f"The connection to the Hub dropped ({type(error).__name__})."
+        error = error.__cause__
+    return None
 
 
 def _unwrapped(work: Callable[[], Any]) -> Any:

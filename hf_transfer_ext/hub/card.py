@@ -81,6 +81,10 @@ _LIMITS = {
     "mixture": "The gates were set without training, and the experts never worked together before.",
     "extraction": "A low-rank adapter holds a part of the difference between the two models.",
     "export": "The weights are rounded to the type in the file's name. llama.cpp itself was not run.",
+    "audit": "An audit finds what its attacks find; others may find more.",
+    "evaluation": "The numbers hold for these data and prompts. Nobody checked whether a model was trained on them.",
+    "caching": "The rows show which words a text probably consists of: they are as private as the texts.",
+    "quickstart": "Few steps on little data: it shows that the jobs fit together, not what they reach.",
     "resizing": "A lower rank holds a part of the adapter's change.",
 }
 #: An attack that gets back less than this share of what was to be forgotten counts as held off.
@@ -326,7 +330,7 @@ def _eval_results(record: RunRecord) -> list[Any]:
                 dataset_type="custom" if data is None else data.name,
                 dataset_name=public_text(m.dataset or "data of this run"),
                 metric_type=m.name,
-                metric_name=f"{m.name} ({m.unit}, {_direction(m)}, {m.examples} examples)",
+                metric_name=f"{m.name} ({m.unit}, {_direction(m)}, {_count(m)})",
                 metric_value=m.value,
                 metric_args={"interval_95": list(m.interval)} if m.interval else None,
             )
@@ -345,7 +349,7 @@ def eval_results_yaml(record: RunRecord) -> str:
     for m, data in _measured_on(record):
         if data is not None:
             interval = f", 95 % interval [{m.interval[0]:.6g}, {m.interval[1]:.6g}]" if m.interval else ""
-            notes = f"{m.unit}, {_direction(m)}, {m.examples} examples{interval}"
+            notes = f"{m.unit}, {_direction(m)}, {_count(m)}{interval}"
             entries.append(
                 EvalResultEntry(
                     data.name, m.name, m.value, dataset_revision=data.revision, date=record.created, notes=notes
@@ -388,7 +392,7 @@ def _terms(record: RunRecord) -> str:
             "deriving), so these terms and the Gemma Prohibited Use Policy apply to it too."
         )
     elif not _license(record) and _models(record):
-        found = [f"{_code(item.name)}: {_license_name(item)}" for item in _models(record)]
+        found = list(dict.fromkeys(f"{_code(item.name)}: {_license_name(item)}" for item in _licensed(record)))
         parts.append(
             "No license is stated here, because the inputs' cards do not state one and the same "
             f"({', '.join(found)}). Those of the inputs apply."
@@ -421,6 +425,17 @@ def _sources(record: RunRecord) -> list[RunInput]:
         for item in _models(earlier):
             found.setdefault((item.name, item.revision), item)
     return list(found.values())
+
+
+def _licensed(record: RunRecord) -> list[RunInput]:
+    """The models whose licenses decide: the inputs, or in the place of one without a card those that led to it."""
+    found = []
+    for item in _models(record):
+        if item.license or item.record is None:
+            found.append(item)
+        else:
+            found += [one for one in _sources(item.record) if one.license or one.record is None]
+    return found
 
 
 def is_llama(item: RunInput) -> bool:
@@ -470,11 +485,14 @@ def _limits(record: RunRecord) -> str:
     """What one should know before using the result: what the audits found, what was left out, what the job implies."""
     kind = kind_of(record)
     lines = [_LIMITS[kind]] if kind in _LIMITS else []
-    lines += audit_findings([*record.metrics, *record.compared.get("unlearned", [])])
+    findings = audit_findings([*record.metrics, *record.compared.get("unlearned", [])])
+    if kind == "audit" and not findings:
+        findings = ["No attack could be judged; `report.html`, beside this card where it was made, says why."]
+    lines += findings
     if kind == "unlearning" and not any(m.name.startswith("recovered") for m in record.metrics):
         lines.append("No audit was made, so it is not known whether the knowledge is gone or only hidden.")
     for m in record.metrics:
-        if m.name.startswith("residual_energy") and m.value > 0:
+        if m.name.startswith("change left out") and m.value > 0:
             lines.append(f"It leaves out {m.value:.2%} of the energy of the change that it stands for.")
     if record.config.get("trust_remote_code") is True:
         lines.append("It was made with `trust_remote_code`: Python code of a repository ran in the process.")
@@ -534,7 +552,8 @@ def _how_to_load(
         for one in servers:
             options = f" Start it with {', '.join(map(_code, one.options))}." if one.options else ""
             reasons = " ".join(_text(reason, keep=True) for reason in one.reasons)
-            note += f"\n- {one.name}: " + (f"loads it.{options}" if one.loads else f"does not load it. {reasons}")
+            note += f"\n- {one.name}: " + (f"loads it.{options}" if one.loads else "does not load it.")
+            note += f" {reasons}" if reasons else ""
     else:
         code = [
             f"from transformers import {load}, {reader}",
@@ -666,7 +685,7 @@ def _run(record: RunRecord) -> str:
     if record.stages:
         rows = [[_text(stage.name), f"{stage.seconds:.1f}"] for stage in record.stages]
         parts.append(_table(["stage", "seconds"], rows))
-    facts = {**record.device, **({} if record.seed is None else {"seed": record.seed})}
+    facts = {key: value for key, value in {**record.device, "seed": record.seed}.items() if value is not None}
     if facts:
         parts.append("Run with " + ", ".join(f"{_text(str(k))} {_code(str(v))}" for k, v in facts.items()) + ".")
     parts.append("Versions: " + ", ".join(f"{_text(k)} {_text(v)}" for k, v in record.versions.items()) + ".")
@@ -678,6 +697,10 @@ def _run(record: RunRecord) -> str:
 
 def _direction(m: Measurement) -> str:
     return "higher is better" if m.higher_is_better else "lower is better"
+
+
+def _count(m: Measurement) -> str:
+    return f"{m.examples} example" + "s" * (m.examples != 1)
 
 
 def _examples(found: Iterable[Measurement]) -> str:

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ from hf_transfer_ext.hub.record import RECORD_FILE, RunRecord, read_record
 from hf_transfer_ext.hub.servable import Server, servable_by
 from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, push_cache, refuse_part_of_cache
 from hf_transfer_ext.reading import one_line, parse_json, read_text
-from hf_transfer_ext.weights.repository import MODEL_FILES, Place, local_folder, place_of
+from hf_transfer_ext.weights.repository import MODEL_FILES, Place, connection_error, local_folder, place_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -199,12 +200,15 @@ def push(
 def pull(repo_id: str, revision: str | None = None) -> Path:
     """The folder of a published result: a snapshot in the Hub cache, safetensors and text files only.
 
+    Files are checked against the digests in the record. Those that arrived as others (a proxy that gives an old file
+    under a new name, a damaged cache) are fetched once more.
+
     Raises:
         FileNotFoundError: There is no such repository.
         ValueError: A file is not the one whose digest the record states, is missing, or would be loaded without
             being part of the result.
     """
-    folder = local_folder(repo_id, revision=revision)
+    folder: Path = again(lambda: local_folder(repo_id, revision=revision))
     if not (folder / RECORD_FILE).is_file():
         logger.warning("%r has no %s, so its files cannot be verified.", repo_id, RECORD_FILE)
         return folder
@@ -212,17 +216,41 @@ def pull(repo_id: str, revision: str | None = None) -> Path:
     if not stated:
         logger.warning("The record of %r states no digests of its files, so they cannot be verified.", repo_id)
         return folder
-    fetched = [name for name in stated if _fits(name, MODEL_FILES)]
-    present = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    wrong = [n for n in fetched if n not in present or sha256_of(path_inside_cache(folder, n)) != stated[n]]
-    wrong += [name for name in present if _fits(name, DECIDE_WHAT_IS_LOADED) and name not in stated]
+    wrong = _other_than_stated(folder, stated)
+    if wrong and not Path(repo_id).exists():
+        _fetch_again(place_of(repo_id, revision), folder, [name for name in wrong if name in stated])
+        wrong = _other_than_stated(folder, stated)
     if wrong:
         raise ValueError(
-            f"The files of {repo_id!r} are not those of its record: {', '.join(sorted(wrong))}. They were changed or "
+            f"The files of {repo_id!r} are not those of its record: {', '.join(wrong)}. They were changed or "
             "added after the result was published, or arrived damaged. Delete them from the cache and pull again, or "
             "choose a `revision` of which the record is true."
         )
     return folder
+
+
+def _other_than_stated(folder: Path, stated: Mapping[str, str]) -> list[str]:
+    """Files with another digest than the record states, that are missing, or would be loaded without being in it."""
+    fetched = [name for name in stated if _fits(name, MODEL_FILES)]
+    present = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    wrong = [n for n in fetched if n not in present or sha256_of(path_inside_cache(folder, n)) != stated[n]]
+    wrong += [name for name in present if _fits(name, DECIDE_WHAT_IS_LOADED) and name not in stated]
+    return sorted(wrong)
+
+
+def _fetch_again(place: Place, folder: Path, names: Sequence[str]) -> None:
+    """Download files of a snapshot again, whatever the cache holds; without a connection they are missing then."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    commit = next((part for part in reversed(folder.parts) if re.fullmatch("[0-9a-f]{40}", part)), place.revision)
+    for name in names:
+        logger.warning("%s of %s is not the file that its record states. Fetching it again.", name, place)
+        path_inside_cache(folder, name).unlink(missing_ok=True)  # the client leaves a link to another file as it is
+        try:
+            again(partial(hf_hub_download, place.path, place.inside(name), revision=commit, force_download=True))
+        except (HfHubHTTPError, OSError, connection_error()) as error:
+            logger.warning("%s was not fetched again: %s", name, one_line(error))
 
 
 def path_inside_cache(folder: Path, name: str) -> Path:

@@ -6,12 +6,26 @@ from collections.abc import Sequence
 
 from hf_transfer_ext.hub import card
 from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.hub.teacher_cache import THIS_CACHE
 
 _ABOUT = {
     "evaluation": "Models were measured on the same data.",
     "audit": "An unlearned model was attacked to see how much of the removed knowledge comes back.",
     "caching": "The next-token distributions of a teacher on a data set, for distillation without the teacher.",
     "quickstart": "The jobs of this package were run one after the other; each result is a folder of its own.",
+}
+
+#: How the result is read again, where it is more than a report.
+_USES = {
+    "caching": f"""## Load it
+
+```python
+from hf_transfer_ext.hub.teacher_cache import pull_cache
+
+folder = pull_cache("{THIS_CACHE}")
+```
+
+`hf-transfer-ext distill --teacher_cache FOLDER`, with the same data and `max_length`, then needs no teacher.""",
 }
 
 
@@ -30,6 +44,7 @@ def report_card(record: RunRecord, *, plots: Sequence[str] = (), earlier: str = 
         card.START,
         f"# {title}",
         f"{about} {made}",
+        _USES.get(record.job, ""),
         "## Measurements\n\n" + card._measurements(record),
         card._plots(plots),
         card._limits(record),

@@ -22,6 +22,9 @@ VLLM_MODULES = (
     "query_key_value",
 )  # fmt: skip
 
+#: What llama.cpp needs of an adapter that it can apply.
+AS_GGUF = "Write it as a GGUF file first: `hf-transfer-ext convert ADAPTER OUT --to gguf`."
+
 
 @dataclass(frozen=True)
 class Server:
@@ -29,7 +32,7 @@ class Server:
 
     Args:
         loads: Whether it does.
-        reasons: What it refuses, and what to do; empty where it loads the adapter.
+        reasons: What it refuses, and what to do; where it loads the adapter, what has to be done before.
         options: Options that the server has to be started with.
     """
 
@@ -42,7 +45,8 @@ class Server:
         """For a card or a terminal."""
         if not self.loads:
             return f"{self.name} does not load it. {' '.join(self.reasons)}"
-        return f"{self.name} loads it{', started with ' + ' '.join(self.options) if self.options else ''}."
+        started = f", started with {' '.join(self.options)}" if self.options else ""
+        return " ".join([f"{self.name} loads it{started}.", *self.reasons])
 
 
 def serving(folder: str | Path) -> list[str]:
@@ -120,7 +124,7 @@ def servable_by(folder: str | Path) -> list[Server]:
     return [
         peft,
         Server("vllm", not vllm, vllm, [] if vllm else options),
-        Server("llama.cpp", not llama, llama, [] if llama else ["--lora FILE.gguf (made by `convert --to gguf`)"]),
+        Server("llama.cpp", not llama, llama or [AS_GGUF], [] if llama else ["--lora FILE.gguf"]),
     ]
 
 

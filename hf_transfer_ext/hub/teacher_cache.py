@@ -8,10 +8,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from hf_transfer_ext.hub.access import again, checked, clear_errors, create
+from hf_transfer_ext.reading import read_text
 from hf_transfer_ext.weights.repository import Place, place_of
 
 FINGERPRINT_FILE = "teacher_cache.json"
 SHARDS = "rows-*.safetensors"
+#: Stands where the card names its own repository, until `push_cache` knows it.
+THIS_CACHE = "REPOSITORY_OF_THIS_CACHE"
 #: What travels: the cache, and the card and record that `cache-teacher` adds.
 FILES = [FINGERPRINT_FILE, SHARDS, "README.md", "hf_transfer_ext.json"]
 
@@ -42,7 +45,7 @@ def push_cache(
     The rows show which words a text probably consists of, so a cache is as private as its texts: by default the
     repository is private.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = Path(folder)
     if not (folder / FINGERPRINT_FILE).is_file():
@@ -60,13 +63,19 @@ def push_cache(
         place, exists = checked(api, place_of(repo_id), repo_type="dataset")
         if not exists:
             create(api, place, private=private, repo_type="dataset")
-        again(
-            lambda: api.upload_folder(
-                repo_id=place.path, repo_type="dataset", folder_path=str(folder), allow_patterns=FILES,
-                commit_message=commit_message or "Add teacher rows",
-            )
-        )  # fmt: skip
+        operations = [
+            CommitOperationAdd(path.name, _with_name(path, place.path) if path.suffix == ".md" else str(path))
+            for pattern in FILES
+            for path in sorted(folder.glob(pattern))
+        ]
+        message = commit_message or "Add teacher rows"
+        again(lambda: api.create_commit(place.path, operations, commit_message=message, repo_type="dataset"))
     return f"{api.endpoint}/datasets/{place.path}"
+
+
+def _with_name(card: Path, repo_id: str) -> bytes:
+    """The card with the repository's name in its example."""
+    return read_text(card).replace(THIS_CACHE, repo_id).encode()
 
 
 def pull_cache(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:

@@ -85,7 +85,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, allow_pickle:
         patterns = [place.inside(pattern) for pattern in patterns]
     try:
         root = Path(snapshot_download(place.path, revision=place.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, connection_error()) as error:
         at = f" at revision {place.revision!r}" if place.revision else ""
         raise FileNotFoundError(
             f"Model {place.path!r}{at} is neither a local folder nor a "

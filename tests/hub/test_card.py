@@ -258,7 +258,7 @@ def test_each_kind_says_what_it_cannot_do():
     assert front_matter(mixture)["base_model_relation"] == "merge" and "Merging trains" not in mixture
     assert "No audit was made" in card_of("unlearning")
     assert "leaves out 25.00% of the energy" in card_of(
-        "resizing", metrics=[Measurement("residual_energy(rank=2)", 0.25, "share of its energy", False, 3)]
+        "resizing", metrics=[Measurement("change left out at rank 2", 0.25, "share of its energy", False, 3)]
     )
     assert "ran in the process" in card_of("distillation", config={"trust_remote_code": True})
     assert "ran in the process" not in card_of("distillation", config={"trust_remote_code": False})
@@ -362,3 +362,21 @@ def test_nothing_private_reaches_card_record_lineage_or_log(kind, tmp_path, monk
     for text in texts:
         for word in (TOKEN, "planted-user", "planted-host", "hidden-folder", str(tmp_path)):
             assert word not in text, (word, text[max(0, text.find(word) - 60) : text.find(word) + 60])
+
+
+def test_a_result_of_a_merge_names_the_licenses_that_disagree():
+    parents = [RunInput(f"org/{name}", "model", True, "c" * 40, license={"license": name}) for name in ("mit", "gpl")]
+    merged = record(*parents, job="merging")
+    made = str(model_card(record(RunInput("merged", "model", record=merged), job="export"), gguf="model-f16.gguf"))
+    assert "`org/mit`: mit, `org/gpl`: gpl" in made and "`merged`" not in made.split("## Load it")[0]
+    assert 'gguf_file="model-f16.gguf"' in made and "library_name: gguf" in made
+
+
+def test_reports_say_what_they_cannot_tell():
+    assert "No attack could be judged" in report_card(record(job="audit"))
+    assert "an audit finds what its attacks find" in report_card(record(job="audit")).lower()
+    assert "The numbers hold for these data" in report_card(record(job="evaluation"))
+    assert "pull_cache(" in report_card(record(job="caching"))
+    lost = Measurement("change left out at rank 4", 0.25, "share of its energy", False, 14)
+    made = str(model_card(record(job="extraction", metrics=[lost], device={"precision": None, "device": "cpu"})))
+    assert "It leaves out 25.00% of the energy" in made and "precision" not in made

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hub_server import _Handler, check_card, front_matter
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.utils import _http
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
@@ -354,6 +354,26 @@ def test_pull_refuses_what_the_record_does_not_state(hub, tmp_path, change):
     name = {"weights": "model.safetensors", "missing": "tokenizer.json", "added": "adapter_config.json"}[change]
     with pytest.raises(ValueError, match=f"not those of its record: {name}"):
         pull("tester/a")
+
+
+def test_a_file_that_arrived_as_another_one_is_fetched_again(hub, tmp_path, monkeypatch, caplog):
+    """A proxy gives the ETag and the content of an older file, once."""
+    push(save_result(tmp_path / "old", model=tiny_llama(1), record=record()), "tester/a", token=hub.token)
+    old = hub.repos[("models", "tester/a")].find("main").files["model.safetensors"]
+    push(save_result(tmp_path / "new", model=tiny_llama(2), record=record(seed=2)), "tester/a", token=hub.token)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    original, left = _Handler._send_range, ["HEAD", "GET"]
+
+    def stale(handler, data, headers):
+        if handler.path.endswith("model.safetensors") and handler.command in left:
+            left.remove(handler.command)
+            data, headers = old.data, {**headers, "ETag": f'"{old.sha256}"', "X-Linked-Etag": f'"{old.sha256}"'}
+        original(handler, data, headers)
+
+    monkeypatch.setattr(_Handler, "_send_range", stale)
+    assert torch.equal(logits(load_model(pull("tester/a"))), logits(tiny_llama(2)))
+    assert not left and "is not the file that its record states. Fetching it again." in caplog.text
+    assert torch.equal(logits(load_model(pull("tester/a"))), logits(tiny_llama(2)))
 
 
 def test_only_what_a_result_consists_of_is_sent(hub, tmp_path, caplog):

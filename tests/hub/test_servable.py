@@ -26,7 +26,8 @@ def servers(folder):
 def test_a_plain_lora_of_linear_layers_is_loaded_everywhere(tmp_path):
     found = servers(adapter(tmp_path / "lora"))
     assert list(found) == ["peft", "vllm", "llama.cpp"]
-    assert all(one.loads and not one.reasons for one in found.values())
+    assert all(one.loads for one in found.values()) and not found["peft"].reasons + found["vllm"].reasons
+    assert "convert ADAPTER OUT --to gguf" in found["llama.cpp"].sentence()
     assert found["vllm"].options == ["--enable-lora"]
     assert servers(adapter(tmp_path / "wide", r=20, lora_alpha=20))["vllm"].options[1] == "--max-lora-rank 32"
 

@@ -69,4 +69,6 @@ def test_the_command_publishes_the_cache_in_a_private_data_set_repository(tmp_pa
     monkeypatch.setenv("HF_TOKEN", hub.token)
     assert main([*teacher, "--max-length", "64", "--push_to_hub", "tester/rows"]) == 0
     assert "Pushed to" in capsys.readouterr().out and hub.repos[("datasets", "tester/rows")].private
-    assert len(TeacherCache(pull_cache("tester/rows", token=hub.token))) == 2
+    found = pull_cache("tester/rows", token=hub.token)
+    assert len(TeacherCache(found)) == 2 and 'pull_cache("tester/rows")' in (found / "README.md").read_text()
+    assert len(hub.commits("tester/rows", repo_type="dataset")) == 2

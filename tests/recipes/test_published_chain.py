@@ -128,6 +128,9 @@ def test_distilled_transferred_merged_unlearned_audited_published_and_reproduced
     found = reproduce("tester/unlearned", search=[str(tmp_path)])
     assert found.verdict in ("equal", "within intervals"), found.text()
 
+    found = reproduce("tester/unlearned:audit", search=[str(tmp_path)])
+    assert found.by == "measurements" and found.verdict in ("equal", "within intervals"), found.text()
+
     # Nothing of this machine was published, and every push was one commit on top of the first.
     for repo in ("student", "adapters", "merged", "unlearned"):
         info = HfApi(token=hub.token).model_info(f"tester/{repo}")
