@@ -7,7 +7,8 @@ different lengths. Each measurement is a step after the first one, which `train(
 states of the optimizer exist, graphs are compiled, a cache is filled): forward, backward and update. Seconds are those
 of the processor, all threads together, so that other work on the machine weighs little; growth is the peak of resident
 memory during the step over that before it; "held" is what was resident before it. Children return freed tensors to the
-system at once (`MALLOC_MMAP_THRESHOLD_`), or memory that an earlier step took would hide the growth. The columns
+system at once (`MALLOC_MMAP_THRESHOLD_`), or memory that an earlier step took would hide the growth; each step pays
+for that with page faults, so that its seconds are for comparison here alone. The columns
 "times" are ratios to the step without a switch, within each round. A switch that this machine cannot run is in the
 table with the reason that was given.
 """
