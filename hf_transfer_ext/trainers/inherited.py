@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 #: Read by the code of transformers and TRL that runs here unchanged, or by the trainer itself.
 OBEYED = frozenset(
     # model and adapter
@@ -106,14 +108,22 @@ WITHOUT_MEANING_IN_UNLEARNING = {
 }
 
 
+#: Setting -> why it needs an accelerator (a GPU, an XPU, ...), and what to do instead.
+NEEDS_ACCELERATOR = {
+    "use_liger_kernel": "Liger's kernels are written in Triton. The fused loss of this package needs none of them.",
+    "activation_offloading": "activations are offloaded from a GPU to the CPU. `gradient_checkpointing` saves memory "
+    "anywhere.",
+}
+
+
 def refuse_without_effect(
     args: Any, refused: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(REFUSED)
 ) -> None:
     """Refuse an inherited setting that would have no effect.
 
     Raises:
-        ValueError: A setting of `refused` has another value, compiled graphs meet the fused head, or sequences are
-            split across devices.
+        ValueError: A setting of `refused` has another value, compiled graphs meet the fused head, a setting needs an
+            accelerator and there is none, or sequences are split across devices.
     """
     for name, (is_taken, why) in refused.items():
         value = getattr(args, name, None)
@@ -124,6 +134,10 @@ def refuse_without_effect(
             "`torch_compile` and `fused` are both True, but the fused loss takes the place of the model's head in "
             "each step, which a compiled graph does not allow. Set `fused=False`; full logits are then computed."
         )
+    is_cpu = args.use_cpu or not torch.accelerator.is_available()
+    for name, why in NEEDS_ACCELERATOR.items():
+        if is_cpu and getattr(args, name, False):
+            raise ValueError(f"`{name}` is True, but this training runs on the CPU: {why} Set it to False.")
     refuse_split_sequences(getattr(args, "parallelism_config", None))
 
 

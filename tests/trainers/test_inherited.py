@@ -12,6 +12,7 @@ from trl import SFTConfig
 from hf_transfer_ext import DistillationConfig, DistillationTrainer, UnlearningConfig, UnlearningTrainer
 from hf_transfer_ext.trainers.distillation_config import TEACHER_LOADING
 from hf_transfer_ext.trainers.inherited import (
+    NEEDS_ACCELERATOR,
     OBEYED,
     REFUSED,
     REFUSED_BY_UNLEARNING,
@@ -85,6 +86,7 @@ def test_compiled_graphs_need_full_logits_and_then_train_the_same(tmp_path):
     with pytest.raises(ValueError, match=r"`torch_compile` and `fused` are both True.*Set `fused=False`"):
         config(tmp_path, torch_compile=True)
     losses = []
+    torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         trainer = trainer_of(
             tmp_path / str(compiled), torch_compile=compiled, torch_compile_backend="eager", fused=False
@@ -92,6 +94,58 @@ def test_compiled_graphs_need_full_logits_and_then_train_the_same(tmp_path):
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] == 1 and not counted["graph_break"]
+
+
+@pytest.mark.parametrize("name", NEEDS_ACCELERATOR)
+def test_what_needs_an_accelerator_is_refused_on_the_cpu(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` is True, but this training runs on the CPU"):
+        config(tmp_path, **{name: True})
+    if name in {field.name for field in fields(TrainingArguments)}:
+        with pytest.raises(ValueError, match=f"`{name}` is True, but this training runs on the CPU"):
+            UnlearningConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: True})
+
+
+@pytest.mark.parametrize("on, expected", [(False, 1), (True, 2)])
+def test_gradient_checkpointing_recomputes_the_layers_of_the_student_alone(tmp_path, on, expected):
+    models = {"student": tiny_llama(1), "teacher": tiny_llama(2)}
+    trainer = trainer_of(tmp_path, *models.values(), gradient_checkpointing=on)
+    calls = dict.fromkeys(models, 0)
+    for name, model in models.items():
+
+        def count(module, inputs, name=name):
+            calls[name] += len(inputs[0]) == len(TEXTS)  # not the row that tests whether the head is understood
+
+        model.model.layers[0].mlp.register_forward_pre_hook(count)
+    trainer.train()
+    assert calls == {"student": expected, "teacher": 1}
+
+
+@pytest.mark.parametrize("name, kind", [("adafactor", "Adafactor"), ("adamw_8bit", "AdamW"),
+                                        ("paged_adamw_8bit", "AdamW")])  # fmt: skip
+def test_the_optimizer_is_the_one_that_is_named(tmp_path, name, kind):
+    if "8bit" in name:
+        pytest.importorskip("bitsandbytes")
+    trainer = trainer_of(tmp_path, tiny_llama(1, hidden_size=64, intermediate_size=128), optim=name)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer).__name__ == kind
+    if "8bit" in name:
+        assert type(optimizer).__module__.startswith("bitsandbytes")
+        states = [state for state in optimizer.state.values() if state]
+        assert any(state["state1"].dtype == torch.uint8 for state in states)
+
+
+def test_padding_free_joins_the_rows_of_a_batch_and_trains_the_same(tmp_path):
+    losses = []
+    for joined in (False, True):
+        trainer = trainer_of(tmp_path / str(joined), padding_free=joined, max_length=None)
+        (batch,) = trainer.get_train_dataloader()
+        assert (batch["input_ids"].shape[0] == 1) == joined
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["kd"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_sequences_split_across_devices_are_refused():
