@@ -21,15 +21,15 @@ from hf_transfer_ext.evals.audit.attacks import ATTACKS
 from hf_transfer_ext.evals.audit.membership import MEMBERSHIP_ATTACKS, MEMBERSHIP_METRICS
 from hf_transfer_ext.evals.audit.report.html import save_audit
 from hf_transfer_ext.evals.audit.run import audit
-from hf_transfer_ext.evals.audit.subject import AuditData, Subject
+from hf_transfer_ext.evals.audit.subject import AuditData
 from hf_transfer_ext.evals.audit.verdict import verdict_table
-from hf_transfer_ext.evals.baselines import BASELINES, audited_with
+from hf_transfer_ext.evals.baselines import audited_with
 from hf_transfer_ext.hub.finish import add_measurements, finish_run
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.publishing import PublishArguments
-from hf_transfer_ext.recipes.retrain import retrained, work_of
-from hf_transfer_ext.recipes.run import load_named, run_recipe, start_record
+from hf_transfer_ext.recipes.retrain import subjects_of, work_of
+from hf_transfer_ext.recipes.run import run_recipe, start_record
 from hf_transfer_ext.settings import REQUIRED
 
 
@@ -79,25 +79,15 @@ def main(argv: list[str] | None = None) -> Any:
     data = AuditData.of(forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **made), job.limit)
     record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data, job.holdout_data) if name]
     template = QuestionAnswerFormat(template=job.template, chat_template_kwargs=job.chat_template_kwargs)
-
     given: Any = {"name": job.unlearned, "options": job.baseline_options, "rows": data, "seed": job.seed}
     prompted = audited_with(template=template, record=record, **given)
 
     def tell(what: str) -> None:
         accelerator.print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
-    subjects: Any = {}  # role -> `Subject`
     roles = {"unlearned": job.unlearned, "original": job.original, "retrained": job.retrained or job.retrain_from}
     roles["shadow"] = job.retrain_from if job.shadow == "retrain" else job.shadow
-    for role, name in roles.items():
-        if name is not None and name not in BASELINES:
-            loaded = load_named(name, record, role, dtype=job.dtype, device=accelerator.device)
-            subjects[role] = Subject(*loaded, template, job.max_new_tokens, job.batch_size, accelerator, job.seed)
-            if name == job.retrain_from and role in ("retrained", "shadow"):
-                tell(f"training the {role} model without the forget set")
-                how: Any = {"epochs": job.retrain_epochs, "learning_rate": job.retrain_learning_rate}
-                how |= {"out": out, "seed": job.seed + (role == "shadow")}
-                subjects[role].model = retrained(role, record, *loaded, data.retain, template, **how)
+    subjects: Any = subjects_of(roles, job, record, data, template, accelerator, tell)
     if prompted is not None:
         subjects = {"unlearned": replace(subjects["original"], template=prompted), **subjects}
     chosen: Any = {"attacks": job.attacks, "membership": job.membership, "seed": job.seed, "progress": tell}

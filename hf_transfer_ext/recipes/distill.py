@@ -17,14 +17,7 @@ from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.distill_task import distilled_task
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
-from hf_transfer_ext.recipes.teacher import (
-    data_of,
-    describe,
-    plan_of,
-    prepared_teacher,
-    settle_teacher,
-    teacher_paths,
-)
+from hf_transfer_ext.recipes.teacher import data_of, describe, prepared_teacher, settle_teacher, teacher_paths
 from hf_transfer_ext.recipes.training import output_of, start_training
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
@@ -85,7 +78,7 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
     tokenizers = {"processing_class": tokenizer, "teacher_processing_class": teacher_tokenizer}
     trainer = DistillationTrainer(student, teacher, args, data, **tokenizers, peft_config=job.adapter())
     if job.dry_run:
-        print(plan_of(trainer))
+        print(trainer.plan())
         return {}
     describe(trainer, args, record)
     whole = not is_sharded(accelerator=trainer.accelerator)

@@ -70,7 +70,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
     trainer = TaskDistillationTrainer(student, teacher, args, data, own, tokenizer, peft_config=adapter)
     trainer.describe(record)
     if job.dry_run:
-        print(f"Task: {args.task}\n{trainer.plan()}\nNothing was trained or written.")
+        print(f"Task: {args.task}\n{trainer.plan()}")
         return {}
     whole = test is not None and not is_sharded(accelerator=trainer.accelerator)  # what is sharded is not measured
     measured: dict[str, list[Any]] = {}

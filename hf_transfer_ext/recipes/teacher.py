@@ -8,11 +8,9 @@ from typing import Any, cast
 from hf_transfer_ext.data.text import load_train_and_test
 from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
-from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.recipes.run import load_named, model_path
 from hf_transfer_ext.recipes.training import TrainingRun
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
-from hf_transfer_ext.teachers.several import shown_bytes
 from hf_transfer_ext.teachers.spans import SpanTeacher
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig, forget_loading
 from hf_transfer_ext.trainers.distillation_models import teacher_loading
@@ -108,20 +106,3 @@ def describe(trainer: Any, args: Any, record: RunRecord) -> None:
     trainer.describe(record)
     if isinstance(trainer.teacher, SpanTeacher):
         record.not_measured.append("KL to the teacher: student and teacher have different tokenizers.")
-
-
-def plan_of(trainer: Any) -> str:
-    """What a training is going to do and which memory its frozen teachers take, in words."""
-    sizes = [(one.numel(), one.requires_grad) for one in trainer.model.parameters()]
-    total, trained = sum(size for size, _ in sizes) / 1e6, sum(size for size, learns in sizes if learns) / 1e6
-    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
-    name, losses = type(causal_lm_of(trainer.model)).__name__, (trainer.args.loss, trainer.args.hidden_loss)
-    lines = [
-        f"Student: {name}, {total:.4g} M parameters, of which {trained:.4g} M are trained",
-        f"Loss: {', '.join(filter(None, losses))}",
-        f"Memory of the frozen teachers: {shown_bytes(trainer.frozen_bytes)}",
-        f"Training rows: {rows}",
-    ]
-    if isinstance(trainer.teacher, SpanTeacher):
-        lines.append(f"Vocabularies: {trainer.teacher.vocabularies}")
-    return "\n".join([*lines, "Nothing was trained or written."])

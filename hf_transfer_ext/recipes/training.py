@@ -58,19 +58,10 @@ class TrainingRun:
 
     def finish(self, measured: Measured, result: str, model: Any, tokenizer: Any, trainer: Any) -> None:
         """Save the model with card, record and plot, and publish it where that was asked for. On the main process."""
-        finish_run(
-            self.out,
-            self.record,
-            measured,
-            result=result,
-            model=model,
-            tokenizer=tokenizer,
-            precision="bfloat16" if self.args.bf16 else None,
-            overwrite=self.overwrite,
-            files=self.files | drawn(trainer.state.log_history, self.work),
-            push_to=self.push_to,
-            **self.publication,
-        )
+        how: dict[str, Any] = {"precision": "bfloat16" if self.args.bf16 else None, "overwrite": self.overwrite}
+        how |= {"files": self.files | drawn(trainer.state.log_history, self.work), "push_to": self.push_to}
+        how |= {"result": result, "model": model, "tokenizer": tokenizer, **self.publication}
+        finish_run(self.out, self.record, measured, **how)
 
 
 def start_training(

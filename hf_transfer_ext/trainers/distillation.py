@@ -46,6 +46,7 @@ from hf_transfer_ext.trainers.distillation_models import (
     fit_default_length,
     load_student,
     one_teacher,
+    plan_of,
     refuse_empty,
     refuse_shared_weights,
     require_tokenizer,
@@ -283,6 +284,14 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
             record.config["vocabulary_alignment"] = str(self.teacher.vocabularies)
         if any(self.frozen_bytes.values()):
             record.config["frozen_teacher_bytes"] = self.frozen_bytes
+
+    def plan(self) -> str:
+        """What is going to be trained, and which memory its frozen teachers take, in words."""
+        lines = plan_of(self, self.args.loss, self.args.hidden_loss)
+        lines.append(f"Memory of the frozen teachers: {shown_bytes(self.frozen_bytes)}")
+        if isinstance(self.teacher, SpanTeacher):
+            lines.append(f"Vocabularies: {self.teacher.vocabularies}")
+        return "\n".join([*lines, "Nothing was trained or written."])
 
     def _cached(self, live: LiveTeacher | None, teacher: Any) -> CachedTeacher:
         if isinstance(teacher, ServerTeacher):

@@ -230,3 +230,16 @@ def check_vocabularies(
             f"Student {names[0]!r} has {sizes[0]} vocabulary entries, teacher {names[1]!r} has {sizes[1]}. Pass "
             "`teacher_processing_class` so that their tokens can be compared: padding rows are fine."
         )
+
+
+def plan_of(trainer: Any, *losses: str | None) -> list[str]:
+    """What a training is going to do, in lines: the student, what is trained of it, the losses, the rows."""
+    sizes = [(one.numel(), one.requires_grad) for one in trainer.model.parameters()]
+    total, trained = sum(size for size, _ in sizes) / 1e6, sum(size for size, learns in sizes if learns) / 1e6
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
+    name = type(causal_lm_of(trainer.model)).__name__
+    return [
+        f"Student: {name}, {total:.4g} M parameters, of which {trained:.4g} M are trained",
+        f"Loss: {', '.join(filter(None, losses))}",
+        f"Training rows: {rows}",
+    ]

@@ -24,6 +24,7 @@ from hf_transfer_ext.trainers.distillation_models import (
     fit_default_length,
     load_student,
     one_teacher,
+    plan_of,
     refuse_empty,
     refuse_shared_weights,
     require_tokenizer,
@@ -255,12 +256,4 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
 
     def plan(self) -> str:
         """What is going to be trained, in words."""
-        sizes = [(one.numel(), one.requires_grad) for one in self.model.parameters()]
-        total, trained = sum(size for size, _ in sizes) / 1e6, sum(size for size, learns in sizes if learns) / 1e6
-        data: Any = self.train_dataset
-        rows = len(data) if hasattr(data, "__len__") else "streamed"
-        name = type(causal_lm_of(self.model)).__name__
-        return (
-            f"Student: {name}, {total:.4g} M parameters, of which {trained:.4g} M are trained\n"
-            f"Loss: {self.args.loss}\nTraining rows: {rows}"
-        )
+        return "\n".join([*plan_of(self, self.args.loss), "Nothing was trained or written."])
