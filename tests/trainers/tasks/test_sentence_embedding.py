@@ -1,4 +1,4 @@
-"""Distillation of sentence embedders: vectors by their definition, pairs, a projection that is left out of the result."""
+"""Distillation of sentence embedders: vectors by their definition, pairs, a projection that is trained along."""
 
 import pytest
 import torch
@@ -117,6 +117,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         config(tmp_path, TASK, loss="lealla", distill_temperature=2.0)
     with pytest.raises(ValueError, match="no column 'other_text'"):
         trainer_of(tmp_path, {"text": TEXTS}, ce_weight=1.0)
-    student, teacher, own, other = models()
+    _, teacher, own, other = models()
     with pytest.raises(ValueError, match="a BertForMaskedLM was given"):
         trainer_of(tmp_path, parts=(tiny_bert(BertForMaskedLM, own), teacher, own, other))
