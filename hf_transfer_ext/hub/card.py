@@ -534,19 +534,18 @@ def _how_to_load(
     record: RunRecord, adapter: bool, bases: Sequence[str], chat: bool, servers: Sequence[Server] = ()
 ) -> str:
     kind = model_kind(record)
-    load, reader = kind.auto_class, kind.reader
-    reads = "tokenizer" if reader == "AutoTokenizer" else "processor"
+    load = kind.auto_class
     if adapter:
         base = json.dumps(bases[0] if len(bases) == 1 else "PATH_OR_REPOSITORY_OF_THE_BASE")
         labels = record.config.get("labels")
         more = f", num_labels={len(labels)}" if labels else ""
         code = [
             "from peft import PeftModel",
-            f"from transformers import {load}, {reader}",
+            f"from transformers import {load}, AutoTokenizer",
             "",
             f"base = {load}.from_pretrained({base}{more})",
             f'model = PeftModel.from_pretrained(base, "{THIS_MODEL}")',
-            f"{reads} = {reader}.from_pretrained({base})",
+            f"tokenizer = AutoTokenizer.from_pretrained({base})",
         ]
         note = "It is in the format of PEFT."
         for one in servers:
@@ -556,10 +555,10 @@ def _how_to_load(
             note += f" {reasons}" if reasons else ""
     else:
         code = [
-            f"from transformers import {load}, {reader}",
+            f"from transformers import {load}, AutoTokenizer",
             "",
             f'model = {load}.from_pretrained("{THIS_MODEL}")',
-            f'{reads} = {reader}.from_pretrained("{THIS_MODEL}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{THIS_MODEL}")',
         ]
         note = "The weights are safetensors; no code from the repository is needed."
         if load == "AutoModelForCausalLM":

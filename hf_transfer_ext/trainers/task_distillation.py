@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # type: ignore[misc]
-    """Distill classifiers, encoder-decoders, masked language models, sentence embedders and vision-language models.
+    """Distill classifiers, encoder-decoders, masked language models and sentence embedders.
 
     Args:
         model: Student: a model, a `PeftModel`, a path or a Hub id.

@@ -15,7 +15,6 @@ class ModelKind:
         learned: What a distilled model of this kind was trained to reproduce, in a sentence.
         suffix: How the names of its model classes end; "" where they have no common ending.
         peft_task: PEFT's name of the task, which keeps a new output layer trainable; None where PEFT has none.
-        reader: The class of transformers that prepares its inputs.
     """
 
     auto_class: str
@@ -23,7 +22,6 @@ class ModelKind:
     learned: str
     suffix: str = ""
     peft_task: str | None = None
-    reader: str = "AutoTokenizer"
 
 
 #: Task -> kind of model; the tasks of `trainers.tasks`, and plain language models.
@@ -68,13 +66,5 @@ MODEL_KINDS: dict[str, ModelKind] = {
         "A student was trained to embed texts as a teacher does.",
         "Model",
         "FEATURE_EXTRACTION",
-    ),
-    "vision_language": ModelKind(
-        "AutoModelForImageTextToText",
-        "image-text-to-text",
-        "A student was trained to give the next-token distributions of a teacher on images and texts.",
-        "ForConditionalGeneration",
-        "CAUSAL_LM",
-        "AutoProcessor",
     ),
 }

@@ -5,9 +5,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from trainers.tasks.tiny_encoders import tiny_bert, tokenizer_of
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_transfer_ext.data.facts import fact_texts
 from hf_transfer_ext.hub.record import read_record
@@ -96,4 +104,64 @@ def test_minilm_teaches_two_of_its_layers_to_tell_texts_apart(tmp_path):
     assert values["student"]["teacher_agreement"] > 0.9
 
 
-FACTS = [row["text"] for row in fact_texts("train") if row["source"] != "question"] if find_spec("mendeleev") else []
+def as_words(text, is_labelled):
+    """Words with the labels of numbers and of names in the middle of a sentence; None in unlabelled rows."""
+    words = text.split()[:30]
+    tags = ["B-NUM" if word[0].isdigit() else "B-NAME" if word[0].isupper() else "O" for word in words]
+    return {"tokens": words, "labels": tags if is_labelled else None}
+
+
+def real_rows(task, split):
+    rows = fact_texts(split)
+    if task == "seq2seq":
+        asked = [row["text"].split("\nAnswer: ") for row in rows if row["source"] == "question"]
+        return [{"source": one[0], "target": one[1]} for one in asked]
+    texts = [row["text"] for row in rows if row["source"] != "question"]
+    if task == "token_classification":
+        return [as_words(text, split == "test" or place % 2 == 0) for place, text in enumerate(texts)]
+    return [{"text": text} for text in texts]
+
+
+def small_t5(folder):
+    """An encoder-decoder with MiniLM's tokens and random weights, as teacher, and a smaller one as student."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    for name, layers, width in (("teacher", 3, 128), ("student", 1, 64)):
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=len(tokenizer), d_model=width, d_kv=32, d_ff=2 * width, num_layers=layers, num_heads=4,
+            decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=102,
+        )  # fmt: skip
+        T5ForConditionalGeneration(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {"teacher": str(folder / "teacher"), "student": str(folder / "student"), "teach_steps": 150}
+
+
+#: Task -> (settings, measurement, whether more is better).
+REAL = {
+    "token_classification": (
+        {"teach_steps": 60, "ce_weight": 0.5, "task_options": {"self_training_weight": 0.2}},
+        "teacher_agreement", True,
+    ),
+    "seq2seq": ({"max_steps": 150, "learning_rate": 2e-3, "teach_learning_rate": 2e-3}, "kl_to_teacher", False),
+    "masked_lm": ({"teach_steps": 40, "learning_rate": 5e-4}, "kl_to_teacher", False),
+    "sentence_embedding": ({"loss": "cosine_distance"}, "similarity_to_teacher", True),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", REAL)
+def test_a_real_student_comes_closer_to_its_teacher(tmp_path, task):
+    for package in ("countryinfo", "mendeleev"):
+        pytest.importorskip(package)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        lines = [json.dumps(row) + "\n" for row in real_rows(task, split)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines))
+    dataset = tmp_path / "data" / ("train.jsonl" if task == "seq2seq" else "")  # questions are in training alone
+    settings, name, more_is_better = REAL[task]
+    models = small_t5(tmp_path) if task == "seq2seq" else {"teacher": minilm(), "student_layers": 2}
+    shared = {"task": task, "columns": None, "dataset": str(dataset), "max_length": 48, "test_rows": 100}
+    steps = {"max_steps": 60, "learning_rate": 2e-4, "teach_learning_rate": 1e-4, "per_device_train_batch_size": 16}
+    found = run(tmp_path, **{**models, **shared, **steps, **settings})
+    before, after = ({m.name: m.value for m in found[side]}[name] for side in ("student before", "student"))
+    assert after > before if more_is_better else after < before

@@ -1,4 +1,4 @@
-"""Distillation of sentence embedders: vectors by their definition, pairs, a projection that is dropped in the end."""
+"""Distillation of sentence embedders: vectors by their definition, pairs, a projection that is trained along."""
 
 import pytest
 import torch
