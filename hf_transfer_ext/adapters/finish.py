@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_transfer_ext.adapters.transfer.travel import SEEDS_FILE
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.inputs import Wanted, call_of, described_or_named
 from hf_transfer_ext.hub.record import RunRecord, Stage
@@ -51,6 +52,11 @@ def finish_adapter(
     record.stages.append(Stage(job, round(seconds, 3)))
     record.metrics += metrics
     record.not_measured += not_measured
+    if (folder / SEEDS_FILE).is_file():
+        record.notes["Next transfer"] = [
+            f"`{SEEDS_FILE}` holds examples of the task's inputs in plain text, from which trans_lora writes new ones "
+            "when this adapter moves on. Publish the adapter only where these may be public."
+        ]
     finish_run(folder, record, quiet=True, files=files)
 
 

@@ -58,7 +58,8 @@ RESULT_PATTERNS = (
     "tokenizer*.json", "tokenizer.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja", "*preprocessor_config.json", "processor_config.json",
-    "mergekit_config.yml", "mergekit_moe_config.yml", "vocabulary_map.json",
+    "mergekit_config.yml", "mergekit_moe_config.yml", "vocabulary_map.json", "residuals.json", "transfer.json",
+    "transfer_seeds.json", "discriminator/adapter_config.json", "discriminator/*.safetensors",
 )  # fmt: skip
 #: Files by which libraries choose what to load. Those of an earlier content of the repository would be loaded in the
 #: place of what is pushed, so they are removed whoever wrote them; the repository's history keeps them.
@@ -472,8 +473,8 @@ def _content(folder: Path, record: RunRecord, place: Place, include: Sequence[st
     content[CARD_FILE] = card.encode()
     bases = base_models(record, direct="adapter_config.json" in content)
     changed = {}
-    for name in _CONFIGS:
-        if name in content:
+    for name in sorted(content):
+        if Path(name).name in _CONFIGS:
             text = read_text(folder / name)
             public = _without_local_paths(text, bases[0] if len(bases) == 1 else None)
             if public != text:

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from hf_transfer_ext.adapters.transfer.trans_lora import read_discriminator
 from hf_transfer_ext.hub import access
 from hf_transfer_ext.hub.card import END, START
 from hf_transfer_ext.hub.finish import finish_run
@@ -439,6 +440,23 @@ def test_results_on_the_hubs_data_are_published_beside_the_card(hub, tmp_path):
 def adapter_folder(folder, base="org/base", seed=0, job="unlearning", **fields):
     made = record(RunInput(base, "model", True, "c" * 40), job=job, **fields)
     return save_result(folder, model=lora(tiny_llama(), seed), record=made)
+
+
+def test_what_the_next_transfer_needs_travels_without_local_paths(hub, tmp_path):
+    folder = adapter_folder(tmp_path / "lora", job="transfer")
+    adapter_folder(folder / "discriminator", seed=1)
+    config = json.loads((folder / "discriminator" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (folder / "discriminator" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "transfer_seeds.json").write_text('{"seeds": ["a question"]}')
+    (folder / "transfer.json").write_text('{"method": "trans_lora"}')
+    save_result(folder, record=read_record(folder), overwrite=True)
+    push(folder, "tester/lora", token=hub.token)
+    pulled = pull("tester/lora")
+    assert read_discriminator(pulled).seeds == ["a question"] and (pulled / "transfer.json").is_file()
+    assert (pulled / "discriminator" / "adapter_model.safetensors").is_file()
+    config = json.loads((pulled / "discriminator" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
 
 
 def test_adapters_of_several_jobs_stand_in_subfolders_of_one_repository(hub, tmp_path):
