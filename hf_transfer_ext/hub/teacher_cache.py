@@ -15,6 +15,9 @@ FINGERPRINT_FILE = "teacher_cache.json"
 SHARDS = "rows-*.safetensors"
 #: Stands where the card names its own repository, until `push_cache` knows it.
 THIS_CACHE = "REPOSITORY_OF_THIS_CACHE"
+#: In front of the name of a cache on the Hub, `hf://datasets/OWNER/NAME[@REVISION]`, as in other libraries' addresses:
+#: a name alone is a folder, which may have to be made.
+ON_HUB = "hf://datasets/"
 #: What travels: the cache, and the card and record that `cache-teacher` adds.
 FILES = [FINGERPRINT_FILE, SHARDS, "README.md", "hf_transfer_ext.json"]
 
@@ -94,3 +97,11 @@ def pull_cache(repo_id: str, *, revision: str | None = None, token: str | None =
     if not (folder / FINGERPRINT_FILE).is_file():
         raise ValueError(f"The data set {repo_id!r} is not a teacher cache: {FINGERPRINT_FILE} is missing in it.")
     return folder
+
+
+def cache_folder(name: str | Path) -> Path:
+    """The folder of a cache by its path, or by its address on the Hub, from where it is downloaded."""
+    if not str(name).startswith(ON_HUB):
+        return Path(name)
+    place = place_of(str(name).removeprefix(ON_HUB))
+    return pull_cache(place.path, revision=place.revision)

@@ -72,7 +72,8 @@ def metric_run(job: EvaluateArguments, shared: dict[str, Any], record: RunRecord
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (job,) = parse_recipe(EvaluateArguments, argv=argv)
-    publication = job.publication()
+    publication, source = job.publication(), SUITES[job.suite].source if job.suite else None
+    job.data = job.data or ([source] if source else None)
     accelerator, out, first = Accelerator(), Path(job.output_dir), job.compared_with
     record = start_record("evaluation", __file__, argv, job, seed=job.seed)
     shared: dict[str, Any] = {name: getattr(job, name) for name in ("columns", "batch_size", "cache", "seed")}
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if job.adapters and len(job.models) > 1:
         raise ValueError("`adapters` go on one model: give one in `models`.")
     if first and not job.suite:
-        raise ValueError("`compared_with` is for suites: give one in `suite`, or a `reference` for metrics.")
+        raise ValueError("`compared_with` is for suites: give one in `suite`, or a `reference`.")
     options: Any = {"suite_options": job.suite_options, "comparing": first is not None, "limit": job.limit}
     suite = SuiteRun(job.suite, (job.data or [None])[0], **options, **shared) if job.suite else None
     measure = (suite or metric_run(job, shared, record)).results_by_folder

@@ -8,6 +8,7 @@ from typing import Any, cast
 from hf_transfer_ext.data.text import load_train_and_test
 from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
+from hf_transfer_ext.hub.teacher_cache import ON_HUB
 from hf_transfer_ext.recipes.run import load_named, model_path
 from hf_transfer_ext.recipes.training import TrainingRun
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
@@ -55,7 +56,8 @@ def settle_teacher(job: Any, args: DistillationConfig) -> None:
 def teacher_paths(job: Any, args: DistillationConfig) -> list[str]:
     """Files and folders that the teachers are read from."""
     named = [entry.get(kind) for entry in cast(Any, args.teachers or ()) for kind in ("model", "cache")]
-    return [str(path) for path in (job.teacher, args.teacher_cache, *named) if path]
+    found = [str(path) for path in (job.teacher, args.teacher_cache, *named) if path]
+    return [path for path in found if not path.startswith(ON_HUB)]
 
 
 def prepared_teacher(job: Any, args: DistillationConfig, run: TrainingRun, data: Any) -> tuple[Any, Any]:
@@ -103,6 +105,9 @@ def describe(trainer: Any, args: Any, record: RunRecord) -> None:
     for entry in args.teachers or ():
         if entry.get("model"):
             record.inputs.append(describe_input(Path(entry["model"]), entry.get("revision"), "teacher"))
+    for cache in [args.teacher_cache, *(entry.get("cache") for entry in args.teachers or ())]:
+        if str(cache).startswith(ON_HUB):
+            record.inputs.append(describe_dataset(str(cache).removeprefix(ON_HUB)))
     trainer.describe(record)
     if isinstance(trainer.teacher, SpanTeacher):
         record.not_measured.append("KL to the teacher: student and teacher have different tokenizers.")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_transfer_ext.files import write_text
-from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, SHARDS
+from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, ON_HUB, SHARDS, cache_folder
 from hf_transfer_ext.losses.rows import DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
@@ -604,6 +604,7 @@ def planned_spec(folder: str | Path, temperature: float, options: Mapping[str, A
     for name in options or ():
         if name not in known:
             raise ValueError(unknown_name("option of a teacher cache", name, known))
+    folder = cache_folder(folder)
     if options or not (Path(folder) / FINGERPRINT_FILE).is_file():
         return CacheSpec(**{**(options or {}), "temperature": temperature})
     return replace(TeacherCache(folder).spec, temperature=temperature)
@@ -621,7 +622,8 @@ def open_cache(
     """A teacher behind its cache, or the cache alone.
 
     Args:
-        folder: A cache, or with a teacher, where one is made.
+        folder: A cache, by its path or its address on the Hub (`hf://datasets/OWNER/NAME[@REVISION]`); or with a
+            teacher, the folder where one is made.
         teacher: None: rows are read, and a missing one is an error.
         tokenizer: The student's.
         temperature: Of the loss.
@@ -629,8 +631,15 @@ def open_cache(
 
     Raises:
         FileNotFoundError: There is no cache in the folder, and no teacher to make one with.
-        ValueError: The cache is of another teacher, tokenizer, temperature or kind.
+        ValueError: The cache is of another teacher, tokenizer, temperature or kind; or it is on the Hub, and a teacher
+            would add rows to it.
     """
+    if teacher is not None and str(folder).startswith(ON_HUB):
+        raise ValueError(
+            f"The teacher cache {str(folder)!r} is on the Hub, where no rows are added to it. Leave the teacher out, "
+            "or copy the folder that `pull_cache` gives and name the copy."
+        )
+    folder = cache_folder(folder)
     spec = planned_spec(folder, temperature, options)
     if teacher is not None:
         model = getattr(teacher, "peft", None) or teacher.model

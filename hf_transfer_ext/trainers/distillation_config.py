@@ -67,7 +67,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
             refusing them.
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
         teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
-            are computed once and added, so that later epochs need no teacher forward; without, it is the teacher.
+            are computed once and added, so that later epochs need no teacher forward; without, it is the teacher, and
+            may be on the Hub: `hf://datasets/OWNER/NAME[@REVISION]`.
         teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
         teacher_server: Address of an OpenAI-compatible server that gives log-probabilities of prompts (vLLM); the key
             is read from the environment variable TEACHER_API_KEY. With `teacher_cache`, each text is asked for once.

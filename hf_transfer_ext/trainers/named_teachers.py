@@ -33,7 +33,7 @@ class NamedTeacher:
     Args:
         model: Folder or Hub id; or
         adapter: name of an adapter on the student, or "base"; or
-        cache: folder of a complete teacher cache; or
+        cache: folder of a complete teacher cache, or `hf://datasets/OWNER/NAME[@REVISION]`; or
         server: address of a server, with `server_model`, the model's name there.
         name: What data and messages call it; by default the last part of what it is named by.
         weight: Its share, > 0, where teachers are combined by weight; 1 by default.

@@ -322,5 +322,10 @@ def test_a_cache_is_pushed_and_pulled(tmp_path, hub):
     assert len(TeacherCache(folder)) == 3
     hub_files = {path.name for path in folder.iterdir()}
     assert hub_files == {path.name for path in (tmp_path / "c").iterdir()}
+    address = "hf://datasets/tester/rows"
+    cached = open_cache(address, None, byte_tokenizer(), temperature=1.0)
+    assert cached.cache.folder == folder and cached.form == "sparse"
+    with pytest.raises(ValueError, match="on the Hub, where no rows are added"):
+        open_cache(address, LiveTeacher(frozen(), Accelerator(cpu=True)), byte_tokenizer(), temperature=1.0)
     with pytest.raises(FileNotFoundError, match="There is no teacher cache"):
         push_cache(tmp_path, "me/other")
