@@ -56,6 +56,7 @@ from hf_transfer_ext.trainers.distillation_models import (
 from hf_transfer_ext.trainers.dual_space import DualSpace
 from hf_transfer_ext.trainers.hidden_loss import HiddenLoss
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
+from hf_transfer_ext.trainers.logs import RunningSums
 from hf_transfer_ext.trainers.named_teachers import named_teachers
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 from hf_transfer_ext.trainers.rollouts import (
@@ -172,7 +173,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         if args.disable_dropout:
             disable_dropout(model)
         self._context = context_length(causal_lm_of(model))
-        self._sums: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
+        self._sums = RunningSums()
         self._tokens_read = 0.0
         obeyed, args.model_init_kwargs = args.model_init_kwargs, None  # SFTTrainer would say that they are ignored
         with _any_head_passes(model):
@@ -458,19 +459,13 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         sums |= {name: values.detach() for name, values in more.items() if values is not None}
         if self.aux_loss_enabled:
             sums |= {"aux_loss": outputs.aux_loss.detach(), "batches": 1}
-        noted = self._sums["train" if model.training else "eval"]
-        for name, values in sums.items():
-            value = values.float().sum() if isinstance(values, Tensor) else torch.tensor(float(values))
-            noted[name] = noted.get(name, 0.0) + value.to(self.args.device)
+        self._sums.add(model, sums, self.args.device)
 
     def _means(self, mode: str) -> dict[str, float]:
         """What was noted on all processes since the last call, as means over the labeled tokens; and forgets it."""
-        noted, self._sums[mode] = self._sums[mode], {}
-        if not noted:
+        total = self._sums.take(mode, self.accelerator)
+        if not total:
             return {}
-        names = sorted(noted)
-        gathered = self.accelerator.gather(torch.stack([noted[name] for name in names])[None]).sum(0).tolist()
-        total = dict(zip(names, gathered, strict=True))
         tokens = max(total["tokens"], 1.0)
         if mode == "train":
             self._tokens_read += total["read"]
@@ -495,7 +490,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Adds the parts of the loss to the metrics of this evaluation set, under its own prefix."""
-        self._sums["eval"] = {}
+        self._sums.sums["eval"] = {}
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means("eval")
         if means:

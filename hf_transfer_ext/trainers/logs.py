@@ -74,6 +74,29 @@ class LogsSpeed:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
+class RunningSums:
+    """Sums of what a trainer notes batch by batch, for training and evaluation apart, until a log line takes them."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+
+    def add(self, model: nn.Module, values: Mapping[str, Tensor | float], device: Any) -> None:
+        """Add the sums of tensors, or numbers, to those of the mode that the model is in."""
+        noted = self.sums["train" if model.training else "eval"]
+        for name, value in values.items():
+            found = value.detach().float().sum() if isinstance(value, Tensor) else torch.tensor(float(value))
+            noted[name] = noted.get(name, torch.zeros((), device=device)) + found.to(device)
+
+    def take(self, mode: str, accelerator: Any) -> dict[str, float]:
+        """The sums over all processes since they were last taken; the processes have to call this together."""
+        noted, self.sums[mode] = self.sums[mode], {}
+        if not noted:
+            return {}
+        names = sorted(noted)
+        gathered = accelerator.gather(torch.stack([noted[name] for name in names])[None]).sum(0).tolist()
+        return dict(zip(names, gathered, strict=True))
+
+
 def tokens_in(batch: Mapping[str, Any]) -> Tensor | int:
     """The tokens of a batch without padding; of nested batches (a forget and a retain part), of all together."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")

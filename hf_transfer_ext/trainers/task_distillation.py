@@ -32,6 +32,7 @@ from hf_transfer_ext.trainers.distillation_models import (
     tokenizer_beside,
 )
 from hf_transfer_ext.trainers.distillation_task import require_class
+from hf_transfer_ext.trainers.logs import RunningSums
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM, TASKS
 from hf_transfer_ext.trainers.trained_along import TrainsAlong
@@ -133,7 +134,7 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         self.task = task(
             config, model, network if config.is_taught else None, processing_class, teacher_processing_class
         )
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._sums = RunningSums()
         self._taught_by = teacher
         self.teacher: LiveTeacher | None = None
         prepared = self.task.prepared(train_dataset) if train_dataset is not None else None
@@ -191,9 +192,7 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         self.task.wants_outputs = return_outputs and self.compute_metrics is not None
         items = self.task.items(inputs)
         found = self.task.losses(model, self.teacher, inputs, self.token_weight(items, num_items_in_batch))
-        noted = self._sums["train" if model.training else "eval"]
-        for name, value in {**found.sums, "items": items.sum()}.items():
-            noted[name] = noted.get(name, 0.0) + value.detach().float().to(self.args.device)
+        self._sums.add(model, {**found.sums, "items": items.sum()}, self.args.device)
         return (found.loss, found.outputs) if return_outputs else found.loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:  # type: ignore
@@ -207,12 +206,9 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
 
     def _means(self, mode: str) -> dict[str, float]:
         """What was noted on all processes since the last call, as means over the items; and forgets it."""
-        noted, self._sums[mode] = self._sums[mode], {}
-        if not noted:
+        total = self._sums.take(mode, self.accelerator)
+        if not total:
             return {}
-        names = sorted(noted)
-        gathered = self.accelerator.gather(torch.stack([noted[name] for name in names])[None]).sum(0).tolist()
-        total = dict(zip(names, gathered, strict=True))
         items, labelled = max(total.pop("items"), 1.0), max(total.pop("labelled", 0.0), 1.0)
         means = {"accuracy": total.pop("correct") / labelled} if "correct" in total else {}
         if self.teacher is None:
@@ -227,7 +223,7 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Adds the parts of the loss to the metrics of this evaluation set, under its own prefix."""
-        self._sums["eval"], self.task.evaluates = {}, True
+        self._sums.sums["eval"], self.task.evaluates = {}, True
         try:
             output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
