@@ -323,7 +323,9 @@ def _call(record: RunRecord, places: _Places, out: Path) -> None:
     module, name, parameter = _function_of(record)
     arguments: dict[str, Any] = places.resolved(record.call)
     if isinstance(arguments.get("template"), Mapping):
-        arguments["template"] = QuestionAnswerFormat(**arguments["template"])
+        given = dict(arguments["template"])
+        given["examples"] = tuple(tuple(pair) for pair in given.get("examples", ()))
+        arguments["template"] = QuestionAnswerFormat(**given)
     if arguments.get("revision") is not None:
         arguments["revision"] = None  # the input is a local folder of that revision now
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)

@@ -25,6 +25,7 @@ FOUND = ForwardPass(
     index=torch.tensor([1, 0]),
     prepared={
         "forget_outputs": torch.tensor([0.5, 0.25]),
+        "picked": torch.tensor([0.0, 2.0]),
         "cluster_centers": torch.zeros(2, 2),
         "cluster_tokens": torch.tensor([1, 2]),
         "whitening": torch.eye(2),
@@ -44,6 +45,7 @@ def test_needs_are_read_from_a_forward_pass():
     torch.testing.assert_close(read["control"], random_direction(2, 3))
     assert read["control"].norm().item() == pytest.approx(1.0)
     assert read["target_outputs"].tolist() == [0.25, 0.5]
+    assert read["picked"].tolist() == [2.0, 0.0]
     assert read["teacher_ids"].flatten().tolist() == [6, 4, 5]  # the one token of row 1, then the two of row 0
 
 

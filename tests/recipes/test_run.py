@@ -37,8 +37,8 @@ def test_a_run_goes_on_from_the_checkpoint_that_was_named(tmp_path, told, expect
     assert run.checkpoint == (str(whole) if expected == "newest" else expected)
 
 
-def test_the_result_is_pushed_and_not_the_checkpoints(tmp_path):
-    args = config(tmp_path / "out", push_to_hub=True, hub_model_id="me/name")
+def test_the_result_is_pushed_and_not_the_checkpoints(tmp_path, hub):
+    args = config(tmp_path / "out", push_to_hub=True, hub_model_id="tester/name", hub_token=hub.token)
     run = start_training("distillation", __file__, [], args, args, overwrite=False)
-    assert run.push_to == "me/name" and args.push_to_hub is False
+    assert run.push_to == "tester/name" and args.push_to_hub is False
     assert as_words(seed=1, overwrite=True) == ["--seed", "1", "--overwrite", "True"]
