@@ -138,7 +138,9 @@ def _check_metadata(metadata: Any) -> None:
         raise _HeaderError("__metadata__ must map names to strings")
 
 
-def _entry(file: Path, name: str, value: Mapping[str, Any], data_start: int) -> StoredTensor:
+def _entry(file: Path, name: str, value: Any, data_start: int) -> StoredTensor:
+    if not isinstance(value, dict):
+        raise _HeaderError(f"the entry of {name!r:.200} must be a mapping")
     if value["dtype"] not in DTYPES:
         raise ValueError(f"Tensor {name!r} in {str(file)!r}: {unknown_name('dtype', value['dtype'], DTYPES)}")
     places, shape = value["data_offsets"], value["shape"]

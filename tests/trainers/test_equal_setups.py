@@ -84,7 +84,8 @@ def unlearned(folder, batch, accumulation, method="npo", **options):
 def refreshed(folder, batch, accumulation, teacher=False):
     """A transferred adapter is trained on the new base: on answers, or on the logits of the source."""
     work = Path(tempfile.mkdtemp(dir=folder))
-    settings = TransLoraSettings(batch_size=batch, epochs=1, learning_rate=1e-2, seed=0)
+    # Adam turns the rounding of a gradient that is almost zero into a share of the learning rate.
+    settings = TransLoraSettings(batch_size=batch, epochs=1, learning_rate=1e-3 if teacher else 1e-2, seed=0)
     tuned = train_lora(
         folder / "base", byte_tokenizer(), ROWS, work, settings, start=folder / "adapter", dtype="float32",
         teacher=tiny_llama(5) if teacher else None,
