@@ -402,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = json.loads(options.out.with_name(options.out.name + ".json").read_text())
     seeds = " ".join(map(str, options.seeds))
     command = f"python -m benchmarks.transferred_task --out benchmarks/results/{options.out.name} --seeds {seeds}"
+    command += f" --directions {' '.join(options.directions)}" + " --second FILE.gguf" * (options.second is not None)
     write_text(options.out.with_name(options.out.name + ".md"), report(result, command))
 
 
