@@ -163,13 +163,14 @@ class TemplateProcess:
 
     def _stop_late(self, process: subprocess.Popen[bytes]) -> None:
         """Look at the deadline as long as the process runs. (A timer for each rendering would cost more than that.)"""
+        pause = threading.Event()
         while process.poll() is None:
             with self._watch:
                 if self._deadline is not None and time.monotonic() > self._deadline and process is self._process:
                     self._expired = True
                     process.kill()
                     return
-            time.sleep(0.1)
+            pause.wait(0.1)
 
 
 def _plain(value: Any) -> Any:
