@@ -119,6 +119,16 @@ def test_forget_requests(folder, rank):
         reproduce(str(folder / "out"), search=[str(folder / "base")])
 
 
+def test_forget_requests_that_share_a_fit(folder):
+    store = folder / "store"
+    how = {"method": "acu", "forget": QUESTIONS[:1]}
+    add_request(store, "one", base=str(folder / "base"), **how, retain=QUESTIONS[1:])
+    apply_requests(store, folder / "out")
+    assert str(folder) not in (folder / "out" / RECORD_FILE).read_text()
+    found = reproduce(str(folder / "out"), search=[str(folder)])
+    assert found.verdict == "equal" and found.by == "bytes", found.text()
+
+
 @pytest.mark.slow
 def test_a_transfer_by_training_with_its_comparison(folder):
     settings = {"rows": 2, "shown": 1, "seeds": 2, "input_tokens": 4, "answer_tokens": 3, "rank": 2, "epochs": 1.0,
