@@ -14,7 +14,6 @@ processor, all threads together, so that other work on the machine weighs little
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -189,24 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> list[measure.Record]:
     columns = ["step", "tokens per CPU second", "memory growth, GB", "speed over TRL", "TRL's growth over ours"]
     found = measure.machine(["torch", "transformers", "trl"]) | {"threads": options.threads}
     given = " ".join(arguments) if arguments is not None else " ".join(sys.argv[1:])
-    page = "\n".join(
-        [
-            "# Whole training steps of distillation",
-            "",
-            f"`python -m benchmarks.distillation_step {given}`: medians of {options.rounds} rounds; "
-            + ", ".join(f"{name} {value}" for name, value in (sizes | found).items())
-            + ".",
-            "",
-            measure.markdown_table(columns, rows_of(records)),
-        ]
-    )
-    print(page)
-    if options.out:
-        measure.write_text(options.out.with_suffix(".md"), page + "\n")
-        measure.write_text(
-            options.out.with_suffix(".json"),
-            json.dumps({"settings": sizes, "machine": found, "records": records}, indent=1) + "\n",
-        )
+    measure.report_steps(
+        "Whole training steps of distillation",
+        f"python -m benchmarks.distillation_step {given}", options.rounds, sizes | found,
+        measure.markdown_table(columns, rows_of(records)), options.out,
+        {"settings": sizes, "machine": found, "records": records},
+    )  # fmt: skip
     return records
 
 

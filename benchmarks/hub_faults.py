@@ -176,44 +176,42 @@ def pulled(server: HubServer) -> list[dict[str, Any]]:
     return rows
 
 
-def _pull_once(row: dict[str, Any], state: dict[str, bytes], fault: Faults, work: Callable[[], Path]) -> None:
-    original = _Handler._answer
-    _Handler._answer = lambda handler: None if fault(handler) else original(handler)  # type: ignore[method-assign]
-    started = time.perf_counter()
-    try:
-        folder = work()
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        whole = {"model.safetensors", "config.json"} <= set(names)
-        same = all((folder / name).read_bytes() == state[name] for name in names)
-        row["right" if whole and same else "wrong"] += 1
-    except (OSError, ValueError):
-        row["refused"] += 1
-    except Exception:
-        row["raw"] += 1
-    finally:
-        _Handler._answer = original  # type: ignore[method-assign]
-    row["seconds"] = max(row["seconds"], time.perf_counter() - started)
-    row["runs"] += 1
-    row["struck"] += fault.seen > 0
-
-
-def _one(row: dict[str, Any], server: HubServer, states: list[Any], fault: Faults, work: Callable[[], Any]) -> None:
-    server.clear()
-    server.seed("tester/a", states[0])
+def _under(fault: Faults, row: dict[str, Any], work: Callable[[], Any]) -> str:
+    """Do the work while the fault strikes, and note it in the row; "done", "refused", or "raw" for any other error."""
     original = _Handler._answer
     _Handler._answer = lambda handler: None if fault(handler) else original(handler)  # type: ignore[method-assign]
     started = time.perf_counter()
     try:
         work()
+        end = "done"
     except (OSError, ValueError):
-        pass
-    except Exception:
-        row["raw"] += 1
+        end = "refused"
+    except Exception:  # counted: the table has a column of errors that say nothing to a user
+        end = "raw"
     finally:
         _Handler._answer = original  # type: ignore[method-assign]
     row["seconds"] = max(row["seconds"], time.perf_counter() - started)
     row["runs"] += 1
     row["struck"] += fault.seen > 0
+    row["raw"] += end == "raw"
+    return end
+
+
+def _pull_once(row: dict[str, Any], state: dict[str, bytes], fault: Faults, work: Callable[[], Path]) -> None:
+    pulled: list[Path] = []
+    end = _under(fault, row, lambda: pulled.append(work()))
+    row["refused"] += end == "refused"
+    for folder in pulled:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        whole = {"model.safetensors", "config.json"} <= set(names)
+        same = all((folder / name).read_bytes() == state[name] for name in names)
+        row["right" if whole and same else "wrong"] += 1
+
+
+def _one(row: dict[str, Any], server: HubServer, states: list[Any], fault: Faults, work: Callable[[], Any]) -> None:
+    server.clear()
+    server.seed("tester/a", states[0])
+    _under(fault, row, work)
     _judge(row, server, states, "tester/a")
 
 

@@ -202,6 +202,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def report_steps(
+    title: str, command: str, rounds: int, facts: Record, table: str, out: Path | None, content: Record
+) -> None:
+    """Print the page of a benchmark of single steps, and write it and its records to `out`, if that is given."""
+    stated = ", ".join(f"{name} {value}" for name, value in facts.items())
+    page = "\n".join([f"# {title}", "", f"`{command}`: medians of {rounds} rounds; {stated}.", "", table])
+    print(page)
+    if out:
+        write_text(out.with_suffix(".md"), page + "\n")
+        write_json(out.with_suffix(".json"), content)
+
+
 def _watch(child: subprocess.Popen, limit_bytes: float, timeout_s: float) -> tuple[str | None, int]:
     """Wait for the child; kill it beyond its limits. Returns why it was stopped, and the most memory seen."""
     seen, end = 0, time.monotonic() + timeout_s

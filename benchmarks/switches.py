@@ -120,11 +120,15 @@ def _on_disk(teacher: Any, folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(f"{folder}/teacher", **where)
 
 
-def reason_of(record: measure.Record) -> str:
-    """Why a switch did not run: the last line that names an error."""
+def error_in(record: measure.Record) -> str:
+    """The last line of a failed step's output that names an error; "" where none does."""
     lines = [line.strip() for line in str(record.get("output", "")).splitlines()]
-    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
-    return errors[-1].partition(": ")[2] if errors else str(record["status"])
+    return next((line for line in lines[::-1] if line.split(":")[0].endswith(("Error", "Exception"))), "")
+
+
+def reason_of(record: measure.Record) -> str:
+    """Why a switch did not run."""
+    return error_in(record).partition(": ")[2] or str(record["status"])
 
 
 def rows_of(records: Sequence[measure.Record]) -> list[list[str | None]]:
@@ -180,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> list[measure.Record]:
             "benchmarks.switches:step_of", {"switch": switch, **sizes}, limit_bytes=measure.memory_limit(),
             timeout_s=180, threads=options.threads,
         )  # fmt: skip
+        if record["status"] != measure.OK:
+            record["output"] = error_in(record)  # a whole traceback would name the files of this machine
         records.append({"switch": switch, "round": number, **record})
         shown = {name: record.get(name) for name in ("status", "cpu_s", "growth_bytes", "tokens")}
         print(switch, shown if record["status"] == measure.OK else reason_of(record), flush=True)
@@ -187,21 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> list[measure.Record]:
     found = measure.machine(["torch", "transformers", "trl", "bitsandbytes", "liger-kernel"])
     found |= {"threads": options.threads}
     given = " ".join(arguments) if arguments is not None else " ".join(sys.argv[1:])
-    page = "\n".join(
-        [
-            "# Memory and speed switches of a step of distillation",
-            "",
-            f"`python -m benchmarks.switches {given}`: medians of {options.rounds} rounds; "
-            + ", ".join(f"{name} {value}" for name, value in (sizes | found).items())
-            + ".",
-            "",
-            measure.markdown_table(columns, rows_of(records)),
-        ]
-    )
-    print(page)
-    if options.out:
-        measure.write_text(options.out.with_suffix(".md"), page + "\n")
-        measure.write_json(options.out.with_suffix(".json"), {"settings": sizes, "machine": found, "records": records})
+    measure.report_steps(
+        "Memory and speed switches of a step of distillation",
+        f"python -m benchmarks.switches {given}", options.rounds, sizes | found,
+        measure.markdown_table(columns, rows_of(records)), options.out,
+        {"settings": sizes, "machine": found, "records": records},
+    )  # fmt: skip
     return records
 
 
