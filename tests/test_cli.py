@@ -131,6 +131,11 @@ JOBS = {
         "--retrained_dir {}/retrained --max_steps 1 --use_cpu --report_to none --save_strategy no --output_dir {}/out",
         ["out", "original", "retrained"],
     ),
+    "robustify": (
+        "--model_name_or_path {}/a --people 3 --forget_people 1 --facts 1 --max_steps 1 --use_cpu --bf16 false "
+        "--report_to none --save_strategy no --output_dir {}/out",
+        ["out"],
+    ),
     "quickstart": (
         "--output_dir {}/out --teacher {}/a --dataset {}/texts.jsonl --student_layers 2 --teach_steps 1 "
         "--distill_steps 1 --people 2 --forget_people 1 --facts 1 --learn_epochs 9 --rank 2 --forget_epochs 1 "

@@ -4,6 +4,7 @@
 RECIPES = {
     "distill": "distill a language model: distill --config FILE.yaml",
     "unlearn": "make a language model forget: unlearn --config FILE.yaml",
+    "robustify": "distill an unlearned model again, so that relearning brings back less: robustify --config FILE.yaml",
     "evaluate": "measure models: evaluate --config FILE.yaml",
     "audit": "try to get forgotten knowledge back: audit --config FILE.yaml",
     "transfer_lora": "move a LoRA to another base and measure it: transfer --config FILE.yaml",

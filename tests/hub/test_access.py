@@ -24,6 +24,7 @@ JOBS = {
     "cache-teacher": ("no/teacher", "no.jsonl", "out"),
     "distill": ("--teacher", "no/teacher", "--output_dir", "out", "--hub_model_id", "tester/x"),
     "unlearn": ("--model_name_or_path", "no/model", "--output_dir", "out", "--hub_model_id", "tester/x"),
+    "robustify": ("--model_name_or_path", "no/model", "--output_dir", "out", "--hub_model_id", "tester/x"),
     "evaluate": ("--models", "no/model", "--metrics", "no_metric"),
     "audit": ("--unlearned", "no/model", "--original", "no/model"),
     "quickstart": ("--teacher", "no/teacher"),
@@ -40,7 +41,7 @@ def test_every_command_is_listed():
 def test_a_refused_token_stops_a_job_before_its_work(hub, tmp_path, monkeypatch, capsys, job):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", hub.reader_token)
-    trainer = job in ("distill", "unlearn")
+    trainer = job in ("distill", "unlearn", "robustify")
     words = [job.split(" ")[0], *JOBS[job], "--push_to_hub", "true" if trainer else "tester/x"]
     assert main(words) == 2
     error = capsys.readouterr().err
