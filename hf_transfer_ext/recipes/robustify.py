@@ -8,6 +8,7 @@ come along. `recipes/configs/unlearn/robustify.yaml` is a configuration for two 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -76,14 +77,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if hasattr(teacher, "merge_and_unload"):
             teacher = teacher.merge_and_unload()
     template = QuestionAnswerFormat(template=job.template, max_length=args.max_length)
-    rows = [row for part in _parts(job) for row in learned_rows(splits, part)]
+    parts = ("retain", "forget") if job.distill_forget else ("retain",)
+    rows = [row for part in parts for row in learned_rows(splits, part)]
     if job.texts is not None:
         rows += [as_example(row, tokenizer) for row in islice(load_train_and_test(job.texts)[0], job.text_rows)]
     student = copy.deepcopy(teacher).requires_grad_(True)
     perturb_model(student, share=job.share, noise_scale=job.noise_scale, seed=args.seed)
-    data = Dataset.from_list(
-        [_labelled(answer) for row in rows for answer, _ in encode_row(tokenizer, row, template, {})]
-    )
+    data = Dataset.from_list(as_training_rows(rows, tokenizer, template))
     trainer = DistillationTrainer(student, teacher, args, data, processing_class=tokenizer)
     looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
     measured: dict[str, Any] = {}
@@ -104,14 +104,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return measured
 
 
-def _parts(job: RobustifyArguments) -> list[str]:
-    return ["retain", "forget"] if job.distill_forget else ["retain"]
-
-
-def _labelled(answer: Any) -> dict[str, list[int]]:
-    """An answer as a row of the trainer: only the tokens after the prompt are distilled."""
-    ids, start = list(answer.input_ids), answer.answer_start
-    return {"input_ids": ids, "labels": [IGNORE_INDEX] * start + ids[start:]}
+def as_training_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: Any) -> list[dict[str, list[int]]]:
+    """Rows in any form of `encode_row` as those of the trainer; only the tokens after a prompt are distilled."""
+    answers = [answer for row in rows for answer, _ in encode_row(tokenizer, row, template, {})]
+    return [
+        {"input_ids": one.input_ids, "labels": [IGNORE_INDEX] * one.answer_start + one.input_ids[one.answer_start :]}
+        for one in answers
+    ]
 
 
 if __name__ == "__main__":
