@@ -6,7 +6,8 @@ The models, people and attacks of `benchmarks.unlearned_people`, with one differ
 that have to stay, since noise takes what the distillation does not cover. Utility is therefore measured on people that
 the methods were trained to keep. Each method is tuned as there, on the first seed and without any attack. Its result
 is then distilled into a copy of itself with noise (`recipes/robustify.py`: forward KL on the answers about both
-groups), for `EPOCHS` passes, once for each of `SHARES`; no share is chosen. Share 0 is distillation without noise.
+groups), once for each (share, passes over the data) of `RUNS`; none of them is chosen. Share 0 is distillation without
+noise.
 
 The *cost* is the number of rows that the distillation reads as a share of those that the retrained model read: the
 forgotten people can also be removed by training again, if the data of that training is still at hand.
@@ -37,8 +38,8 @@ from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 
 METHODS = ("dmm", "npo", "idk")
-SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
-EPOCHS, BATCH, RATE, NOISE_SCALE = 16, 16, 2e-3, 0.1
+RUNS = ((0.0, 16), (0.2, 16), (0.4, 16), (0.6, 16), (0.6, 40), (0.8, 40))
+BATCH, RATE, NOISE_SCALE = 16, 2e-3, 0.1
 
 
 def world_of(seed: int, work: Path) -> people.World:
@@ -49,7 +50,7 @@ def world_of(seed: int, work: Path) -> people.World:
     return world
 
 
-def distilled_again(world: people.World, teacher: Any, share: float) -> Any:
+def distilled_again(world: people.World, teacher: Any, share: float, passes: int) -> Any:
     """The student of an unlearned model that starts as its copy with noise."""
     set_seed(world.seed)
     teacher = teacher.requires_grad_(False)
@@ -58,7 +59,7 @@ def distilled_again(world: people.World, teacher: Any, share: float) -> Any:
     rows = as_training_rows(world.rows["given"] + world.rows["forget"], world.tokenizer, people.PLAIN)
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationConfig(
-            folder, loss="forward_kl", kd_weight=1.0, ce_weight=0.0, num_train_epochs=EPOCHS, learning_rate=RATE,
+            folder, loss="forward_kl", kd_weight=1.0, ce_weight=0.0, num_train_epochs=passes, learning_rate=RATE,
             lr_scheduler_type="cosine", per_device_train_batch_size=BATCH, save_strategy="no", report_to="none",
             gradient_checkpointing=False, max_length=512, **people.quiet(world.seed),
         )  # fmt: skip
@@ -68,8 +69,8 @@ def distilled_again(world: people.World, teacher: Any, share: float) -> Any:
         return trainer.accelerator.unwrap_model(trainer.model)
 
 
-def path_of(work: Path, method: str, share: float | None, seed: int) -> Path:
-    name = f"{method}-{seed}" if share is None else f"{method}-{share:g}-{seed}"
+def path_of(work: Path, method: str, again: tuple[float, int] | None, seed: int) -> Path:
+    name = f"{method}-{seed}" if again is None else f"{method}-{again[0]:g}x{again[1]}-{seed}"
     return work / "robust" / f"{name}.json"
 
 
@@ -78,28 +79,28 @@ def run(options: argparse.Namespace) -> None:
         world: people.World | None = None
         for method in (*people.REFERENCES, *options.methods):
             teacher: Any = None
-            for share in (None, *(SHARES if method in options.methods else ())):
-                path = path_of(options.work, method, share, seed)
+            for again in (None, *(RUNS if method in options.methods else ())):
+                path = path_of(options.work, method, again, seed)
                 if path.exists():
                     continue
                 measure.stop_in_time(options)
                 world = world or world_of(seed, options.work)
-                row: dict[str, Any] = {"method": method, "share": share, "seed": seed}
+                row: dict[str, Any] = {"method": method, "again": again, "seed": seed}
                 if method in people.REFERENCES:
                     model = (world.original if method == "original" else world.retrained).model
-                elif share is None:
+                elif again is None:
                     row["settings"], teacher = _unlearned(world, method, options)
                     model = teacher
                 else:
                     if teacher is None:
                         chosen = json.loads(path_of(options.work, method, None, seed).read_text())["settings"]
                         teacher = people.unlearned_by(method, world, chosen)
-                    model = distilled_again(world, teacher, share)
+                    model = distilled_again(world, teacher, *again)
                 row |= people.measured(world, model)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 measure.write_json(path, row)
                 print(
-                    f"seed {seed}  {method} {share}  {row['utility']:.2f} {people.worst_recovered(row):.0%}",
+                    f"seed {seed}  {method} {again}  {row['utility']:.2f} {people.worst_recovered(row):.0%}",
                     flush=True,
                 )
 
@@ -114,38 +115,49 @@ def _unlearned(world: people.World, method: str, options: argparse.Namespace) ->
     return settings, model
 
 
-def cost(world_rows: dict[str, list[Any]]) -> float:
+def cost(world_rows: dict[str, list[Any]], passes: int) -> float:
     """Rows that the distillation reads / rows that the retrained model read."""
     kept = sum(len(world_rows[part]) for part in ("given", "choice", "test", "forget"))
-    return EPOCHS * kept / (people.TEACHING["epochs"] * len(world_rows["retrained"]))
+    return passes * kept / (people.TEACHING["epochs"] * len(world_rows["retrained"]))
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     text = ["# Distilling an unlearned model again\n"]
     text += [" ".join(part.split()) + "\n" for part in (__doc__ or "").split("\n\n")[2:4]]
     text.append(
-        f"Here the cost is {cost(people.people_of(0)):.0%}. Shares are of the original's knowledge that the worst "
+        "Shares are of the original's knowledge that the worst "
         "attack of a class brings back; means over the seeds, smallest to largest seed in parentheses.\n"
     )
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        for share in (None, *SHARES):
-            found = [row for row in rows if row["method"] == method and row["share"] == share]
+        for again in (None, *RUNS):
+            found = [row for row in rows if row["method"] == method and row["again"] == (again and list(again))]
             if found:
-                name = method if share is None else f"{method}, again with share {share:g}"
+                name = method if again is None else f"{method}, then share {again[0]:g} and {again[1]} passes"
+                price = None if again is None else f"{cost(people.people_of(0), again[1]):.0%}"
                 attacks = [[one["attacks"].get("multiple_choice") for one in found]]
                 attacks += [
                     [(one["worst"][access] or {}).get("recovered") for one in found] for access in people.ACCESS
                 ]
                 table.append(
                     [
-                        name, len(found), _range([one["utility"] for one in found], ".2f"),
+                        name, len(found), price, _range([one["utility"] for one in found], ".2f"),
                         _range([one["forget_probability"] for one in found], ".2f"),
                         _range([people.worst_recovered(one) for one in found], ".0%"),
                         *(_range(values, ".0%") for values in attacks),
                     ]
                 )  # fmt: skip
-    columns = ["model", "seeds", "utility", "forget probability", "worst of all", "multiple choice", "ask", "weights"]
+    columns = [
+        "model",
+        "seeds",
+        "cost",
+        "utility",
+        "forget probability",
+        "worst of all",
+        "multiple choice",
+        "ask",
+        "weights",
+    ]
     text.append(measure.markdown_table([*columns, "train", "membership"], table))
     settings = {row["method"]: row["settings"] for row in rows if row.get("settings")}
     text.append("Settings, chosen on the first seed: " + "; ".join(f"{k} {v}" for k, v in settings.items()) + ".\n")
@@ -177,9 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [
         json.loads(path.read_text())
         for method in (*people.REFERENCES, *people.METHODS)
-        for share in (None, *SHARES)
+        for again in (None, *RUNS)
         for seed in range(100)
-        if (path := path_of(options.work, method, share, seed)).exists()
+        if (path := path_of(options.work, method, again, seed)).exists()
     ]
     measure.write_json(options.out.with_suffix(".json"), {"rows": rows})
     options.out.with_suffix(".md").write_text(markdown(rows))
