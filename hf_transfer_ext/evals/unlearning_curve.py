@@ -79,7 +79,7 @@ class UnlearningCurve(MeasuredInTraining):
             raise ValueError(f"`limit` must be at least 1, got {limit}.")
         self.tokenizer, self.retrained, self.options = tokenizer, retrained, options
         #: The rows that are measured.
-        self.rows = {name: _spaced(rows, limit) for name, rows in splits.items() if len(rows)}
+        self.rows = {name: spaced(rows, limit) for name, rows in splits.items() if len(rows)}
         reference = options.get("reference")
         self.metrics = {
             name: resolve_metrics(forget_metrics if _forgets(name) else kept_metrics, reference) for name in self.rows
@@ -126,7 +126,7 @@ class UnlearningCurve(MeasuredInTraining):
                 if f"{name}_{metric.__name__}" in self.directions:
                     found[f"{name}_{metric.__name__}"] = values[label]
             if name == "forget" and self.retrained is not None:
-                ratios = _ratios(result)
+                ratios = truth_ratios(result)
         found |= self._summaries(found)
         if ratios is not None:
             quality, log10 = forget_quality(ratios, self._reference_ratios(accelerator), resamples=0)
@@ -172,7 +172,7 @@ class UnlearningCurve(MeasuredInTraining):
             own |= {"batch_size": self.options.get("batch_size", 16), "accelerator": accelerator, "resamples": 0}
             metrics = [pair for pair in self.metrics["forget"] if pair[0].__name__ == "truth_ratio"]
             result = evaluate(self.retrained, self.tokenizer, self.rows["forget"], metrics, **own)  # type: ignore[arg-type]
-            self.retrained = _ratios(result)
+            self.retrained = truth_ratios(result)
         ratios = np.asarray(self.retrained, dtype=np.float64)
         if len(ratios) != len(self.rows["forget"]):
             raise ValueError(
@@ -186,11 +186,12 @@ def _forgets(name: str) -> bool:
     return name.split("_")[0] == "forget"
 
 
-def _spaced(rows: Rows, limit: int | None) -> list[Mapping[str, Any]]:
+def spaced(rows: Rows, limit: int | None) -> list[Mapping[str, Any]]:
     """All rows, or `limit` of them at equal distances."""
     count = len(rows) if limit is None else min(limit, len(rows))
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
-def _ratios(result: EvaluationResult) -> np.ndarray:
+def truth_ratios(result: EvaluationResult) -> np.ndarray:
+    """The truth ratio of each example."""
     return next(values for label, values in result.values.items() if label.split("(")[0] == "truth_ratio")
