@@ -23,7 +23,7 @@ KNOWLEDGE = (
     "extraction_strength", "verbatim_memorization", "knowledge_memorization",
 )  # fmt: skip
 FORGET_METRICS = ("answer_probability", "extraction_strength", "rouge_l_recall")
-KEPT_METRICS = ("answer_probability", "rouge_l_recall")
+UTILITY_METRICS = ("answer_probability", "rouge_l_recall")
 
 #: Logged for a p-value of 0, whose logarithm would not be a number in JSON.
 LEAST_LOG10 = -324.0
@@ -51,7 +51,7 @@ class UnlearningCurve(MeasuredInTraining):
             are what has to be forgotten, all others (retain, holdout, ...) are to be kept. Empty ones are left out.
         tokenizer: The tokenizer of the trained model.
         forget_metrics: Metrics on the sets to forget, as in `evaluate`; at least one of `KNOWLEDGE`.
-        kept_metrics: Metrics on the sets to keep; at least one of `KNOWLEDGE` if there is such a set.
+        utility_metrics: Metrics on the sets to keep; at least one of `KNOWLEDGE` if there is such a set.
         retrained: A model that never saw the forget set, or its truth ratios of the rows in `rows["forget"]`, to test
             whether the two can be told apart. The rows then need wrong answers (`perturbed_answer`).
         limit: At most so many rows of each set, evenly spaced; None for all.
@@ -68,7 +68,7 @@ class UnlearningCurve(MeasuredInTraining):
         tokenizer: Any,
         *,
         forget_metrics: Sequence[Any] = FORGET_METRICS,
-        kept_metrics: Sequence[Any] = KEPT_METRICS,
+        utility_metrics: Sequence[Any] = UTILITY_METRICS,
         retrained: Any = None,
         limit: int | None = None,
         **options: Any,
@@ -82,7 +82,8 @@ class UnlearningCurve(MeasuredInTraining):
         self.rows = {name: spaced(rows, limit) for name, rows in splits.items() if len(rows)}
         reference = options.get("reference")
         self.metrics = {
-            name: resolve_metrics(forget_metrics if _forgets(name) else kept_metrics, reference) for name in self.rows
+            name: resolve_metrics(forget_metrics if _forgets(name) else utility_metrics, reference)
+            for name in self.rows
         }
         self.directions = self._directions()
         if retrained is not None:
@@ -99,7 +100,7 @@ class UnlearningCurve(MeasuredInTraining):
         if chosen and is_sharded(accelerator=accelerator):
             raise ValueError(
                 f"{', '.join(sorted(chosen))} generate text, which is not supported between the steps of a sharded "
-                "training (FSDP, ZeRO-3). Choose `forget_metrics` and `kept_metrics` that only score answers."
+                "training (FSDP, ZeRO-3). Choose `forget_metrics` and `utility_metrics` that only score answers."
             )
         shared = {key: self.options.get(key) for key in ("template", "columns", "generation")}
         for name, rows in self.rows.items():

@@ -15,7 +15,7 @@ from hf_transfer_ext.recipes.training import TrainingRun
 from hf_transfer_ext.registry import unknown_name
 
 #: Options of `curve`.
-CURVE = ("limit", "forget_metrics", "kept_metrics", "max_new_tokens", "retrained")
+CURVE = ("limit", "forget_metrics", "utility_metrics", "max_new_tokens", "retrained")
 
 
 def curve_of(run: TrainingRun, job: Any, splits: Mapping[str, Any], tokenizer: Any, template: Any) -> list[Any]:

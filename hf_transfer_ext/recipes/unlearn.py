@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for folder in filter(None, folders):
         refuse_existing_output(folder, overwrite=run.replaces, inputs=read)
     record = run.record
-    asked = ("people", "forget_people", "facts", "facets", "columns", "split")
-    where: Any = {name: getattr(job, name) for name in asked}
+    names = ("people", "forget_people", "facts", "facets", "columns", "split")
+    where: Any = {name: getattr(job, name) for name in names}
     splits = forget_retain_rows(job.forget_data, job.retain_data, seed=args.seed, **where)
     learned = {part: learned_rows(splits, part) for part in ("forget", "retain")}
     template = QuestionAnswerFormat(template=job.template)
@@ -98,15 +98,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     adapter["callbacks"] = curve_of(run, job, splits, tokenizer, template)
     trainer = UnlearningTrainer(model, args, **sets, **adapter)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
+    options: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
     with record.stage("measure before"):
-        measured = {"before": forget_retain(model, tokenizer, splits, adapter="base", **looks)}
+        measured = {"before": forget_retain(model, tokenizer, splits, adapter="base", **options)}
     with record.stage("unlearn"):
         trainer.train(resume_from_checkpoint=run.checkpoint)
     with record.stage("measure after"):
-        measured["after"] = forget_retain(model, tokenizer, splits, adapter="default", **looks)
+        measured["after"] = forget_retain(model, tokenizer, splits, adapter="default", **options)
         if restoration is not None:
-            measured = restoration.added_to(measured, model, tokenizer, **looks)
+            measured = restoration.added_to(measured, model, tokenizer, **options)
     if trainer.is_world_process_zero():
         record.notes |= curve_notes(trainer.state.log_history)
         # An adapter alone needs a base that others have.

@@ -46,6 +46,7 @@ class LogsSpeed:
     state: Any
     _tokens_given: Any = 0.0
     _since: float | None = None
+    _evaluates = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self._since is None:
@@ -61,10 +62,13 @@ class LogsSpeed:
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        if self._evaluates:  # one of several evaluation sets: the call for all of them takes the time
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        began, self._evaluates = time.perf_counter(), True
         try:
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
         finally:
+            self._evaluates = False
             if self._since is not None:
                 self._since += time.perf_counter() - began
 
@@ -193,6 +197,8 @@ def curve_plot(history: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
         against.annotate(f"step {line['step']}", place, (4, 3), textcoords="offset points", fontsize=7)
     over_steps.set_xlabel("step", fontsize=8)
     over_steps.legend(fontsize=7, frameon=False)
+    over_steps.set_xticks(steps)
+    against.margins(x=0.15)
     against.set_xlabel("utility (higher is better)", fontsize=8)
     against.set_ylabel("forgotten (higher is better)", fontsize=8)
     for axis in (over_steps, against):

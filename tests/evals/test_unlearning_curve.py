@@ -87,7 +87,7 @@ def test_each_evaluation_is_that_of_the_engine_and_the_training_is_as_without(tm
 
 def test_a_retrained_model_gives_the_truth_ratios_itself_and_losses_stay_beside(tmp_path):
     pairs = ForgetRetainPairs(FORGET, RETAIN, byte_tokenizer(), template=PLAIN)
-    few = {"forget_metrics": ["answer_probability"], "kept_metrics": ["answer_probability"]}
+    few = {"forget_metrics": ["answer_probability"], "utility_metrics": ["answer_probability"]}
     made = trainer(
         tmp_path, curve(retrained=planted()[2], **few), given={"eval_dataset": {"one": pairs, "two": pairs}}
     )
@@ -104,7 +104,7 @@ def test_reporters_early_stopping_and_the_best_model_use_what_is_measured(tmp_pa
         def on_log(self, args, state, control, logs=None, **kwargs):
             reported.append(dict(logs or {}))
 
-    few = {"forget_metrics": ["answer_probability"], "kept_metrics": ["answer_probability"]}
+    few = {"forget_metrics": ["answer_probability"], "utility_metrics": ["answer_probability"]}
     best = {"metric_for_best_model": "eval_utility", "load_best_model_at_end": True, "save_strategy": "steps",
             "save_steps": 1, "eval_steps": 1, "eval_on_start": False, "max_steps": 6}  # fmt: skip
     made = trainer(
@@ -124,7 +124,7 @@ def test_reporters_early_stopping_and_the_best_model_use_what_is_measured(tmp_pa
 
 
 def test_the_card_of_a_saved_model_has_the_curve(tmp_path):
-    few = {"forget_metrics": ["answer_probability"], "kept_metrics": ["answer_probability"], "limit": 2}
+    few = {"forget_metrics": ["answer_probability"], "utility_metrics": ["answer_probability"], "limit": 2}
     made = trainer(tmp_path / "out", curve(**few), max_steps=2)
     made.train()
     made.save_model(str(tmp_path / "saved"))
@@ -175,7 +175,7 @@ def test_what_cannot_be_obeyed_is_refused_before_the_first_step(tmp_path):
 
 
 def test_a_bound_on_the_retain_loss_is_kept_where_no_losses_are_evaluated(tmp_path):
-    few = {"forget_metrics": ["answer_probability"], "kept_metrics": ["answer_probability"]}
+    few = {"forget_metrics": ["answer_probability"], "utility_metrics": ["answer_probability"]}
     options = {"alpha": 0.0, "learning_rate": 0.01, "max_steps": 20, "retain_bound": 0.5, "eval_steps": 10}
     made = trainer(tmp_path, curve(**few), optim="adamw_torch", **options)
     made.train()

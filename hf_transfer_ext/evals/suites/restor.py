@@ -150,7 +150,9 @@ def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorRes
 def correct_recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorResult) -> Measurement:
     r"""Like `recovery`, with `g` the mean over facts of log p(correct) alone.
 
-    Unlearning that only makes the false answer unlikely raises `recovery`, and leaves this one at 0.
+    Unlearning that only makes the false answer unlikely raises `recovery`, and leaves this one at 0. False answers of
+    the same form as the correct ones teach this form, too: if the correct answer is no less likely after corruption,
+    there is no such share, and `recovery`, in which the form cancels, is the one to read.
 
     Raises:
         ValueError: As in `recovery`.

@@ -7,6 +7,7 @@ from evals.shared_data import data_folder
 from tiny import byte_tokenizer, tiny_llama
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.evals.suite_run import SuiteRun
 from hf_transfer_ext.evals.suites.restor import (
     RestorResult,
     correct_recovery,
@@ -222,3 +223,22 @@ def test_the_original_has_everything_back_and_the_corrupted_model_nothing():
     assert [m.name for m in restor_sequence({"o": original, "c": harmless, "u": silent})] == ["recovery"]
     assert "log-probability of the correct options" in silent.notes[0]
     assert restor_sequence({"o": original, "c": corrupted}) == []
+
+
+def test_a_file_of_questions_is_a_suite_of_three_models(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(PEOPLE))
+    run = SuiteRun("restor", tmp_path / "rows.json", suite_options={"distractors": 1}, batch_size=4)
+    facts = corrupted_facts(PEOPLE, distractors=1)[0]
+    assert run.sets == {"questions": facts}
+    models = sorted((tiny_llama(seed) for seed in range(3)), key=lambda model: gap_of(model, facts), reverse=True)
+    for name, model in zip(("original", "unlearned", "corrupted"), models, strict=True):
+        run.evaluate(model, byte_tokenizer(), name, resamples=0)
+    run.results = {name: run.results[name] for name in ("original", "corrupted", "unlearned")}
+    found, problems = run.together()
+    gaps = [gap_of(model, facts) for model in models]
+    assert not problems and found[0].value == pytest.approx((gaps[1] - gaps[2]) / (gaps[0] - gaps[2]), rel=1e-3)
+
+
+def gap_of(model, facts):
+    found = restor(model, byte_tokenizer(), {"questions": facts}, resamples=0)
+    return found["correct log-probability"].value - found["corrupted log-probability"].value
