@@ -121,7 +121,7 @@ def test_evaluations_in_training_become_a_curve_in_the_card(tmp_path, model_fold
 
 def test_a_model_is_corrupted_and_what_is_restored_is_measured(tmp_path, model_folder):
     corrupted = {"corrupt_epochs": 6, "corrupt_learning_rate": 1e-2, "corrupted_dir": tmp_path / "corrupted"}
-    found = unlearn.main(arguments(tmp_path, model_folder, **{**FORGETS, "teach_epochs": 8}, **corrupted))
+    found = unlearn.main(arguments(tmp_path, model_folder, people=3, forget_people=1, facts=2, **corrupted))
     assert list(found) == ["original", "before", "after"]
     by_name = {stage: {m.name: m for m in own} for stage, own in found.items()}
     before, original = by_name["before"], by_name["original"]

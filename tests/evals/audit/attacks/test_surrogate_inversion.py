@@ -50,6 +50,7 @@ def test_the_surrogate_is_read_among_the_choices_where_there_are_any():
     assert np.array_equal(read_from(original, RETAIN), original.probability(RETAIN))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_scores_and_no_model_is_changed():
     _, shallow, retrained = planted()
     before = [copy.deepcopy(model.state_dict()) for model in (shallow, retrained)]
