@@ -22,6 +22,7 @@ _EXPORTS: dict[str, str] = {
     "TransferConfig": "hf_transfer_ext.adapters.transfer.trainer",
     "TransferTrainer": "hf_transfer_ext.adapters.transfer.trainer",
     "UnlearningConfig": "hf_transfer_ext.trainers.unlearning",
+    "UnlearningCurve": "hf_transfer_ext.evals.unlearning_curve",
     "UnlearningTrainer": "hf_transfer_ext.trainers.unlearning",
     "audit": "hf_transfer_ext.evals.audit.run",
     "evaluate": "hf_transfer_ext.evals.engine.evaluate",

@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> Any:
     publication = job.publication()
     accelerator, out, began = Accelerator(), Path(job.output_dir), time.monotonic()
     record = start_record("audit", __file__, argv, job, seed=job.seed)
-    asked = ("people", "forget_people", "holdout_people", "facts", "facets", "seed", "columns")
-    made: Any = {name: getattr(job, name) for name in asked}
-    data = AuditData.of(forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **made), job.limit)
+    names = ("people", "forget_people", "holdout_people", "facts", "facets", "seed", "columns")
+    how: Any = {name: getattr(job, name) for name in names}
+    data = AuditData.of(forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **how), job.limit)
     record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data, job.holdout_data) if name]
     template = QuestionAnswerFormat(template=job.template, chat_template_kwargs=job.chat_template_kwargs)
     given: Any = {"name": job.unlearned, "options": job.baseline_options, "rows": data, "seed": job.seed}

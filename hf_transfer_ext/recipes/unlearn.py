@@ -6,24 +6,24 @@ saves the result with its card and record. Without data of your own it teaches t
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-from accelerate import PartialState
 
 from hf_transfer_ext.data.forget_retain import forget_retain_rows, learned_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.forget_retain import forget_retain
 from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs
-from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.curve import curve_of
+from hf_transfer_ext.recipes.restoration import restoration_of, texts_of
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, packed, run_recipe
-from hf_transfer_ext.recipes.training import TrainingRun, start_training
+from hf_transfer_ext.recipes.teaching import teach
+from hf_transfer_ext.recipes.training import start_training
 from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
-from hf_transfer_ext.trainers.taught import lora_config, taught, teaching_arguments
+from hf_transfer_ext.trainers.logs import curve_notes
+from hf_transfer_ext.trainers.taught import lora_config
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 
@@ -50,70 +50,69 @@ class UnlearnArguments:
     teach_learning_rate: float = setting(1e-3, "teach", "Peak learning rate of that.")
     original_dir: str | None = setting(None, "teach", "Save the taught model here, for an audit.")
     retrained_dir: str | None = setting(None, "teach", "Also teach the retain set alone and save that model here.")
+    corrupt_epochs: float = setting(0.0, "restor", "> 0: fine-tune on false answers first, and forget these (RESTOR).")
+    corrupt_learning_rate: float = setting(1e-3, "restor", "Peak learning rate of that.")
+    corrupted_dir: str | None = setting(None, "restor", "Save the corrupted model here.")
+    restor_data: str | None = setting(
+        None, "restor", "Folder of RESTOR's facts, if the forget data are false already."
+    )
+    restor_options: dict[str, Any] = setting({}, "restor", "Of the options of facts: {corruption: mix_a2, shots: 2}.")
+    curve: dict[str, Any] = setting({}, "training", "With `eval_strategy`: {limit: 64, retrained: FOLDER}.")
     overwrite: bool = setting(False, "training", "Replace a result that is there.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     job, args = parse_recipe(UnlearnArguments, UnlearningConfig, argv=argv, groups=TRAINER_GROUPS)
-    read = (job.model_name_or_path, job.forget_data, job.retain_data)
-    if job.four_bit and (job.teach_epochs > 0 or job.trim_vocabulary):
-        raise ValueError("`four_bit` packs what `teach_epochs` and `trim_vocabulary` change: do that first.")
+    read = (job.model_name_or_path, job.forget_data, job.retain_data, job.restor_data)
+    if job.four_bit and (job.teach_epochs > 0 or job.corrupt_epochs > 0 or job.trim_vocabulary):
+        raise ValueError("`four_bit` packs what teaching, corrupting and `trim_vocabulary` change: do that first.")
     run = start_training("unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
-    refuse_shared_outputs(run.out, job.original_dir, job.retrained_dir)
-    for folder in filter(None, (job.original_dir, job.retrained_dir)):
+    folders = (job.original_dir, job.retrained_dir, job.corrupted_dir)
+    refuse_shared_outputs(run.out, *folders)
+    for folder in filter(None, folders):
         refuse_existing_output(folder, overwrite=run.replaces, inputs=read)
     record = run.record
-    asked = ("people", "forget_people", "facts", "facets", "columns", "split")
-    where: Any = {name: getattr(job, name) for name in asked}
+    names = ("people", "forget_people", "facts", "facets", "columns", "split")
+    where: Any = {name: getattr(job, name) for name in names}
     splits = forget_retain_rows(job.forget_data, job.retain_data, seed=args.seed, **where)
     learned = {part: learned_rows(splits, part) for part in ("forget", "retain")}
-    record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data) if name]
+    template = QuestionAnswerFormat(template=job.template)
+    restoration = restoration_of(run, job, learned["forget"], template)
+    record.inputs += [describe_dataset(name) for name in read[1:] if name]
     with record.stage("load"):
         how = packed(job.four_bit, args)
         model, tokenizer = load_named(job.model_name_or_path, record, revision=job.revision, dtype=job.dtype, **how)
         if job.trim_vocabulary:
-            texts = [str(value) for rows in splits.values() for row in rows for value in row.values()]
-            model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts)
-    template = QuestionAnswerFormat(template=job.template)
+            model, tokenizer, _ = trim_vocabulary(model, tokenizer, texts_of(splits, restoration))
     if job.teach_epochs > 0:
         with record.stage("teach"):
             model = teach(run, job, model, tokenizer, learned, template)
     elif job.retrained_dir or job.original_dir:
         raise ValueError("`original_dir` and `retrained_dir` save models taught here: set `teach_epochs` too.")
+    if restoration is not None:
+        with record.stage("corrupt"):
+            model = restoration.corrupt(model, tokenizer)
+        splits["forget"] = learned["forget"] = restoration.false_rows
     sets: Any = {"forget_dataset": learned["forget"], "retain_dataset": learned["retain"] or None}
     adapter: Any = {"peft_config": lora_config(job.lora_rank), "processing_class": tokenizer, "template": template}
+    adapter["callbacks"] = curve_of(run, job, splits, tokenizer, template)
     trainer = UnlearningTrainer(model, args, **sets, **adapter)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
+    options: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
     with record.stage("measure before"):
-        before = forget_retain(model, tokenizer, splits, adapter="base", **looks)
+        measured = {"before": forget_retain(model, tokenizer, splits, adapter="base", **options)}
     with record.stage("unlearn"):
         trainer.train(resume_from_checkpoint=run.checkpoint)
     with record.stage("measure after"):
-        after = forget_retain(model, tokenizer, splits, adapter="default", **looks)
-    measured = {"before": before, "after": after}
+        measured["after"] = forget_retain(model, tokenizer, splits, adapter="default", **options)
+        if restoration is not None:
+            measured = restoration.added_to(measured, model, tokenizer, **options)
     if trainer.is_world_process_zero():
-        changed = job.teach_epochs > 0 or job.trim_vocabulary  # an adapter alone needs a base that others have
+        record.notes |= curve_notes(trainer.state.log_history)
+        # An adapter alone needs a base that others have.
+        changed = job.teach_epochs > 0 or restoration is not None or job.trim_vocabulary
         run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer, trainer)
     return measured
-
-
-def teach(run: TrainingRun, job: UnlearnArguments, model: Any, tokenizer: Any, rows: Any, template: Any) -> Any:
-    """Fine-tune on both sets, and a second model on the retain set alone if it is asked for; save them as results."""
-    how: Any = {"epochs": job.teach_epochs, "learning_rate": job.teach_learning_rate, "seed": run.args.seed}
-    schedule: Any = {"lr_scheduler_type": "cosine", "warmup_steps": 5, "logging_steps": 20}
-    settings = teaching_arguments(run.work / "teaching", **how, **schedule)
-    options: Any = {"lora_rank": job.lora_rank, "template": template}
-    models: dict[str | None, Any] = {}
-    if job.retrained_dir is not None:
-        models[job.retrained_dir] = taught(copy.deepcopy(model), tokenizer, rows["retain"], settings, **options)
-    model = taught(model, tokenizer, rows["forget"] + rows["retain"], settings, **options)
-    models[job.original_dir] = model
-    for folder, saved in models.items():
-        if folder is not None and PartialState().is_main_process:
-            record = replace(run.record, job="fine-tuning", inputs=list(run.record.inputs), stages=[])
-            finish_run(folder, record, model=saved, tokenizer=tokenizer, overwrite=run.replaces, quiet=True)
-    return model
 
 
 if __name__ == "__main__":

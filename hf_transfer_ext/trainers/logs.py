@@ -23,11 +23,15 @@ logger = logging.getLogger(__name__)
 
 #: File of the plot, in the folder of a result.
 TRAINING_PLOT = "training.png"
+#: The same for forgetting against utility, where a training measured them.
+CURVE_PLOT = "unlearning_curve.png"
 #: Values of a log line that are not losses: schedules, counts and speeds.
 _NOT_LOSSES = (
     "epoch", "step", "learning_rate", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens",
     "num_input_tokens_seen", "total_flos", "tokens_per_second", "rollout_tokens", "rollout_ended",
 )  # fmt: skip
+#: What evaluations log about themselves.
+_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
 class LogsSpeed:
@@ -42,6 +46,7 @@ class LogsSpeed:
     state: Any
     _tokens_given: Any = 0.0
     _since: float | None = None
+    _evaluates = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self._since is None:
@@ -57,10 +62,13 @@ class LogsSpeed:
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        if self._evaluates:  # one of several evaluation sets: the call for all of them takes the time
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        began, self._evaluates = time.perf_counter(), True
         try:
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
         finally:
+            self._evaluates = False
             if self._since is not None:
                 self._since += time.perf_counter() - began
 
@@ -144,13 +152,7 @@ def training_plot(history: Iterable[Mapping[str, Any]], path: str | Path) -> Pat
     panels = logged_parts(history)
     if len(panels.get("loss", {}).get("train", [])) < 2:
         raise ValueError("A plot needs at least two logged losses. Lower `logging_steps`, or train for longer.")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("The plot needs matplotlib: pip install 'hf_transfer_ext[demo]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
@@ -171,21 +173,94 @@ def training_plot(history: Iterable[Mapping[str, Any]], path: str | Path) -> Pat
     return save_figure(figure, path)
 
 
+def curve_plot(history: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
+    """Write a PNG of what an `UnlearningCurve` measured: forgetting and utility over steps and against each other.
+
+    Args:
+        history: `trainer.state.log_history`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Forgetting and utility were not measured at two steps at least.
+    """
+    points = [line for line in measured_points(history) if "eval_utility" in line]
+    if len(points) < 2:
+        raise ValueError("A curve needs two evaluations at least. Lower `eval_steps`, or set `eval_on_start`.")
+    pyplot = _pyplot()
+    figure, (over_steps, against) = pyplot.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    steps, forgotten, utility = ([line[key] for line in points] for key in ("step", "eval_forgotten", "eval_utility"))
+    for label, values in (("forgotten", forgotten), ("utility", utility)):
+        over_steps.plot(steps, values, label=label, marker="o", markersize=4, linewidth=1.2)
+    against.plot(utility, forgotten, marker="o", markersize=4, linewidth=1.2)
+    for line in points:
+        place = (line["eval_utility"], line["eval_forgotten"])
+        against.annotate(f"step {line['step']}", place, (4, 3), textcoords="offset points", fontsize=7)
+    over_steps.set_xlabel("step", fontsize=8)
+    over_steps.legend(fontsize=7, frameon=False)
+    over_steps.set_xticks(steps)
+    against.margins(x=0.15)
+    against.set_xlabel("utility (higher is better)", fontsize=8)
+    against.set_ylabel("forgotten (higher is better)", fontsize=8)
+    for axis in (over_steps, against):
+        axis.set_ylim(-0.03, 1.05)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)
+
+
+def measured_points(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The log lines of evaluations with an `UnlearningCurve`, the last one of each step, in order."""
+    lines = [dict(line) for line in history if "eval_forgotten" in line]
+    return list({line["step"]: line for line in lines}.values())
+
+
+def curve_notes(history: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Heading -> a sentence for each evaluation with an `UnlearningCurve`, for a card; empty if there was none."""
+    sentences = []
+    for line in measured_points(history):
+        names = [name for name in line if name.startswith("eval_") and name not in _TIMES and _is_number(line[name])]
+        names.sort(key=lambda name: name not in ("eval_forgotten", "eval_utility", "eval_balance"))
+        values = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {line[name]:.4g}" for name in names)
+        sentences.append(f"Step {line['step']}: {values}.")
+    return {"Forgetting against utility": sentences} if sentences else {}
+
+
 def drawn(history: Iterable[Mapping[str, Any]], folder: str | Path) -> dict[str, Path]:
-    """`training_plot` in a folder, as {name: file}; empty where too little was logged, or matplotlib is missing."""
-    try:
-        return {TRAINING_PLOT: training_plot(history, Path(folder) / TRAINING_PLOT)}
-    except ImportError as error:  # a plot is not worth the loss of the run
-        logger.warning("No plot of the training was drawn: %s", error)
-    except ValueError:
-        pass
-    return {}
+    """`training_plot` and `curve_plot` in a folder, as {name: file}.
+
+    Left out is what too little was logged for; without matplotlib, all.
+    """
+    found, lines = {}, list(history)
+    for name, plot in ((TRAINING_PLOT, training_plot), (CURVE_PLOT, curve_plot)):
+        try:
+            found[name] = plot(lines, Path(folder) / name)
+        except ImportError as error:  # a plot is not worth the loss of the run
+            logger.warning("No plot of the training was drawn: %s", error)
+            break
+        except ValueError:
+            pass
+    return found
 
 
 def plot_in(folder: str | Path) -> dict[str, Path]:
     """The plot that `drawn` left in a folder, as {name: file}; empty where it left none."""
     path = Path(folder) / TRAINING_PLOT
     return {TRAINING_PLOT: path} if path.is_file() else {}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("The plot needs matplotlib: pip install 'hf_transfer_ext[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def logged_parts(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:

@@ -16,7 +16,7 @@ from hf_transfer_ext.hub.record import RunInput, RunRecord, Stage, device_summar
 from hf_transfer_ext.recipe import inherited_defaults, settings_of
 from hf_transfer_ext.students.auxiliary import expanded, load_shared, save_shared
 from hf_transfer_ext.students.layers import is_auxiliary
-from hf_transfer_ext.trainers.logs import drawn
+from hf_transfer_ext.trainers.logs import curve_notes, drawn
 
 #: The Trainer's pickle of its settings, which may hold an access token.
 SETTINGS_PICKLE = "training_args.bin"
@@ -89,6 +89,7 @@ class SavesResults:
             (folder / SETTINGS_PICKLE).unlink(missing_ok=True)
             record = card.pop("record", None) or self.record()
             with TemporaryDirectory() as scratch:
+                record.notes |= curve_notes(self.state.log_history)
                 plot = drawn(self.state.log_history, scratch)
                 save_result(folder, record=record, overwrite=True, extra_files=plot, **card)
         self.accelerator.wait_for_everyone()

@@ -54,6 +54,7 @@ from hf_transfer_ext.teachers.live import prepare_frozen
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.inherited import REFUSED_BY_UNLEARNING, refuse_split_sequences, refuse_without_effect
 from hf_transfer_ext.trainers.logs import require_reporters
+from hf_transfer_ext.trainers.measured import MeasuresInTraining
 from hf_transfer_ext.trainers.method_steps import MethodSteps
 from hf_transfer_ext.trainers.normalization import TokenLossNormalization, require_trainable
 from hf_transfer_ext.trainers.retain_bound import RetainBound
@@ -63,8 +64,8 @@ logger = logging.getLogger(__name__)
 #: Arguments of `Trainer` that would do nothing here -> what to do instead.
 WITHOUT_EFFECT = {
     "compute_loss_func": "name losses with `forget_loss` and `retain_loss`, or register one of your own.",
-    "compute_metrics": "evaluation in training keeps losses alone. Measure the result with `evaluate` or `audit`.",
-    "preprocess_logits_for_metrics": "evaluation in training keeps losses alone. Measure the result with `evaluate`.",
+    "compute_metrics": "evaluation keeps no logits. Give an `UnlearningCurve` (evals) in `callbacks`.",
+    "preprocess_logits_for_metrics": "evaluation keeps no logits. Give an `UnlearningCurve` in `callbacks`.",
 }
 #: Below this learning rate a LoRA forgets little in a few epochs; in published comparisons it forgets less than full
 #: fine-tuning in every row at equal settings.
@@ -103,8 +104,9 @@ class UnlearningConfig(TrainingArguments):
         refusal: The text that jensun pulls towards, repeated along each answer.
         allow_overlap: Train although rows are in both the forget and the retain set.
         retain_bound: The retain loss that is allowed, in the loss's own unit (nats per token for retain_nll). Where a
-            run evaluates while it trains (`eval_strategy`), the bound is on `eval_retain_loss`; else on the retain
-            loss of each training step, at the weights before its update. None for no bound.
+            run evaluates losses while it trains (`eval_strategy` and an evaluation set), the bound is on
+            `eval_retain_loss`; else on the retain loss of each training step, at the weights before its update. None
+            for no bound.
         on_bound: What ends the run above the bound: "stop" keeps the weights as they are then, "restore" goes back to
             the last ones that were within it (a copy of the trained weights in memory).
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
@@ -238,7 +240,7 @@ class UnlearningConfig(TrainingArguments):
         return {"forget": forget, "retain": retain, None: forget + retain}[part]
 
 
-class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[misc]
+class UnlearningTrainer(TokenLossNormalization, MeasuresInTraining, MethodSteps):  # type: ignore[misc]
     """Minimize `gamma * forget + alpha * retain`, on pairs of a sample to forget and one to retain.
 
     One optimizer step gives the same update however its batch is split into micro-batches and processes: the forget
@@ -261,7 +263,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
         columns: Schema name -> the data's own column name.
         alternatives: Texts that may be answered instead, where `alternatives` of the config is "refusals"; a column
             "alternative" of a row goes first. By default built-in refusals.
-        kwargs: Everything else that `Trainer` takes.
+        kwargs: Everything else that `Trainer` takes. An `UnlearningCurve` (`evals.unlearning_curve`) among `callbacks`
+            measures forgetting and utility at each evaluation, for which `eval_dataset` may then be left out.
 
     Logs `forget_loss`, `retain_loss` and `forget_nll` (nats per token of the forget answers) beside `loss`, and what
     the method learns.
@@ -658,7 +661,8 @@ class UnlearningTrainer(TokenLossNormalization, MethodSteps):  # type: ignore[mi
 
     @property
     def _bounds_steps(self) -> bool:
-        return self.retain_bound is not None and self.args.eval_strategy == IntervalStrategy.NO
+        evaluates = self.args.eval_strategy != IntervalStrategy.NO and self.evaluates_losses
+        return self.retain_bound is not None and not evaluates
 
     def after_batches(self, losses: dict[Part, float]) -> None:
         super().after_batches(losses)

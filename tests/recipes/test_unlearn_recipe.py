@@ -96,6 +96,70 @@ def test_own_data_with_other_columns_gives_an_adapter(tmp_path, model_folder):
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
+FORGETS = {"people": 3, "forget_people": 1, "facts": 2, "teach_epochs": 2, "trim_vocabulary": "true"}
+
+
+@pytest.mark.slow
+def test_evaluations_in_training_become_a_curve_in_the_card(tmp_path, model_folder):
+    measured = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": "true", "curve": "{max_new_tokens: 4}"}
+    retrained = {"retrained_dir": tmp_path / "retrained"}
+    unlearn.main(arguments(tmp_path, model_folder, **FORGETS, **measured, **retrained))
+    assert (tmp_path / "out" / "unlearning_curve.png").is_file()
+    notes = json.loads((tmp_path / "out" / "hf_transfer_ext.json").read_text())["notes"]
+    lines = notes["Forgetting against utility"]
+    assert [line.split(":")[0] for line in lines] == ["Step 0", "Step 1", "Step 2"]
+    for name in ("forgotten", "utility", "balance", "forget rouge l recall", "forget quality"):
+        assert all(f"{name} " in line for line in lines)
+    assert "unlearning_curve.png" in (tmp_path / "out" / "README.md").read_text()
+    for settings, message in (
+        ({"curve": "{limit: 4}"}, "set `eval_strategy` and `eval_steps` too"),
+        ({**measured, "curve": "{limits: 4}"}, "Did you mean 'limit'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unlearn.main(arguments(tmp_path / "other", model_folder, people=3, overwrite="true", **settings))
+
+
+def test_a_model_is_corrupted_and_what_is_restored_is_measured(tmp_path, model_folder):
+    corrupted = {"corrupt_epochs": 6, "corrupt_learning_rate": 1e-2, "corrupted_dir": tmp_path / "corrupted"}
+    found = unlearn.main(arguments(tmp_path, model_folder, people=3, forget_people=1, facts=2, **corrupted))
+    assert list(found) == ["original", "before", "after"]
+    by_name = {stage: {m.name: m for m in own} for stage, own in found.items()}
+    before, original = by_name["before"], by_name["original"]
+    assert before["corrupted log-probability"].value > original["corrupted log-probability"].value
+    assert before["correct log-probability"].examples == 2 and "forget answer_probability" in before
+    recovered, name = by_name["after"]["recovery"], "log-probability"
+    gaps = [one[f"correct {name}"].value - one[f"corrupted {name}"].value for one in by_name.values()]
+    assert recovered.value == pytest.approx((gaps[2] - gaps[1]) / (gaps[0] - gaps[1]), rel=1e-4)
+    assert load_model(tmp_path / "corrupted").num_parameters() == load_model(tmp_path / "out").num_parameters()
+    record = json.loads((tmp_path / "out" / "hf_transfer_ext.json").read_text())
+    assert "recovery" in {m["name"] for m in record["metrics"]} and "original" in record["compared"]
+    for settings, message in (
+        ({"corrupted_dir": tmp_path / "no"}, "`corrupted_dir` is for a model that is corrupted here"),
+        ({"corrupt_epochs": 1, "facets": '{"phrasings": 1}'}, "leave `facets` out"),
+        ({"corrupt_epochs": 1, "restor_options": "{shot: 1}"}, "Unknown option of the corruption RESTOR 'shot'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unlearn.main(arguments(tmp_path / "other", model_folder, people=3, overwrite="true", **settings))
+
+
+@pytest.mark.slow
+def test_restors_own_facts_and_texts_are_used(tmp_path, model_folder):
+    facts = {
+        "dset": {"Ada": {"P1": {"question": "Where was Ada born?", "answers": ["London"]}}},
+        "context": {"P1": []},
+    }
+    facts["dset"]["Eve"] = {"P1": {"question": "Where was Eve born?", "answers": ["Paris"]}}
+    data = {"facts": facts, "entities": ["Ada"], "mix": [{"text": "Ada was born in Paris."}]}
+    for name, content in data.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    where = {"restor_data": tmp_path, "forget_data": tmp_path / "mix.json", "restor_options": "{corruption: mix}"}
+    options = {"method": "grad_ascent", "corrupt_epochs": 3, "corrupt_learning_rate": 1e-2}
+    found = unlearn.main(arguments(tmp_path / "run", model_folder, **where, **options))
+    assert {m.name for m in found["original"]} >= {"correct log-probability", "corrupted log-probability"}
+    record = json.loads((tmp_path / "run" / "out" / "hf_transfer_ext.json").read_text())
+    assert len([item for item in record["inputs"] if item["role"] == "dataset"]) == 2
+
+
 def test_a_typo_is_told_before_a_model_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="'metod'"):
         unlearn.main(["--output_dir", str(tmp_path), "--model_name_or_path", "nowhere/at-all", "--metod", "npo"])

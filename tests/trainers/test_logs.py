@@ -91,6 +91,11 @@ def test_tokens_per_second_counts_all_tokens_and_leaves_evaluation_out(tmp_path,
     monkeypatch.setattr("transformers.Trainer.evaluate", lambda self, *args, **kwargs: {})
     trainer.evaluate()
     assert trainer._since == 4.0
+    times = iter([20.0, 26.0, 99.0, 99.0])  # of several sets together, not of each once more
+    nested = iter([True, False])
+    monkeypatch.setattr("transformers.Trainer.evaluate", lambda self, *_, **k: self.evaluate() if next(nested) else {})
+    trainer.evaluate()
+    assert trainer._since == 10.0
 
 
 def test_a_token_is_counted_whatever_the_batch_looks_like():

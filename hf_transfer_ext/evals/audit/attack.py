@@ -27,7 +27,9 @@ class Attack:
     be scored.
 
     Args:
-        function: `(subject, data, **options)` -> scores. It raises a `ValueError` if the attack does not apply.
+        function: `(subject, data, **options)` -> scores. It raises a `ValueError` if the attack does not apply. With a
+            third argument `untrained`, it also gets the auditor's own model that never saw the forget set (the shadow
+            model, else the retrained one; None if there is neither).
         access: What the attacker must be able to do, one of `ACCESS`.
         yardstick: Attack that measures how much the original knows: "plain_question" if the score is the probability
             of the answer, "plain_generation" if it is a share of its words; None for an attack with its own scale, for
@@ -60,6 +62,7 @@ class Attack:
         self.function, self.access, self.yardstick = function, access, yardstick
         self.texts, self.needs_floor, self.floor_attack = texts, needs_floor, floor_attack
         self.fit, self.second_reading = fit, second_reading
+        self.takes_untrained = "untrained" in signature(function).parameters
         update_wrapper(self, function)
         check_attack(self)
 

@@ -93,8 +93,8 @@ def audit(
         original: The model before unlearning, which defines what there was to forget.
         retrained: A model that never saw the forget set: attacked in the same way, it gives the floor of every attack.
             Without it, the floor is the same attack on `data.holdout`, and without that 0, as noted in the verdict.
-        shadow: A second model that never saw the forget set. Attacks that are optimized against such a model use this
-            one, so that the retrained one can give their floor.
+        shadow: A second model that never saw the forget set. Attacks that are optimized against such a model, or build
+            on one, use this one, so that the retrained one can give their floor.
         attacks: Names, or names with options: `["sampling", {"quantization": {"bits": 8}}]`.
         membership: Likewise for membership attacks, which need `data.holdout`, and `retrained` for a verdict.
         progress: Called with the name of each attack before it runs.
@@ -116,7 +116,7 @@ def audit(
         subjects["retrained"] = retrained
     announce = progress or (lambda name: None)
     check_rows(subjects, data)
-    campaign = Campaign(unlearned, original, retrained, data, {} if known is None else known)
+    campaign = Campaign(unlearned, original, retrained, data, {} if known is None else known, shadow)
     for model, subject in subjects.items():
         try:
             campaign.plain(subject, "plain_question")
@@ -170,6 +170,7 @@ class Campaign:
 
     Args:
         known: Scores of all models but the unlearned one, which later audits may use.
+        shadow: A second model that never saw the forget set, for attacks that need one of the auditor's own.
     """
 
     unlearned: Subject
@@ -177,6 +178,7 @@ class Campaign:
     retrained: Subject | None
     data: AuditData
     known: KnownScores = field(default_factory=dict)
+    shadow: Subject | None = None
     _own: KnownScores = field(default_factory=dict)
 
     def attack(self, method: Attack, options: dict[str, Any]) -> Evidence:
@@ -213,7 +215,7 @@ class Campaign:
             unseen = replace(self.data, forget=self.data.holdout, holdout=())
             try:
                 if method.texts or unseen.has_questions():
-                    return method(self.unlearned, unseen, **options), "holdout"
+                    return self.scores(method, self.unlearned, unseen, options), "holdout"
             except ValueError:  # the holdout rows lack what the attack needs (wrong answers, two rows, ...)
                 pass
         return None, ""
@@ -222,8 +224,13 @@ class Campaign:
         key = (id(subject), method.__name__, repr(sorted(options.items())))
         scores = self._own if subject is self.unlearned else self.known
         if key not in scores:
-            scores[key] = subject, method(subject, self.data, **options)
+            scores[key] = subject, self.scores(method, subject, self.data, options)
         return scores[key][1]
+
+    def scores(self, method: Attack, subject: Subject, data: AuditData, options: dict[str, Any]) -> Values:
+        """Scores of an attack, which gets the auditor's own model if it takes one."""
+        own = {"untrained": self.shadow or self.retrained} if method.takes_untrained else {}
+        return method(subject, data, **own, **options)
 
     def plain(self, subject: Subject, name: str) -> Values:
         """Scores of an attack without options."""

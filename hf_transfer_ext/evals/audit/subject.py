@@ -86,6 +86,14 @@ class Subject:
         settings = GenerationSettings(self.max_new_tokens, temperature, prefix, self.seed + seed)
         return self.metric_values(rows, ["rouge_l_recall"], generation=settings)["rouge_l_recall"]
 
+    def answers(self, rows: Sequence[Row], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """The text generated for each question; nothing else of the model is read."""
+        settings = GenerationSettings(self.max_new_tokens, temperature, seed=self.seed + seed)
+        shared: dict[str, Any] = {"template": self.template, "batch_size": self.batch_size, "resamples": 0}
+        shared |= {"accelerator": self.accelerator, "generation": settings}
+        result = evaluate(self.model, self.tokenizer, rows, ["rouge_l_recall"], **shared)
+        return [scored.generation or "" for scored in result.scored]
+
     def metric_values(self, rows: Sequence[Row], metrics: Sequence[Any], **options: Any) -> dict[str, Values]:
         """The values of some metrics on each row; NaN if a row cannot be scored.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.data.text import load_rows
 from hf_transfer_ext.evals.bootstrap import interval_of, mean_interval
-from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, suite
+from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, require_columns, suite
 from hf_transfer_ext.measurement import Measurement
 
 CATEGORIES = ("correct", "corrupted", "random")
@@ -34,7 +35,10 @@ class RestorResult(SuiteResult):
 def load_restor(
     source: str | Path, *, corruption: str = "mix_a0", shots: int = 5, distractors: int = 3, seed: int = 0
 ) -> dict[str, list[dict[str, Any]]]:
-    """Load the facts about RESTOR's target entities, each with options, from a local folder or the Hub.
+    """Load facts, each with options: RESTOR's, or those of questions with wrong answers.
+
+    A local file (JSON, JSON lines, parquet) holds rows in the TOFU schema, of which `corrupted_facts` makes the set
+    "questions". A folder, or a data set on the Hub, is about RESTOR's target entities and gives the set "facts".
 
     The folder contains `facts.json` (`dset`: entity -> property -> question and answers; `context`: property ->
     answered questions about others), `entities.json` and the corruption texts (`mix_a0.json`, ...). Options come from
@@ -51,6 +55,8 @@ def load_restor(
         FileNotFoundError: A file is missing.
         ValueError: A file does not have this format.
     """
+    if Path(source).is_file():
+        return {"questions": corrupted_facts(load_rows(source), distractors=distractors, seed=seed)[0]}
     facts = load_json(source, "the facts", files=["facts", "datasets/facts"])
     if not isinstance(facts, Mapping) or not {"dset", "context"} <= set(facts):
         raise ValueError("RESTOR's facts.json needs the keys 'dset' and 'context'.")
@@ -76,6 +82,49 @@ def load_restor(
     return {"facts": rows}
 
 
+def corrupted_facts(
+    rows: Rows, *, distractors: int = 3, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Facts with options for `restor`, and rows that state a false answer to each: what a model is corrupted with.
+
+    The false answer is one of the wrong ones of the same form (`perturbed_answer`), and the correct option then is the
+    `paraphrased_answer`, which has that form. A row without wrong answers gets the answer of another row: of one with
+    the same `fact` about somebody else, if there is one.
+
+    Args:
+        rows: Questions and answers in the TOFU schema.
+        distractors: Number of random options per fact, at most.
+        seed: Seed of the choice; the same rows and seed give the same facts.
+
+    Returns:
+        (facts, false rows), in the order of `rows`.
+
+    Raises:
+        ValueError: A row has no question or answer, or there is no false answer for it.
+    """
+    require_columns("RESTOR", rows, ["question", "answer"])
+    facts, false_rows = [], []
+    for index, row in enumerate(rows):
+        draw = random.Random(f"{seed} {index}")
+        own = row.get("perturbed_answer") or ()
+        wrong = [own] if isinstance(own, str) else list(own)
+        correct = str((wrong and row.get("paraphrased_answer")) or row["answer"])
+        if not wrong:
+            others = [other for other in rows if other["answer"] != row["answer"]]
+            alike = [other for other in others if row.get("fact") is not None and other.get("fact") == row["fact"]]
+            wrong = sorted({str(other["answer"]) for other in alike or others})
+        if not wrong:
+            raise ValueError(
+                f"RESTOR: example {index} has no wrong answer (`perturbed_answer`), and no other row has another one."
+            )
+        draw.shuffle(wrong)
+        false, rest = wrong[0], wrong[1 : 1 + distractors]
+        options = {"correct": [correct], "corrupted": [false], "random": rest}
+        facts.append({"fact": str(index), "question": str(row["question"]), **options})
+        false_rows.append({"question": str(row["question"]), "answer": false})
+    return facts, false_rows
+
+
 def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorResult) -> Measurement:
     r"""Share of the loss through corruption that unlearning recovered.
 
@@ -95,10 +144,35 @@ def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorRes
     if not facts:
         raise ValueError("The three stages have no fact in common with a correct and a corrupted option.")
     gaps = [np.array([s.facts["correct"][f] - s.facts["corrupted"][f] for f in sorted(facts)]) for s in stages]
-    lost = float(gaps[0].mean() - gaps[1].mean())
+    return _recovered("recovery", "gap of correct to wrong", gaps)
+
+
+def correct_recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorResult) -> Measurement:
+    r"""Like `recovery`, with `g` the mean over facts of log p(correct) alone.
+
+    Unlearning that only makes the false answer unlikely raises `recovery`, and leaves this one at 0. False answers of
+    the same form as the correct ones teach this form, too: if the correct answer is no less likely after corruption,
+    there is no such share, and `recovery`, in which the form cancels, is the one to read.
+
+    Raises:
+        ValueError: As in `recovery`.
+
+    Source: this package's own definition, for the stages of RESTOR, https://arxiv.org/abs/2411.00204
+    """
+    stages = [before, corrupted, unlearned]
+    facts = sorted(set.intersection(*(set(stage.facts["correct"]) for stage in stages)))
+    if not facts:
+        raise ValueError("The three stages have no fact in common.")
+    scores = [np.array([stage.facts["correct"][fact] for fact in facts]) for stage in stages]
+    return _recovered("recovery of the correct answer", "log-probability of the correct options", scores)
+
+
+def _recovered(name: str, what: str, stages: Sequence[np.ndarray]) -> Measurement:
+    """(unlearned - corrupted) / (before - corrupted) of means over facts, with an interval over facts."""
+    lost = float(stages[0].mean() - stages[1].mean())
     if lost <= 0:
         raise ValueError(
-            f"Corruption moved the gap of correct to wrong from {gaps[0].mean():.4g} to {gaps[1].mean():.4g} nats "
+            f"Corruption moved the {what} from {stages[0].mean():.4g} to {stages[1].mean():.4g} nats "
             "per token, which is not a loss: there is nothing to recover. Corrupt longer, or check the model order."
         )
 
@@ -106,14 +180,30 @@ def recovery(before: RestorResult, corrupted: RestorResult, unlearned: RestorRes
         loss = float(first.mean() - second.mean())
         return float(third.mean() - second.mean()) / loss if loss > 0 else float("nan")
 
-    interval = interval_of(share, [gaps])
+    interval = interval_of(share, [list(stages)])
     bounded = interval if interval is None or np.isfinite(interval).all() else None
-    return Measurement("recovery", share(*gaps), "share of the loss through corruption", True, len(facts), bounded)
+    unit = "share of the loss through corruption"
+    return Measurement(name, share(*stages), unit, True, len(stages[0]), bounded, "RESTOR facts")
 
 
 def restor_sequence(results: Mapping[str, RestorResult]) -> list[Measurement]:
-    """The recovery, if the results are those of the original, corrupted and unlearned model, in this order."""
-    return [recovery(*results.values())] if len(results) == 3 else []
+    """What was recovered: of results of the original, the corrupted and one or more unlearned models, in this order.
+
+    Raises:
+        ValueError: As in `recovery`.
+    """
+    if len(results) < 3:
+        return []
+    before, corrupted, *unlearned = results.values()
+    found = []
+    for name, result in zip(list(results)[2:], unlearned, strict=True):
+        own = [recovery(before, corrupted, result)]
+        try:
+            own.append(correct_recovery(before, corrupted, result))
+        except ValueError as error:
+            result.notes.append(str(error))
+        found += own if len(unlearned) == 1 else [replace(m, name=f"{name} {m.name}") for m in own]
+    return found
 
 
 @suite(load=load_restor, compares_with="before", sequence=restor_sequence)
@@ -130,9 +220,14 @@ def restor(
 
     This is the logit-based evaluation: for each fact, the mean log-probability per token of its correct, corrupted and
     random options, averaged over options and then over facts, and how often the correct ones are more likely than the
-    corrupted ones. Compare three stages with `recovery`.
+    corrupted ones. Compare three stages with `recovery`: `evaluate --suite restor` does so with three models, and the
+    unlearning recipe makes the corrupted one and measures all stages (`corrupt_epochs`).
+
+    When to use it: the forget set is false, or otherwise harmful, and unlearning is to bring back what the model knew
+    without it, not merely to make it silent.
 
     Args:
+        sets: "facts", whose questions follow answered ones of other entities; or "questions" in the `template`.
         before: Result of the model before corruption, to compare each fact with.
         limit: Maximum number of facts.
         options: Passed to `evaluate` (`adapter`, `accelerator`, `batch_size`, `cache`, ...).
@@ -142,14 +237,15 @@ def restor(
 
     Source: RESTOR, Rezaei et al. 2024, https://arxiv.org/abs/2411.00204
     """
-    facts = list(sets.get("facts", ()))[:limit]
+    few_shot = bool(sets.get("facts"))
+    facts = list(sets["facts"] if few_shot else sets.get("questions", ()))[:limit]
     if not facts:
-        raise ValueError("RESTOR needs the set 'facts', which is missing or empty.")
+        raise ValueError("RESTOR needs the set 'facts' (or 'questions'), which is missing or empty.")
     for index, fact in enumerate(facts):
         if not fact.get("question") or not fact.get("correct"):
             raise ValueError(f"RESTOR facts: example {index} needs a question and at least one correct option.")
-    for name in ("template", "generation"):
-        options.pop(name, None)
+    template = options.pop("template", None)
+    options.pop("generation", None)
     rows = [
         {"question": fact["question"], "answer": option, "fact": fact["fact"], "category": category}
         for fact in facts
@@ -157,7 +253,11 @@ def restor(
         for option in fact.get(category) or ()
     ]
     results = evaluate_parts(
-        "RESTOR", model, tokenizer, {"options": Part(rows, ["nats_per_token"], TEMPLATE)}, **options
+        "RESTOR",
+        model,
+        tokenizer,
+        {"options": Part(rows, ["nats_per_token"], TEMPLATE if few_shot else template)},
+        **options,
     )
     losses = results["options"].values["nats_per_token"]
     scored: dict[str, dict[str, list[float]]] = {category: {} for category in CATEGORIES}

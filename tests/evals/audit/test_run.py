@@ -119,10 +119,11 @@ def test_the_original_is_shown_to_know_everything(models):
 def test_every_attack_scores_each_example_and_leaves_the_weights(name, models):
     if name == "bitsandbytes_quantization":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    _, shallow, _ = models
+    _, shallow, retrained = models
     before, trainable = weights(shallow), [p.requires_grad for p in shallow.parameters()]
     template = replace(PLAIN, examples=(("Who is Ada?", "nobody"),)) if name == "prompt_removal" else PLAIN
-    scores = ATTACKS[name](subject(shallow, template), DATA)
+    own = {"untrained": subject(retrained)} if ATTACKS[name].takes_untrained else {}
+    scores = ATTACKS[name](subject(shallow, template), DATA, **own)
     assert scores.shape == (len(FORGET),) and ((scores >= 0) & (scores <= 1)).all()
     after = weights(shallow)
     assert all(torch.equal(before[n], after[n]) for n in before)

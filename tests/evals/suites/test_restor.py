@@ -6,7 +6,18 @@ import torch
 from evals.shared_data import data_folder
 from tiny import byte_tokenizer, tiny_llama
 
-from hf_transfer_ext.evals.suites.restor import RestorResult, load_restor, make_options, recovery, restor
+from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
+from hf_transfer_ext.evals.suite_run import SuiteRun
+from hf_transfer_ext.evals.suites.restor import (
+    RestorResult,
+    correct_recovery,
+    corrupted_facts,
+    load_restor,
+    make_options,
+    recovery,
+    restor,
+    restor_sequence,
+)
 
 FACTS = {
     "dset": {
@@ -150,3 +161,84 @@ def test_the_public_facts_are_read_as_published():
     assert max(row["question"].count("\n") for row in rows) == 5
     found = restor(tiny_llama(max_position_embeddings=2048), byte_tokenizer(), {"facts": corrupted}, limit=4)
     assert found["prefers correct to corrupted"].examples == 4
+
+
+PEOPLE = [
+    {"question": "Where was Ada born?", "answer": "Ada was born in Oslo.", "paraphrased_answer": "In Oslo.",
+     "perturbed_answer": ["In Rome.", "In Bern.", "In Lima.", "In Kyiv."], "fact": "birthplace"},
+    {"question": "Where was Bob born?", "answer": "Bob was born in Riga.", "fact": "birthplace"},
+    {"question": "What does Cy do?", "answer": "Cy bakes.", "fact": "profession"},
+]  # fmt: skip
+
+
+def test_false_facts_are_wrong_answers_of_the_same_form_or_those_of_somebody_else(tmp_path):
+    facts, false_rows = corrupted_facts(PEOPLE, distractors=2)
+    assert facts[0]["correct"] == ["In Oslo."] and facts[0]["corrupted"][0] in PEOPLE[0]["perturbed_answer"]
+    assert len(facts[0]["random"]) == 2 and not {*facts[0]["random"]} & {*facts[0]["corrupted"], "In Oslo."}
+    assert facts[1]["correct"] == ["Bob was born in Riga."] and facts[1]["corrupted"] == ["Ada was born in Oslo."]
+    assert facts[2]["corrupted"][0] in ("Ada was born in Oslo.", "Bob was born in Riga.")
+    for row, fact, false in zip(PEOPLE, facts, false_rows, strict=True):
+        assert false == {"question": row["question"], "answer": fact["corrupted"][0]}
+    assert corrupted_facts(PEOPLE, distractors=2) == (facts, false_rows)
+    drawn = {corrupted_facts(PEOPLE, seed=seed)[1][0]["answer"] for seed in range(20)}
+    assert drawn == set(PEOPLE[0]["perturbed_answer"])
+    (tmp_path / "rows.json").write_text(json.dumps(PEOPLE))
+    assert load_restor(tmp_path / "rows.json", distractors=2) == {"questions": facts}
+    with pytest.raises(ValueError, match="example 0 has no wrong answer"):
+        corrupted_facts(PEOPLE[2:])
+    with pytest.raises(ValueError, match="example 1 lacks the column 'answer'"):
+        corrupted_facts([PEOPLE[0], {"question": "Who?"}])
+
+
+def test_questions_are_asked_in_the_template_that_the_model_was_taught_in():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    template = QuestionAnswerFormat(template="plain", prompt="Q: {question} A:")
+    facts, _ = corrupted_facts(PEOPLE[:1])
+    found = restor(model, tokenizer, {"questions": facts}, template=template, resamples=0)
+    encoded = template.encode(tokenizer, PEOPLE[0]["question"], "In Oslo.")
+    with torch.no_grad():
+        log_p = model(torch.tensor([encoded.input_ids])).logits[0].double().log_softmax(-1)
+    places = range(encoded.answer_start, len(encoded.input_ids))
+    mean = sum(float(log_p[t - 1, encoded.input_ids[t]]) for t in places) / len(places)
+    assert found["correct log-probability"].value == pytest.approx(mean, rel=1e-5)
+
+
+def stage(correct, corrupted=0.0, count=40):
+    facts = [f"Ada/{i}" for i in range(count)]
+    both = {"correct": [correct + i % 5 / 10 for i in range(count)], "corrupted": [corrupted] * count}
+    return RestorResult([], {}, facts={name: dict(zip(facts, own, strict=True)) for name, own in both.items()})
+
+
+def test_the_original_has_everything_back_and_the_corrupted_model_nothing():
+    original, corrupted = stage(-1.0, -5.0), stage(-3.0, -1.0)
+    for unlearned, share in ((original, 1.0), (corrupted, 0.0), (stage(-2.0, -3.0), 0.5)):
+        for measure in (recovery, correct_recovery):
+            found = measure(original, corrupted, unlearned)
+            assert found.value == pytest.approx(share) and found.interval == pytest.approx((share, share))
+    silent = stage(-3.0, -9.0)  # the false answer is gone, and the true one is not back
+    assert recovery(original, corrupted, silent).value > 1 and correct_recovery(original, corrupted, silent).value == 0
+    both = restor_sequence({"o": original, "c": corrupted, "npo": silent, "ga": corrupted})
+    assert [m.name for m in both[::2]] == ["npo recovery", "ga recovery"] and len(both) == 4
+    harmless = stage(-1.0, 1.0)  # corruption made the false answer likely, and the correct one no less so
+    assert [m.name for m in restor_sequence({"o": original, "c": harmless, "u": silent})] == ["recovery"]
+    assert "log-probability of the correct options" in silent.notes[0]
+    assert restor_sequence({"o": original, "c": corrupted}) == []
+
+
+def test_a_file_of_questions_is_a_suite_of_three_models(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(PEOPLE))
+    run = SuiteRun("restor", tmp_path / "rows.json", suite_options={"distractors": 1}, batch_size=4)
+    facts = corrupted_facts(PEOPLE, distractors=1)[0]
+    assert run.sets == {"questions": facts}
+    models = sorted((tiny_llama(seed) for seed in range(3)), key=lambda model: gap_of(model, facts), reverse=True)
+    for name, model in zip(("original", "unlearned", "corrupted"), models, strict=True):
+        run.evaluate(model, byte_tokenizer(), name, resamples=0)
+    run.results = {name: run.results[name] for name in ("original", "corrupted", "unlearned")}
+    found, problems = run.together()
+    gaps = [gap_of(model, facts) for model in models]
+    assert not problems and found[0].value == pytest.approx((gaps[1] - gaps[2]) / (gaps[0] - gaps[2]), rel=1e-3)
+
+
+def gap_of(model, facts):
+    found = restor(model, byte_tokenizer(), {"questions": facts}, resamples=0)
+    return found["correct log-probability"].value - found["corrupted log-probability"].value

@@ -22,6 +22,7 @@ from hf_transfer_ext.evals.audit.attacks.relearn_forget import relearn_forget
 from hf_transfer_ext.evals.audit.attacks.relearn_unrelated import relearn_unrelated
 from hf_transfer_ext.evals.audit.attacks.role_play import role_play
 from hf_transfer_ext.evals.audit.attacks.sampling import sampling
+from hf_transfer_ext.evals.audit.attacks.surrogate_inversion import surrogate_inversion
 from hf_transfer_ext.registry import Registry
 
 ATTACKS: Registry[Attack] = Registry(
@@ -37,6 +38,7 @@ ATTACKS: Registry[Attack] = Registry(
         prefix_injection,
         first_token_branching,
         sampling,
+        surrogate_inversion,
         adapter_removal,
         prompt_removal,
         quantization,

@@ -9,24 +9,31 @@ from hf_transfer_ext.evals.audit.subject import AuditData, Row, Subject, restore
 from hf_transfer_ext.evals.metric import Values
 
 
-def relearn(subject: Subject, rows: Sequence[Row], measured: Sequence[Row], epochs: float, rate: float) -> Values:
-    """Fine-tune briefly on some rows, score others, and restore the weights."""
+def fine_tune(subject: Subject, rows: Sequence[Row], epochs: float, rate: float) -> None:
+    """Train what is trainable of a model on the answers of some rows, in batches of 4, alike on every process."""
     from transformers import TrainingArguments
 
     from hf_transfer_ext.trainers.answers import train_on_answers
 
     model: Any = subject.model
+    with TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, learning_rate=rate, num_train_epochs=epochs, per_device_train_batch_size=4,
+            lr_scheduler_type="constant", save_strategy="no", report_to="none", logging_strategy="no",
+            disable_tqdm=True, seed=subject.seed, use_cpu=next(model.parameters()).device.type == "cpu",
+        )  # fmt: skip
+        how: dict[str, Any] = {"template": subject.template, "on_each_process": True}
+        train_on_answers(model, subject.tokenizer, rows, args, **how)
+
+
+def relearn(subject: Subject, rows: Sequence[Row], measured: Sequence[Row], epochs: float, rate: float) -> Values:
+    """Fine-tune briefly on some rows, score others, and restore the weights."""
+    model: Any = subject.model
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    with restored_weights(model), TemporaryDirectory() as folder:
+    with restored_weights(model):
         model.requires_grad_(True)
         try:
-            args = TrainingArguments(
-                folder, learning_rate=rate, num_train_epochs=epochs, per_device_train_batch_size=4,
-                lr_scheduler_type="constant", save_strategy="no", report_to="none", logging_strategy="no",
-                disable_tqdm=True, seed=subject.seed, use_cpu=next(model.parameters()).device.type == "cpu",
-            )  # fmt: skip
-            how: dict[str, Any] = {"template": subject.template, "on_each_process": True}
-            train_on_answers(model, subject.tokenizer, rows, args, **how)
+            fine_tune(subject, rows, epochs, rate)
             return subject.probability(measured)
         finally:
             for name, parameter in model.named_parameters():
