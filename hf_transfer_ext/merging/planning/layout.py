@@ -11,14 +11,12 @@ tensors differently (`names.py`), transformers says what belongs together.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-
-import numpy as np
-import torch
 
 from hf_transfer_ext.merging.method import MergeMethod
 from hf_transfer_ext.merging.methods.passthrough import passthrough
@@ -36,7 +34,8 @@ from hf_transfer_ext.merging.planning.names import (
     split_layer,
 )
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, is_rearranged, rearranged
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, TensorSpec
+from hf_transfer_ext.weights.checkpoints import TensorSpec
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES, Dtype
 from hf_transfer_ext.weights.opened import InputModel, InputTensor, has_token_rows, is_buffer, same_bytes
 from hf_transfer_ext.weights.reference import ModelReference
 
@@ -59,7 +58,7 @@ class TensorJob:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     method: MergeMethod
     base: InputTensor | None
     models: tuple[InputTensor, ...]
@@ -73,7 +72,7 @@ class TensorJob:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def input_bytes(self) -> int:
@@ -189,7 +188,7 @@ def _uncovered(
     return copies
 
 
-def _copy(name: str, tensor: InputTensor, dtype: torch.dtype) -> TensorJob:
+def _copy(name: str, tensor: InputTensor, dtype: Dtype) -> TensorJob:
     plain = dtype == tensor.dtype
     return TensorJob(name, tensor.shape, dtype, passthrough, None, (tensor,), {"scale": [1.0]}, is_copy=plain)
 
@@ -586,7 +585,7 @@ def output_config(config: MergeConfig, models: Models, donor: InputModel) -> dic
         for part in (content, content.get("text_config", {})):
             for key in ("dtype", "torch_dtype"):
                 if key in part or (key == "dtype" and part is content and "torch_dtype" not in part):
-                    part[key] = str(dtype).removeprefix("torch.")
+                    part[key] = str(dtype)
     merged = _merged_models(config, models)
     if any(model.has_head for model in merged) and any(model.is_tied for model in (donor, *merged)):
         for part in (content, content.get("text_config", {})):
