@@ -403,7 +403,7 @@ def _queue(device: str) -> Callable[[], Any]:
         return nullcontext
     import torch
 
-    queue = torch.cuda.Stream(device)
+    queue = torch.cuda.Stream(torch.device(device))
     return lambda: torch.cuda.stream(queue)
 
 
