@@ -1,4 +1,4 @@
-"""Models opened for merging or extraction: a tensor by its name, a piece of it as float32."""
+"""Models opened for merging or extraction: tensors by name, read in pieces as float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: Float buffers that old checkpoints store: rotary frequencies, and attention masks and their fill values.
 _FLOAT_BUFFER = re.compile(r"(^|\.)(\w*inv_freq|(attn|attention|self_attn)\.(masked_bias|bias))$")
 
-#: Whole numbers and truth values; none of them is trained.
+#: Integers and booleans, which are never trained.
 _WHOLE_DTYPES = (I64, I32, I16, BOOL)
 
 #: Tensors with one entry for each token: input embeddings, and the heads that may share their matrix.
@@ -95,7 +95,7 @@ def _pinned(nbytes: int) -> np.ndarray:
 
 @runtime_checkable
 class InputTensor(Protocol):
-    """A tensor of one model, whatever it is made from."""
+    """A tensor of one model: stored in a file, or computed when it is read."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -110,7 +110,7 @@ class InputTensor(Protocol):
 
 @dataclass(frozen=True)
 class StoredInput:
-    """A tensor as it lies in a file."""
+    """A tensor that is stored in a file."""
 
     checkpoint: Checkpoint
     entry: StoredTensor
@@ -152,7 +152,7 @@ class StoredInput:
 
 
 class DerivedInput:
-    """What a tensor that is made from another one has of it."""
+    """A tensor that is computed from another one, with its shape and dtype."""
 
     inner: InputTensor
 
@@ -186,10 +186,10 @@ class AdaptedInput(DerivedInput):
 
 @dataclass(frozen=True)
 class StackedAdaptedInput(DerivedInput):
-    """A stack of matrices (the experts of a layer) with a change of low rank added to each of them.
+    """A stack of matrices (the experts of a layer) with a low-rank change added to each matrix.
 
     Args:
-        factors: One pair for each matrix of the stack, in its layout.
+        factors: One pair for each matrix of the stack, in the layout of the stack.
     """
 
     inner: InputTensor
@@ -208,14 +208,14 @@ class StackedAdaptedInput(DerivedInput):
 
 @dataclass
 class InputModel:
-    """A model of the configuration, opened.
+    """An opened model.
 
     Args:
-        reference: As the configuration names it.
-        folder: Where its files are.
-        config: Its config.json; says that head and embeddings are not tied where an adapter separates them.
-        adapted: The model on which it is an adapter, or None.
-        copies: Stored copies of tied tensors, which are left out: name -> the tensor that transformers takes.
+        reference: How the configuration refers to it.
+        folder: The folder of its files.
+        config: Its config.json, updated if an adapter unties head and embeddings.
+        adapted: The base model if this one is an adapter, else None.
+        copies: Stored copies of tied tensors, which are omitted: name -> the tensor that transformers loads.
     """
 
     reference: ModelReference

@@ -1,6 +1,6 @@
-"""From a configuration and opened models to the list of tensors that will be written, each with all it needs.
+"""Plan a merge: from a configuration and opened models to the output tensors, each with its inputs and options.
 
-Nothing here knows an architecture. A layer is a number in a tensor's name (`model.layers.3.mlp.up_proj.weight`), and
+No architecture is hard-coded. A layer is a number in a tensor's name (`model.layers.3.mlp.up_proj.weight`), and
 each stack of layers counts its own depth. The tensors outside the layers belong to the first slice if they are
 embeddings and to the last one if they are not.
 
@@ -80,7 +80,7 @@ class TensorJob:
         return sum(one.nbytes for one in (*self.models, *([self.base] if self.base is not None else []), *extra))
 
     def factor_bytes(self, rank: int) -> int:
-        """At most so many bytes of an adapter of a rank, were this tensor changed: factors, or all of it."""
+        """Upper bound on the bytes of this tensor in an adapter of a rank: those of its factors, or of all of it."""
         if len(self.shape) != 2 or is_embedding(self.name):
             return self.spec.nbytes
         return min(rank, *self.shape) * sum(self.shape) * self.dtype.itemsize
@@ -518,11 +518,11 @@ class _Module:
         if base is not None:
             shapes[str(base_reference)] = base.shape
         if len(set(shapes.values())) > 1:
-            told = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
+            listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
             advice = "Only models of one architecture can be merged."
             if is_embedding(name) or has_token_rows(name):
                 advice = "The vocabularies differ: say with `tokenizer: {source: union}` (or base, or a model) how."
-            raise ValueError(f"Tensor {name!r} has different shapes: {told}. {advice}")
+            raise ValueError(f"Tensor {name!r} has different shapes: {listed}. {advice}")
 
     def _options(
         self, name: str, pairs: Sequence[tuple[Source, str, InputTensor]], part: Slice, depth: float
