@@ -45,6 +45,7 @@ import yaml
 
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.weights.checkpoints import CheckpointWriter, TensorSpec
+from hf_transfer_ext.weights.dtypes import BF16
 
 Record = dict[str, Any]
 
@@ -126,7 +127,7 @@ def specs_of(shape: Shape) -> list[TensorSpec]:
     named["model.norm.weight"] = (shape.hidden,)
     if not shape.tied:
         named["lm_head.weight"] = (shape.vocab, shape.hidden)
-    return [TensorSpec(name, torch.bfloat16, size) for name, size in named.items()]
+    return [TensorSpec(name, BF16, size) for name, size in named.items()]
 
 
 def make_models(folder: Path, shape: Shape, tuned: int = 3, *, sparse: bool = False) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any, Generic, TypeVar
 
@@ -58,23 +59,34 @@ class Registry(Generic[Function]):
 
     Args:
         kind: What the functions are, as error messages call them ("distillation loss").
-        functions: The built-in functions; other code adds its own with `@registry.register`.
+        functions: The built-in functions; other code adds its own with `@registry.register`. With `package`, names
+            may stand for functions that are imported when they are first looked up.
+        package: The package in which a name's function is in the file of the same name.
         check: Called with each function before it is registered; raises a `ValueError` if the function does not meet
             the requirements, so that it fails here and not when it is first used.
     """
 
     def __init__(
-        self, kind: str, functions: Iterable[Function] = (), *, check: Callable[[Function], None] | None = None
+        self,
+        kind: str,
+        functions: Iterable[Function | str] = (),
+        *,
+        package: str | None = None,
+        check: Callable[[Function], None] | None = None,
     ) -> None:
-        self.kind = kind
+        self.kind, self.package = kind, package
         self._check = check
-        self._functions: dict[str, Function] = {}
+        #: name -> function, or None for one that is not imported yet
+        self._functions: dict[str, Function | None] = {}
         for function in functions:
-            self.register(function)
+            if isinstance(function, str):
+                self._functions[function] = None
+            else:
+                self.register(function)
 
     def register(self, function: Function) -> Function:
         name = function.__name__
-        if self._functions.get(name, function) is not function:
+        if name in self._functions and self[name] is not function:
             raise ValueError(f"A {self.kind} named {name!r} is already registered. Give the new one another name.")
         if self._check is not None:
             self._check(function)
@@ -84,7 +96,13 @@ class Registry(Generic[Function]):
     def __getitem__(self, name: str) -> Function:
         if not isinstance(name, str) or name not in self._functions:
             raise ValueError(unknown_name(self.kind, name, self._functions))
-        return self._functions[name]
+        found = self._functions[name]
+        if found is None:
+            found = getattr(import_module(f"{self.package}.{name}"), name)
+            if self._check is not None:
+                self._check(found)
+            self._functions[name] = found
+        return found
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._functions
@@ -96,4 +114,4 @@ class Registry(Generic[Function]):
         return len(self._functions)
 
     def items(self) -> Iterable[tuple[str, Function]]:
-        return self._functions.items()
+        return [(name, self[name]) for name in self._functions]

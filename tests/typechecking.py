@@ -1,9 +1,14 @@
 """The run-time type checker of the tests: beartype, for which an int is a float as it is for Python's type system."""
 
+import ast
 import inspect
 from collections.abc import Callable
+from functools import cache
+from types import CodeType
+from typing import Any
 
 from beartype import BeartypeConf, beartype
+from jaxtyping import _decorator
 
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
@@ -16,3 +21,43 @@ def checked(function: Callable) -> Callable:
     """
     names = inspect.signature(function).parameters
     return function if "per_device_train_batch_size" in names else _beartype(function)
+
+
+def _is_type(statement: ast.stmt) -> bool:
+    """Whether a statement imports types, from outside the package or from a file `types.py`, or names one."""
+    if isinstance(statement, ast.ImportFrom):
+        module = str(statement.module)
+        return not module.startswith("hf_transfer_ext") or module.endswith(".types")
+    return isinstance(statement, (ast.Import, ast.AnnAssign))
+
+
+@cache
+def _types_for_type_checkers(file: str) -> list[CodeType]:
+    """What a file says about types under `if TYPE_CHECKING`, compiled."""
+    with open(file, encoding="utf-8") as source:
+        body = ast.parse(source.read()).body
+    blocks = [one for one in body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING"]
+    statements = [statement for block in blocks for statement in block.body if _is_type(statement)]
+    return [compile(ast.Module([statement], type_ignores=[]), file, "exec") for statement in statements]
+
+
+def _value_of(annotation: Any, scope: dict[str, Any], plain: Callable = _decorator._destring_annotation) -> Any:
+    """The value of an annotation, also if its types are imported under `if TYPE_CHECKING` only.
+
+    jaxtyping does not check annotations that it cannot evaluate. The imported types are not added to the module, so
+    that code which uses them at run time fails in the tests as well.
+    """
+    found = plain(annotation, scope)
+    file = scope.get("__file__")
+    if found is not Any or not isinstance(annotation, str) or file is None:
+        return found
+    types = dict(scope)
+    for statement in _types_for_type_checkers(file):
+        try:
+            exec(statement, types)
+        except NameError:  # it names a class that is defined further down
+            continue
+    return plain(annotation, types)
+
+
+_decorator._destring_annotation = _value_of

@@ -25,9 +25,8 @@ from hf_transfer_ext.hub.servable import serving
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.progress import steps
 from hf_transfer_ext.settings import QUIET, ForeignFlag, arguments_for
-from hf_transfer_ext.tensors import dtype_by_name
 from hf_transfer_ext.weights.architecture import Loading
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES, dtype_named
 from hf_transfer_ext.weights.lora import LoraFactors, low_rank, save_lora, truncated
 from hf_transfer_ext.weights.opened import (
     AdaptedInput,
@@ -152,7 +151,7 @@ def extract_lora(
     """
     if rank < 1:
         raise ValueError(f"`rank` has to be at least 1, got {rank}.")
-    factor_dtype = dtype_by_name(dtype)
+    factor_dtype = dtype_named(dtype)
     if factor_dtype not in FLOAT_DTYPES:
         raise ValueError(f"`dtype` has to be float32, bfloat16 or float16, got {dtype!r}.")
     refuse_existing_output(out, overwrite=overwrite)
@@ -186,7 +185,7 @@ def extract_lora(
             end,
             out,
             rank=rank,
-            dtype=factor_dtype,
+            dtype=factor_dtype.torch,
             work=work_of(
                 {
                     "rank": rank,
@@ -610,7 +609,7 @@ class _Changes:
         if loading is None:
             raise ValueError(f"{str(self.end.reference)!r} has no tensor for {parameter!r}.")
         after = self._converted(self.end, loading, parameter)
-        dtype = self.end.tensors[loading.sources[0]].dtype
+        dtype = self.end.tensors[loading.sources[0]].dtype.torch
         if before is None:
             self._require_finite(after, (self.end, loading))
             return None, after.to(dtype)

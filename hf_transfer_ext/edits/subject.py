@@ -22,7 +22,7 @@ from hf_transfer_ext.models.heads import head_module
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import hidden_states, pad_token_id, probing
 from hf_transfer_ext.models.scoring import Batch, Scorer
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES
 from hf_transfer_ext.weights.opened import SCALES, InputModel, Scratch
 
 #: Answers that are read in one batch, where the result does not depend on it.

@@ -10,6 +10,7 @@ GPUs and for gradients. The stream calls it with pieces of tensors, so it declar
   all of it (a threshold, a Gram matrix), which are passed to the method as keyword arguments. `pieces` can be iterated
   over repeatedly, and yields `(base, models)` for each piece.
 - `fast`: the same method in one compiled pass (`arithmetic.fast`), for tensors on the CPU that do not need gradients.
+  The stream then passes arrays (`arithmetic.kernels`) to it and to `statistics`, and does not import torch.
 - `extra`: additional tensors of each model that are read together with the weights, such as a Fisher diagonal.
 - a keyword argument `noise`: random numbers by position, so that a mask does not depend on the pieces.
 
@@ -20,24 +21,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
+from hf_transfer_ext.weights.dtypes import is_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import PerModelCoefficient, Values, Weights
 
 #: One number for all models, or one per model in the order of `models`. In YAML, such an option belongs to a model.
 PerModel: TypeAlias = float | Sequence[float]
-
-#: A number that the result is differentiable in: if it is a tensor, it gets a gradient.
-Coefficient: TypeAlias = float | Float[Tensor, ""]
-
-#: One coefficient for all models, or one per model.
-PerModelCoefficient: TypeAlias = Coefficient | Sequence[Coefficient] | Float[Tensor, " models"]
 
 #: What a piece is: any run of elements, whole rows, or the whole tensor.
 Unit: TypeAlias = Literal["element", "row", "matrix"]
@@ -99,7 +98,7 @@ class Extra:
 
 
 class Piece(NamedTuple):
-    """A piece of one tensor, for all models.
+    """A piece of one tensor, for all models: tensors, or arrays for a method with a fast form (`types.Values`).
 
     Args:
         start: Index of its first element in the flattened tensor.
@@ -107,14 +106,17 @@ class Piece(NamedTuple):
     """
 
     start: int
-    base: Tensor | None
-    models: list[Tensor]
+    base: Any
+    models: list[Any]
     extra: Mapping[str, list[Tensor] | None]
 
 
 @runtime_checkable
 class Pieces(Protocol):
-    """One tensor of all models in pieces. Every iteration restarts; the next piece overwrites the previous one."""
+    """One tensor of all models in pieces. Every iteration restarts; the next piece overwrites the previous one.
+
+    Yields the base (or None) and the models: tensors, or arrays for a method with a fast form (`types.Values`).
+    """
 
     @property
     def numel(self) -> int: ...
@@ -123,8 +125,8 @@ class Pieces(Protocol):
         """Number of models."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]: ...
-    def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Any, list[Any]]]: ...
+    def sample(self) -> Iterator[tuple[Any, list[Any]]]:
         """Short runs (whole rows for `unit="row"`) from across the tensor; all of a small tensor."""
         ...
 
@@ -139,13 +141,13 @@ class PlacedPieces(Pieces, Protocol):
 class Whole:
     """A tensor that is in memory, as its only piece."""
 
-    base: Tensor | None
-    models: list[Tensor]
+    base: Any
+    models: list[Any]
     extra: Mapping[str, list[Tensor] | None] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
-        return self.models[0].numel()
+        return math.prod(self.models[0].shape)
 
     @property
     def count(self) -> int:
@@ -154,10 +156,10 @@ class Whole:
     def placed(self) -> Iterator[Piece]:
         yield Piece(0, self.base, self.models, self.extra)
 
-    def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Any, list[Any]]]:
         yield self.base, self.models
 
-    def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+    def sample(self) -> Iterator[tuple[Any, list[Any]]]:
         yield self.base, self.models
 
 
@@ -262,10 +264,13 @@ class MergeMethod:
             },
         )
         ((_, merged),) = self.over(whole, **options)
-        return merged.reshape(shape)
+        return kernels.tensor_of(merged).reshape(shape)
 
-    def over(self, pieces: PlacedPieces, *, noise: Noise = Noise(), **options: Any) -> Iterator[tuple[int, Tensor]]:  # noqa: B008
-        """Yield the merged pieces of one tensor in order, each with the index of its first element."""
+    def over(self, pieces: PlacedPieces, *, noise: Noise = Noise(), **options: Any) -> Iterator[tuple[int, Values]]:  # noqa: B008
+        """Yield the merged pieces of one tensor in order, each with the index of its first element.
+
+        They are arrays if the pieces are and the fast form merged them.
+        """
         options = {**self.defaults, **options}
         if self.statistics is not None:
             options |= self.statistics(pieces, **options)
@@ -274,7 +279,7 @@ class MergeMethod:
                 options["noise"] = noise.at(start)
             yield start, self._merged(base, models, {**options, **extra})
 
-    def _merged(self, base: Tensor | None, models: Sequence[Tensor], options: dict[str, Any]) -> Tensor:
+    def _merged(self, base: Values | None, models: Sequence[Values], options: dict[str, Any]) -> Values:
         """One merged piece, from the fast form if there is one for these tensors, else from the method itself."""
         if (
             self.fast is not None
@@ -354,8 +359,9 @@ def gives(*names: str) -> Callable[[Callable[..., dict[str, Any]]], Any]:
     return declare
 
 
-def in_float(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Convert to float32 if the tensor has fewer bits; otherwise return it unchanged."""
+def in_float(values: Values) -> Weights:
+    """A tensor in at least float32: converted if it has fewer bits, unchanged otherwise; an array as a tensor."""
+    tensor = kernels.tensor_of(values)
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
@@ -366,18 +372,18 @@ def for_each(value: PerModelCoefficient, models: Sequence[Any] | int) -> list[An
         ValueError: The number of values is not the number of models.
     """
     count = models if isinstance(models, int) else len(models)
-    if isinstance(value, Tensor) and value.dim() == 1:
+    if is_tensor(value) and value.dim() == 1:
         value = list(value.unbind())
     if not isinstance(value, Sequence):
-        return [value if isinstance(value, Tensor) else float(value)] * count
+        return [value if is_tensor(value) else float(value)] * count
     if len(value) != count:
         raise ValueError(f"One value per model is needed: got {len(value)} values for {count} models.")
-    return [one if isinstance(one, Tensor) else float(one) for one in value]
+    return [one if is_tensor(one) else float(one) for one in value]
 
 
 def _wants_gradient(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
+    if is_tensor(value):
+        return bool(value.requires_grad)
     return isinstance(value, (list, tuple)) and any(map(_wants_gradient, value))
 
 

@@ -45,6 +45,7 @@ def finish_merge(
     call: Mapping[str, Any],
     wanted: Sequence[Wanted],
     adapter: ExtractionReport | None = None,
+    device: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model card and record into the folder of a result.
 
@@ -55,11 +56,13 @@ def finish_merge(
         call: All arguments of the call but the output; `config` may be the path of a YAML file.
         wanted: The models that `inputs` describes.
         adapter: The report of the adapter, if the result is one.
+        device: What the record states as `RunRecord.device`; None for what torch says.
     """
     config: dict[str, Any] = parse_yaml(text, "the configuration of the merge")
     record = RunRecord("merging", f"hf-transfer-ext {command}", config, seed=seed, recipe_sha256=sha256_of(script))
     record.call = call_of({**call, "config": content_of(call["config"])}, wanted)
     record.stages.append(Stage(command, round(seconds, 3)))
+    record.device = dict(device or {})
     inputs.put_into(record)
     if adapter is not None:
         record.metrics.append(adapter.measurement())

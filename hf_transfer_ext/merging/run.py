@@ -10,11 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hf_transfer_ext.adapters.extract import ExtractionReport
 from hf_transfer_ext.files import refuse_existing_output, write_text
 from hf_transfer_ext.hub.inputs import InputsInBackground
 from hf_transfer_ext.merging.arithmetic import kernels
@@ -29,7 +26,6 @@ from hf_transfer_ext.merging.planning.vocabulary import (
     write_tokenizer,
 )
 from hf_transfer_ext.merging.record import finish_merge, inputs_of
-from hf_transfer_ext.merging.streaming.as_lora import write_adapter
 from hf_transfer_ext.merging.streaming.companions import CONFIG_FILE, public_yaml, write_companions
 from hf_transfer_ext.merging.streaming.stream import write_tensors
 from hf_transfer_ext.merging.streaming.whole_model import with_model_thresholds
@@ -40,6 +36,9 @@ from hf_transfer_ext.weights.opened import InputModel, open_model
 from hf_transfer_ext.weights.ranks import Ranks, local_ranks, ranks_of_launch
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import resumable_folder, work_of
+
+if TYPE_CHECKING:
+    from hf_transfer_ext.adapters.extract import ExtractionReport
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def merge(
     *,
     overwrite: bool = False,
     threads: int | None = None,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
     lora_rank: int | None = None,
     dry_run: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -137,6 +136,7 @@ def merge(
                 overwrite=overwrite,
                 threads=threads,
                 device=_own_device(device, ranks),
+                processes=ranks.count,
                 max_shard_bytes=max_shard_bytes,
                 allow_nonfinite=allow_nonfinite,
                 progress=progress,
@@ -178,6 +178,7 @@ def merge(
                 },
                 wanted=wanted,
                 adapter=adapter,
+                device=settings.summary if adapter is None else None,
             )
 
         done = write(plan, settings, ranks, complete)
@@ -191,7 +192,8 @@ class _Settings:
     target: Path
     overwrite: bool
     threads: int | None
-    device: torch.device
+    device: str
+    processes: int
     max_shard_bytes: int
     allow_nonfinite: bool
     progress: bool
@@ -205,7 +207,14 @@ class _Settings:
         """Number of threads of this process: by default all cores, split across the processes of the machine."""
         if self.threads is not None:
             return self.threads
-        return GPU_THREADS if self.device.type == "cuda" else max(1, (os.cpu_count() or 1) // local_ranks()[1])
+        return GPU_THREADS if self.device != "cpu" else max(1, (os.cpu_count() or 1) // local_ranks()[1])
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The CPU for the record, without torch; None for a GPU, which torch describes."""
+        if self.device != "cpu":
+            return None
+        return {"device": "cpu", "processes": self.processes, "precision": None, "threads": self.workers}
 
 
 @dataclass(frozen=True)
@@ -260,7 +269,7 @@ class _Plan:
             "layout": [(job.name, job.shape, str(job.dtype)) for job in self.jobs],
             "vocabulary": sorted(self.vocabulary.tokens.items()) if self.vocabulary is not None else None,
             "shards": settings.max_shard_bytes,
-            "arithmetic": [settings.device.type, kernels.LIBRARY is not None],
+            "arithmetic": [settings.device.partition(":")[0], kernels.LIBRARY is not None],
             "allow_nonfinite": settings.allow_nonfinite,
         }
 
@@ -334,6 +343,8 @@ def _write_files(plan: _Plan, folder: Path) -> None:
 
 def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Complete) -> dict[str, Any]:
     """Write the result as a LoRA on the base model, on the first rank; returns fields for the report."""
+    from hf_transfer_ext.merging.streaming.as_lora import write_adapter
+
     adapter: ExtractionReport | None = None
     with ranks.together():
         if ranks.is_first and plan.lora_rank is not None:
@@ -358,9 +369,11 @@ def _write_adapter(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Com
     }
 
 
-def _own_device(device: str | torch.device, ranks: Ranks) -> torch.device:
+def _own_device(device: str, ranks: Ranks) -> str:
     """The device of this process: processes on a machine are assigned its GPUs in turn, unless one is specified."""
     found = resolve_device(device)
-    if found.type == "cuda" and ranks.count > 1 and torch.device(device if device != "auto" else "cuda").index is None:
-        return torch.device("cuda", local_ranks()[0] % torch.cuda.device_count())
-    return found
+    if found == "cpu" or ranks.count == 1 or ":" in str(device):
+        return found
+    import torch
+
+    return f"cuda:{local_ranks()[0] % torch.cuda.device_count()}"

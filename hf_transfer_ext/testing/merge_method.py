@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.method import MergeMethod, Piece, Whole, in_float
+from hf_transfer_ext.merging.types import Values
 
 #: Shapes of the tensors that a method is tried on: a matrix, a vector, and a stack of matrices.
 SHAPES = ((6, 10), (33,), (2, 3, 5))
@@ -212,7 +213,8 @@ def _check_pieces(case: _Case, shape: tuple[int, ...]) -> None:
     extra = {key: [one.reshape(cut[0].shape) for one in tensors] for key, tensors in inputs.extra.items()}
     pieces = _Cut(Whole(base, cut, extra), 7 if columns == 1 else 2)
     noise = Noise(1, "tensor")
-    merged = torch.cat([one.reshape(-1) for _, one in case.method.over(pieces, noise=noise, **case.options)])
+    parts = [kernels.tensor_of(one) for _, one in case.method.over(pieces, noise=noise, **case.options)]
+    merged = torch.cat([one.reshape(-1) for one in parts])
     whole = case.merge(inputs, **({"noise": noise} if case.method.takes_noise else {}))
     _require(
         _near(merged.reshape(shape), whole),
@@ -228,20 +230,31 @@ def _check_fast_form(case: _Case) -> None:
         return
     for size in FAST_SIZES:
         for dtype in kernels.DTYPES:
-            inputs = case.inputs((3, size) if method.unit == "row" else (size,), dtype=dtype)
-            options = {**method.defaults, **case.options}
-            if method.statistics is not None:
-                options |= method.statistics(Whole(inputs.base, inputs.models), **options)
-            if method.takes_noise:
-                options["noise"] = Noise(1, "tensor", 77)
-            fast = method.fast(inputs.base, inputs.models, **options)
+            inputs = case.inputs((3, size) if method.unit == "row" else (size,), dtype=dtype.torch)
             base = None if inputs.base is None else in_float(inputs.base)
+            options = _all_options(case, inputs.base, inputs.models)
             slow = method.function(base, [in_float(model) for model in inputs.models], **options)
-            where = f"for {size} elements in {dtype}"
-            _require(fast is not None, case.name, f"has a fast form that declines plain tensors, {where}")
-            if fast is not None:
-                _require(fast.dtype == torch.float32, case.name, f"has a fast form that gives {fast.dtype}, {where}")
-                _require(_near(fast, slow, 2e-6), case.name, f"has a fast form that gives something else, {where}")
+            arrays = [kernels.array_of(model) for model in inputs.models]
+            base_array = None if inputs.base is None else kernels.array_of(inputs.base)
+            for kind, start, models in (("tensors", inputs.base, inputs.models), ("arrays", base_array, arrays)):
+                fast = method.fast(start, models, **_all_options(case, start, models))
+                where = f"for {kind} of {size} elements in {dtype}"
+                _require(fast is not None, case.name, f"has a fast form that declines {where}")
+                if fast is not None:
+                    given = str(fast.dtype).removeprefix("torch.")
+                    _require(given == "float32", case.name, f"has a fast form that gives {given}, {where}")
+                    near = _near(kernels.tensor_of(fast), slow, 2e-6)
+                    _require(near, case.name, f"has a fast form that gives something else, {where}")
+
+
+def _all_options(case: _Case, base: Values | None, models: Sequence[Values]) -> dict[str, Any]:
+    """The options of a case, with statistics of these models and with noise."""
+    options = {**case.method.defaults, **case.options}
+    if case.method.statistics is not None:
+        options |= case.method.statistics(Whole(base, list(models)), **options)
+    if case.method.takes_noise:
+        options["noise"] = Noise(1, "tensor", 77)
+    return options
 
 
 def _check_coefficient_gradients(case: _Case) -> None:

@@ -19,35 +19,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hf_transfer_ext.files import Stamp, require_free_space, stamp_of, write_text
 from hf_transfer_ext.reading import field_of, one_line, read_json, shown
 from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.weights.dtypes import DTYPES, Dtype, stored_dtype
 
-#: dtype names of the file format -> torch.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-#: The dtypes that a merge or an extraction can compute with.
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Longest header that is accepted; the limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
@@ -61,7 +43,7 @@ class TensorSpec:
     """Name, dtype and shape of a tensor to write."""
 
     name: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
 
     @property
@@ -267,8 +249,10 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One complete tensor, in its stored dtype and shape."""
+        import torch
+
         entry = self[name]
-        flat = torch.empty(entry.numel, dtype=entry.dtype)
+        flat = torch.empty(entry.numel, dtype=entry.dtype.torch)
         self.read_bytes(entry, 0, bytes_of(flat))
         return flat.reshape(entry.shape)
 
@@ -287,6 +271,8 @@ class Checkpoint:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, shared with it."""
+    import torch
+
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -345,6 +331,8 @@ def _indexed_entries(folder: Path, index: Path) -> dict[str, StoredTensor]:
 
 
 def _pickled_entries(files: list[Path]) -> dict[str, StoredTensor]:
+    import torch
+
     entries = {}
     for file in files:
         try:
@@ -360,7 +348,7 @@ def _pickled_entries(files: list[Path]) -> dict[str, StoredTensor]:
         for name, tensor in stored.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise ValueError(f"{str(file)!r} must hold tensors by name, but {shown(name)} is {shown(tensor)}.")
-            entries[name] = StoredTensor(name, tensor.dtype, tuple(tensor.shape), file, 0, tensor)
+            entries[name] = StoredTensor(name, stored_dtype(tensor.dtype), tuple(tensor.shape), file, 0, tensor)
     return entries
 
 
@@ -419,7 +407,7 @@ def _plan_file(name: str, shard: list[TensorSpec]) -> PlannedFile:
     ends = np.cumsum([spec.nbytes for spec in ordered], dtype=np.int64).tolist()
     for spec, end in zip(ordered, ends, strict=True):
         header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
+            "dtype": spec.dtype.code,
             "shape": list(spec.shape),
             "data_offsets": [end - spec.nbytes, end],
         }
@@ -482,7 +470,7 @@ class CheckpointWriter:
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write `values` (contiguous, in the dtype of the spec) as elements `start`, `start + 1`, ... of a tensor."""
         spec = self._places[name][2]
-        if values.dtype != spec.dtype or start + values.numel() > spec.numel:
+        if stored_dtype(values.dtype) != spec.dtype or start + values.numel() > spec.numel:
             raise ValueError(
                 f"Tensor {name!r} was announced as {spec.dtype} with {spec.numel} elements, got {values.dtype} for "
                 f"elements {start}..{start + values.numel()}."
@@ -523,7 +511,7 @@ def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], *, stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write tensors that are already in memory."""
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs = [TensorSpec(name, stored_dtype(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     with CheckpointWriter(folder, specs, stem=stem, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in tensors.items():
             writer.write(name, 0, tensor.detach().cpu().contiguous())

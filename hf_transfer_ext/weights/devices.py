@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
-def resolve_device(name: str | torch.device) -> torch.device:
-    """A device by name (`cpu`, `cuda`, `cuda:1`); `auto` is a GPU if there is one, else the CPU.
+def resolve_device(name: str | torch.device) -> str:
+    """The full name of a device (`cpu`, `cuda`, `cuda:1`); `auto` is a GPU if there is one, else the CPU.
+
+    Returns:
+        `cpu` or `cuda:N`.
 
     Raises:
         ValueError: The device does not exist, or torch cannot use it.
     """
+    if str(name) == "cpu":
+        return "cpu"
+    import torch
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -26,8 +36,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
             raise ValueError(
                 f"`device: {name}` needs a GPU that torch can use, but torch sees {count}. Choose cpu or auto."
             )
-        return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-    return torch.device("cpu")
+        return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+    return "cpu"
 
 
 def on_host(tensor: Tensor) -> bool:

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.reading import check_patterns, field_of, module_pattern, read_json
 from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, write_checkpoint
 from hf_transfer_ext.weights.repository import no_adapter
 
 if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
     from hf_transfer_ext.weights.architecture import Architecture
 
 #: What PEFT puts before the name of each module.
@@ -181,6 +181,8 @@ def expert_factors(
 
 def packed_experts(factors: Sequence[LoraFactors], *, transposed: bool) -> tuple[Tensor, Tensor]:
     """A and B of `target_parameters` for changes of equal rank with alpha = r; the inverse of `expert_factors`."""
+    import torch
+
     lefts = [one.right.T if transposed else one.left for one in factors]
     rights = [one.left.T if transposed else one.right for one in factors]
     up = torch.stack(lefts).permute(1, 2, 0)
@@ -253,6 +255,8 @@ def low_rank(
     Source: Randomized block Krylov methods for stronger and faster approximate singular value decomposition, Musco and
     Musco 2015, https://arxiv.org/abs/1504.05477
     """
+    import torch
+
     smaller, width = min(change.shape), max(rank, 24)
     if not 1 <= rank <= smaller:
         raise ValueError(f"A matrix of shape {list(change.shape)} has ranks from 1 to {smaller}, got {rank}.")
@@ -276,6 +280,8 @@ def _krylov_basis(
 
     It has fewer blocks where the space is exhausted: further ones would be directions of rounding errors.
     """
+    import torch
+
     basis, images = change.new_empty(change.shape[0], 0), change.new_empty(change.shape[1], 0)
     for block in range(blocks):
         if block:
@@ -301,6 +307,8 @@ def decomposed(factors: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
         `(rows, k)` left singular vectors, `(k,)` singular values from the largest to the smallest, and `(k, columns)`
         right singular vectors, with k the rank of the factors.
     """
+    import torch
+
     outer, upper = torch.linalg.qr(factors.left.double())
     inner, lower = torch.linalg.qr(factors.right.double().T)
     left, values, right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
@@ -353,6 +361,8 @@ def save_lora(
         architecture: Of the base; says how PEFT nests the parameters of one module.
         stacks: parameter -> factors of the matrices in it, for parameters that are no module's weight.
     """
+    import torch
+
     wrapped = {parameter: list(factors) for parameter, factors in (stacks or {}).items()}
     own_modules = dict(modules)
     if architecture is not None:
@@ -450,7 +460,7 @@ def save_like(
         factors, kind = modules[match["module"]], match["kind"]
         transposed = kind.startswith("embedding") or bool(adapter.config.get("fan_in_fan_out"))
         left, right = (factors.right.T, factors.left.T) if transposed else (factors.left, factors.right)
-        tensors[name] = (right if kind.endswith("A") else left).to(dtype or entry.dtype).contiguous()
+        tensors[name] = (right if kind.endswith("A") else left).to(dtype or entry.dtype.torch).contiguous()
     for module, bias in (biases or {}).items():
         tensors[f"{PREFIX}{module}.base_layer.bias"] = bias.to(dtype or bias.dtype).contiguous()
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}

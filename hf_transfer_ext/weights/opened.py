@@ -1,4 +1,4 @@
-"""Models opened for merging or extraction: a tensor by its name, a piece of it as float32."""
+"""Models opened for merging or extraction: tensors by name, read in pieces as float32."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hf_transfer_ext.reading import field_of, read_json
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, Checkpoint, StoredTensor, bytes_of, unknown_tensor
+from hf_transfer_ext.weights.checkpoints import Checkpoint, StoredTensor, bytes_of, unknown_tensor
 from hf_transfer_ext.weights.devices import on_host
+from hf_transfer_ext.weights.dtypes import BOOL, F32, FLOAT_DTYPES, I16, I32, I64, Dtype
 from hf_transfer_ext.weights.lora import LoraAdapter, LoraFactors, expert_factors, read_lora
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.repository import base_of_adapter, local_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hf_transfer_ext.weights.architecture import Architecture, Loading
 
 #: Float buffers that old checkpoints store: rotary frequencies, and attention masks and their fill values.
 _FLOAT_BUFFER = re.compile(r"(^|\.)(\w*inv_freq|(attn|attention|self_attn)\.(masked_bias|bias))$")
 
-#: Whole numbers and truth values; none of them is trained.
-_WHOLE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.bool)
+#: Integers and booleans, which are never trained.
+_WHOLE_DTYPES = (I64, I32, I16, BOOL)
 
 #: Tensors with one entry for each token: input embeddings, and the heads that may share their matrix.
 _VOCABULARY = re.compile(
@@ -56,14 +57,15 @@ SCALES = ("_scale", "_scale_inv", ".absmax")
 
 
 class Scratch:
-    """Buffers of one thread, made once and used again for every piece.
+    """Buffers of one thread, allocated once and reused for every piece.
 
     Args:
-        device: Where the methods calculate. Bytes are read into memory of the host, which is pinned for a GPU.
+        device: Where the methods compute (`devices.resolve_device`). Bytes are read into memory of the host, which is
+            pinned for a GPU.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cpu")
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self._raw: dict[Hashable, np.ndarray] = {}
         self._floats: dict[int, Tensor] = {}
 
@@ -71,26 +73,34 @@ class Scratch:
         """The buffer of bytes with the name `slot`."""
         buffer = self._raw.get(slot)
         if buffer is None or len(buffer) < nbytes:
-            pinned = self.device.type == "cuda"
-            buffer = self._raw[slot] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
+            buffer = self._raw[slot] = np.empty(nbytes, np.uint8) if self.device == "cpu" else _pinned(nbytes)
         return buffer[:nbytes]
 
     def floats(self, slot: int, count: int) -> Tensor:
         """The float32 buffer number `slot`."""
         buffer = self._floats.get(slot)
         if buffer is None or len(buffer) < count:
+            import torch
+
             buffer = self._floats[slot] = torch.empty(count, dtype=torch.float32, device=self.device)
         return buffer[:count]
 
 
+def _pinned(nbytes: int) -> np.ndarray:
+    import torch
+
+    buffer: np.ndarray = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return buffer
+
+
 @runtime_checkable
 class InputTensor(Protocol):
-    """A tensor of one model, whatever it is made from."""
+    """A tensor of one model: stored in a file, or computed when it is read."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> Dtype: ...
     @property
     def nbytes(self) -> int: ...
     def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
@@ -100,7 +110,7 @@ class InputTensor(Protocol):
 
 @dataclass(frozen=True)
 class StoredInput:
-    """A tensor as it lies in a file."""
+    """A tensor that is stored in a file."""
 
     checkpoint: Checkpoint
     entry: StoredTensor
@@ -110,7 +120,7 @@ class StoredInput:
         return self.entry.shape
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         return self.entry.dtype
 
     @property
@@ -119,27 +129,30 @@ class StoredInput:
 
     def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
         size = self.dtype.itemsize
-        if self.dtype == torch.float32 and on_host(out):
+        if self.dtype == F32 and on_host(out):
             self.checkpoint.read_bytes(self.entry, start * size, bytes_of(out))
             return
-        out.copy_(self.stored(start, out.numel(), scratch).to(out.device))  # converted there: fewer bytes travel
+        import torch
 
-    def stored(self, start: int, count: int, scratch: Scratch, slot: Hashable = 0) -> Tensor:
-        """Elements as they lie in the file, in the buffer `slot` of the scratch memory."""
+        stored = torch.from_numpy(self.stored(start, out.numel(), scratch)).view(self.dtype.torch)
+        out.copy_(stored.to(out.device))  # converted there: fewer bytes travel
+
+    def stored(self, start: int, count: int, scratch: Scratch, slot: Hashable = 0) -> np.ndarray:
+        """Elements as stored in the file (`Dtype.numpy`), in the buffer `slot` of the scratch memory."""
         return self.stored_runs([start], count, scratch, slot)
 
-    def stored_runs(self, starts: Sequence[int], count: int, scratch: Scratch, slot: Hashable = 0) -> Tensor:
-        """Several runs of elements as they lie in the file, one after the other in the buffer `slot`."""
+    def stored_runs(self, starts: Sequence[int], count: int, scratch: Scratch, slot: Hashable = 0) -> np.ndarray:
+        """Several runs of elements as stored in the file, one after the other in the buffer `slot`."""
         size = self.dtype.itemsize
         raw = scratch.raw(len(starts) * count * size, slot)
         view = memoryview(raw)  # type: ignore[arg-type]
         for i, start in enumerate(starts):
             self.checkpoint.read_bytes(self.entry, start * size, view[i * count * size : (i + 1) * count * size])
-        return torch.from_numpy(raw).view(self.dtype)
+        return raw.view(self.dtype.numpy)
 
 
 class DerivedInput:
-    """What a tensor that is made from another one has of it."""
+    """A tensor that is computed from another one, with its shape and dtype."""
 
     inner: InputTensor
 
@@ -148,7 +161,7 @@ class DerivedInput:
         return self.inner.shape
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         return self.inner.dtype
 
     @property
@@ -173,10 +186,10 @@ class AdaptedInput(DerivedInput):
 
 @dataclass(frozen=True)
 class StackedAdaptedInput(DerivedInput):
-    """A stack of matrices (the experts of a layer) with a change of low rank added to each of them.
+    """A stack of matrices (the experts of a layer) with a low-rank change added to each matrix.
 
     Args:
-        factors: One pair for each matrix of the stack, in its layout.
+        factors: One pair for each matrix of the stack, in the layout of the stack.
     """
 
     inner: InputTensor
@@ -195,14 +208,14 @@ class StackedAdaptedInput(DerivedInput):
 
 @dataclass
 class InputModel:
-    """A model of the configuration, opened.
+    """An opened model.
 
     Args:
-        reference: As the configuration names it.
-        folder: Where its files are.
-        config: Its config.json; says that head and embeddings are not tied where an adapter separates them.
-        adapted: The model on which it is an adapter, or None.
-        copies: Stored copies of tied tensors, which are left out: name -> the tensor that transformers takes.
+        reference: How the configuration refers to it.
+        folder: The folder of its files.
+        config: Its config.json, updated if an adapter unties head and embeddings.
+        adapted: The base model if this one is an adapter, else None.
+        copies: Stored copies of tied tensors, which are omitted: name -> the tensor that transformers loads.
     """
 
     reference: ModelReference

@@ -10,19 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import hf_transfer_ext
 from hf_transfer_ext.files import Stamp, clean_up, only_writer, publish, refuse_existing_output, stamp_of
 from hf_transfer_ext.weights.checkpoints import Checkpoint
 from hf_transfer_ext.weights.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Marks the hidden folder as resumable, and is removed before the folder is published. Without this file, the folder
 #: contains an earlier result that was exchanged for the new one.
@@ -77,7 +77,7 @@ def work_of(content: Mapping[str, Any], checkpoints: Iterable[Checkpoint]) -> Wo
 @lru_cache(maxsize=1)
 def _code_version() -> str:
     """A hash of the code: versions of torch and numpy, and the sources and kernels of this package."""
-    digest = hashlib.sha256(f"{torch.__version__} {np.__version__}".encode())
+    digest = hashlib.sha256(f"{version('torch')} {version('numpy')}".encode())
     root = Path(hf_transfer_ext.__file__).parent
     for room in ("adapters", "edits", "merging", "weights"):
         for file in sorted(file for file in (root / room).rglob("*") if file.suffix in (".py", ".c", ".so", ".pyd")):
@@ -136,7 +136,7 @@ def resumable_folder(
 def _refuse_broken_files(folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt"):
+            with safe_open(file, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
             raise OSError(f"{file.name!r} was not written correctly ({error}); nothing was published.") from error
@@ -159,10 +159,14 @@ class Parts:
         folder.mkdir(exist_ok=True)
 
     def get(self, name: str) -> dict[str, Tensor] | None:
+        from safetensors.torch import load_file
+
         file = self._file(name)
         return load_file(file) if file.exists() else None
 
     def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
         file = self._file(name)
         aside = file.with_suffix(".partial")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside)

@@ -26,6 +26,7 @@ from hf_transfer_ext.cli import main
 from hf_transfer_ext.merging.moe import assemble
 from hf_transfer_ext.merging.moe.gates import alike_layers
 from hf_transfer_ext.merging.moe.plan import parse_moe_config
+from hf_transfer_ext.weights.dtypes import BF16
 from hf_transfer_ext.weights.reference import ModelReference
 
 SIZES = {
@@ -259,7 +260,7 @@ shared_experts:
 architecture: qwen
 """)
     )
-    assert config.base_model == ModelReference("a/base", "main") and config.dtype == torch.bfloat16
+    assert config.base_model == ModelReference("a/base", "main") and config.dtype == BF16
     assert config.experts[1].source_model == ModelReference("a/base", None, "b/poems", None)
     assert config.experts[0].negative_prompts == ("A poem",) and config.shared_experts[0].residual_scale == 0.1
     assert [str(one) for one in config.references] == ["a/base@main", "a/math", "a/base+b/poems", "a/base"]

@@ -8,7 +8,8 @@ from merging.method_cases import OPTIONS
 
 from hf_transfer_ext.merging import MERGE_METHODS
 from hf_transfer_ext.merging.arithmetic import kernels
-from hf_transfer_ext.merging.method import Coefficient, Extra, PerModelCoefficient, Promises, for_each, merge_method
+from hf_transfer_ext.merging.method import Extra, Promises, for_each, merge_method
+from hf_transfer_ext.merging.types import Coefficient, PerModelCoefficient
 from hf_transfer_ext.testing import check_merge_method
 
 

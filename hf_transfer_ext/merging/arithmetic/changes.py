@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hf_transfer_ext.merging.arithmetic import kernels
-from hf_transfer_ext.merging.method import PerModelCoefficient, for_each, in_float
+from hf_transfer_ext.merging.method import for_each, in_float
+from hf_transfer_ext.weights.dtypes import is_tensor
 
-Weights = Float[Tensor, "*shape"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import PerModelCoefficient, Values, Weights
 
 
-def changes_of(base: Weights, models: Sequence[Weights]) -> list[Weights]:
+def changes_of(base: Values, models: Sequence[Values]) -> list[Weights]:
     """t_i = theta_i - theta_0, in at least float32."""
-    base = in_float(base)
-    return [in_float(model) - base for model in models]
+    start = in_float(base)
+    return [in_float(model) - start for model in models]
 
 
 def sum_of(tensors: Iterable[Weights]) -> Weights:
@@ -37,13 +38,15 @@ def weighted_sum(tensors: Sequence[Weights], weights: Sequence[Any] | Float[Tens
         weights: Numbers or one-element tensors; float64 tensors are rounded to the dtype of the x_i.
     """
     factors = list(weights)
-    if kernels.can_take(*tensors) and not any(isinstance(one, Tensor) and one.requires_grad for one in factors):
-        return kernels.merge_changes(None, tensors, [float(one) for one in factors])
+    if kernels.can_take(*tensors) and not any(is_tensor(one) and one.requires_grad for one in factors):
+        return kernels.tensor_of(kernels.merge_changes(None, tensors, [float(one) for one in factors]))
     return sum_of(in_float(tensor) * one for one, tensor in zip(factors, tensors, strict=True))
 
 
 def elect_sign(votes: Sequence[Weights]) -> Weights:
     """The sign of sum_i v_i, element by element: +1 (also for a sum of 0) or -1 (TIES, "elect")."""
+    import torch
+
     total = sum_of(votes).detach() + 0.0  # turns -0 into 0
     return torch.ones_like(total).copysign(total)
 
@@ -73,5 +76,5 @@ def check_mean_weights(*, weight: PerModelCoefficient, normalize: bool = True, *
 
 def _numbers(weight: PerModelCoefficient) -> list[float]:
     """The weights as numbers. A single weight for all models counts once, since their number is unknown here."""
-    count = 1 if isinstance(weight, (int, float)) or (isinstance(weight, Tensor) and not weight.dim()) else len(weight)
-    return [float(one.detach() if isinstance(one, Tensor) else one) for one in for_each(weight, count)]
+    count = 1 if isinstance(weight, (int, float)) or (is_tensor(weight) and not weight.dim()) else len(weight)
+    return [float(one.detach() if is_tensor(one) else one) for one in for_each(weight, count)]

@@ -1,91 +1,93 @@
 """Merge methods in one compiled pass over memory: the fast forms that the method files declare.
 
-Each returns the same as the torch implementation of its method, up to float32 rounding, for tensors on the CPU in
-float32 or bfloat16 without gradients; `MergeMethod` checks this before it calls one. The arguments are those of the
-method. If it returns None, the torch implementation must be used.
+Each returns the same as the torch implementation of its method, up to float32 rounding, for arrays and for tensors on
+the CPU without gradients (`kernels.can_take`); `MergeMethod` checks this before it calls one. The arguments are those
+of the method. If it returns None, the torch implementation must be used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hf_transfer_ext.merging.arithmetic import kernels
-from hf_transfer_ext.merging.arithmetic.changes import changes_of
 from hf_transfer_ext.merging.arithmetic.geometry import slerp_factors
 from hf_transfer_ext.merging.arithmetic.noise import Noise, limit_of
 from hf_transfer_ext.merging.arithmetic.trimming import PLACE_BITS, bits_of_places, limits_and_scales
-from hf_transfer_ext.merging.method import PerModel, PerModelCoefficient, for_each, in_float
+from hf_transfer_ext.merging.method import PerModel, for_each
+
+if TYPE_CHECKING:
+    from hf_transfer_ext.merging.types import PerModelCoefficient, Values
 
 
 def linear_by_kernels(
-    base: Tensor | None, models: Sequence[Tensor], *, weight: PerModelCoefficient, normalize: bool
-) -> Tensor:
+    base: Values | None, models: Sequence[Values], *, weight: PerModelCoefficient, normalize: bool
+) -> Values:
     weights = _floats(weight, models)
     total = kernels.merge_changes(None, models, weights)
-    return total.div_(sum(weights)) if normalize else total
+    if normalize:
+        total /= sum(weights)
+    return total
 
 
-def slerp_by_kernels(base: Tensor, models: Sequence[Tensor], *, t: float, gram: Tensor) -> Tensor:
+def slerp_by_kernels(base: Values, models: Sequence[Values], *, t: float, gram: Any) -> Values:
     factors = slerp_factors(gram[0, 0], gram[0, 1], gram[1, 1], t, parallel=0.9995)
     return kernels.merge_changes(None, [base, *models], [float(factor) for factor in factors])
 
 
-def task_arithmetic_by_kernels(base: Tensor, models: Sequence[Tensor], **options: Any) -> Tensor:
+def task_arithmetic_by_kernels(base: Values, models: Sequence[Values], **options: Any) -> Values:
     return _sum(base, models, None, **options)
 
 
 def ties_by_kernels(
-    base: Tensor, models: Sequence[Tensor], *, thresholds: Sequence[float], scales: Sequence[Any], **options: Any
-) -> Tensor:
+    base: Values, models: Sequence[Values], *, thresholds: Sequence[float], scales: Sequence[Any], **options: Any
+) -> Values:
     masks = [kernels.Kept(low=low, scale=float(scale)) for low, scale in zip(thresholds, scales, strict=True)]
     return _sum_of_agreeing(base, models, masks, **options)
 
 
 def breadcrumbs_by_kernels(
-    base: Tensor,
-    models: Sequence[Tensor],
+    base: Values,
+    models: Sequence[Values],
     *,
     bounds: Sequence[tuple[float, float]],
     scales: Sequence[Any],
     **options: Any,
-) -> Tensor:
+) -> Values:
     return _sum(base, models, _between(bounds, scales), **options)
 
 
 def breadcrumbs_ties_by_kernels(
-    base: Tensor,
-    models: Sequence[Tensor],
+    base: Values,
+    models: Sequence[Values],
     *,
     bounds: Sequence[tuple[float, float]],
     scales: Sequence[Any],
     **options: Any,
-) -> Tensor:
+) -> Values:
     return _sum_of_agreeing(base, models, _between(bounds, scales), **options)
 
 
-def dare_linear_by_kernels(base: Tensor, models: Sequence[Tensor], **options: Any) -> Tensor | None:
-    counter = options["noise"].counter(base.numel())
+def dare_linear_by_kernels(base: Values, models: Sequence[Values], **options: Any) -> Values | None:
+    counter = options["noise"].counter(math.prod(base.shape))
     return None if counter is None else _sum(base, models, _random(models, **options), counter, **options)
 
 
-def dare_ties_by_kernels(base: Tensor, models: Sequence[Tensor], **options: Any) -> Tensor | None:
-    counter = options["noise"].counter(base.numel())
+def dare_ties_by_kernels(base: Values, models: Sequence[Values], **options: Any) -> Values | None:
+    counter = options["noise"].counter(math.prod(base.shape))
     return None if counter is None else _sum_of_agreeing(base, models, _random(models, **options), counter, **options)
 
 
 def della_by_kernels(
-    base: Tensor,
-    models: Sequence[Tensor],
+    base: Values,
+    models: Sequence[Values],
     *,
     weight: PerModelCoefficient,
     normalize: bool,
     lambda_: float,
     **kept: Any,
-) -> Tensor | None:
+) -> Values | None:
     changes = _dropped_by_rank(base, models, **kept)
     if changes is None:
         return None
@@ -96,14 +98,14 @@ def della_by_kernels(
 
 
 def della_linear_by_kernels(
-    base: Tensor,
-    models: Sequence[Tensor],
+    base: Values,
+    models: Sequence[Values],
     *,
     weight: PerModelCoefficient,
     normalize: bool,
     lambda_: float,
     **kept: Any,
-) -> Tensor | None:
+) -> Values | None:
     changes = _dropped_by_rank(base, models, **kept)
     if changes is None:
         return None
@@ -112,8 +114,8 @@ def della_linear_by_kernels(
 
 
 def sce_by_kernels(
-    base: Tensor, models: Sequence[Tensor], *, threshold: float, shares: Sequence[Any], **options: Any
-) -> Tensor:
+    base: Values, models: Sequence[Values], *, threshold: float, shares: Sequence[Any], **options: Any
+) -> Values:
     return kernels.merge_changes(
         base, models, [float(share) for share in shares], subtract=True, variance=threshold,
         votes=[1.0] * len(models), normalize=True,
@@ -121,8 +123,8 @@ def sce_by_kernels(
 
 
 def _sum(
-    base: Tensor,
-    models: Sequence[Tensor],
+    base: Values,
+    models: Sequence[Values],
     masks: Sequence[kernels.Kept] | None,
     counter: int = 0,
     *,
@@ -130,7 +132,7 @@ def _sum(
     normalize: bool,
     lambda_: float,
     **options: Any,
-) -> Tensor:
+) -> Values:
     """theta_0 + lambda sum_i w_i m_i t_i, divided by sum_i w_i with `normalize`."""
     weights = _floats(weight, models)
     return kernels.merge_changes(
@@ -140,8 +142,8 @@ def _sum(
 
 
 def _sum_of_agreeing(
-    base: Tensor,
-    models: Sequence[Tensor],
+    base: Values,
+    models: Sequence[Values],
     masks: Sequence[kernels.Kept],
     counter: int = 0,
     *,
@@ -149,7 +151,7 @@ def _sum_of_agreeing(
     normalize: bool,
     lambda_: float,
     **options: Any,
-) -> Tensor:
+) -> Values:
     """theta_0 + lambda times the sum of the w_i m_i t_i that agree in sign, divided by their w_i with `normalize`."""
     weights = _floats(weight, models)
     return kernels.merge_changes(
@@ -173,7 +175,7 @@ def _between(bounds: Sequence[tuple[float, float]], scales: Sequence[Any]) -> li
 
 
 def _random(
-    models: Sequence[Tensor], *, density: PerModel, rescale: bool, noise: Noise, **options: Any
+    models: Sequence[Values], *, density: PerModel, rescale: bool, noise: Noise, **options: Any
 ) -> list[kernels.Kept]:
     masks = []
     for i, share in enumerate(for_each(density, models)):
@@ -186,10 +188,10 @@ def _random(
 
 
 def _dropped_by_rank(
-    base: Tensor, models: Sequence[Tensor], *, density: PerModel, epsilon: PerModel, rescale: bool, noise: Noise
-) -> list[Tensor] | None:
+    base: Values, models: Sequence[Values], *, density: PerModel, epsilon: PerModel, rescale: bool, noise: Noise
+) -> list[Values] | None:
     """`trimming.drop_by_rank` of each model's change."""
-    counter = noise.counter(base.numel())
+    counter = noise.counter(math.prod(base.shape))
     if counter is None:
         return None
     columns = base.shape[1]
@@ -198,9 +200,9 @@ def _dropped_by_rank(
         zip(models, for_each(density, models), for_each(epsilon, models), strict=True)
     ):
         if share >= 1:
-            kept.append(changes_of(base, [model])[0])
+            kept.append(kernels.merge_changes(None, [model, base], [1.0, -1.0]))
         elif share <= 0:
-            kept.append(torch.zeros_like(in_float(model)))
+            kept.append(kernels.merge_changes(None, [model], [1.0], masks=[kernels.Kept(limit=0)]))  # all dropped
         else:
             limits, scales = limits_and_scales(share, spread, columns, rescale)
             width = bits_of_places(columns)
@@ -213,5 +215,5 @@ def _dropped_by_rank(
     return kept
 
 
-def _floats(weight: PerModelCoefficient, models: Sequence[Tensor]) -> list[float]:
+def _floats(weight: PerModelCoefficient, models: Sequence[Values]) -> list[float]:
     return [float(one) for one in for_each(weight, models)]

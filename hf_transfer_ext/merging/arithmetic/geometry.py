@@ -8,17 +8,20 @@ two fine-tunes of the same base is small, and its cosine needs more digits than 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
 
+from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.changes import changes_of
-from hf_transfer_ext.merging.method import Coefficient, Pieces, gives, in_float
+from hf_transfer_ext.merging.method import Pieces, gives, in_float
 
-Gram = Float[Tensor, "models models"]
-Scalar = Float[Tensor, ""]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Coefficient, Gram, Numbers, Scalar
 
 #: Elements whose products are summed in float32.
 BLOCK = 1024
@@ -36,17 +39,20 @@ def gram_with_base(pieces: Pieces, **options: Any) -> dict[str, Any]:
     return {"gram": _gram(pieces, with_base=True)}
 
 
-def _gram(pieces: Pieces, *, with_base: bool) -> Gram:
-    total = torch.zeros((), dtype=torch.float64)
+def _gram(pieces: Pieces, *, with_base: bool) -> Gram | np.ndarray:
+    total: Any = 0.0
     for base, models in pieces:
-        vectors = list(models)
+        vectors: list[Any] = list(models)
         if base is not None:
             vectors = [base, *models] if with_base else changes_of(base, models)
-        total = total + _products(vectors).cpu()
+        of_kernels = isinstance(vectors[0], np.ndarray) and kernels.can_take(*vectors)
+        total = total + (kernels.products(vectors) if of_kernels else _products(vectors).cpu())
     return total
 
 
 def _products(vectors: Sequence[Tensor]) -> Gram:
+    import torch
+
     rows = torch.stack([in_float(vector).reshape(-1) for vector in vectors])
     length = rows.shape[1]
     # A block has float32 error, but errors of many blocks cancel; short vectors have too few blocks for this.
@@ -68,19 +74,32 @@ def unit_gram(gram: Gram) -> tuple[Float[Tensor, " models"], Gram]:
     return norms, gram / safe / safe[:, None]
 
 
-def root(squares: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def root(squares: Numbers) -> Any:
     """Square roots; values that rounding made negative count as 0. The gradient at 0 is 0 (undefined for a norm)."""
-    positive = squares > 0
-    return torch.where(positive, squares, torch.ones_like(squares)).sqrt() * positive
+    positive, own = squares > 0, library_of(squares)
+    return own.sqrt(own.where(positive, squares, own.ones_like(squares))) * positive
+
+
+def library_of(values: Any) -> ModuleType:
+    """torch for tensors, and numpy for numbers and arrays: formulas with functions of both do not import torch."""
+    if isinstance(values, (float, np.ndarray)):
+        return np
+    import torch
+
+    return torch
 
 
 def one_in_place_of_0(norms: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Norms to divide by: 1 for a vector of 0, which then stays unchanged."""
+    import torch
+
     return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
 def cosines_of(gram: Float[Tensor, "*rows models models"]) -> Float[Tensor, "*rows models models"]:
     """Cosines between vectors; 0 for vectors of 0."""
+    import torch
+
     norms = root(gram.diagonal(dim1=-2, dim2=-1))
     products = norms[..., :, None] * norms[..., None, :]
     return torch.where(products > 0, gram / products.clamp(min=1e-300), torch.zeros_like(gram)).clamp(-1, 1)
@@ -91,6 +110,8 @@ def cosine_sums(
     pieces: Pieces, *, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False, **options: Any
 ) -> dict[str, Any]:
     """<x_1, x_1>, <x_1, x_2> and <x_2, x_2> of two models (or changes), for the tensor or for each column."""
+    import torch
+
     if not nuslerp_flatten and not nuslerp_row_wise:
         return {"products": torch.ones(3, 1, dtype=torch.float64)}  # unused: pieces have whole rows, with their own
     total, rows = torch.zeros(3, 1, dtype=torch.float64), 0
@@ -104,13 +125,13 @@ def cosine_sums(
 
 
 def slerp_factors(
-    first: Float[Tensor, "*vectors"],
-    both: Float[Tensor, "*vectors"],
-    second: Float[Tensor, "*vectors"],
+    first: Numbers,
+    both: Numbers,
+    second: Numbers,
     t: Coefficient,
     *,
     parallel: float = 1.0,
-) -> tuple[Float[Tensor, "*vectors"], Float[Tensor, "*vectors"]]:
+) -> tuple[Any, Any]:
     r"""Factors of two vectors for the point at position t on the arc between them.
 
     .. math::
@@ -118,17 +139,17 @@ def slerp_factors(
         \cos \Omega = \frac{\langle x_1, x_2 \rangle}{\|x_1\| \|x_2\|}
 
     Args:
-        first, both, second: <x_1, x_1>, <x_1, x_2> and <x_2, x_2>.
+        first, both, second: <x_1, x_1>, <x_1, x_2> and <x_2, x_2>, as tensors or as numbers.
         parallel: For |cos Omega| above this, the factors are those of a straight line: 1 - t and t.
 
     Returns:
         The factors, in float64.
     """
-    cosine = (both / (root(first) * root(second)).clamp(min=1e-14)).clamp(-1, 1)
-    line = (cosine.abs() > parallel) | (1 - cosine * cosine < 1e-16)
-    angle = torch.where(
-        line, torch.zeros_like(cosine), cosine
-    ).arccos()  # a right angle for parallel vectors, where these factors are not used
-    start = torch.where(line, 1 - t, ((1 - t) * angle).sin() / angle.sin())
-    end = torch.where(line, t, (t * angle).sin() / angle.sin())
+    own = library_of(first)
+    cosine = own.clip(both / own.clip(root(first) * root(second), 1e-14, None), -1, 1)
+    line = (own.abs(cosine) > parallel) | (1 - cosine * cosine < 1e-16)
+    # A right angle for parallel vectors, for which these factors are not used.
+    angle = own.arccos(own.where(line, own.zeros_like(cosine), cosine))
+    start = own.where(line, 1 - t, own.sin((1 - t) * angle) / own.sin(angle))
+    end = own.where(line, t, own.sin(t * angle) / own.sin(angle))
     return start, end

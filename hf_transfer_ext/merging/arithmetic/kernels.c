@@ -1,9 +1,9 @@
-/* The arithmetic of merging in one pass over memory, for tensors on the CPU in float32 or bfloat16.
+/* The arithmetic of merging in one pass over memory, for tensors on the CPU in float32, bfloat16 or float16.
  *
  * Each function does the same as a few torch functions (named in kernels.py), block by block, so that intermediate
  * results stay in the L1 cache. Sums are computed in the order of the models, and multiply-adds are fused only where
  * written explicitly (-ffp-contract=off), so the result is the same on every machine. Everything is computed in
- * float32.
+ * float32, except for scalar products.
  */
 #include <math.h>
 #include <stdint.h>
@@ -27,17 +27,20 @@
 #endif
 
 /* Increase this here and in kernels.py whenever the arguments of a function change. */
-#define VERSION 2
+#define VERSION 3
 #define BLOCK 512
 #define MAX_MODELS 32
 #define LANES 16
 #define BINS 2048
 #define TOP 13
 
-/* A tensor: where its elements are, and whether they are bfloat16. */
+/* The dtypes of tensors, in the order of `kernels.DTYPES`. */
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* A tensor: where its elements are, and their dtype. */
 typedef struct {
     const void *data;
-    int64_t is_bfloat16;
+    int64_t dtype;
 } Tensor;
 
 /* Which elements of a change are kept, see `kernels.Kept`: random if limit < 2**32 - 1. */
@@ -48,15 +51,52 @@ typedef struct {
 
 int64_t version(void) { return VERSION; }
 
+INLINE float as_float(uint32_t bits) {
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+INLINE uint32_t as_bits(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return bits;
+}
+
+/* float16 -> float32: shift the exponent; subnormal numbers are normalized by a subtraction. */
+INLINE float from_float16(uint16_t half) {
+    uint32_t magnitude = (uint32_t)(half & 0x7FFF) << 13, exponent = magnitude & 0x0F800000u;
+    uint32_t normal = magnitude + (112u << 23), special = magnitude + (224u << 23);
+    uint32_t tiny = as_bits(as_float(magnitude + (113u << 23)) - as_float(113u << 23));
+    uint32_t bits = exponent == 0x0F800000u ? special : exponent == 0 ? tiny : normal;
+    return as_float(bits | (uint32_t)(half & 0x8000) << 16);
+}
+
+/* float32 -> float16, to the nearest, ties to even; an addition rounds subnormal results. */
+INLINE uint16_t to_float16(float number) {
+    uint32_t bits = as_bits(number), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+    uint32_t normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+    uint32_t tiny = as_bits(as_float(magnitude) + as_float(126u << 23)) - (126u << 23);
+    uint32_t large = magnitude > 0x7F800000u ? 0x7E00 : 0x7C00;
+    uint32_t half = magnitude >= (143u << 23) ? large : magnitude < (113u << 23) ? tiny : normal;
+    return (uint16_t)(half | sign >> 16);
+}
+
+/* float32 -> bfloat16, to the nearest, ties to even. */
+INLINE uint16_t to_bfloat16(float number) {
+    uint32_t bits = as_bits(number), rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0 : rounded);
+}
+
 INLINE void load(Tensor tensor, int64_t start, int count, float *restrict out) {
     if (tensor.data == NULL) {
         memset(out, 0, sizeof(float) * count);
-    } else if (tensor.is_bfloat16) {
+    } else if (tensor.dtype == BFLOAT16) {
         const uint16_t *from = (const uint16_t *)tensor.data + start;
-        for (int j = 0; j < count; j++) {
-            uint32_t word = (uint32_t)from[j] << 16;
-            memcpy(out + j, &word, 4);
-        }
+        for (int j = 0; j < count; j++) out[j] = as_float((uint32_t)from[j] << 16);
+    } else if (tensor.dtype == FLOAT16) {
+        const uint16_t *from = (const uint16_t *)tensor.data + start;
+        for (int j = 0; j < count; j++) out[j] = from_float16(from[j]);
     } else {
         memcpy(out, (const float *)tensor.data + start, sizeof(float) * count);
     }
@@ -159,6 +199,36 @@ FOR_EACH_CPU int64_t first_nonfinite(Tensor tensor, int64_t size) {
             if (!(fabsf(values[j]) < INFINITY)) return start + j;
     }
     return -1;
+}
+
+/* Convert float32 numbers to bfloat16 or float16. */
+FOR_EACH_CPU void convert(const float *restrict numbers, int64_t size, int64_t dtype, uint16_t *restrict out) {
+    if (dtype == BFLOAT16)
+        for (int64_t j = 0; j < size; j++) out[j] = to_bfloat16(numbers[j]);
+    else
+        for (int64_t j = 0; j < size; j++) out[j] = to_float16(numbers[j]);
+}
+
+/* Add the scalar products of all pairs of vectors to the matrix `products`, in float64. */
+FOR_EACH_CPU void add_products(const Tensor *tensors, int64_t models, int64_t size, double *products) {
+    float values[MAX_MODELS][BLOCK];
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int count = size - start < BLOCK ? (int)(size - start) : BLOCK;
+        for (int i = 0; i < models; i++) {
+            load(tensors[i], start, count, values[i]);
+            for (int j = count; j < BLOCK; j++) values[i][j] = 0;
+        }
+        for (int i = 0; i < models; i++)
+            for (int k = 0; k <= i; k++) {
+                double lanes[LANES] = {0}, total = 0;
+                for (int first = 0; first < BLOCK; first += LANES)
+                    for (int lane = 0; lane < LANES; lane++)
+                        lanes[lane] += (double)values[i][first + lane] * values[k][first + lane];
+                for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+                products[i * models + k] += total;
+                if (k < i) products[k * models + i] += total;
+            }
+    }
 }
 
 /* Collect the numbers between two bounds; `kept` has room for eight more than there are. */

@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int64
-from torch import Tensor
 
 from hf_transfer_ext.weights.devices import on_host
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Int64
+    from torch import Tensor
 
 _WORD = 1 << 32
 
@@ -54,6 +57,8 @@ class Noise:
 
     def words_on(self, device: torch.device, model: int, count: int) -> Int64[Tensor, " count"]:
         """The same words as 64-bit integers on a device."""
+        import torch
+
         parts = []
         done = 0
         while done < count:
@@ -75,6 +80,8 @@ class Noise:
 
     def keep(self, model: int, like: Tensor, share: float) -> Bool[Tensor, "*shape"]:
         """A mask with the shape of `like`; each element is True with probability `share` (resolution 2**-32)."""
+        import torch
+
         if share >= 1:
             return torch.ones(like.shape, dtype=torch.bool, device=like.device)
         limit = limit_of(share)
@@ -119,6 +126,8 @@ def _rounds(key: np.ndarray) -> tuple[tuple[int, int, int], ...]:
 
 def _mix_on(device: torch.device, low: int, key: np.ndarray, count: int) -> Tensor:
     """The same as `_mix`, in 64 bits with the upper half masked off: torch has no uint32 arithmetic."""
+    import torch
+
     mask = _WORD - 1
     words = torch.arange(count, dtype=torch.int64, device=device)
     words.mul_(_WEYL).add_((low * _WEYL + int(key[0])) % _WORD).bitwise_and_(mask)

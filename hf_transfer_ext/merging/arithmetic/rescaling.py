@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hf_transfer_ext.merging.arithmetic.changes import changes_of
 from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
 from hf_transfer_ext.merging.arithmetic.trimming import inner_magnitudes, smallest_kept
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: A change with a smaller sum of magnitudes is not rescaled.
 SMALLEST_SUM = 1e-7
@@ -45,6 +45,8 @@ def inner_magnitudes_and_scales(
 
 def _scales(pieces: Pieces, bounds: Sequence[tuple[float, float]]) -> list[Tensor]:
     """Sum of |t_i| divided by the sum of kept |t_i|, for each model; 1 if either is (nearly) 0."""
+    import torch
+
     sums = torch.zeros(len(bounds), 2, dtype=torch.float64)
     for base, models in pieces:
         if base is None:

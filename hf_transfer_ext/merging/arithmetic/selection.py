@@ -8,37 +8,47 @@ all of it in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import hardshrink
 
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.method import Pieces, in_float
 from hf_transfer_ext.weights.devices import on_host
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import torch
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Values
 
 
 @dataclass(frozen=True)
 class Distances:
     """|one - other| as scores, or |one|: the kernels count them without storing them."""
 
-    one: Tensor
-    other: Tensor | None = None
+    one: Any
+    other: Any = None
 
-    def values(self) -> Tensor:
+    def values(self) -> Values:
+        if isinstance(self.one, np.ndarray):
+            one = kernels.in_float32(self.one)
+            return np.abs(one if self.other is None else one - kernels.in_float32(self.other))
         if self.other is None:
             return in_float(self.one.detach()).abs()
         return (in_float(self.one.detach()) - in_float(self.other.detach())).abs_()
 
 
-Series: TypeAlias = Tensor | Distances
+if TYPE_CHECKING:
+    Series: TypeAlias = Tensor | Distances
 
-#: Maps one piece to the numbers of each series; a series is, for example, the magnitudes of one model's change.
-Scores: TypeAlias = Callable[[Tensor | None, list[Tensor]], Sequence[Series]]
+    #: Maps one piece to the numbers of each series; a series is, for example, the magnitudes of one model's change.
+    Scores: TypeAlias = Callable[[Any, list[Any]], Sequence[Series]]
 
 
 def order_statistics(pieces: Pieces, scores: Scores, ranks: Sequence[int]) -> list[list[float]]:
@@ -159,10 +169,12 @@ def _count(brackets: Sequence[Sequence[Bracket]], series: Sequence[Series]) -> l
     positive = []
     for row, one in zip(brackets, series, strict=True):
         values = _values(one)
-        count = _count_on_host if on_host(values) else _count_on_device
         for bracket in row:
-            count(bracket, values)
-        positive.append(int(np.count_nonzero(values.numpy() > 0)) if on_host(values) else int((values > 0).sum()))
+            if isinstance(values, np.ndarray):
+                _count_on_host(bracket, values)
+            else:
+                _count_on_device(bracket, values)
+        positive.append(int((values > 0).sum()))
     return positive
 
 
@@ -177,15 +189,14 @@ def _is_for_kernels(series: Sequence[Series]) -> bool:
 def _count_by_kernels(brackets: Sequence[Sequence[Bracket]], series: Sequence[Distances]) -> list[int]:
     edges = np.array([[[one.low for one in row] for row in brackets], [[one.high for one in row] for row in brackets]])
     found = kernels.take_magnitudes([one.one for one in series], series[0].other, edges)
-    numel = series[0].one.numel()
+    numel = math.prod(series[0].one.shape)
     for row, taken in zip(brackets, found, strict=True):
         for bracket, (below, above_low, above_high), inside in zip(row, taken.counts, taken.inside, strict=True):
             bracket.add(int(below), numel - int(above_low), numel - int(above_high), inside)
     return [taken.positive for taken in found]
 
 
-def _count_on_host(bracket: Bracket, values: Tensor) -> None:
-    numbers = values.numpy()
+def _count_on_host(bracket: Bracket, numbers: np.ndarray) -> None:
     below, above_low = np.count_nonzero(numbers < bracket.low), numbers > bracket.low
     up_to_low = len(numbers) - int(np.count_nonzero(above_low))
     up_to_high = len(numbers) - int(np.count_nonzero(numbers > bracket.high))
@@ -194,6 +205,8 @@ def _count_on_host(bracket: Bracket, values: Tensor) -> None:
 
 
 def _count_on_device(bracket: Bracket, values: Tensor) -> None:
+    import torch
+
     low, high = float(bracket.low), float(bracket.high)
     above_low = values > low
     below, up_to_low, up_to_high = torch.stack(
@@ -202,26 +215,34 @@ def _count_on_device(bracket: Bracket, values: Tensor) -> None:
     bracket.add(below, up_to_low, up_to_high, values[above_low & (values < high)].cpu().numpy())
 
 
-def _values(series: Series) -> Tensor:
-    return (series.values() if isinstance(series, Distances) else series.detach()).reshape(-1)
+def _values(series: Series) -> Values:
+    """The numbers of a series in one dimension: an array if they are in the memory of the host."""
+    values = (series.values() if isinstance(series, Distances) else series.detach()).reshape(-1)
+    return values.numpy() if not isinstance(values, np.ndarray) and on_host(values) else values
+
+
+def as_array(series: Series) -> np.ndarray:
+    """The numbers of a series in one dimension, in the memory of the host."""
+    values = _values(series)
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
 def _sample(pieces: Pieces, scores: Scores) -> list[np.ndarray]:
     """The sample of each series."""
-    collected = [[_values(one).cpu().clone() for one in scores(base, models)] for base, models in pieces.sample()]
-    return [torch.cat(one).numpy() for one in zip(*collected, strict=True)]
+    collected = [[as_array(one).copy() for one in scores(base, models)] for base, models in pieces.sample()]
+    return [np.concatenate(one) for one in zip(*collected, strict=True)]
 
 
 def _by_histograms(pieces: Pieces, scores: Scores, series: int, ranks: Sequence[int]) -> list[float]:
     """Find the upper 16 bits of each value by a histogram, then the lower 16 among the numbers that share them."""
     upper = np.zeros(1 << 16, dtype=np.int64)
     for base, models in pieces:
-        upper += np.bincount(_sortable(_values(scores(base, models)[series]).cpu().numpy()) >> 16, minlength=1 << 16)
+        upper += np.bincount(_sortable(as_array(scores(base, models)[series])) >> 16, minlength=1 << 16)
     ends = np.cumsum(upper)
     buckets = [int(np.searchsorted(ends, rank, side="right")) for rank in ranks]
     lower = {bucket: np.zeros(1 << 16, dtype=np.int64) for bucket in buckets}
     for base, models in pieces:
-        words = _sortable(_values(scores(base, models)[series]).cpu().numpy())
+        words = _sortable(as_array(scores(base, models)[series]))
         for bucket, histogram in lower.items():
             histogram += np.bincount(words[words >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
     values = []
@@ -248,6 +269,8 @@ def keep_magnitudes(change: Tensor, low: float, high: float = float("inf")) -> T
 
     Uses `hardshrink`, which keeps |x| > its argument: on CPUs, selecting by a mask in torch is thirty times slower.
     """
+    from torch.nn.functional import hardshrink
+
     if high < float("inf"):
         change = change - hardshrink(change, high)
     if low <= 0:
@@ -257,5 +280,5 @@ def keep_magnitudes(change: Tensor, low: float, high: float = float("inf")) -> T
 
 def _next_below(number: float, dtype: torch.dtype) -> float:
     """The largest number of the dtype that is smaller."""
-    kind = np.float64 if dtype == torch.float64 else np.float32
+    kind = np.float64 if str(dtype) == "torch.float64" else np.float32
     return float(np.nextafter(kind(number), kind(0)))

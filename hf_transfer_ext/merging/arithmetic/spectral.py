@@ -9,10 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.changes import Weights
-from hf_transfer_ext.merging.method import Coefficient
-
-Matrix = Float[Tensor, "rows columns"]
+from hf_transfer_ext.merging.types import Coefficient, Matrix, Weights
 
 
 def add_mean(base: Weights, changes: Sequence[Weights], lambda_: Coefficient) -> Weights:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import check_weights
 from hf_transfer_ext.merging.arithmetic.noise import Noise
@@ -16,11 +13,17 @@ from hf_transfer_ext.merging.arithmetic.selection import Distances, order_statis
 from hf_transfer_ext.merging.method import PerModel, Pieces, for_each, gives
 from hf_transfer_ext.weights.devices import on_host
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Values
+
 #: Maximum number of bits of a 32-bit word for the position in a row; the others compare magnitudes.
 PLACE_BITS = 13
 
 
-def magnitudes(base: Tensor | None, models: list[Tensor]) -> list[Distances]:
+def magnitudes(base: Values | None, models: Sequence[Values]) -> list[Distances]:
     """|t_i| of one piece, for each model."""
     return [Distances(model, base) for model in models]
 
@@ -97,6 +100,8 @@ def drop_by_rank(
     Args:
         model: Index of the model, which selects its random numbers.
     """
+    import torch
+
     if density >= 1 or density <= 0:
         return change * float(density >= 1)
     rows, columns = change.shape
@@ -142,6 +147,8 @@ def _order_of_magnitudes(change: Float[Tensor, "rows columns"]) -> np.ndarray:
 
 def _order_on_device(change: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
     """The same order, from 64-bit words."""
+    import torch
+
     columns = change.shape[1]
     width = bits_of_places(columns)
     places = torch.arange(columns, device=change.device)

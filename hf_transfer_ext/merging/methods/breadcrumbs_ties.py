@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hf_transfer_ext.merging.arithmetic.changes import check_weights, elect_sign, one_for_zero, sum_of
 from hf_transfer_ext.merging.arithmetic.fast import breadcrumbs_ties_by_kernels
 from hf_transfer_ext.merging.arithmetic.rescaling import inner_magnitudes_and_scales
 from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
-from hf_transfer_ext.merging.method import Coefficient, PerModel, PerModelCoefficient, Promises, for_each, merge_method
+from hf_transfer_ext.merging.method import PerModel, Promises, for_each, merge_method
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Coefficient, PerModelCoefficient
 
 
 @merge_method(

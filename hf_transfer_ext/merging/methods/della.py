@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hf_transfer_ext.merging.arithmetic.changes import elect_sign, one_for_zero, sum_of
 from hf_transfer_ext.merging.arithmetic.fast import della_by_kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.arithmetic.trimming import check_della, drop_by_rank
-from hf_transfer_ext.merging.method import Coefficient, PerModel, PerModelCoefficient, Promises, for_each, merge_method
+from hf_transfer_ext.merging.method import PerModel, Promises, for_each, merge_method
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Coefficient, PerModelCoefficient
 
 
 @merge_method(

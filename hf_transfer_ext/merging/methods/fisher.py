@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import check_mean_weights, sum_of
-from hf_transfer_ext.merging.method import Extra, PerModelCoefficient, Promises, for_each, merge_method
+from hf_transfer_ext.merging.method import Extra, Promises, for_each, merge_method
+from hf_transfer_ext.merging.types import PerModelCoefficient
 
 
 @merge_method(

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
-from hf_transfer_ext.merging.method import Coefficient, merge_method
+from hf_transfer_ext.merging.method import merge_method
+from hf_transfer_ext.merging.types import Coefficient
 
 
 @merge_method(unit="matrix")

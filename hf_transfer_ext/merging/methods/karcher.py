@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import weighted_sum
-from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_of_models, norm_of, one_in_place_of_0, unit_gram
+from hf_transfer_ext.merging.arithmetic.geometry import gram_of_models, norm_of, one_in_place_of_0, unit_gram
 from hf_transfer_ext.merging.method import Promises, merge_method
+from hf_transfer_ext.merging.types import Gram
 
 
 @merge_method(base="member", statistics=gram_of_models, promises=Promises(alone={}, equal={}))

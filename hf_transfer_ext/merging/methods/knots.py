@@ -12,15 +12,8 @@ from hf_transfer_ext.merging.arithmetic.changes import check_weights, elect_sign
 from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
 from hf_transfer_ext.merging.arithmetic.trimming import kept_magnitudes
-from hf_transfer_ext.merging.method import (
-    Coefficient,
-    PerModel,
-    PerModelCoefficient,
-    Promises,
-    Whole,
-    for_each,
-    merge_method,
-)
+from hf_transfer_ext.merging.method import PerModel, Promises, Whole, for_each, merge_method
+from hf_transfer_ext.merging.types import Coefficient, PerModelCoefficient
 
 
 @merge_method(unit="matrix", check=check_weights, promises=Promises(alone={"weight": 1}))

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.method import Coefficient, Promises, merge_method
+from hf_transfer_ext.merging.method import Promises, merge_method
+from hf_transfer_ext.merging.types import Coefficient
 
 
 @merge_method(count=(1, 1), promises=Promises(alone={"t": 1e9}))

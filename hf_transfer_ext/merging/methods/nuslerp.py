@@ -9,7 +9,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.geometry import cosine_sums, slerp_factors
-from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
+from hf_transfer_ext.merging.method import Promises, for_each, merge_method
+from hf_transfer_ext.merging.types import PerModelCoefficient
 
 
 @merge_method(unit="row", base="optional", count=(2, 2), statistics=cosine_sums, promises=Promises(equal={}))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from jaxtyping import Float
-from torch import Tensor
+from hf_transfer_ext.merging.method import Promises, for_each, merge_method
 
-from hf_transfer_ext.merging.method import PerModelCoefficient, Promises, for_each, merge_method
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import PerModelCoefficient
 
 
 @merge_method(base="none", count=(1, 1), promises=Promises(alone={}))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hf_transfer_ext.merging.arithmetic.changes import elect_sign, one_for_zero, sum_of
 from hf_transfer_ext.merging.arithmetic.fast import sce_by_kernels
 from hf_transfer_ext.merging.arithmetic.variance import energies_and_threshold, variance_of
 from hf_transfer_ext.merging.method import Promises, merge_method
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @merge_method(statistics=energies_and_threshold, fast=sce_by_kernels, promises=Promises(alone={}))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hf_transfer_ext.merging.arithmetic.fast import slerp_by_kernels
-from hf_transfer_ext.merging.arithmetic.geometry import Gram, gram_with_base, slerp_factors
-from hf_transfer_ext.merging.method import Coefficient, Promises, merge_method
+from hf_transfer_ext.merging.arithmetic.geometry import gram_with_base, slerp_factors
+from hf_transfer_ext.merging.method import Promises, merge_method
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Coefficient, Gram
 
 
 @merge_method(count=(1, 1), statistics=gram_with_base, fast=slerp_by_kernels, promises=Promises(alone={"t": 1.0}))

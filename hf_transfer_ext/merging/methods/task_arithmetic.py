@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hf_transfer_ext.merging.arithmetic.changes import check_weights, sum_of
 from hf_transfer_ext.merging.arithmetic.fast import task_arithmetic_by_kernels
-from hf_transfer_ext.merging.method import Coefficient, PerModelCoefficient, Promises, for_each, merge_method
+from hf_transfer_ext.merging.method import Promises, for_each, merge_method
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Coefficient, PerModelCoefficient
 
 
 def factors_of_changes(*, weight: Sequence[float], normalize: bool, lambda_: float) -> list[float]:

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.spectral import add_mean, nearest_orthogonal, svd
-from hf_transfer_ext.merging.method import Coefficient, Promises, merge_method
+from hf_transfer_ext.merging.method import Promises, merge_method
+from hf_transfer_ext.merging.types import Coefficient
 
 
 @merge_method(unit="matrix", promises=Promises(alone={}))

@@ -33,7 +33,8 @@ from hf_transfer_ext.merging.planning.names import layer_count
 from hf_transfer_ext.merging.record import finish_merge, inputs_of
 from hf_transfer_ext.merging.streaming.companions import copy_companions, public_yaml
 from hf_transfer_ext.merging.streaming.stream import write_tensors
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, MAX_SHARD_BYTES
+from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES, Dtype, stored_dtype
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, is_buffer, open_model
 from hf_transfer_ext.weights.reference import ModelReference
 from hf_transfer_ext.weights.resume import resumable_folder, work_of
@@ -74,8 +75,8 @@ class HeldInput:
         return tuple(self.tensor.shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
+    def dtype(self) -> Dtype:
+        return stored_dtype(self.tensor.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -268,7 +269,7 @@ def _expert_job(
 
 def _gate_jobs(config: MoeConfig, architecture: Architecture, gates: Gates, base: InputModel) -> Iterator[TensorJob]:
     dtype = config.dtype or base["model.embed_tokens.weight"].dtype
-    for layer, gate in enumerate(gates.to(dtype)):
+    for layer, gate in enumerate(gates.to(dtype.torch)):
         experts = gate[: len(config.experts)].contiguous()
         yield _job(architecture.gate(layer), HeldInput(experts), 1.0, config)
         if config.shared_experts:
@@ -294,7 +295,7 @@ def _order(job: TensorJob) -> tuple[int, int]:
     return (0, 0) if "embed_tokens" in job.name else (2, 0)
 
 
-def _write_config(folder: Path, mixture: Any, architecture: Architecture, dtype: torch.dtype) -> None:
+def _write_config(folder: Path, mixture: Any, architecture: Architecture, dtype: Dtype) -> None:
     mixture.architectures = [architecture.class_name]
-    mixture.dtype = dtype
+    mixture.dtype = dtype.torch
     mixture.save_pretrained(str(folder))

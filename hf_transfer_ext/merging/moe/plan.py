@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_transfer_ext.merging.planning.config import number, parse_dtype, whole_number, without_anchors, yaml_mapping
 from hf_transfer_ext.reading import shown
 from hf_transfer_ext.registry import known_keys, unknown_name
+from hf_transfer_ext.weights.dtypes import Dtype
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
 #: Where the gates come from; `hidden_last` is another name of `hidden`.
@@ -78,7 +77,7 @@ class MoeConfig:
     base_model: ModelReference
     experts: tuple[Expert, ...]
     gate_mode: str = "hidden"
-    dtype: torch.dtype | None = None
+    dtype: Dtype | None = None
     experts_per_token: int = 2
     shared_experts: tuple[Expert, ...] = ()
     architecture: str | None = None

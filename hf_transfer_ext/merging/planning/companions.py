@@ -1,4 +1,4 @@
-"""Which files of a model folder belong to the model beside its weights and its config.json."""
+"""Which files of a model folder belong to the model in addition to its weights and config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether models calculate the same with the same weights: what equal names and shapes of tensors do not tell."""
+"""Whether models compute the same with the same weights, which equal names and shapes do not guarantee."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEANING_KEYS = (
     "activation_function",
 )
 
-#: Types of models that are built alike; all other types go with their own kind only.
+#: Model types with the same architecture; all others only merge with models of their own type.
 ALIKE_TYPES = ({"llama", "mistral"}, {"gemma3", "gemma3_text"})
 
 #: Other names of the same function.

@@ -27,15 +27,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_transfer_ext.merging.method import RANGES, WITHOUT_EFFECT, MergeMethod
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.planning.chat_templates import CHAT_TEMPLATES
 from hf_transfer_ext.reading import read_yaml, shown
 from hf_transfer_ext.registry import known_keys, unknown_name
-from hf_transfer_ext.tensors import dtype_by_name
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES, Dtype, dtype_named
 from hf_transfer_ext.weights.reference import ModelReference, parse_reference
 
 Parameters = dict[str, Any]
@@ -122,8 +119,8 @@ class MergeConfig:
     modules: tuple[Module, ...]
     base_model: ModelReference | None = None
     parameters: Parameters = field(default_factory=dict)
-    dtype: torch.dtype | None = None
-    out_dtype: torch.dtype | None = None
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
     tokenizer: TokenizerPlan | None = None
     chat_template: str | None = None
     seed: int = 0
@@ -272,13 +269,13 @@ def _template(value: Any) -> str | None:
     return CHAT_TEMPLATES[text]
 
 
-def parse_dtype(value: Any, where: str) -> torch.dtype | None:
+def parse_dtype(value: Any, where: str) -> Dtype | None:
     """A dtype that can be calculated with, by its name; None stays None."""
     if value is None:
         return None
-    found = dtype_by_name(value)
+    found = dtype_named(value)
     if found not in FLOAT_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        names = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
         raise ValueError(f"`{where}` has to be one of {names}, got {shown(value)}.")
     return found
 

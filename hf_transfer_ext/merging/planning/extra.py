@@ -16,7 +16,8 @@ from pathlib import Path
 
 from hf_transfer_ext.merging.method import Extra, MergeMethod
 from hf_transfer_ext.merging.planning.config import MergeConfig, Source
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, Checkpoint
+from hf_transfer_ext.weights.checkpoints import Checkpoint
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES
 from hf_transfer_ext.weights.opened import InputTensor, StoredInput
 
 

@@ -1,6 +1,6 @@
-"""From a configuration and opened models to the list of tensors that will be written, each with all it needs.
+"""Plan a merge: from a configuration and opened models to the output tensors, each with its inputs and options.
 
-Nothing here knows an architecture. A layer is a number in a tensor's name (`model.layers.3.mlp.up_proj.weight`), and
+No architecture is hard-coded. A layer is a number in a tensor's name (`model.layers.3.mlp.up_proj.weight`), and
 each stack of layers counts its own depth. The tensors outside the layers belong to the first slice if they are
 embeddings and to the last one if they are not.
 
@@ -11,14 +11,12 @@ tensors differently (`names.py`), transformers says what belongs together.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-
-import numpy as np
-import torch
 
 from hf_transfer_ext.merging.method import MergeMethod
 from hf_transfer_ext.merging.methods.passthrough import passthrough
@@ -36,7 +34,8 @@ from hf_transfer_ext.merging.planning.names import (
     split_layer,
 )
 from hf_transfer_ext.merging.planning.vocabulary import Vocabulary, is_rearranged, rearranged
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES, TensorSpec
+from hf_transfer_ext.weights.checkpoints import TensorSpec
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES, Dtype
 from hf_transfer_ext.weights.opened import InputModel, InputTensor, has_token_rows, is_buffer, same_bytes
 from hf_transfer_ext.weights.reference import ModelReference
 
@@ -59,7 +58,7 @@ class TensorJob:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     method: MergeMethod
     base: InputTensor | None
     models: tuple[InputTensor, ...]
@@ -73,7 +72,7 @@ class TensorJob:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def input_bytes(self) -> int:
@@ -81,7 +80,7 @@ class TensorJob:
         return sum(one.nbytes for one in (*self.models, *([self.base] if self.base is not None else []), *extra))
 
     def factor_bytes(self, rank: int) -> int:
-        """At most so many bytes of an adapter of a rank, were this tensor changed: factors, or all of it."""
+        """Upper bound on the bytes of this tensor in an adapter of a rank: those of its factors, or of all of it."""
         if len(self.shape) != 2 or is_embedding(self.name):
             return self.spec.nbytes
         return min(rank, *self.shape) * sum(self.shape) * self.dtype.itemsize
@@ -189,7 +188,7 @@ def _uncovered(
     return copies
 
 
-def _copy(name: str, tensor: InputTensor, dtype: torch.dtype) -> TensorJob:
+def _copy(name: str, tensor: InputTensor, dtype: Dtype) -> TensorJob:
     plain = dtype == tensor.dtype
     return TensorJob(name, tensor.shape, dtype, passthrough, None, (tensor,), {"scale": [1.0]}, is_copy=plain)
 
@@ -519,11 +518,11 @@ class _Module:
         if base is not None:
             shapes[str(base_reference)] = base.shape
         if len(set(shapes.values())) > 1:
-            told = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
+            listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
             advice = "Only models of one architecture can be merged."
             if is_embedding(name) or has_token_rows(name):
                 advice = "The vocabularies differ: say with `tokenizer: {source: union}` (or base, or a model) how."
-            raise ValueError(f"Tensor {name!r} has different shapes: {told}. {advice}")
+            raise ValueError(f"Tensor {name!r} has different shapes: {listed}. {advice}")
 
     def _options(
         self, name: str, pairs: Sequence[tuple[Source, str, InputTensor]], part: Slice, depth: float
@@ -586,7 +585,7 @@ def output_config(config: MergeConfig, models: Models, donor: InputModel) -> dic
         for part in (content, content.get("text_config", {})):
             for key in ("dtype", "torch_dtype"):
                 if key in part or (key == "dtype" and part is content and "torch_dtype" not in part):
-                    part[key] = str(dtype).removeprefix("torch.")
+                    part[key] = str(dtype)
     merged = _merged_models(config, models)
     if any(model.has_head for model in merged) and any(model.is_tied for model in (donor, *merged)):
         for part in (content, content.get("text_config", {})):

@@ -14,17 +14,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hf_transfer_ext.files import write_text
 from hf_transfer_ext.merging.planning.config import MergeConfig, TokenSource
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.weights.opened import DerivedInput, InputModel, InputTensor, Scratch, has_token_rows
 from hf_transfer_ext.weights.reference import ModelReference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Biases with one entry for each token.
 _TOKEN_BIAS = re.compile(r"(^|\.)(lm_head|embed_out|predictions|(predictions|lm_head)\.decoder)\.bias$")
@@ -73,6 +74,8 @@ class RearrangedInput(DerivedInput):
         return len(self.rows), *self.inner.shape[1:]
 
     def read(self, start: int, out: Tensor, scratch: Scratch) -> None:
+        import torch
+
         columns = math.prod(self.shape[1:])
         first, last = start // columns, -(-(start + out.numel()) // columns)
         whole = torch.empty(last - first, columns)
@@ -154,6 +157,8 @@ def rearranged(
     taking_part: list[ModelReference],
 ) -> dict[ModelReference, InputTensor]:
     """The tensor `name` of the models in the order of the vocabulary."""
+    import torch
+
     tokens = config.tokenizer.tokens if config.tokenizer is not None else {}
     tensors = {reference: models[reference][name] for reference in models}
     scratch = Scratch()
@@ -214,6 +219,8 @@ def _said(
 ) -> Tensor:
     """The row that the configuration gives a token."""
     if source.zero:
+        import torch
+
         return torch.zeros(columns)
     if source.model is None:
         raise ValueError(f"`tokenizer.tokens.{token}` has no `source`: name a model, or `kind: zero`.")

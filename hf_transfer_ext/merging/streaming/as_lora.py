@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.adapters.extract import ExtractionReport, write_change
+from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.planning.config import MergeConfig
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.merging.streaming.stream import StreamedPieces
 from hf_transfer_ext.weights.checkpoints import Checkpoint
+from hf_transfer_ext.weights.dtypes import F32, Dtype
 from hf_transfer_ext.weights.lora import LoraFactors
 from hf_transfer_ext.weights.opened import AdaptedInput, InputModel, InputTensor, Scratch, StoredInput, open_model
 from hf_transfer_ext.weights.reference import ModelReference
@@ -41,7 +43,7 @@ class MergedInput:
         return self.job.shape
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         return self.job.dtype
 
     @property
@@ -58,7 +60,8 @@ class MergedInput:
             return
         pieces = StreamedPieces(job, Scratch(), 0, job.numel, self.check, threading.Event())
         for place, piece in job.method.over(pieces, noise=Noise(self.seed, job.name), **job.options):
-            out[place : place + piece.numel()] = piece.reshape(-1)
+            merged = kernels.tensor_of(piece).reshape(-1)
+            out[place : place + len(merged)] = merged
 
 
 def write_adapter(
@@ -110,7 +113,7 @@ def write_adapter(
             end,
             out,
             rank=rank,
-            dtype=config.out_dtype or config.dtype or torch.float32,
+            dtype=(config.out_dtype or config.dtype or F32).torch,
             work=work_of({**content, "rank": rank}, [*start.opened, *checkpoints]),
             base_model=reference.path,
             revision=reference.revision,

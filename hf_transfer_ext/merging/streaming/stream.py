@@ -1,8 +1,9 @@
 """The stream: reads pieces of tensors, merges them, and writes each piece of the result to its position.
 
-Memory is bounded by threads x models x piece, not by the model. The values of a tensor depend only on the fixed piece
-size, so the files are byte-for-byte the same for any number of threads. Finished tensors are recorded in a journal,
-and a run that was killed resumes from there.
+Memory is bounded by threads x models x piece, not by the model. Methods with a compiled form get pieces as arrays, as
+stored in the files; the others get tensors in float32, for which torch is imported. The values of a tensor depend only
+on the fixed piece size, so the files are byte-for-byte the same for any number of threads. Finished tensors are
+recorded in a journal, and a run that was killed resumes from there.
 
 On a GPU, the same methods work on larger pieces. Random masks are the same; sums are computed in another order and
 with fused multiply-adds, so results agree with those of the CPU up to float32 rounding.
@@ -14,22 +15,30 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.method import Piece
 from hf_transfer_ext.merging.planning.layout import TensorJob
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, CheckpointWriter, plan_files
+from hf_transfer_ext.weights.dtypes import F8_E4M3, F32, Dtype
 from hf_transfer_ext.weights.opened import InputTensor, Scratch, StoredInput
 from hf_transfer_ext.weights.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_transfer_ext.merging.types import Values
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +82,7 @@ class StreamedPieces:
 
     @property
     def stored(self) -> bool:
-        """Whether pieces may have the dtype of the files."""
+        """Whether pieces are arrays for the kernels, in the dtype of the files where the kernels know it."""
         return _is_for_kernels(self.job, self.scratch.device)
 
     @property
@@ -84,11 +93,11 @@ class StreamedPieces:
     def count(self) -> int:
         return len(self.job.models)
 
-    def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Values | None, list[Values]]]:
         for piece in self.placed():
             yield piece.base, piece.models
 
-    def sample(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+    def sample(self) -> Iterator[tuple[Values | None, list[Values]]]:
         if self.numel <= elements_of(self.job, self.scratch.device) or self.job.method.unit == "matrix":
             yield from self
             return
@@ -138,34 +147,36 @@ class StreamedPieces:
     def _read_extra(self, name: str, tensor: InputTensor, start: int, stop: int, slot: int) -> Tensor:
         """An extra tensor: the piece that corresponds to that of the weight, or all of a square one."""
         if self.job.method.extra[name].shape == "weight":
-            return self._read(tensor, start, stop, slot, 0)
+            return kernels.tensor_of(self._read(tensor, start, stop, slot, 0))
         out = self.scratch.floats(slot, math.prod(tensor.shape))
         tensor.read(0, out, self.scratch)
         self._refuse_nonfinite(tensor, out, 0)
         return out.reshape(tensor.shape)
 
-    def _read_runs(self, tensor: InputTensor, starts: Sequence[int], run: int, slot: int) -> Tensor:
+    def _read_runs(self, tensor: InputTensor, starts: Sequence[int], run: int, slot: int) -> Values:
         """Several runs of a tensor, concatenated."""
         if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
-            out = tensor.stored_runs(starts, run, self.scratch, (slot, 0))
+            out: Values = tensor.stored_runs(starts, run, self.scratch, (slot, 0))
         else:
-            out = self.scratch.floats(slot, len(starts) * run)
+            floats = self.scratch.floats(slot, len(starts) * run)
             for i, start in enumerate(starts):
-                tensor.read(start, out[i * run : (i + 1) * run], self.scratch)
+                tensor.read(start, floats[i * run : (i + 1) * run], self.scratch)
+            out = floats.numpy() if self.stored else floats
         return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
 
-    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, number: int) -> Tensor:
+    def _read(self, tensor: InputTensor, start: int, stop: int, slot: int, number: int) -> Values:
         if self.stored and isinstance(tensor, StoredInput) and _is_stored(tensor):
-            out = tensor.stored(start, stop - start, self.scratch, (slot, number))
+            out: Values = tensor.stored(start, stop - start, self.scratch, (slot, number))
         else:
-            out = self.scratch.floats(slot, stop - start)
-            tensor.read(start, out, self.scratch)
+            floats = self.scratch.floats(slot, stop - start)
+            tensor.read(start, floats, self.scratch)
+            out = floats.numpy() if self.stored else floats
         self._refuse_nonfinite(tensor, out, start)
         if self.job.method.unit == "matrix":
             return out.reshape(self.job.shape)
         return out.reshape(-1, columns_of(self.job)) if self.job.method.unit == "row" else out
 
-    def _refuse_nonfinite(self, tensor: InputTensor, values: Tensor, start: int) -> None:
+    def _refuse_nonfinite(self, tensor: InputTensor, values: Values, start: int) -> None:
         place = first_nonfinite(values) if self.check else -1
         if place < 0:
             return
@@ -196,7 +207,7 @@ class Stream:
     Args:
         writer: Receives the result; it must have all tensors of the jobs.
         threads: Number of workers; each uses one torch thread.
-        device: The device to compute on.
+        device: The device to compute on (`devices.resolve_device`).
         journal: File that records finished tensors.
         failure: File that is created when a tensor fails, which stops the streams of other processes.
         advance: Called with the number of input bytes that were processed.
@@ -207,7 +218,7 @@ class Stream:
         writer: CheckpointWriter,
         *,
         threads: int,
-        device: torch.device | None = None,
+        device: str = "cpu",
         journal: Path,
         failure: Path,
         seed: int = 0,
@@ -215,7 +226,7 @@ class Stream:
         advance: Callable[[int], object] = lambda count: None,
     ) -> None:
         self.writer, self.threads, self.seed = writer, threads, seed
-        self.device = device or torch.device("cpu")
+        self.device = device
         self.failure = failure
         self.allow_nonfinite, self.advance = allow_nonfinite, advance
         self.journal = Journal(journal)
@@ -231,31 +242,29 @@ class Stream:
         for task in tasks:
             self._left[task.job.name] = self._left.get(task.job.name, 0) + 1
         tasks.sort(key=lambda task: task.start - task.stop)  # largest first, so that no thread works alone at the end
-        threads_before = torch.get_num_threads()
-        torch.set_num_threads(1)
         _keep_freed_memory()
-        pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            futures = [pool.submit(self._work, task) for task in tasks]
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in finished:
-                future.result()
-        except Exception:
-            self.failure.touch()
-            raise
-        finally:
-            self._halt.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            self.journal.close()
-            torch.set_num_threads(threads_before)
+        with one_torch_thread(jobs, self.device) as in_worker:
+            pool = ThreadPoolExecutor(self.threads, initializer=in_worker)
+            try:
+                futures = [pool.submit(self._work, task) for task in tasks]
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+            except Exception:
+                self.failure.touch()
+                raise
+            finally:
+                self._halt.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                self.journal.close()
 
     def _work(self, task: _Task) -> None:
         if self.failure.exists():
             raise InterruptedError("The merge was stopped because another process failed.")
         if not hasattr(self._local, "scratch"):
             self._local.scratch = Scratch(self.device)
-            self._local.queue = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        with torch.cuda.stream(self._local.queue):  # one queue per thread: one copies while another computes
+            self._local.queue = _queue(self.device)
+        with self._local.queue():
             if task.job.is_copy:
                 self._copy(task)
             else:
@@ -272,12 +281,12 @@ class Stream:
         pieces = StreamedPieces(job, self._local.scratch, task.start, task.stop, check, self._halt, hold)
         per_element = job.input_bytes / max(1, job.numel)
         for start, piece in method.over(pieces, noise=Noise(self.seed, job.name), **job.options):
-            merged = piece.reshape(-1)
-            result = merged.to(job.dtype)
+            result = _in_dtype(piece, job.dtype)
             self._check_result(job, start, result)
-            self.writer.write(job.name, start, result.cpu())
+            size = job.dtype.itemsize
+            self.writer.write_bytes(job.name, start * size, memoryview(result.view(np.uint8)))  # type: ignore[arg-type]
             with self._lock:
-                self.advance(round(per_element * merged.numel()))
+                self.advance(round(per_element * len(result)))
 
     def _copy(self, task: _Task) -> None:
         job, size = task.job, task.job.dtype.itemsize
@@ -290,23 +299,23 @@ class Stream:
             if self._halt.is_set():
                 raise InterruptedError("The merge was stopped.")
             raw = self._local.scratch.raw(min(step, task.stop * size - start))
-            view = memoryview(raw)
+            view = memoryview(raw)  # type: ignore[arg-type]
             source.checkpoint.read_bytes(source.entry, start, view)
             if job.dtype.is_floating_point:
-                self._check_result(job, start // size, torch.from_numpy(raw).view(job.dtype))
+                self._check_result(job, start // size, raw.view(job.dtype.numpy))
             self.writer.write_bytes(job.name, start, view)
             with self._lock:
                 self.advance(len(view))
 
-    def _check_result(self, job: TensorJob, start: int, result: Tensor) -> None:
+    def _check_result(self, job: TensorJob, start: int, result: np.ndarray) -> None:
         """Refuse NaN and infinity, or warn once per tensor if they are allowed."""
-        bad = first_nonfinite(result)
+        bad = first_nonfinite(result, job.dtype)
         if bad < 0:
             return
-        kind = str(job.dtype).removeprefix("torch.")
-        found = f"Tensor {job.name!r} of the result is {float(result[bad])} at element {start + bad}"
+        value = _nonfinite(result[bad : bad + 1], job.dtype)
+        found = f"Tensor {job.name!r} of the result is {value} at element {start + bad}"
         if not self.allow_nonfinite:
-            cause = "The input contains it" if job.is_copy else f"The result does not fit into {kind}"
+            cause = "The input contains it" if job.is_copy else f"The result does not fit into {job.dtype}"
             raise ValueError(
                 f"{found}. {cause}: fix the model, choose smaller weights or another `out_dtype`, or pass "
                 "--allow-nonfinite to keep such values."
@@ -321,17 +330,81 @@ def _is_stored(tensor: InputTensor) -> bool:
     return isinstance(tensor, StoredInput) and tensor.dtype in kernels.DTYPES
 
 
-def first_nonfinite(values: Tensor) -> int:
-    """Index of the first element that is NaN or infinite, -1 if there is none."""
-    if values.dtype.itemsize == 1:  # torch has no arithmetic for 8-bit floats
-        values = values.float()
-    if math.isfinite(float(values.sum())):  # a non-finite element makes the sum non-finite: the fastest check
-        return -1
+def _in_dtype(merged: Values, dtype: Dtype) -> np.ndarray:
+    """A merged piece in one dimension, as it is stored: rounded to a dtype, in the memory of the host."""
+    if isinstance(merged, np.ndarray):
+        return kernels.convert(merged.reshape(-1), dtype)
+    return kernels.array_of(merged.detach().reshape(-1).to(dtype.torch).cpu())
+
+
+def first_nonfinite(values: Values, dtype: Dtype = F32) -> int:
+    """Index of the first element that is NaN or infinite, -1 if there is none.
+
+    Args:
+        dtype: Of the elements of an array.
+    """
     if kernels.can_take(values):
         return kernels.first_nonfinite(values)
-    if torch.isfinite(values).all():
+    if isinstance(values, np.ndarray):
+        bad = np.flatnonzero(_magnitude_bits(values, dtype) >= dtype.infinity)
+        return int(bad[0]) if len(bad) else -1
+    if math.isfinite(float(values.sum())):  # a non-finite element makes the sum non-finite: the fastest check
         return -1
-    return int((~torch.isfinite(values)).nonzero()[0])
+    finite = values.isfinite()
+    return -1 if bool(finite.all()) else int((~finite).nonzero()[0])
+
+
+def _magnitude_bits(values: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """The bits of floats without their signs."""
+    sign = 1 << (8 * dtype.itemsize - 1)
+    bits: np.ndarray = np.bitwise_and(values.view(f"u{dtype.itemsize}"), np.array(sign - 1, f"u{dtype.itemsize}"))
+    return bits
+
+
+def _nonfinite(number: np.ndarray, dtype: Dtype) -> str:
+    """`nan`, `inf` or `-inf`: what an element that is not finite is, by its bits."""
+    bits, magnitude = number.view(f"u{dtype.itemsize}"), _magnitude_bits(number, dtype)
+    if magnitude != dtype.infinity or dtype == F8_E4M3:  # which has no infinity
+        return "nan"
+    return "inf" if bits == magnitude else "-inf"
+
+
+@contextmanager
+def one_torch_thread(jobs: Sequence[TensorJob], device: str) -> Iterator[Callable[[], None]]:
+    """Let torch use one thread for each worker, if the jobs need torch at all; yields what each worker calls first.
+
+    The number of threads of torch is a property of each thread; sums depend on it.
+    """
+    if "torch" not in sys.modules and not any(_needs_torch(job, device) for job in jobs):
+        yield lambda: None
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield lambda: torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _needs_torch(job: TensorJob, device: str) -> bool:
+    """Whether torch computes a part of a job, and not the kernels alone."""
+    if job.is_copy:
+        return not isinstance(job.models[0], StoredInput)
+    tensors = [*job.models, *([] if job.base is None else [job.base])]
+    rescaled = job.method.statistics is not None and bool(job.options.get("rescale"))  # `rescaling` sums in torch
+    return rescaled or not _is_for_kernels(job, device) or not all(map(_is_stored, tensors))
+
+
+def _queue(device: str) -> Callable[[], Any]:
+    """A context in which a thread uses its own queue of a GPU: one thread copies while another computes."""
+    if device == "cpu":
+        return nullcontext
+    import torch
+
+    queue = torch.cuda.Stream(torch.device(device))
+    return lambda: torch.cuda.stream(queue)
 
 
 def _keep_freed_memory() -> None:
@@ -340,10 +413,10 @@ def _keep_freed_memory() -> None:
     It immediately returns blocks above a limit to the system, and allocating new ones takes more time than the
     arithmetic on them. The limit adapts to the largest block that was freed.
     """
-    torch.empty(1 << 22, dtype=torch.float32)
+    np.empty(1 << 22, dtype=np.float32)
 
 
-def _tasks_of(job: TensorJob, device: torch.device) -> list[_Task]:
+def _tasks_of(job: TensorJob, device: str) -> list[_Task]:
     """Split a tensor into segments of whole pieces, unless the method needs all of it."""
     if not job.is_copy and (job.method.statistics is not None or job.method.unit == "matrix"):
         return [_Task(job, 0, job.numel)]
@@ -354,18 +427,18 @@ def _tasks_of(job: TensorJob, device: torch.device) -> list[_Task]:
     ]
 
 
-def elements_of(job: TensorJob, device: torch.device) -> int:
+def elements_of(job: TensorJob, device: str) -> int:
     """Elements of a piece, before rounding to whole rows."""
-    if device.type != "cpu":
+    if device != "cpu":
         return DEVICE_PIECE
     return STORED_PIECE if _is_for_kernels(job, device) else PIECE
 
 
-def _is_for_kernels(job: TensorJob, device: torch.device) -> bool:
-    return job.method.fast is not None and kernels.LIBRARY is not None and device.type == "cpu"
+def _is_for_kernels(job: TensorJob, device: str) -> bool:
+    return job.method.fast is not None and kernels.LIBRARY is not None and device == "cpu"
 
 
-def piece_of(job: TensorJob, device: torch.device) -> int:
+def piece_of(job: TensorJob, device: str) -> int:
     """Elements of a piece, rounded to whole rows for methods that need them; the whole tensor for matrix methods."""
     if job.method.unit == "matrix" and not job.is_copy:
         return max(1, job.numel)
@@ -390,7 +463,7 @@ def write_tensors(
     *,
     ranks: Ranks = Ranks(),  # noqa: B008
     threads: int,
-    device: torch.device | None = None,
+    device: str = "cpu",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     seed: int = 0,
     allow_nonfinite: bool = False,

@@ -16,16 +16,20 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from hf_transfer_ext.merging.arithmetic.selection import as_array
 from hf_transfer_ext.merging.arithmetic.trimming import magnitudes
 from hf_transfer_ext.merging.method import for_each
 from hf_transfer_ext.merging.planning.layout import TensorJob
-from hf_transfer_ext.merging.streaming.stream import SEGMENT, StreamedPieces
+from hf_transfer_ext.merging.streaming.stream import SEGMENT, StreamedPieces, one_torch_thread
 from hf_transfer_ext.weights.opened import Scratch
 from hf_transfer_ext.weights.ranks import Ranks
+
+if TYPE_CHECKING:
+    from hf_transfer_ext.merging.types import Values
 
 #: Bins of a window, and elements in the sample of all tensors.
 BINS = SAMPLED = 1 << 20
@@ -38,7 +42,7 @@ def with_model_thresholds(
     jobs: Sequence[TensorJob],
     *,
     threads: int,
-    device: torch.device | None = None,
+    device: str = "cpu",
     allow_nonfinite: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008
 ) -> list[TensorJob]:
@@ -59,7 +63,7 @@ def with_model_thresholds(
             "`trim_over_model` compares the changes of all tensors, so `density` must be one number per model, "
             f"got {list(densities[0])} and {list(densities[1])}. Remove its gradients and filters."
         )
-    search = _Search(chosen, threads, device or torch.device("cpu"), not allow_nonfinite, ranks)
+    search = _Search(chosen, threads, device, not allow_nonfinite, ranks)
     options = {"thresholds": search.thresholds(densities[0])}
     names = {job.name for job in chosen}
     return [replace(job, options={**job.options, **options}) if job.name in names else job for job in jobs]
@@ -99,9 +103,7 @@ class _Window:
 class _Search:
     """Finds the thresholds of all models together: each pass over the tensors counts for all windows."""
 
-    def __init__(
-        self, jobs: Sequence[TensorJob], threads: int, device: torch.device, check: bool, ranks: Ranks
-    ) -> None:
+    def __init__(self, jobs: Sequence[TensorJob], threads: int, device: str, check: bool, ranks: Ranks) -> None:
         self.jobs, self.threads, self.device, self.check, self.ranks = jobs, threads, device, check, ranks
         self.numel = sum(job.numel for job in jobs)
         self._local = threading.local()
@@ -173,8 +175,9 @@ class _Search:
                         total[-1] += below
                         total[: len(bins)] += bins
 
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, self._tasks()))
+        with one_torch_thread(self.jobs, self.device) as in_worker:
+            with ThreadPoolExecutor(self.threads, initializer=in_worker) as pool:
+                list(pool.map(work, self._tasks()))
         self.check = False  # the first pass has checked all elements
         return totals
 
@@ -189,8 +192,8 @@ class _Search:
         return scratch
 
 
-def _bits(base: torch.Tensor | None, models: list[torch.Tensor]) -> list[np.ndarray]:
-    return [one.values().reshape(-1).cpu().numpy().view(np.int32) for one in magnitudes(base, models)]
+def _bits(base: Values | None, models: Sequence[Values]) -> list[np.ndarray]:
+    return [as_array(one).view(np.int32) for one in magnitudes(base, models)]
 
 
 def _counted(bits: np.ndarray, window: _Window) -> tuple[int, np.ndarray]:

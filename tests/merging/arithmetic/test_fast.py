@@ -13,7 +13,7 @@ from hf_transfer_ext.merging.arithmetic.noise import Noise
 pytestmark = pytest.mark.skipif(kernels.LIBRARY is None, reason="the kernels are not built")
 
 SIZES = [1, 15, 512, 513, 5000]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WITH_FAST_FORM = [name for name, method in MERGE_METHODS.items() if method.fast is not None]
 
 #: Options in which a method does something else than with `OPTIONS`.

@@ -17,10 +17,11 @@ from hf_transfer_ext.merging.arithmetic.selection import Distances, order_statis
 from hf_transfer_ext.merging.arithmetic.variance import energies_and_threshold, variance_of
 from hf_transfer_ext.merging.methods import MERGE_METHODS
 from hf_transfer_ext.merging.streaming import stream
+from hf_transfer_ext.weights.dtypes import BF16, F16
 
 needs_kernels = pytest.mark.skipif(kernels.LIBRARY is None, reason="the kernels are not built")
 SIZES = [1, 15, 512, 513, 5000]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_they_are_built_where_there_is_a_compiler():
@@ -105,7 +106,7 @@ def test_the_first_that_is_not_finite(value, dtype):
 def test_what_they_do_not_take():
     base, models = some(10)
     assert not kernels.can_take(base.double())
-    assert not kernels.can_take(base.half())
+    assert not kernels.can_take(base.int())
     assert not kernels.can_take(base[::2])
     assert not kernels.can_take(base.clone().requires_grad_())
     assert not kernels.can_take(base, base[:5])
@@ -174,3 +175,52 @@ def test_distances_that_are_0_can_be_told_apart_from_the_others():
     numbers = torch.tensor([0.0, 0.0, 3.0, 2.0, 1.0])
     pieces = PiecesOf(numbers, [numbers])
     assert smallest_of_largest(pieces, lambda base, models: [Distances(models[0])], 0.7) == 2.0
+
+
+def patterns():
+    """float32 numbers: random bits, all numbers of 16 bits, numbers between two of these, and extremes."""
+    random = torch.randint(-(1 << 31), 1 << 31, (200_000,), generator=torch.Generator().manual_seed(0))
+    of_16_bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    halves = [of_16_bits.view(torch.float16).float(), of_16_bits.view(torch.bfloat16).float()]
+    near = [(one.view(torch.int32) + step).view(torch.float32) for one in halves for step in (-1, 1, 1 << 11, 1 << 12)]
+    extremes = torch.tensor([0.0, -0.0, 65504.0, 65519.99, 65520.0, 2.0**-25, 2.0**-24, 3.4e38, float("inf")])
+    return torch.cat([random.to(torch.int32).view(torch.float32), *halves, *near, extremes, -extremes])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_conversions_round_as_torch_does(dtype):
+    numbers = patterns()
+    found = kernels.tensor_of(kernels.convert(numbers.numpy(), dtype))
+    expected = numbers.to(dtype.torch)
+    assert torch.equal(found.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(found.view(torch.int16)[kept], expected.view(torch.int16)[kept])
+    stored = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype.torch)
+    back = kernels.merge_changes(None, [kernels.array_of(stored)], [1.0])
+    assert np.array_equal(back, stored.float().numpy(), equal_nan=True)
+    assert np.array_equal(kernels.in_float32(kernels.array_of(stored)), stored.float().numpy(), equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_scalar_products(size, dtype):
+    base, models = some(size, dtype)
+    rows = torch.stack([base, *models]).double()
+    for vectors in ([base, *models], [kernels.array_of(one) for one in (base, *models)]):
+        np.testing.assert_allclose(kernels.products(vectors), (rows @ rows.T).numpy(), rtol=1e-12)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_arrays_and_tensors_give_the_same(dtype):
+    base, models = some(5000, dtype)
+    arrays = [kernels.array_of(one) for one in (base, *models)]
+    assert kernels.can_take(*arrays) and not kernels.can_take(arrays[0][::2])
+    assert torch.equal(kernels.tensor_of(arrays[0]), base)
+    for subtract in (False, True):
+        of_tensors = kernels.merge_changes(base, models, [0.5, 0.3, -1.0], subtract=subtract)
+        of_arrays = kernels.merge_changes(arrays[0], arrays[1:], [0.5, 0.3, -1.0], subtract=subtract)
+        assert isinstance(of_arrays, np.ndarray) and torch.equal(torch.from_numpy(of_arrays), of_tensors)
+    assert np.array_equal(kernels.variances(arrays), kernels.variances([base, *models]).numpy())
