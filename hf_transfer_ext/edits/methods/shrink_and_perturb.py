@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_transfer_ext.edits.method import Edited, edit_method
 from hf_transfer_ext.edits.subject import Subject
 from hf_transfer_ext.merging.method import Interval
-from hf_transfer_ext.weights.checkpoints import FLOAT_DTYPES
+from hf_transfer_ext.weights.dtypes import FLOAT_DTYPES
 
 
 def perturbed(
