@@ -7,7 +7,7 @@ A step is a forward and backward pass and an update of the adapter. Plain fine-t
 Methods and plain steps take turns within each round, and ratios are taken within a round, so that other work on the
 machine weighs on both; the table gives medians over the rounds. Two rounds come before the first: what a method
 computes once, before its first step (`prepare`), is not part of a step. Seconds are those of the processor. Memory is
-the peak of the resident memory during the third step of a fresh process over that before it. The model is a Llama with
+the peak of the resident memory during the third step of a process over that before it. The model is a Llama with
 random weights; texts are random words of a byte tokenizer. Methods that need it get a column "alternative" or "name",
 a hidden layer at half of the depth, a second adapter (`whp`), or a LoRA without zeros (`prune_first`).
 """
@@ -15,6 +15,8 @@ a hidden layer at half of the depth, a second adapter (`whp`), or a LoRA without
 from __future__ import annotations
 
 import argparse
+import ctypes
+import multiprocessing
 import os
 import random
 import statistics
@@ -36,6 +38,7 @@ from hf_transfer_ext.losses.unlearning.methods import METHODS
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 PLAIN = "plain"
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 #: Settings of the methods that need some.
 SETTINGS: dict[str, dict[str, Any]] = {
     "whp": {"reinforced_adapter": "reinforced"},
@@ -124,12 +127,24 @@ def steps_of(methods: Sequence[str], options: argparse.Namespace, folder: str) -
     return made | {method: unlearning_step(method, options, folder) for method in methods if method != PLAIN}
 
 
-def warm_step(method: str, **sizes: int) -> Callable[[], None]:
-    """The third step of a method, or of plain fine-tuning."""
-    step = steps_of([method], argparse.Namespace(**sizes), tempfile.mkdtemp())[method]
-    step()
-    step()
-    return step
+def growth_of(method: str, options: argparse.Namespace) -> int:
+    """Bytes by which the resident memory grows at the peak of a method's third step, in a process of its own.
+
+    The process is forked, which takes no time to import anything; this one must not have run torch before.
+    """
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_growth_here, (method, options))
+
+
+def _growth_here(method: str, options: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    # Freed blocks of 64 kB and more go back to the system: what one step frees would hide what the next one takes.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    with tempfile.TemporaryDirectory() as folder:
+        step = steps_of([method], options, folder)[method]
+        step()
+        step()
+        return measure.measure(step)["growth_bytes"]
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float | None]]:
@@ -138,12 +153,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float | None]]:
     for name, value in (("rounds", 12), ("batch", 4), ("length", 96), ("hidden", 256), ("layers", 6)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--vocabulary", type=int, default=16_384)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     sizes = {name: getattr(options, name) for name in ("batch", "length", "hidden", "layers", "vocabulary")}
     names = [PLAIN, *options.methods]
+    growth = {name: growth_of(name, options) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         steps = steps_of(names, options, folder)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -152,15 +167,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float | None]]:
                 start = time.process_time()
                 step()
                 seconds[name].append(time.process_time() - start)
-    growth = {}
-    for name in names:
-        record = measure.measure_in_child(
-            "benchmarks.unlearning_steps:warm_step", {"method": name, **sizes}, limit_bytes=measure.memory_limit(),
-            threads=options.threads,
-        )  # fmt: skip
-        if record["status"] != measure.OK:
-            raise RuntimeError(f"{name}: {record['status']}\n{record.get('output', '')}")
-        growth[name] = record["growth_bytes"]
     found: dict[str, dict[str, float | None]] = {
         name: {
             "cpu_s": statistics.median(times[2:]),
@@ -176,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float | None]]:
         for name, one in found.items()
     ]  # fmt: skip
     machine = measure.machine(["torch", "transformers", "peft"])
-    facts = sizes | machine | {"threads": options.threads, "load average": round(os.getloadavg()[0], 1)}
+    facts = sizes | machine | {"threads": 1, "load average": round(os.getloadavg()[0], 1)}
     given = " ".join(argv if argv is not None else sys.argv[1:])
     measure.report_steps(
         "Unlearning steps beside plain fine-tuning on the same tokens, with a LoRA",
