@@ -66,14 +66,14 @@ def gradient_norms(
     try:
         with recorder:
             total = losses().sum()
+        _, *direct = torch.autograd.grad(total, [recorder.anchor, *weights], allow_unused=True)
+        if any(gradient is not None for gradient in direct):
+            raise UnknownUse("a weight is used by an operation that is not a function of torch")
+        return recorder.squares().sqrt()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # it expects another shape, for example
         raise UnknownUse(f"the model fails if its weights are replaced: {error}") from error
-    _, *direct = torch.autograd.grad(total, [recorder.anchor, *weights], allow_unused=True)
-    if any(gradient is not None for gradient in direct):
-        raise UnknownUse("a weight is used by an operation that is not a function of torch")
-    return recorder.squares().sqrt()
 
 
 @dataclass
@@ -149,7 +149,7 @@ class _Recorder(TorchFunctionMode):
                     if gradient is not None:
                         self._add_features(weight, gradient.flatten(1))
         for gradient in self.features.values():
-            self.squared += gradient.double().square().sum(1)
+            self.squared += gradient.double().square().sum(1).to(self.squared.device)
         self.features.clear()
         return self.squared
 
@@ -300,7 +300,7 @@ class _Recorder(TorchFunctionMode):
         )
         uses.dense, uses.rows = [], []
         if dense is not None or rows is not None:
-            self.squared += matrix_squares(dense, rows, self._token_products)
+            self.squared += matrix_squares(dense, rows, self._token_products).to(self.squared.device)
 
     def _token_products(self, states: Tensor) -> Float[Tensor, "samples tokens tokens"]:
         """`states @ states.mT`, remembered for a while: several layers in a row read the same states."""
