@@ -248,7 +248,9 @@ def main() -> None:
     print(text)
     found = machine(["torch", "transformers"]) | {"threads": options.threads, "load_averages": loads}
     write_json(options.out.with_suffix(".json"), {"machine": found, "records": records})
-    command = f"python -m benchmarks.evaluation --rounds {options.rounds} --people {options.people}"
+    command = "python -m benchmarks.evaluation " + " ".join(
+        f"--{name} {getattr(options, name)}" for name in ("rounds", "people", "threads")
+    )
     stated = (
         f"{options.threads} threads of {found['cores']} cores; load average {min(loads):.1f} to {max(loads):.1f} "
         "before the measurements, this benchmark included. CPU seconds count all threads and suffer less than wall "
