@@ -1,19 +1,24 @@
-"""Whole training steps of distillation beside TRL's GKDTrainer and plain SFT: tokens per CPU second and memory.
+"""Whole training steps of distillation beside TRL's trainers and plain SFT: tokens per CPU second and memory.
 
     python -m benchmarks.distillation_step --out benchmarks/results/distillation_step
 
 A step is what a trainer does between two batches: count the tokens, write texts where it is on-policy, run teacher and
 student, forward and backward, and update the weights (AdamW). All trainers have the same models with random weights, a
 large vocabulary and the same rows of messages, all of one length, in float32; the student writes as many tokens as the
-completions of the data have. `sft` is TRL's SFTTrainer on the same rows, without a teacher. Each measurement is the
-second step of a fresh process, so that the states of the optimizer exist; growth is the peak of resident memory during
-the step over that before it. Methods take turns in rounds; the table gives medians. Seconds are those of the
-processor, all threads together, so that other work on the machine weighs little.
+completions of the data have. `sft` is TRL's SFTTrainer on the same rows, without a teacher; `trl distillation` is the
+trainer of TRL's stable interface, which is always on-policy; `trl gold` and `ours, across tokenizers` have a teacher
+whose tokenizer also has all pairs of letters as tokens, and whose vocabulary is as large as Gemma's. `ours, cached
+teacher` reads outputs that were stored in a first epoch. Each measurement is the last step of a fresh process, after
+one step of every batch, so that the states of the optimizer exist; growth is the peak of resident memory during the
+step over that before it. Methods take turns in rounds; the table gives medians. Seconds are those of the processor,
+all threads together, so that other work on the machine weighs little. Tokens are those of the student's last forward
+pass with gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -32,23 +37,39 @@ METHODS: dict[str, tuple[str, float, str]] = {
     "trl gkd, JSD": ("gkd", 0.0, "0.5"),
     "ours, on-policy reverse KL": ("ours", 1.0, "reverse_kl"),
     "trl gkd, on-policy reverse KL": ("gkd", 1.0, "1.0"),
+    "trl distillation, on-policy reverse KL": ("trl", 1.0, "1.0"),
     "ours, on-policy, sampled tokens": ("ours", 1.0, "sampled"),
+    "ours, cached teacher": ("cached", 0.0, "forward_kl"),
+    "ours, across tokenizers": ("across", 0.0, "gold"),
+    "trl gold, across tokenizers": ("gold", 0.0, "0.5"),
 }
 #: Method -> the one that it is compared with.
-PEERS = {name: name.replace("ours", "trl gkd") for name in METHODS if name.startswith("ours")}
-PEERS["ours, on-policy, sampled tokens"] = "trl gkd, on-policy reverse KL"
+PEERS = {
+    "ours, forward KL": "trl gkd, forward KL",
+    "ours, JSD": "trl gkd, JSD",
+    "ours, on-policy reverse KL": "trl distillation, on-policy reverse KL",
+    "ours, on-policy, sampled tokens": "trl distillation, on-policy reverse KL",
+    "ours, cached teacher": "sft",
+    "ours, across tokenizers": "trl gold, across tokenizers",
+}
+#: Entries of the vocabulary of a teacher with another tokenizer.
+OTHER_VOCABULARY = 262_144
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
 
 
-def tokenizer_of_bytes() -> Any:
+def tokenizer_of_bytes(pairs: bool = False) -> Any:
+    """One token per byte; with `pairs`, also one for every two letters of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"]
-    made = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
+    merges = [(a, b) for a in LETTERS for b in LETTERS] if pairs else []
+    vocabulary = {s: i for i, s in enumerate([*symbols, *(a + b for a, b in merges)])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>")
@@ -72,16 +93,17 @@ def model_of(seed: int, vocabulary: int, hidden: int, layers: int) -> Any:
 def step_of(
     method: str, batch: int, prompt: int, completion: int, vocabulary: int, hidden: int, layers: int
 ) -> Callable[[], dict[str, float]]:
-    """The second step of a trainer, the first one done; returns the tokens that it trained on."""
+    """A step of a trainer that has seen every batch once; returns the tokens that it trained on."""
     import random
 
+    import torch
     from datasets import Dataset
 
     kind, share, loss = METHODS[method]
     letters = random.Random(0)
 
     def text(length: int) -> str:
-        return "".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=length))
+        return "".join(letters.choices(LETTERS, k=length))
 
     # "u:" before the prompt and "a:" behind it, and an end after the completion
     turns = [
@@ -105,6 +127,31 @@ def step_of(
         trainer = GKDTrainer(
             model_of(1, *sizes), model_of(2, *sizes), gkd, train_dataset=data, processing_class=tokenizer_of_bytes()
         )
+    elif kind == "trl":
+        from trl import DistillationConfig as TRLConfig
+        from trl import DistillationTrainer as TRLTrainer
+
+        del shared["max_length"]
+        asked = Dataset.from_list([{"prompt": [one]} for one, _ in turns])
+        own = {"beta": float(loss), "temperature": 1.0, "max_completion_length": completion}
+        trainer = TRLTrainer(
+            model_of(1, *sizes), model_of(2, *sizes), TRLConfig(**shared, **own), asked,
+            processing_class=tokenizer_of_bytes(),
+        )  # fmt: skip
+    elif kind == "gold":
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+        folder = tempfile.mkdtemp()
+        tokenizer_of_bytes(pairs=True).save_pretrained(folder)
+        gold = GOLDConfig(
+            **shared, lmbda=share, beta=float(loss), temperature=1.0, max_completion_length=completion,
+            use_uld_loss=True, uld_use_hybrid_loss=True, teacher_tokenizer_name_or_path=folder,
+        )  # fmt: skip
+        trainer = GOLDTrainer(
+            model_of(1, *sizes), model_of(2, OTHER_VOCABULARY, hidden, layers), gold, train_dataset=data,
+            processing_class=tokenizer_of_bytes(),
+        )  # fmt: skip
     elif kind == "sft":
         from trl import SFTConfig, SFTTrainer
 
@@ -115,15 +162,27 @@ def step_of(
         from hf_transfer_ext import DistillationConfig, DistillationTrainer
 
         own = {"loss": "reverse_kl" if loss == "sampled" else loss}
+        across = kind == "across"
+        if kind == "cached":
+            own["teacher_cache"] = tempfile.mkdtemp()
         if share:
             name = "sampled_reverse_kl" if loss == "sampled" else "gkd"
             own |= {"on_policy": name, "on_policy_share": share, "max_new_tokens": completion}
+        teacher = model_of(2, OTHER_VOCABULARY if across else vocabulary, hidden, layers)
         trainer = DistillationTrainer(
-            model_of(1, *sizes), model_of(2, *sizes), DistillationConfig(**shared, **own), pairs,
-            processing_class=tokenizer_of_bytes(),
+            model_of(1, *sizes), teacher, DistillationConfig(**shared, **own), pairs,
+            processing_class=tokenizer_of_bytes(), teacher_processing_class=tokenizer_of_bytes(pairs=across),
         )  # fmt: skip
     trainer.create_optimizer()
-    batches = iter(trainer.get_train_dataloader())
+    seen: list[float] = []
+
+    def count_tokens(module: Any, args: Any, given: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            mask = given.get("attention_mask")
+            seen[:] = [float(given["input_ids"].numel() if mask is None else mask.sum())]
+
+    trainer.model.model.register_forward_pre_hook(count_tokens, with_kwargs=True)
+    batches = itertools.chain(trainer.get_train_dataloader(), trainer.get_train_dataloader())
 
     def step() -> dict[str, float]:
         samples, count = trainer.get_batch_samples(batches, 1, trainer.args.device)
@@ -131,14 +190,15 @@ def step_of(
         trainer.training_step(trainer.model, samples[0], count)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        return {"tokens": float(samples[0]["attention_mask"].sum())}
+        return {"tokens": seen[0]}
 
+    step()
     step()
     return step
 
 
 def rows_of(records: Sequence[measure.Record]) -> list[list[str]]:
-    """One row for each method: medians, and ratios to TRL within each round."""
+    """One row for each method: medians, and ratios to its peer within each round."""
     rows = []
     for method in METHODS:
         own = [r for r in records if r["method"] == method]
@@ -158,8 +218,8 @@ def rows_of(records: Sequence[measure.Record]) -> list[list[str]]:
                 method,
                 f"{measure.median(good, 'tokens') / seconds:.0f}",  # type: ignore[operator]
                 f"{grown / measure.GB:.2f}",
-                "-" if faster is None else f"{faster:.1f}x",
-                "-" if less is None else f"{less:.1f}x",
+                "-" if faster is None else f"{faster:.2f}x",
+                "-" if less is None else f"{less:.2f}x",
             ]
         )
     return rows
@@ -185,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> list[measure.Record]:
         if record["status"] == measure.FAILED:
             raise RuntimeError(f"{method} failed:\n{record['output']}")
         print(method, {name: record.get(name) for name in ("status", "cpu_s", "growth_bytes", "tokens")}, flush=True)
-    columns = ["step", "tokens per CPU second", "memory growth, GB", "speed over TRL", "TRL's growth over ours"]
+    columns = ["step", "tokens per CPU second", "memory growth, GB", "speed over peer", "peer's growth over ours"]
     found = measure.machine(["torch", "transformers", "trl"]) | {"threads": options.threads}
     given = " ".join(arguments) if arguments is not None else " ".join(sys.argv[1:])
     measure.report_steps(

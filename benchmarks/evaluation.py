@@ -20,6 +20,7 @@ not part of it.
 from __future__ import annotations
 
 import argparse
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,9 +211,11 @@ def main() -> None:
     options = parser.parse_args()
     cases = [(way, VOCABULARIES[0], False) for way in WAYS]
     cases += [(way, size, True) for size in VOCABULARIES for way in ("one pass", "plain loop")]
-    records = []
+    records: list[dict[str, Any]] = []
+    loads: list[float] = []
     for number, (way, vocabulary, few) in rounds_of(cases, options.rounds):
         arguments = {"way": way, "vocabulary": vocabulary, "people": options.people, "few": few}
+        loads.append(os.getloadavg()[0])
         record = measure_in_child(
             "benchmarks.evaluation:step_of", arguments, limit_bytes=memory_limit(), threads=options.threads
         )
@@ -226,21 +229,34 @@ def main() -> None:
     costs, memory = [], []
     for way in WAYS:
         own = of(way, VOCABULARIES[0], False)
-        tokens, wall, checksum = (median(own, field) for field in ("forward_tokens", "wall_s", "checksum"))
-        more, slower = (paired_ratio(own, first, field) for field in ("forward_tokens", "wall_s"))
-        shown = (tokens, "{:.0f}"), (more, "{:.1f}"), (wall, "{:.1f}"), (slower, "{:.1f}"), (checksum, "{:.6g}")
+        shown: list[tuple[float | None, str]] = []
+        for field, form in (("forward_tokens", "{:.0f}"), ("cpu_s", "{:.1f}"), ("wall_s", "{:.1f}")):
+            shown += [(median(own, field), form), (paired_ratio(own, first, field), "{:.1f}")]
+        shown.append((median(own, "checksum"), "{:.6g}"))
         costs.append([way, *(None if value is None else form.format(value) for value, form in shown)])
     for way in ("one pass", "plain loop"):
         growth = [median(of(way, size, True), "growth_bytes") for size in VOCABULARIES]
         memory.append([way, *(None if value is None else f"{value / 1e6:.0f}" for value in growth)])
     text = markdown_table(
-        ["all metrics by", "forward tokens", "times one pass", "seconds", "times one pass", "sum of all values"], costs
-    )
+        [
+            "all metrics by", "forward tokens", "times one pass", "CPU seconds", "times one pass", "wall seconds",
+            "times one pass", "sum of all values",
+        ],
+        costs,
+    )  # fmt: skip
     text += "\n" + markdown_table(["peak growth in MB by", *(f"{size} entries" for size in VOCABULARIES)], memory)
     print(text)
-    write_json(options.out.with_suffix(".json"), {"machine": machine(["torch", "transformers"]), "records": records})
-    command = f"python -m benchmarks.evaluation --rounds {options.rounds} --people {options.people}"
-    write_text(options.out.with_suffix(".md"), f"Made by `{command}`.\n\n{text}")
+    found = machine(["torch", "transformers"]) | {"threads": options.threads, "load_averages": loads}
+    write_json(options.out.with_suffix(".json"), {"machine": found, "records": records})
+    command = "python -m benchmarks.evaluation " + " ".join(
+        f"--{name} {getattr(options, name)}" for name in ("rounds", "people", "threads")
+    )
+    stated = (
+        f"{options.threads} threads of {found['cores']} cores; load average {min(loads):.1f} to {max(loads):.1f} "
+        "before the measurements, this benchmark included. CPU seconds count all threads and suffer less than wall "
+        "seconds from other work on the machine."
+    )
+    write_text(options.out.with_suffix(".md"), f"Made by `{command}`: {stated}\n\n{text}")
 
 
 if __name__ == "__main__":

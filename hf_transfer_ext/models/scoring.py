@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_transfer_ext.data.question_answer import EncodedAnswer
 from hf_transfer_ext.models.heads import vocabulary_size
@@ -23,11 +26,19 @@ from hf_transfer_ext.models.plumbing import (
     is_sharded,
     output_head,
 )
+from hf_transfer_ext.models.sample_gradients import UnknownUse, gradient_norms
+from hf_transfer_ext.tensors import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 #: Maximum number of logits in memory (16 MB of float32): the chunks of tokens are sized to fit, for any vocabulary.
 LOGITS_AT_ONCE = 1 << 22
 #: On a GPU the limit is multiplied by this, since larger matrix products are more efficient there.
 GPU_FACTOR = 16
+#: Maximum number of tokens, padding included, whose activations a backward pass for several sequences stores.
+GRADIENT_TOKENS = 2048
+#: Maximum number of logits of such a pass (64 MB of float32). One sequence is never split, whatever its size.
+GRADIENT_LOGITS = 1 << 24
 #: Minimum prompt length in tokens, without the last one, for which answers to one prompt share a row.
 SHORTEST_SHARED_PROMPT = 4
 #: Maximum length of a shared row in tokens, unless one answer alone is longer: its mask grows quadratically.
@@ -147,6 +158,15 @@ def prompts_can_be_shared(model: Any) -> bool:
     return apart.shape == shared.shape and bool((apart - shared).abs().max() <= allowed)
 
 
+def _norm(gradient: Tensor) -> Float[Tensor, ""]:
+    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _unchanged(logits: RowLogits) -> RowLogits:
+    """The head of rows that are logits already."""
+    return logits
+
+
 def _row_products(first: RowLogits, second: RowLogits) -> Float[Tensor, " rows"]:
     """Row-wise inner products, without a temporary for the elementwise products."""
     return torch.bmm(first[:, None], second[:, :, None])[:, 0, 0]
@@ -256,6 +276,21 @@ def groups_of(sequences: Sequence[EncodedAnswer]) -> list[list[int]]:
     return groups
 
 
+def gradient_groups(sequences: Sequence[EncodedAnswer], vocabulary: int) -> list[int]:
+    """Sizes of consecutive groups of sequences whose activations and logits may exist at once in a backward pass."""
+    sizes: list[int] = []
+    length = answer = 0
+    for s in sequences:
+        length, answer = max(length, len(s.input_ids)), max(answer, s.answer_length)
+        size = sizes[-1] + 1 if sizes else 1
+        if sizes and size * length <= GRADIENT_TOKENS and size * answer * vocabulary <= GRADIENT_LOGITS:
+            sizes[-1] = size
+        else:
+            sizes.append(1)
+            length, answer = len(s.input_ids), s.answer_length
+    return sizes
+
+
 class Scorer:
     """Scores batches with a model and, if needed, a reference.
 
@@ -274,22 +309,50 @@ class Scorer:
         self.forwards = 0
         self._faithful: dict[int, bool] = {}
         self._shares: dict[int, bool] = {}
+        self._batches_gradients: bool | None = None  # None until the first batch has been verified
 
     def score(self, sequences: Sequence[EncodedAnswer], needs: frozenset[str]) -> list[TokenScores]:
-        """Score each sequence once for all `needs`; gradients are computed one sequence at a time."""
-        single = "gradients" in needs or not self.splits(self.model)
-        if "reference" in needs:
-            single = single or not self.splits(self.reference_model)
-        if not single:
+        """Score each sequence once for all `needs`, in as few passes as the model and `GRADIENT_TOKENS` allow."""
+        together = all(map(self.splits, self._models(needs)))
+        if together and "gradients" not in needs:
             return self._score_group(list(sequences), needs)
         references: list[Any] = [None] * len(sequences)
         if "reference" in needs and self.splits(self.reference_model):
             references = self._reference_rows(sequences)  # needs no gradient, so all at once
-        return [
-            scores
-            for s, reference in zip(sequences, references, strict=True)
-            for scores in self._score_group([s], needs, reference)
-        ]
+        sizes = [1] * len(sequences)
+        if "gradients" in needs and together and self._batches_gradients is not False:
+            sizes = gradient_groups(sequences, vocabulary_size(self.model))
+        scored: list[TokenScores] = []
+        for size in sizes:
+            own = slice(len(scored), len(scored) + size)
+            try:
+                scored += self._score_group(list(sequences[own]), needs, references[own])
+                if size > 1 and self._batches_gradients is None:
+                    self._verify_gradients(sequences[own], scored[own])
+            except UnknownUse as reason:
+                logger.warning(
+                    "Gradient norms are computed with one backward pass per sequence, since they cannot be batched "
+                    "for %s: %s.", type(self.model).__name__, reason,
+                )  # fmt: skip
+                self._batches_gradients = False
+                return self.score(sequences, needs)
+        return scored
+
+    def _verify_gradients(self, sequences: Sequence[EncodedAnswer], scores: Sequence[TokenScores]) -> None:
+        """Compare the norm of the shortest sequence of a batch with that of the sequence by itself.
+
+        Raises:
+            UnknownUse: They differ by more than rounding: the model's samples depend on each other.
+        """
+        place = min(range(len(sequences)), key=lambda i: len(sequences[i].input_ids))
+        alone = self._score_group([sequences[place]], frozenset({"token_log_probs", "gradients"}))[0].gradient_norm
+        batched, half = scores[place].gradient_norm, next(iter(self.model.parameters())).dtype.itemsize < 4
+        if alone is None or batched is None or not abs(batched - alone) <= (5e-2 if half else 1e-3) * alone:
+            raise UnknownUse(f"a sequence has the norm {batched} in a batch, and {alone} by itself")
+        self._batches_gradients = True
+
+    def _models(self, needs: frozenset[str]) -> list[Any]:
+        return [self.model, self.reference_model] if "reference" in needs else [self.model]
 
     def splits(self, model: Any) -> bool:
         """Whether hidden states and head can be computed separately; if not, full logits of one sequence at a time."""
@@ -335,22 +398,28 @@ class Scorer:
                 hidden, output = hidden_states(model, **inputs, output_hidden_states=every_layer)
                 return hidden[:, own][batch.rows], output_head(model), output.hidden_states
             output = model(**inputs, output_hidden_states=every_layer)
-            return output.logits[:, own][batch.rows].float(), lambda rows: rows, output.hidden_states
+            return output.logits[:, own][batch.rows].float(), _unchanged, output.hidden_states
 
     def _score_group(
-        self, sequences: list[EncodedAnswer], needs: frozenset[str], reference: tuple[Any, Any] | None = None
+        self, sequences: list[EncodedAnswer], needs: frozenset[str], references: Sequence[Any] = (None,)
     ) -> list[TokenScores]:
-        """Score sequences in one pass; `reference` holds its rows and head if they are already known."""
-        models = [self.model, self.reference_model] if "reference" in needs else [self.model]
-        batch = self._batch_of(sequences, models)
-        gradients = "gradients" in needs
-        with torch.enable_grad() if gradients else torch.no_grad():
-            rows, head, hidden = self._rows(self.model, self.adapter, batch, "hidden_states" in needs)
-            norm = self._gradient_norm(rows, head, batch) if gradients else None
+        """Score sequences in one pass; `references` holds rows and head of each if they are already known."""
+        every_layer = "hidden_states" in needs
+        norms: list[float | None] = [None] * len(sequences)
+        if "gradients" in needs:
+            batch = Batch.of(sequences, self.pad_id, next(iter(self.model.parameters())).device)
+            rows, hidden, norms = self._logits_and_norms(sequences, batch, every_layer)
+            head = _unchanged
+        else:
+            batch = self._batch_of(sequences, self._models(needs))
+            with torch.no_grad():
+                rows, head, hidden = self._rows(self.model, self.adapter, batch, every_layer)
         rows = rows.detach()
-        reference_rows, reference_head = reference or (None, None)
+        reference_rows = reference_head = None
+        if None not in references:
+            reference_rows, reference_head = torch.cat([known[0] for known in references]), references[0][1]
         with torch.no_grad():
-            if "reference" in needs and reference is None:
+            if "reference" in needs and reference_rows is None:
                 reference_rows, reference_head, _ = self._rows(
                     self.reference_model, self.reference_adapter, batch, False
                 )
@@ -360,7 +429,7 @@ class Scorer:
         for place, (row, column) in zip(batch.order, batch.starts, strict=True):
             start, end = end, end + sequences[place].answer_length
             scores = TokenScores(**{name: values[start:end] for name, values in parts.items()})  # type: ignore[arg-type]
-            scores.gradient_norm = norm
+            scores.gradient_norm = norms[place]
             if hidden is not None and "hidden_states" in needs:
                 states = [layer[row, column - batch.length] for layer in hidden]
                 scores.hidden = torch.stack(states).detach().float().cpu().numpy()
@@ -413,16 +482,33 @@ class Scorer:
             found["vocabulary_std"] = _row_products(p, log_p.sub_(mean[:, None]).square_()).sqrt()
         return found
 
-    def _gradient_norm(self, rows: Any, head: Any, batch: Batch) -> float:
-        """L2 norm of d(mean loss)/d(trainable weights), for one sequence."""
+    def _logits_and_norms(
+        self, sequences: Sequence[EncodedAnswer], batch: Batch, every_layer: bool
+    ) -> tuple[Any, Any, list[float | None]]:
+        """(rows of logits, all hidden states, gradient norm of each sequence's mean loss); one sequence per row."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         if not weights:
             raise ValueError(
                 "Gradient norms need weights with requires_grad=True, and this model has none. "
                 "Unfreeze the weights to take the norm over."
             )
-        with active_adapter(self.model, self.adapter) if self.adapter else nullcontext():
-            loss = torch.nn.functional.cross_entropy(head(rows), batch.targets)
-        found = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=False)
-        norms = torch.stack([g.detach().float().norm() for g in found if g is not None])
-        return float(norms.norm())
+        lengths = [s.answer_length for s in sequences]
+        found: list[Any] = []
+
+        def losses() -> Tensor:
+            rows, head, hidden = self._rows(self.model, self.adapter, batch, every_layer)
+            rows = pad_sequence(rows.split(lengths), batch_first=True)
+            targets = pad_sequence(batch.targets.split(lengths), batch_first=True, padding_value=IGNORE_INDEX)
+            with active_adapter(self.model, self.adapter) if self.adapter else nullcontext():
+                logits = head(rows)
+            found[:] = [logits.detach()[targets != IGNORE_INDEX], hidden]
+            per_token = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            return per_token.view(targets.shape).sum(1) / torch.tensor(lengths, device=per_token.device)
+
+        with torch.enable_grad():
+            if len(sequences) > 1:
+                norms = gradient_norms(weights, losses, samples=len(sequences), length=batch.length).tolist()
+            else:
+                gradients = torch.autograd.grad(losses().sum(), weights, allow_unused=True)
+                norms = [float(torch.stack([_norm(g) for g in gradients if g is not None]).norm())]
+        return found[0], found[1], norms
