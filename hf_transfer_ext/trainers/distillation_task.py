@@ -218,6 +218,10 @@ class DistillationTask(ABC):
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Rows as one batch, with `labels`."""
 
+    def drawn(self, batch: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """A batch as a training step reads it: what is drawn at random is drawn here, from `seed` and the step."""
+        return batch
+
     def items(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "*shape"]:
         """Where the items of a batch are: True for each item that its loss is a mean over."""
         return torch.ones(len(batch["labels"]), dtype=torch.bool, device=batch["labels"].device)

@@ -202,6 +202,11 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         self._sums.add(model, {**found.sums, "items": items.sum()}, self.args.device)
         return (found.loss, found.outputs) if return_outputs else found.loss
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        step = self.state.global_step
+        drawn = (self.task.drawn(batch, step) for batch in epoch_iterator)
+        return super().get_batch_samples(drawn, num_batches, device)  # type: ignore[arg-type]
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:  # type: ignore
         """The items of a step, on all processes where `average_tokens_across_devices` asks for it."""
         if not batch_samples:
