@@ -38,7 +38,6 @@ from benchmarks import measure, transferred_task
 from hf_transfer_ext.adapters.transfer.compare import answered_exactly
 from hf_transfer_ext.data.facts import fact_questions, fact_texts
 from hf_transfer_ext.evals.adapters import with_adapters
-from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.language import as_choices
 from hf_transfer_ext.evals.metric import weighted_mean
@@ -46,6 +45,7 @@ from hf_transfer_ext.files import write_text, written_aside
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.spans import SPAN_LOSSES
+from hf_transfer_ext.measurement.bootstrap import interval_of
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
 from hf_transfer_ext.students.shape import StudentShape

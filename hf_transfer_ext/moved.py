@@ -19,6 +19,7 @@ MOVED = {
     "evals.audit.audit": "evals.audit.run",
     "evals.audit.membership.references": "evals.audit.references",
     "evals.audit.membership.scores": "evals.audit.membership_scores",
+    "evals.bootstrap": "measurement.bootstrap",
     "evals.cache": "evals.engine.cache",
     "evals.measurement": "measurement",
     "evals.models": "evals.adapters",

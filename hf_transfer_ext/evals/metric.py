@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.options import label_with
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import interval_of
 
 #: The complete list of what a metric may need, and what the engine then provides.
 QUANTITIES = {

@@ -534,18 +534,19 @@ def _how_to_load(
     record: RunRecord, adapter: bool, bases: Sequence[str], chat: bool, servers: Sequence[Server] = ()
 ) -> str:
     kind = model_kind(record)
-    load = kind.auto_class
+    load, reader = kind.auto_class, kind.reader
+    named = "processor" if reader == "AutoProcessor" else "tokenizer"
     if adapter:
         base = json.dumps(bases[0] if len(bases) == 1 else "PATH_OR_REPOSITORY_OF_THE_BASE")
         labels = record.config.get("labels")
         more = f", num_labels={len(labels)}" if labels else ""
         code = [
             "from peft import PeftModel",
-            f"from transformers import {load}, AutoTokenizer",
+            f"from transformers import {load}, {reader}",
             "",
             f"base = {load}.from_pretrained({base}{more})",
             f'model = PeftModel.from_pretrained(base, "{THIS_MODEL}")',
-            f"tokenizer = AutoTokenizer.from_pretrained({base})",
+            f"{named} = {reader}.from_pretrained({base})",
         ]
         note = "It is in the format of PEFT."
         for one in servers:
@@ -555,10 +556,10 @@ def _how_to_load(
             note += f" {reasons}" if reasons else ""
     else:
         code = [
-            f"from transformers import {load}, AutoTokenizer",
+            f"from transformers import {load}, {reader}",
             "",
             f'model = {load}.from_pretrained("{THIS_MODEL}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{THIS_MODEL}")',
+            f'{named} = {reader}.from_pretrained("{THIS_MODEL}")',
         ]
         note = "The weights are safetensors; no code from the repository is needed."
         if load == "AutoModelForCausalLM":
@@ -573,7 +574,7 @@ def _how_to_load(
         if pooling == "mean":
             note += " An embedding is the mean over a text's tokens, as `SentenceTransformer` takes it by default."
     if chat:
-        note += "\n\nThe tokenizer brings a chat template (`tokenizer.apply_chat_template`)."
+        note += f"\n\nThe {named} brings a chat template (`{named}.apply_chat_template`)."
     return "\n".join(["```python", *code, "```", "", note])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_transfer_ext.models.chat_template import guard_chat_templates
 from hf_transfer_ext.reading import check_patterns, field_of, one_line, read_json
@@ -204,6 +204,54 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
         tokenizer.pad_token = tokenizer.eos_token
     guard_chat_templates(tokenizer, str(name))
     return tokenizer
+
+
+def load_processor(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
+    """Load the processor of a vision-language model: its tokenizer and what turns images into tensors.
+
+    Raises:
+        FileNotFoundError: There is no processor at `name`, or one that needs a package that is not installed.
+        ValueError: What is there does not process images, or needs code from its repository.
+    """
+    place = place_of(name, revision)
+    inside = {"subfolder": place.subfolder} if place.subfolder else {}
+    try:
+        processor = AutoProcessor.from_pretrained(
+            place.path, revision=place.revision or "main", **inside, **{**NO_REMOTE_CODE, **kwargs}
+        )
+    except Exception as error:  # processors of some families raise whatever their missing parts raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(_needs_code("Processor", name)) from error
+        advice = "It must contain processor_config.json or preprocessor_config.json, and the tokenizer."
+        missing = [one for one in ("torchvision", "num2words") if one in str(error).lower() and find_spec(one) is None]
+        if missing:  # processors of videos, which those of Qwen-VL and SmolVLM2 have
+            advice = f"Install what it needs: pip install {' '.join(missing)}."
+        raise FileNotFoundError(f"Processor {str(name)!r} cannot be loaded: {one_line(error)} {advice}") from error
+    require_processor(processor)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    for one in (processor, processor.tokenizer):
+        guard_chat_templates(one, str(name))
+    return processor
+
+
+def require_processor(processor: Any) -> None:
+    """Refuse what does not turn both texts and images into a model's inputs.
+
+    Raises:
+        ValueError: It has no tokenizer, or no image processor.
+    """
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise ValueError(
+                f"A processor of texts and images is needed (`AutoProcessor.from_pretrained`), but "
+                f"{type(processor).__name__} has no {part.replace('_', ' ')}."
+            )
+
+
+def tokenizer_in(reader: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer itself, and None, are returned as they are."""
+    return getattr(reader, "tokenizer", reader)
 
 
 def _needs_code(what: str, name: str | Path) -> str:

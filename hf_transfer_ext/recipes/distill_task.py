@@ -38,6 +38,9 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
     """Load teacher and student, train, measure and save the student; with `dry_run`, only print the plan."""
     check_job(job, args)
     task = TASKS[args.task]
+    if "image_folder" in task.options and Path(job.dataset).exists():  # what paths in the data are relative to
+        folder = Path(job.dataset).parent if Path(job.dataset).is_file() else Path(job.dataset)
+        args.task_options = {"image_folder": str(folder), **dict(args.task_options)}  # type: ignore[arg-type]
     read = (job.student, job.dataset, job.teacher)
     run = start_training("distillation", script, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
@@ -51,7 +54,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
         how = teacher_loading(args)
         labels = {"data": data} if job.teach_steps > 0 else {}
         loading = {**task.loading(model_path(job.teacher), how["revision"], **labels), **how}
-        teacher, tokenizer = load_named(job.teacher, record, "teacher", **loading)
+        teacher, tokenizer = load_named(job.teacher, record, "teacher", load_reader=task.load_reader, **loading)
         forget_loading(args)  # obeyed here; the trainer gets a loaded model
     if job.teach_steps > 0:
         with record.stage("teach the teacher"):
@@ -62,7 +65,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
             student, own = make_student(job, teacher, tokenizer, data, args, run.work), tokenizer
         else:
             loading = task.loading(job.student, job.student_revision, like=teacher.config)
-            student, own = load_student(job, args, record, **loading)
+            student, own = load_student(job, args, record, load_reader=task.load_reader, **loading)
         twin = copy.deepcopy(student) if job.compare_with_ce else None
     adapter = job.adapter()
     if adapter is not None:

@@ -52,11 +52,13 @@ def load_named(
     revision: str | None = None,
     dtype: str = "auto",
     device: Any = None,
+    load_reader: Callable[..., Any] = load_tokenizer,
     **loading: Any,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, a Hub id or `demo`; the record, if any, notes it as an input.
 
     Args:
+        load_reader: Loads the tokenizer, or a processor in its place.
         loading: Passed to `load_model` (`attn_implementation`, `quantization_config`, ...).
     """
     path = model_path(name)
@@ -66,7 +68,7 @@ def load_named(
     if record is not None:
         record.inputs.append(describe_input(path, revision, role, model=model))
     code = {key: value for key, value in loading.items() if key == "trust_remote_code"}
-    return model, load_tokenizer(path, revision=revision, **code)
+    return model, load_reader(path, revision=revision, **code)
 
 
 def packed(is_four_bit: bool, args: Any) -> dict[str, Any]:

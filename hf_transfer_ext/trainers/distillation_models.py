@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_transfer_ext.data.text import fit_context, require_labels
 from hf_transfer_ext.data.vocabularies import compare_vocabularies
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
-from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
+from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer, tokenizer_in
 from hf_transfer_ext.teachers.signal import Teacher
 from hf_transfer_ext.trainers.distillation_config import TEACHER_LOADING, DistillationConfig
 
@@ -91,11 +91,16 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def load_student(
-    path: str | Path, args: DistillationConfig, quantization_config: Any, **loading: Any
+    path: str | Path,
+    args: DistillationConfig,
+    quantization_config: Any,
+    load_reader: Callable[..., Any] = load_tokenizer,
+    **loading: Any,
 ) -> tuple[Any, Any]:
     """The student and its tokenizer, loaded as `model_init_kwargs` say, by default in float32; adapters trainable.
 
     Args:
+        load_reader: Loads the tokenizer; `load_processor` where the student reads more than text.
         loading: Passed to `load_model` where `model_init_kwargs` do not say otherwise.
     """
     settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **dict(args.model_init_kwargs or {})}  # type: ignore[arg-type]
@@ -107,7 +112,7 @@ def load_student(
     model = load_model(path, dtype=dtype, **{**loading, **settings})
     train_adapters(model)
     named = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
-    return model, load_tokenizer(path, **named)
+    return model, load_reader(path, **named)
 
 
 def train_adapters(model: Any) -> None:
@@ -117,8 +122,10 @@ def train_adapters(model: Any) -> None:
         model.set_adapter(name)
 
 
-def tokenizer_beside(teacher: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder, or the part of the Hub's cache, that a loaded teacher came from; None without one.
+def tokenizer_beside(teacher: Any, load_reader: Callable[..., Any] = load_tokenizer) -> Any:
+    """The tokenizer (or processor) in the folder, or the part of the Hub's cache, that a loaded teacher came from.
+
+    None where there is none.
 
     One with more tokens than the teacher has entries is not its own: its vocabulary was trimmed since.
     """
@@ -127,12 +134,12 @@ def tokenizer_beside(teacher: Any) -> PreTrainedTokenizerBase | None:
     if not name:
         return None
     try:
-        tokenizer = load_tokenizer(name, local_files_only=True)
+        reader = load_reader(name, local_files_only=True)
     except FileNotFoundError:
         return None
     has_head = model.get_output_embeddings() is not None
     rows = head_rows(teacher) if has_head else model.get_input_embeddings().num_embeddings
-    return tokenizer if len(tokenizer) <= rows else None
+    return reader if len(tokenizer_in(reader)) <= rows else None
 
 
 def refuse_shared_weights(student: Any, teacher: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_transfer_ext import __version__
@@ -19,6 +20,7 @@ from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.slopes import own_options
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.loading import load_tokenizer, tokenizer_in
 from hf_transfer_ext.models.plumbing import accepts, evaluation_mode
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import predicting_rows
@@ -60,6 +62,8 @@ class DistillationTask(ABC):
     #: Columns that rows must have, and those that they may have.
     needs: ClassVar[tuple[str, ...]] = ("text",)
     may_have: ClassVar[tuple[str, ...]] = ()
+    #: Columns of the data that batches are made of, beside what `row` returns.
+    keeps: ClassVar[tuple[str, ...]] = ()
     #: Keys of `task_options` with their defaults.
     options: ClassVar[Mapping[str, Any]] = {}
     #: Losses of this task beside, or instead of, the divergences.
@@ -67,6 +71,10 @@ class DistillationTask(ABC):
     takes_divergences: ClassVar[bool] = True
     #: Whether the teacher has to read the tokens of the student.
     shares_tokens: ClassVar[bool] = False
+    #: Whether the teacher reads rows with a tokenizer or processor of its own.
+    needs_teachers_reader: ClassVar[bool] = True
+    #: Whether the loss is taken inside a head over the vocabulary.
+    uses_a_head: ClassVar[bool] = False
     #: Set by the trainer: whether batches are for evaluation, and whether the student's whole output is asked for.
     evaluates: bool = False
     wants_outputs: bool = False
@@ -106,6 +114,9 @@ class DistillationTask(ABC):
         for name in args.loss_options:
             if name not in options:
                 raise ValueError(unknown_name(f"option of {args.loss}", name, options or ["(it has none)"]))
+        for name in () if cls.uses_a_head else ("fused", "float32_logits"):
+            if not getattr(args, name):
+                raise ValueError(f"`{name}` is off, but the task {cls.__name__} builds no logits of a vocabulary.")
         if args.loss in cls.own_losses and args.distill_temperature != 1:
             raise ValueError(
                 f"`distill_temperature` is {args.distill_temperature}, but {args.loss} has no probabilities to "
@@ -126,6 +137,30 @@ class DistillationTask(ABC):
             data: Rows to take the labels from without `like`.
         """
         return {"auto_class": cls.kind().auto_class}
+
+    @classmethod
+    def load_reader(cls, name: Any, **how: Any) -> Any:
+        """Load what turns rows into a model's inputs: its tokenizer, or its processor.
+
+        Args:
+            name: Folder or Hub id of the model.
+            how: Arguments of `load_tokenizer` or `load_processor`.
+        """
+        return load_tokenizer(name, **how)
+
+    @classmethod
+    def check_reader(cls, role: str, reader: Any) -> None:
+        """Refuse a tokenizer or processor that this task cannot read rows with.
+
+        Raises:
+            ValueError: It lacks a part that the task needs.
+        """
+        return None
+
+    @classmethod
+    def trainable(cls, args: Any, student: Any, adapter: PeftConfig | None = None) -> Any:
+        """The student with what is to be trained of it: an adapter, or all weights that are not frozen."""
+        return student if adapter is None else get_peft_model(student, adapter)
 
     # ---- Rows and batches ----
 
@@ -151,17 +186,23 @@ class DistillationTask(ABC):
         used = [name for name in (*self.needs, *self.may_have) if name in first]
         warn_of_unused("of this training", list(first), used)
         self.read_features(getattr(dataset, "features", None) or {})
-        return dataset.map(self.row, remove_columns=list(first), **self._mapping(dataset))
+        left_out = [name for name in first if name not in self.keeps]
+        return dataset.map(self._row, with_indices=True, remove_columns=left_out, **self._mapping(dataset))
+
+    def _row(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """As `row`; an error says which row it is, counted from 0."""
+        try:
+            return self.row(row)
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
 
     def _mapping(self, dataset: Any) -> dict[str, Any]:
         """How `map` is called on a data set that is not streamed: processes, and a name under which it caches rows."""
         if not hasattr(dataset, "_fingerprint"):
             return {}
         readers = [self.tokenizer, self.teacher_tokenizer] if self.reads_apart else [self.tokenizer]
-        backends = [getattr(one, "backend_tokenizer", None) for one in readers]
-        tokens = [str(one) if found is None else found.to_str() for one, found in zip(readers, backends, strict=True)]
         parts = [dataset._fingerprint, str(dataset.features), type(self).__name__, __version__, repr(self.facts())]
-        parts += [repr(self.settings), repr(self.args.max_length), *tokens]
+        parts += [repr(self.settings), repr(self.args.max_length), *map(content_of, readers)]
         digest = sha256("\0".join(parts).encode()).hexdigest()[:16]
         return {"num_proc": self.args.dataset_num_proc, "new_fingerprint": digest}
 
@@ -176,6 +217,10 @@ class DistillationTask(ABC):
     @abstractmethod
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Rows as one batch, with `labels`."""
+
+    def drawn(self, batch: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """A batch as a training step reads it: what is drawn at random is drawn here, from `seed` and the step."""
+        return batch
 
     def items(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "*shape"]:
         """Where the items of a batch are: True for each item that its loss is a mean over."""
@@ -280,6 +325,14 @@ class DistillationTask(ABC):
 def to(device: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch on a device."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def content_of(reader: Any) -> str:
+    """All of a tokenizer, or of a processor, that its results depend on."""
+    tokenizer = tokenizer_in(reader)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [str(tokenizer) if backend is None else backend.to_str(), str(getattr(reader, "chat_template", None))]
+    return "\0".join(parts if tokenizer is reader else [type(reader).__name__, reader.to_json_string(), *parts])
 
 
 def loss_options(own: Any, name: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_transfer_ext.losses.fused import CHUNK_BYTES, CHUNK_BYTES_GPU
+from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 
 #: Bytes of optimizer state per trained parameter, by what the name of the optimizer contains; 8 otherwise (AdamW).
 STATE_BYTES = {"8bit": 2, "sgd": 0, "adafactor": 0, "adamw": 8}
@@ -16,6 +17,12 @@ PROCESS_BYTES = 1.0e8
 #: Share of the peak rate of matrix products that a training step reaches, and that peak of a GPU, in operations per
 #: second (bfloat16, A100; an H100 does about 2.5 times as many).
 EFFICIENCY, GPU_RATE = 0.4, 312e12
+
+#: Task -> why its memory is not estimated; others are not decoders.
+_NOT_ESTIMATED = {
+    "vision_language": "how many tokens an image is, and what its vision tower keeps, depend on the data",
+    "seq2seq": "it has two stacks of layers, which read texts of different lengths",
+}
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,18 @@ def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -
         devices: Number of GPUs; they share weights where `sharded`.
 
     Raises:
-        ValueError: No model is named, or a student that is yet to be made.
+        ValueError: No model is named, or a student that is yet to be made, or the task is not of language models.
         OSError: A configuration cannot be found.
     """
     from transformers import AutoConfig
 
-    distills = "model_name_or_path" not in content
+    distills, task = "model_name_or_path" not in content, str(content.get("task") or CAUSAL_LM)
+    if task != CAUSAL_LM:
+        reason = _NOT_ESTIMATED.get(task, "its activations and its loss are not those of a decoder of texts")
+        raise ValueError(
+            f"The task {task!r} cannot be planned: {reason}. `--dry_run true` of the recipe checks everything but the "
+            "memory."
+        )
     name = content.get("student" if distills else "model_name_or_path")
     if not name:
         raise ValueError(

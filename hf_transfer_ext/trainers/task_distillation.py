@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_transfer_ext.hub.record import RunRecord
 from hf_transfer_ext.models.heads import causal_lm_of
-from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.models.loading import load_model, tokenizer_in
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.distillation_models import (
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # type: ignore[misc]
-    """Distill classifiers, encoder-decoders, masked language models and sentence embedders.
+    """Distill classifiers, encoder-decoders, masked language models, embedders and vision-language models.
 
     Args:
         model: Student: a model, a `PeftModel`, a path or a Hub id.
@@ -51,7 +50,9 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         args: `DistillationConfig` with the `task`.
         train_dataset: Rows with the columns that the task reads (`hf-transfer-ext methods TASK`); others are left out,
             and a warning names them.
-        teacher_processing_class: The teacher's tokenizer; loaded from beside the teacher where it is not given.
+        processing_class: The student's tokenizer, or its processor; loaded from beside the student where it is not
+            given.
+        teacher_processing_class: The same of the teacher.
         peft_config: An adapter to train instead of all weights.
         kwargs: Everything else that `Trainer` takes.
 
@@ -93,39 +94,42 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         if isinstance(teacher, (str, Path)):
             stated = teacher_loading(config)
             named = {key: stated[key] for key in ("revision", "trust_remote_code") if key in stated}
-            teacher_processing_class = teacher_processing_class or load_tokenizer(teacher, **named)
+            teacher_processing_class = teacher_processing_class or task.load_reader(teacher, **named)
             teacher = load_model(teacher, **{**task.loading(teacher, stated.get("revision")), **stated})
         if isinstance(model, (str, Path)):
             revision = dict(config.model_init_kwargs or {}).get("revision")
             like = None if teacher is None else causal_lm_of(teacher).config
             loading = task.loading(model, revision, like=like, data=train_dataset)
-            model, tokenizer = load_student(model, config, kwargs.pop("quantization_config", None), **loading)
-            processing_class = processing_class or tokenizer
+            packed = kwargs.pop("quantization_config", None)
+            model, reader = load_student(model, config, packed, task.load_reader, **loading)
+            processing_class = processing_class or reader
         elif config.model_init_kwargs is not None:
             raise ValueError(
                 "`model_init_kwargs` says how to load a model, but the student is loaded already. Give its path, or "
                 "leave it out."
             )
         if processing_class is None:
-            processing_class = load_tokenizer(causal_lm_of(model).config.name_or_path)
+            processing_class = task.load_reader(causal_lm_of(model).config.name_or_path)
+        task.check_reader("student", processing_class)
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"The task {config.task} learns from a model, got a {type(teacher).__name__}.")
         both = {"student": model} | ({"teacher": teacher} if teacher is not None else {})
         for one in both.values():
             require_class(one, kind, config.task)
         if teacher is not None:
-            teacher_processing_class = teacher_processing_class or tokenizer_beside(teacher)
+            teacher_processing_class = teacher_processing_class or tokenizer_beside(teacher, task.load_reader)
+            if task.needs_teachers_reader:
+                require_tokenizer(teacher, tokenizer_in(teacher_processing_class))
+                task.check_reader("teacher", teacher_processing_class)
             if task.shares_tokens:
-                check_vocabularies(model, teacher, processing_class, teacher_processing_class)
-            else:
-                require_tokenizer(teacher, teacher_processing_class)
+                readers = tokenizer_in(processing_class), tokenizer_in(teacher_processing_class)
+                check_vocabularies(model, teacher, *readers)
         fit_default_length(config, both.values())
         for name, one in both.items():
             check_length(name, one, config.max_length)
         if config.disable_dropout:
             disable_dropout(model)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+        model = task.trainable(config, model, peft_config)
         if teacher is not None:
             refuse_shared_weights(model, teacher)
         if hasattr(model, "peft_config") and config.gradient_checkpointing:
@@ -182,6 +186,9 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset  # the task has left out what it does not read
 
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        return data_collator  # the same of streamed rows
+
     # ---- The loss ----
 
     def compute_loss(
@@ -194,6 +201,11 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         found = self.task.losses(model, self.teacher, inputs, self.token_weight(items, num_items_in_batch))
         self._sums.add(model, {**found.sums, "items": items.sum()}, self.args.device)
         return (found.loss, found.outputs) if return_outputs else found.loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        step = self.state.global_step
+        drawn = (self.task.drawn(batch, step) for batch in epoch_iterator)
+        return super().get_batch_samples(drawn, num_batches, device)  # type: ignore[arg-type]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:  # type: ignore
         """The items of a step, on all processes where `average_tokens_across_devices` asks for it."""

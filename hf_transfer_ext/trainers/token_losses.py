@@ -49,6 +49,8 @@ class TokenTask(DistillationTask):
     """Base of tasks whose items are tokens that both models predict at the same positions."""
 
     shares_tokens: ClassVar[bool] = True
+    needs_teachers_reader: ClassVar[bool] = False
+    uses_a_head: ClassVar[bool] = True
     select: ClassVar[Any] = staticmethod(rows_at)
 
     def __init__(self, args: Any, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizer: Any = None) -> None:
@@ -61,7 +63,10 @@ class TokenTask(DistillationTask):
     def losses(self, model: Any, teacher: Any, batch: Mapping[str, Tensor], weight: Tensor) -> TaskLoss:
         mask = self.items(batch)
         inputs = {**self.inputs(model, batch), **no_cache(model)}
-        signal = None if teacher is None else teacher.signal(model, self.inputs(model, batch), mask)
+        signal = None
+        if teacher is not None:
+            read = self.inputs(teacher.network, batch, of_teacher=True)
+            signal = teacher.signal(model, read, self.teacher_mask(batch))
         terms: dict[str, Any] = {
             "teacher": None if signal is None else signal.rows,
             "divergence": self.loss,
@@ -76,7 +81,9 @@ class TokenTask(DistillationTask):
 
         def losses_of(states: Tensor, head: LMHead | None) -> FusedLoss:
             rows = self.select(states, mask)
-            return divergence_of_logits(rows, **terms) if head is None else fused_divergence(rows, head, **terms)
+            if head is None:
+                return divergence_of_logits(rows, **terms)
+            return fused_divergence(rows, head, float32_logits=self.args.float32_logits, **terms)
 
         if self._fused is None:
             self._fused = head_is_understood(model)
@@ -90,6 +97,10 @@ class TokenTask(DistillationTask):
         sums |= {"correct": parts.statistics.correct.sum(), "entropy": parts.statistics.entropy.sum()}
         # DDP and FSDP follow a model's output to the parameters that made it: all of the output leads to the loss.
         return TaskLoss(parts.loss + 0.0 * outputs.logits[..., :1].sum(), outputs, sums)
+
+    def teacher_mask(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "batch length"]:
+        """Where the items are in what the teacher reads, in the same order as in `items`."""
+        return self.items(batch)
 
     def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The token to predict at each position of `items`."""
@@ -109,7 +120,8 @@ class TokenTask(DistillationTask):
             sums[1] += int((logits.argmax(-1) == labels).sum())
             if reference is not None:
                 with reference.running(model) as network:
-                    found = self.select(network(**self.inputs(network, batch)).logits, mask).float()
+                    read = self.inputs(network, batch, of_teacher=True)
+                    found = self.select(network(**read).logits, self.teacher_mask(batch)).float()
                 shared = min(found.shape[1], logits.shape[1])
                 sums[2] += kl_of(found[:, :shared], logits[:, :shared])
                 sums[3] += int((logits.argmax(-1) == found.argmax(-1)).sum())

@@ -15,6 +15,7 @@ class ModelKind:
         learned: What a distilled model of this kind was trained to reproduce, in a sentence.
         suffix: How the names of its model classes end; "" where they have no common ending.
         peft_task: PEFT's name of the task, which keeps a new output layer trainable; None where PEFT has none.
+        reader: The class of transformers that loads what turns data into the model's inputs.
     """
 
     auto_class: str
@@ -22,6 +23,7 @@ class ModelKind:
     learned: str
     suffix: str = ""
     peft_task: str | None = None
+    reader: str = "AutoTokenizer"
 
 
 #: Task -> kind of model; the tasks of `trainers.tasks`, and plain language models.
@@ -66,5 +68,13 @@ MODEL_KINDS: dict[str, ModelKind] = {
         "A student was trained to embed texts as a teacher does.",
         "Model",
         "FEATURE_EXTRACTION",
+    ),
+    "vision_language": ModelKind(
+        "AutoModelForImageTextToText",
+        "image-text-to-text",
+        "A student was trained to give a teacher's next-token distributions for answers about images.",
+        "ForConditionalGeneration",
+        "CAUSAL_LM",
+        "AutoProcessor",
     ),
 }

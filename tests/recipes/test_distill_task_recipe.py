@@ -1,13 +1,16 @@
 """The distillation recipe with a task other than a language model: from its command line to a result with its card."""
 
 import json
+import random
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from trainers.tasks.tiny_encoders import tiny_bert, tokenizer_of
+from datasets import Dataset
+from trainers.tasks.tiny_encoders import config, tiny_bert, tokenizer_of
+from trainers.tasks.tiny_vision import COLORS, SHAPES, drawn, idefics, idefics_processor, llava, llava_processor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,8 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from hf_transfer_ext import TaskDistillationTrainer
 from hf_transfer_ext.data.facts import fact_texts
 from hf_transfer_ext.hub.record import read_record
+from hf_transfer_ext.models.loading import load_model, load_processor
 from hf_transfer_ext.recipes import distill
 
 ROWS = [("gold is heavy", "metal"), ("paris is old", "city"), ("tin and zinc", "metal"), ("rome", "city")] * 4
@@ -165,3 +170,78 @@ def test_a_real_student_comes_closer_to_its_teacher(tmp_path, task):
     found = run(tmp_path, **{**models, **shared, **steps, **settings})
     before, after = ({m.name: m.value for m in found[side]}[name] for side in ("student before", "student"))
     assert after > before if more_is_better else after < before
+
+
+def pictures(folder, split, count):
+    """A folder of images with their questions and answers, as `datasets` reads it; and its rows."""
+    (folder / split).mkdir(parents=True)
+    draw, rows = random.Random(split), []
+    for place in range(count):
+        color, shape, width = draw.choice(sorted(COLORS)), draw.choice(SHAPES), draw.randint(12, 22)
+        corner = draw.randint(0, 31 - width), draw.randint(0, 31 - width)
+        drawn(color, shape, place=corner, width=width).save(folder / split / f"{place}.png")
+        texts = {"prompt": "What is it?", "completion": f"a {color} {shape}"}
+        rows.append({"file_name": f"{place}.png", **texts})
+    (folder / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def vision_run(folder, **settings):
+    llava(1, layers=4, hidden=64, initializer_range=0.05).save_pretrained(folder / "teacher")
+    llava_processor().save_pretrained(folder / "teacher")
+    steps = {"per_device_train_batch_size": 16, "learning_rate": 3e-3, "max_length": 96, "columns": None}
+    named = {"task": "vision_language", "teacher": str(folder / "teacher"), "dataset": str(folder / "data")}
+    return run(folder, **{**named, **steps, **settings})
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_teacher_of_another_family_what_is_in_a_picture(tmp_path):
+    """The teacher learns to name drawn shapes, and a student with other image tokens learns it from the teacher."""
+    pictures(tmp_path / "data", "train", 480)
+    rows = pictures(tmp_path / "data", "test", 96)
+    idefics(2, initializer_range=0.05).save_pretrained(tmp_path / "student")
+    idefics_processor().save_pretrained(tmp_path / "student")
+    found = vision_run(
+        tmp_path, student=str(tmp_path / "student"), teach_steps=150, teach_learning_rate=3e-3, max_steps=150,
+        test_rows=96, warmup_steps=10,
+    )  # fmt: skip
+    before, after = ({m.name: m.value for m in found[side]} for side in ("student before", "student"))
+    assert before["kl_to_teacher"] > 1 > 3 * after["kl_to_teacher"]
+    assert after["accuracy"] > 0.93 and after["teacher_agreement"] > 0.95
+    # Where it looks at other pictures than those it is asked about, it is right about the words alone.
+    student, reader = (
+        load_model(tmp_path / "out", auto_class="AutoModelForImageTextToText"),
+        load_processor(tmp_path / "out"),
+    )
+    options = {"task_options": {"image_folder": str(tmp_path / "data" / "test")}, "max_length": 96}
+    args = config(tmp_path / "scratch", "vision_language", kd_weight=0.0, ce_weight=1.0, **options)
+    trainer, nats = TaskDistillationTrainer(student, None, args, None, reader), []
+    for shift in (0, 1):
+        images = [rows[(place + shift) % len(rows)]["file_name"] for place in range(len(rows))]
+        shown = [{**row, "image": image} for row, image in zip(rows, images, strict=True)]
+        nats.append({m.name: m.value for m in trainer.measure(Dataset.from_list(shown))}["nats_per_token"])
+    assert nats[1] > 1.5 * nats[0]
+
+
+@pytest.mark.slow
+def test_half_of_a_vision_language_model_gets_a_lora_or_all_weights(tmp_path, capsys):
+    for split in ("train", "test"):
+        pictures(tmp_path / "data", split, 8)
+    assert vision_run(tmp_path, dry_run=True) == {}
+    assert "Task: vision_language" in capsys.readouterr().out
+    vision_run(tmp_path, task_options={"freeze_vision": True}, compare_with_ce=True)
+    saved = load_model(tmp_path / "out", auto_class="AutoModelForImageTextToText")
+    assert saved.config.text_config.num_hidden_layers == 2
+    original = load_model(tmp_path / "teacher", auto_class="AutoModelForImageTextToText")
+    for one, two in zip(*(model.model.vision_tower.parameters() for model in (saved, original)), strict=True):
+        assert torch.equal(one, two)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "image-text-to-text" in card
+        and "model.vision_tower" in (tmp_path / "out" / "hf_transfer_ext.json").read_text()
+    )
+    vision_run(tmp_path, student=str(tmp_path / "out"), student_lora_rank=2, output_dir=str(tmp_path / "lora"))
+    adapter = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert adapter["target_modules"].startswith(r"model\.language_model\..*")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "AutoProcessor.from_pretrained" in card and (tmp_path / "lora" / "processor_config.json").exists()

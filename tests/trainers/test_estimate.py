@@ -63,6 +63,8 @@ def test_the_doctor_plans_a_recipe(recipe, capsys):
 @pytest.mark.parametrize("content, message", [
     ({"teacher": "t"}, "name a finished `student`"),
     ({"teacher": "t", "studnet": "s"}, "Did you mean 'student'"),
+    ({"teacher": "t", "student": "s", "task": "vision_language"}, "'vision_language' cannot be planned: how many"),
+    ({"teacher": "t", "student": "s", "task": "masked_lm"}, "'masked_lm' cannot be planned: its activations"),
 ])  # fmt: skip
 def test_a_recipe_that_cannot_be_planned_is_refused(tmp_path, capsys, content, message):
     (tmp_path / "recipe.yaml").write_text(json.dumps(content))

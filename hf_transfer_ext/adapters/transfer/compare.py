@@ -18,11 +18,11 @@ from hf_transfer_ext.adapters.transfer.run import transfer_lora
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.adapters import with_adapters
-from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.metrics.retention import retention
 from hf_transfer_ext.hub.table import comparison_table
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import interval_of
 from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.weights.lora import LoraFactors
 from hf_transfer_ext.weights.reference import parse_reference

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from hf_transfer_ext.adapters.transfer.compare import answered_exactly
 from hf_transfer_ext.data.forget_retain import ForgetRetainPairs, forget_retain_collator
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.evals.metrics.negative_flip_rate import negative_flip_rate
 from hf_transfer_ext.losses.distillation.forward_kl import forward_kl
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import mean_interval
 from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, pad_token_id
 from hf_transfer_ext.tensors import Labels, Logits, PerToken, next_token_view
 from hf_transfer_ext.trainers.logs import require_reporters

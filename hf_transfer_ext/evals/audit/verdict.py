@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.bootstrap import percentile_interval, resampled
 from hf_transfer_ext.evals.metric import Values
 from hf_transfer_ext.evals.metrics.membership_auc import area
+from hf_transfer_ext.measurement.bootstrap import percentile_interval, resampled
 
 #: If original and floor differ by no more than this, a share of the difference would be noise.
 LEAST_GAP = 0.1

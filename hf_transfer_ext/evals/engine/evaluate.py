@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.bootstrap import resampled
 from hf_transfer_ext.evals.engine.cache import ScoreCache, digest, model_fingerprint
 from hf_transfer_ext.evals.engine.examples import Prepared, needs_of_columns, prepare
 from hf_transfer_ext.evals.engine.result import EvaluationResult
@@ -18,6 +17,7 @@ from hf_transfer_ext.evals.engine.work import Work
 from hf_transfer_ext.evals.metric import Metric, Values, summarize
 from hf_transfer_ext.evals.metrics import METRICS
 from hf_transfer_ext.evals.options import check_options, name_and_options, options_of
+from hf_transfer_ext.measurement.bootstrap import resampled
 from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.models.plumbing import active_adapter, evaluation_mode, pad_token_id
 from hf_transfer_ext.models.scoring import ScoredExample, Scorer

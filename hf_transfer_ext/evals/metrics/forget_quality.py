@@ -5,8 +5,8 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.bootstrap import resampled
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import resampled
 
 
 def largest_distance(first: Float[np.ndarray, " examples"], second: Float[np.ndarray, " references"]) -> int:

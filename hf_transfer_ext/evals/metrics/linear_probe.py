@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import mean_interval
 
 
 def linear_probe(

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import interval_of
 
 
 def check_scores(members: np.ndarray, nonmembers: np.ndarray) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.metrics.membership_auc import check_scores
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import interval_of
 
 
 def membership_tpr(

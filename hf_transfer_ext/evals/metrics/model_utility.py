@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from hf_transfer_ext.evals.bootstrap import percentile_interval
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import percentile_interval
 
 
 def harmonic_mean(values: Sequence[float]) -> float:

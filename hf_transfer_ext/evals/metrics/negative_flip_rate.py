@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int
 
-from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import mean_interval
 
 
 def negative_flip_rate(

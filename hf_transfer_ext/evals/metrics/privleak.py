@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_transfer_ext.evals.bootstrap import interval_of
 from hf_transfer_ext.evals.metrics.membership_auc import area
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import interval_of
 
 
 def privleak(

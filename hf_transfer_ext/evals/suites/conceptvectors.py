@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.evals.metrics import concept_vector_distance
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, require_columns, suite
 from hf_transfer_ext.evals.text.rouge import rouge_l
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import mean_interval
 from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.models.heads import head_module
 from hf_transfer_ext.models.plumbing import active_adapter

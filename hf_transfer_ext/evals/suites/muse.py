@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.bootstrap import mean_interval
 from hf_transfer_ext.evals.metrics import membership_auc, privleak
 from hf_transfer_ext.evals.suite import (
     BARE,
@@ -24,6 +23,7 @@ from hf_transfer_ext.evals.suite import (
     suite,
 )
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import mean_interval
 from hf_transfer_ext.models.generation import GenerationSettings
 
 #: Set -> (configuration, split, columns) on the Hub; a local folder contains configuration/split.json.

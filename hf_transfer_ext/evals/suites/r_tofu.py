@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
-from hf_transfer_ext.evals.bootstrap import mean_interval, percentile_interval, resampled
 from hf_transfer_ext.evals.engine.result import EvaluationResult
 from hf_transfer_ext.evals.metrics.model_utility import harmonic_mean, model_utility
 from hf_transfer_ext.evals.suite import (
@@ -29,6 +28,7 @@ from hf_transfer_ext.evals.suite import (
 from hf_transfer_ext.evals.text.rouge import rouge_l
 from hf_transfer_ext.evals.text.text_models import Encoder, Entails
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import mean_interval, percentile_interval, resampled
 from hf_transfer_ext.models.generation import GenerationSettings
 
 OPEN, CLOSE = "<think>", "</think>"

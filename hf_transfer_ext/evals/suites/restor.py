@@ -13,9 +13,9 @@ import numpy as np
 
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import load_rows
-from hf_transfer_ext.evals.bootstrap import interval_of, mean_interval
 from hf_transfer_ext.evals.suite import Part, Rows, SuiteResult, evaluate_parts, load_json, require_columns, suite
 from hf_transfer_ext.measurement import Measurement
+from hf_transfer_ext.measurement.bootstrap import interval_of, mean_interval
 
 CATEGORIES = ("correct", "corrupted", "random")
 TEMPLATE = QuestionAnswerFormat(template="plain", prompt="{question}", separator=" ", end_of_sequence=False)

@@ -10,6 +10,9 @@ from torch import Tensor
 from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.token_losses import TokenTask
 
+#: The texts of a batch before they are masked.
+WHOLE = "whole_ids"
+
 
 class masked_lm(TokenTask):
     r"""Masked language models (BERT, RoBERTa, ModernBERT): a divergence at each masked token, inside the head.
@@ -19,8 +22,9 @@ class masked_lm(TokenTask):
     as a mean over the masked tokens.
 
     Rows have `text`. Of each text's tokens a share of `mask_probability` (in `task_options`) is predicted: of these
-    80 % are replaced by the mask token, 10 % by a random one, and 10 % stay. Masks are drawn anew in each epoch; in
-    evaluation a text always has the same one. Both models read the same masked text.
+    80 % are replaced by the mask token, 10 % by a random one, and 10 % stay. Masks are drawn anew in each step, from
+    `seed`, the step and the text, so that neither the split of a batch nor resuming a run changes them.
+    In evaluation a text always has the same one. Both models read the same masked text.
 
     When to use it: a smaller encoder to fine-tune for several tasks afterwards; for one task alone, distill that one.
 
@@ -49,22 +53,30 @@ class masked_lm(TokenTask):
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = self.padded(rows)
-        ids, labels = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORE_INDEX)
-        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        for place, row in enumerate(rows):
-            draw = torch.rand(3, ids.shape[1], generator=self._generator(row["input_ids"]))
-            chosen = (draw[0] < self.settings["mask_probability"]) & ~special[place]
-            labels[place] = torch.where(chosen, ids[place], IGNORE_INDEX)
+        return self._masked({**batch, WHOLE: batch["input_ids"]}, None)
+
+    def drawn(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        return self._masked(batch, step)
+
+    def _masked(self, batch: Mapping[str, Tensor], step: int | None) -> dict[str, Tensor]:
+        """A batch with masks that depend on each text and the step; without a step, drawn anew if it is training."""
+        whole = batch[WHOLE].cpu()
+        ids, labels = whole.clone(), torch.full_like(whole, IGNORE_INDEX)
+        special = torch.isin(whole, torch.tensor(self.tokenizer.all_special_ids))
+        for place, read in enumerate(batch["attention_mask"].cpu().bool()):  # padding has no part in what is drawn
+            text = whole[place][read]
+            generator = None
+            if step is not None or self.evaluates:
+                parts = text.tolist() if step is None else [self.args.seed, step, *text.tolist()]
+                generator = torch.Generator().manual_seed(crc32(repr(parts).encode()))
+            draw = torch.rand(3, len(text), generator=generator)
+            chosen = (draw[0] < self.settings["mask_probability"]) & ~special[place][read]
+            labels[place, read] = torch.where(chosen, text, IGNORE_INDEX)
             random = (draw[2] * len(self.tokenizer)).long()
             masked = torch.where(draw[1] < 0.8, self.tokenizer.mask_token_id, random)
-            ids[place] = torch.where(chosen & (draw[1] < 0.9), masked, ids[place])
-        return {**batch, "labels": labels}
-
-    def _generator(self, ids: Sequence[int]) -> torch.Generator | None:
-        """Of the masks: torch's own in training; in evaluation one that depends on the text alone."""
-        if not self.evaluates:
-            return None
-        return torch.Generator().manual_seed(crc32(repr(list(ids)).encode()))
+            ids[place, read] = torch.where(chosen & (draw[1] < 0.9), masked, text)
+        device = batch[WHOLE].device
+        return {**batch, "input_ids": ids.to(device), "labels": labels.to(device)}
 
     def batches(self, model: Any, rows: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
         self.evaluates, before = True, self.evaluates

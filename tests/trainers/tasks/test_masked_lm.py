@@ -54,6 +54,10 @@ def test_masks_are_as_berts_and_fixed_in_evaluation(tmp_path, tokenizer):
     assert [float(share.float().mean()) for share in shares] == pytest.approx([0.8, 0.1], abs=0.03)
     found = [trainer.evaluate(trainer.train_dataset)["eval_kd"] for _ in range(2)]
     assert found[0] == found[1]
+    trainer.task.evaluates = True  # a text has the same mask beside a longer one, too
+    short = list(trainer.task.prepared(Dataset.from_dict({"text": ["gold is old"]})))
+    alone, beside = trainer.data_collator(short), trainer.data_collator([*rows[:1], *short])
+    assert torch.equal(alone["input_ids"][0], beside["input_ids"][1][: len(alone["input_ids"][0])])
 
 
 def test_training_learns_the_teacher_and_saves_what_it_is(tmp_path, tokenizer):

@@ -48,6 +48,22 @@ def log_softmax(values):
     return [v - total for v in values]
 
 
+def test_streamed_rows_are_the_same_batches(tmp_path):
+    """Inputs of the teacher, and the places of words, are not columns that the student itself takes."""
+    batches = []
+    for data in (Dataset.from_dict(ROWS), Dataset.from_dict(ROWS).to_iterable_dataset()):
+        student, teacher, own, other = parts()
+        args = config(tmp_path, TASK, max_steps=1)
+        trainer = TaskDistillationTrainer(student, teacher, args, data, own, other)
+        trainer._get_train_sampler = lambda *_, trainer=trainer: torch.utils.data.SequentialSampler(
+            trainer.train_dataset
+        )
+        batches.append(next(iter(trainer.get_train_dataloader())))
+    assert batches[0].keys() == batches[1].keys() and "teacher_input_ids" in batches[0]
+    for name, values in batches[0].items():
+        assert torch.equal(values, batches[1][name]), name
+
+
 def test_the_loss_is_its_definition_at_the_first_token_of_each_word(tmp_path):
     models = parts()
     trainer = trainer_of(tmp_path, models=models, kd_weight=0.7, ce_weight=0.3)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_transfer_ext.evals.bootstrap import interval_of, mean_interval, percentile_interval, resampled
+from hf_transfer_ext.measurement.bootstrap import interval_of, mean_interval, percentile_interval, resampled
 
 
 def test_arrays_of_one_group_are_drawn_together_and_groups_apart():
