@@ -10,8 +10,6 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate import PartialState
-
 from hf_transfer_ext.data.forget_retain import forget_retain_rows, learned_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.forget_retain import forget_retain
@@ -23,6 +21,7 @@ from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, packed, run_
 from hf_transfer_ext.recipes.training import TrainingRun, start_training
 from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
+from hf_transfer_ext.trainers.saving import refuse_sharding, whole_model
 from hf_transfer_ext.trainers.taught import lora_config, taught, teaching_arguments
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
@@ -58,6 +57,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     read = (job.model_name_or_path, job.forget_data, job.retain_data)
     if job.four_bit and (job.teach_epochs > 0 or job.trim_vocabulary):
         raise ValueError("`four_bit` packs what `teach_epochs` and `trim_vocabulary` change: do that first.")
+    if job.teach_epochs > 0 or job.trim_vocabulary:
+        refuse_sharding(args, "Run `teach_epochs` and `trim_vocabulary` in one process first, and unlearn the result.")
     run = start_training("unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     refuse_shared_outputs(run.out, job.original_dir, job.retrained_dir)
     for folder in filter(None, (job.original_dir, job.retrained_dir)):
@@ -81,17 +82,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     elif job.retrained_dir or job.original_dir:
         raise ValueError("`original_dir` and `retrained_dir` save models taught here: set `teach_epochs` too.")
     sets: Any = {"forget_dataset": learned["forget"], "retain_dataset": learned["retain"] or None}
-    adapter: Any = {"peft_config": lora_config(job.lora_rank), "processing_class": tokenizer, "template": template}
-    trainer = UnlearningTrainer(model, args, **sets, **adapter)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
-    with record.stage("measure before"):
-        before = forget_retain(model, tokenizer, splits, adapter="base", **looks)
+    sets |= {"peft_config": lora_config(job.lora_rank), "processing_class": tokenizer, "template": template}
+    trainer = UnlearningTrainer(model, args, **sets)
     with record.stage("unlearn"):
         trainer.train(resume_from_checkpoint=run.checkpoint)
-    with record.stage("measure after"):
-        after = forget_retain(model, tokenizer, splits, adapter="default", **looks)
-    measured = {"before": before, "after": after}
+        model = whole_model(trainer, run.work / "unlearned", dtype=job.dtype, **how)
+    looks: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
+    measured: dict[str, list[Any]] = {}
+    for name, adapter in (("before", "base"), ("after", "default")):
+        with record.stage(f"measure {name}"):
+            measured[name] = forget_retain(model, tokenizer, splits, adapter=adapter, **looks)
     if trainer.is_world_process_zero():
         changed = job.teach_epochs > 0 or job.trim_vocabulary  # an adapter alone needs a base that others have
         run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer, trainer)
@@ -110,7 +110,7 @@ def teach(run: TrainingRun, job: UnlearnArguments, model: Any, tokenizer: Any, r
     model = taught(model, tokenizer, rows["forget"] + rows["retain"], settings, **options)
     models[job.original_dir] = model
     for folder, saved in models.items():
-        if folder is not None and PartialState().is_main_process:
+        if folder is not None and run.args.process_index == 0:
             record = replace(run.record, job="fine-tuning", inputs=list(run.record.inputs), stages=[])
             finish_run(folder, record, model=saved, tokenizer=tokenizer, overwrite=run.replaces, quiet=True)
     return model

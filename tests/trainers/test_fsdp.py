@@ -1,11 +1,10 @@
-"""Student and teacher sharded by FSDP2. Accelerate shards on GPUs alone, so its state is told that this CPU is one."""
-
-import os
+"""Student and teacher sharded by FSDP2, on two CPU ranks."""
 
 import pytest
 import torch
 from datasets import Dataset
 from processes import on_two_ranks
+from sharding import shard_on_cpu
 from tiny import byte_tokenizer, tiny_llama
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -18,28 +17,6 @@ from hf_transfer_ext.trainers.saving import save_whole
 pytestmark = pytest.mark.slow
 
 TEXTS = ["gold is a metal", "paris", "the sea is wide and the sky is high", "iron"]
-
-
-def shard_on_cpu(offload=False):
-    """Let Accelerate take its FSDP2 branch on gloo ranks, as `fsdp2.yaml` (or `fsdp2_offload.yaml`) configures it."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    os.environ.update(
-        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-        FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT",
-        FSDP_OFFLOAD_PARAMS=str(offload).lower(),
-    )  # fmt: skip
-    original = PartialState.__init__
-
-    def patched(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU  # AcceleratorState makes FSDP of it
-
-    PartialState.__init__ = patched
-    if offload:  # torch pins the shards in memory for an accelerator, which is not there
-        CPUOffloadPolicy.__init__.__defaults__ = (False,)
 
 
 def trained(folder, batch_size, teacher=..., data=None, **options):
