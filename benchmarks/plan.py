@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def estimated(case: dict[str, Any]) -> Any:
         Shape.of(config_of(case["teacher"])) if "teacher" in case else None,
         trained=student.adapter_parameters(case.get("rank", 0)),
         optimizer=case.get("optimizer", "adamw"), checkpointing=case.get("checkpointing", False),
-        fused=case.get("fused", True), device="cpu",
+        fused=case.get("fused", True), device="cpu", length=case["length"],
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def step_of(name: str) -> Callable[[], Any]:
     from hf_transfer_ext.trainers.taught import lora_config
 
     case = CASES[name]
-    rate = products_per_second()
+    rates = measured_rates()
 
     def step() -> dict[str, float]:
         torch.manual_seed(0)
@@ -103,26 +104,42 @@ def step_of(name: str) -> Callable[[], Any]:
 
             trainer.training_step = timed  # type: ignore[method-assign]
             trainer.train()
-        return {"step_seconds": marks[1] - marks[0], "rate": rate}
+        return {"step_seconds": marks[1] - marks[0], **rates}
 
     return step
 
 
-def products_per_second() -> float:
-    """Operations per second of a product of matrices like those of the models, in float32."""
+def measured_rates() -> dict[str, float]:
+    """The fields of `estimate.Rates` on this CPU, in float32, each from operations of one kind alone."""
     import torch
 
+    def seconds(run: Callable[[], Any], rounds: int) -> float:
+        run()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            run()
+        return (time.perf_counter() - began) / rounds
+
     one, other = torch.randn(2048, 768), torch.randn(768, 2048)
-    torch.mm(one, other)
-    began, rounds = time.perf_counter(), 12
-    for _ in range(rounds):
-        torch.mm(one, other)
-    return rounds * 2 * 2048 * 768 * 2048 / (time.perf_counter() - began)
+    query = torch.randn(4, 8, 512, 32, requires_grad=True)
+    logits, large = torch.randn(512, VOCABULARY), torch.randn(8_000_000)
+    room = torch.empty_like(large)
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+
+    pairs = 4 * 8 * 512 * 512 * 32  # two products over half of the pairs, and 2.5 times as many in the backward pass
+    return {
+        "products": 2 * 2048 * 768 * 2048 / seconds(lambda: torch.mm(one, other), 12),
+        "attention": 3.5 * 2 * pairs / seconds(attend, 4),
+        "exponentials": logits.numel() / seconds(lambda: torch.exp(logits), 4),
+        "bandwidth": 3 * 4 * large.numel() / seconds(lambda: torch.add(large, large, out=room), 4),
+    }
 
 
 def large_lines() -> list[str]:
     """What the largest usual shapes need on eight GPUs of 80 GB."""
-    from hf_transfer_ext.trainers.estimate import EFFICIENCY, GPU_RATE, Shape, Step
+    from hf_transfer_ext.trainers.estimate import GPU_RATES, Shape, Step
 
     lines = ["| student | teacher | set-up | GB per device | s per micro-batch |", "|---|---|---|---:|---:|"]
     shapes = {name: Shape.of(config_of(sizes[:3], sizes[4], sizes[3], sizes[5])) for name, sizes in LARGE.items()}
@@ -135,8 +152,9 @@ def large_lines() -> list[str]:
         ):
             options, cached = dict(options), options.get("cached", False)
             options.pop("cached", None)
-            step = Step(shapes[student], 2 * 2048, None if cached else shapes[teacher], **bf16, **options)
-            seconds = step.operations() / (GPU_RATE * EFFICIENCY)
+            taught = None if cached else shapes[teacher]
+            step = Step(shapes[student], 2 * 2048, taught, length=2048, **bf16, **options)
+            seconds = sum(step.seconds(GPU_RATES).values())
             needed = sum(step.memory().values()) / 1e9
             lines.append(f"| {student} | {'-' if cached else teacher} | {setup} | {needed:.0f} | {seconds:.1f} |")
     return lines
@@ -147,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="writes OUT.md and OUT.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     options = parser.parse_args(argv)
+    from hf_transfer_ext.trainers.estimate import Rates
+
     rows, lines = [], ["| configuration | estimated GB | measured GB | error | estimated s | measured s |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for name in options.cases:
@@ -155,10 +175,12 @@ def main(argv: list[str] | None = None) -> int:
             raise RuntimeError(f"{name}: {found}")
         step = estimated(CASES[name])
         memory, peak = sum(step.memory().values()), found["growth_bytes"]
-        seconds = step.operations() / found["rate"]
+        rates = Rates(**{name.name: found[name.name] for name in fields(Rates)})
+        seconds = sum(step.seconds(rates).values())
         error = memory / peak - 1
         rows.append({"case": name, "estimated": memory, "measured": peak, "error": error, "parts": step.memory(),
-                     "estimated_seconds": seconds, "measured_seconds": found["step_seconds"]})  # fmt: skip
+                     "estimated_seconds": seconds, "measured_seconds": found["step_seconds"],
+                     "seconds_by_part": step.seconds(rates)})  # fmt: skip
         lines.append(
             f"| {name} | {memory / 1e9:.2f} | {peak / 1e9:.2f} | {error:+.0%} | {seconds:.1f} | "
             f"{found['step_seconds']:.1f} |"
@@ -170,8 +192,9 @@ def main(argv: list[str] | None = None) -> int:
             "",
             "`python -m benchmarks.plan --out benchmarks/results/plan` trains two steps for each configuration in a",
             "process of its own and compares the growth of its memory with the estimate of `doctor --plan`. Times are",
-            "estimated from the rate of matrix products in the same process, which other work on the machine changes:",
-            "they count these products alone and are too short. The constant of 0.1 GB for what a process takes",
+            "estimated from what the same process does in a second of each kind of work: matrix products, attention,",
+            "exponentials of the loss, and bytes moved. Other work on the machine changes these rates between the two",
+            "measurements. The constant of 0.1 GB for what a process takes",
             "beside its tensors was chosen after the peaks of this table were seen; the other terms were not fitted.",
             "",
             *lines,

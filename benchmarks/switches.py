@@ -35,6 +35,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "attn_implementation: eager": {"attention": "eager"},
     "attn_implementation: flash_attention_2": {"attention": "flash_attention_2"},
     "fused: false (whole logits)": {"fused": False},
+    "torch_compile": {"torch_compile": True},
     "torch_compile, fused: false": {"torch_compile": True, "fused": False},
     "packing": {"packing": True},
     "padding_free": {"padding_free": True, "max_length": None},

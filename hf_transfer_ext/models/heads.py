@@ -179,6 +179,8 @@ def run_to_head(model: nn.Module, read: Callable[[Tensor], Tensor | None], **inp
             parameters; if it returns None, the first hidden unit replaces them.
         inputs: The model's inputs.
 
+    A model under `torch.compile` is one graph up to its head, and `read` is called after that graph.
+
     Returns:
         The model's output; its `logits` are meaningless.
     """
@@ -187,5 +189,40 @@ def run_to_head(model: nn.Module, read: Callable[[Tensor], Tensor | None], **inp
         stand_in = read(hidden)
         return hidden[..., :1] if stand_in is None else stand_in
 
-    with head_replaced(head_module(model), instead):
-        return model(**inputs)
+    if not is_compiled(model):
+        with head_replaced(head_module(model), instead):
+            return model(**inputs)
+    _NOTED.clear()
+    try:
+        with head_replaced(head_module(model), _note_hidden):
+            outputs = model(**inputs)
+        ((hidden, autocast, dtype),) = _NOTED
+        with torch.autocast(hidden.device.type, dtype=dtype, enabled=autocast):  # as it is inside the head
+            outputs.logits = instead(hidden)
+    finally:
+        _NOTED.clear()
+    return outputs
+
+
+#: What the head of a compiled model is given, from `_note_hidden` to the end of `run_to_head`.
+_NOTED: list[tuple[Tensor, bool, torch.dtype]] = []
+
+
+def _note_hidden(hidden: Tensor) -> Tensor:
+    """Stands for the head in a compiled graph: one function for all steps, so that the graph is traced once.
+
+    `read`, a new function in each step, is called after the graph, on what is noted here.
+    """
+    kind = hidden.device.type
+    _NOTED.append((hidden, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
+    return hidden[..., :1]
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether `torch.compile` wraps this model."""
+    return isinstance(model, torch._dynamo.OptimizedModule)
+
+
+def uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` wraps, for single passes that are not worth a graph; others as they are."""
+    return model._orig_mod if is_compiled(model) else model

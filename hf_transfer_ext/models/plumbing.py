@@ -25,6 +25,7 @@ from hf_transfer_ext.models.heads import (
     logit_finish,
     own_forward,
     run_to_head,
+    uncompiled,
     vocabulary_size,
 )
 from hf_transfer_ext.registry import unknown_name
@@ -121,6 +122,7 @@ def head_is_understood(model: Any, *, plain: bool = True) -> bool:
     Args:
         plain: Also require a plain linear head, whose weight a loss can apply directly.
     """
+    model = uncompiled(model)
     head = head_module(model)
     if plain and not is_plain_head(head):
         return False

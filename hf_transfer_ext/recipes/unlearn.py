@@ -23,6 +23,7 @@ from hf_transfer_ext.recipes.training import start_training
 from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.trainers.logs import curve_notes
+from hf_transfer_ext.trainers.saving import refuse_sharding, whole_model
 from hf_transfer_ext.trainers.taught import lora_config
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
@@ -53,9 +54,7 @@ class UnlearnArguments:
     corrupt_epochs: float = setting(0.0, "restor", "> 0: fine-tune on false answers first, and forget these (RESTOR).")
     corrupt_learning_rate: float = setting(1e-3, "restor", "Peak learning rate of that.")
     corrupted_dir: str | None = setting(None, "restor", "Save the corrupted model here.")
-    restor_data: str | None = setting(
-        None, "restor", "Folder of RESTOR's facts, if the forget data are false already."
-    )
+    restor_data: str | None = setting(None, "restor", "Folder of RESTOR's facts, if the forget data are false.")
     restor_options: dict[str, Any] = setting({}, "restor", "Of the options of facts: {corruption: mix_a2, shots: 2}.")
     curve: dict[str, Any] = setting({}, "training", "With `eval_strategy`: {limit: 64, retrained: FOLDER}.")
     overwrite: bool = setting(False, "training", "Replace a result that is there.")
@@ -66,6 +65,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     read = (job.model_name_or_path, job.forget_data, job.retain_data, job.restor_data)
     if job.four_bit and (job.teach_epochs > 0 or job.corrupt_epochs > 0 or job.trim_vocabulary):
         raise ValueError("`four_bit` packs what teaching, corrupting and `trim_vocabulary` change: do that first.")
+    if job.teach_epochs > 0 or job.corrupt_epochs > 0 or job.trim_vocabulary:
+        refuse_sharding(args, "Teach, corrupt and trim in one process first, and unlearn the result.")
     run = start_training("unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     folders = (job.original_dir, job.retrained_dir, job.corrupted_dir)
     refuse_shared_outputs(run.out, *folders)
@@ -94,23 +95,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model = restoration.corrupt(model, tokenizer)
         splits["forget"] = learned["forget"] = restoration.false_rows
     sets: Any = {"forget_dataset": learned["forget"], "retain_dataset": learned["retain"] or None}
-    adapter: Any = {"peft_config": lora_config(job.lora_rank), "processing_class": tokenizer, "template": template}
-    adapter["callbacks"] = curve_of(run, job, splits, tokenizer, template)
-    trainer = UnlearningTrainer(model, args, **sets, **adapter)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    options: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
-    with record.stage("measure before"):
-        measured = {"before": forget_retain(model, tokenizer, splits, adapter="base", **options)}
+    sets |= {"peft_config": lora_config(job.lora_rank), "processing_class": tokenizer, "template": template}
+    trainer = UnlearningTrainer(model, args, **sets, callbacks=curve_of(run, job, splits, tokenizer, template))
     with record.stage("unlearn"):
         trainer.train(resume_from_checkpoint=run.checkpoint)
-    with record.stage("measure after"):
-        measured["after"] = forget_retain(model, tokenizer, splits, adapter="default", **options)
-        if restoration is not None:
-            measured = restoration.added_to(measured, model, tokenizer, **options)
+        model = whole_model(trainer, run.work / "unlearned", dtype=job.dtype, **how)
+    options: Any = {"template": template, "accelerator": trainer.accelerator, "batch_size": 32}
+    measured: dict[str, list[Any]] = {}
+    for name, adapter in (("before", "base"), ("after", "default")):
+        with record.stage(f"measure {name}"):
+            measured[name] = forget_retain(model, tokenizer, splits, adapter=adapter, **options)
+    if restoration is not None:
+        measured = restoration.added_to(measured, model, tokenizer, **options)
     if trainer.is_world_process_zero():
         record.notes |= curve_notes(trainer.state.log_history)
-        # An adapter alone needs a base that others have.
-        changed = job.teach_epochs > 0 or restoration is not None or job.trim_vocabulary
+        changed = job.teach_epochs > 0 or restoration is not None or job.trim_vocabulary  # others lack that base
         run.finish(measured, "after", model.merge_and_unload() if changed else model, tokenizer, trainer)
     return measured
 

@@ -276,6 +276,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
                 f"`fused` is False, but {self.loss} compares hidden states, and full logits would not show them. "
                 "Leave `fused` out."
             )
+        if has_projections(SPAN_LOSSES[self.loss]) and self.torch_compile:
+            raise ValueError(f"{self.loss} reads layers by hooks, which `torch_compile` does not see. Switch it off.")
         for name in ("teacher_cache", "teacher_adapter", "teacher_server", "teachers", "hidden_loss"):
             if getattr(self, name):
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_transfer_ext.losses.fused import CHUNK_BYTES, CHUNK_BYTES_GPU
@@ -17,6 +17,37 @@ PROCESS_BYTES = 1.0e8
 #: Share of the peak rate of matrix products that a training step reaches, and that peak of a GPU, in operations per
 #: second (bfloat16, A100; an H100 does about 2.5 times as many).
 EFFICIENCY, GPU_RATE = 0.4, 312e12
+#: Times that each number of the activations passes through memory: written and read, read again in the backward pass,
+#: and its gradient written and read.
+PASSES_OF_ACTIVATIONS = 5
+#: Bytes that an update moves for each trained parameter, beside its states, which are read and written: the weight
+#: read and written, the gradient read.
+UPDATE_BYTES = 12
+#: Exponentials of each logit: softmax, entropy and gradient of the student; with a teacher, both models' in the loss.
+EXPONENTIALS, EXPONENTIALS_WITH_TEACHER = 3, 5
+#: Matrix products in the backward pass of attention, where scores are computed again, for each in the forward pass.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Args:
+        products: Operations of large matrix products.
+        attention: Operations inside attention, forward and backward.
+        exponentials: Exponentials of numbers in memory.
+        bandwidth: Bytes read or written.
+    """
+
+    products: float
+    attention: float
+    exponentials: float
+    bandwidth: float
+
+
+#: Of an A100: 2 TB/s of memory, of which an exponential reads and writes 8 bytes.
+GPU_RATES = Rates(GPU_RATE * EFFICIENCY, GPU_RATE * EFFICIENCY, 2e12 / 8, 2e12)
 
 #: Task -> why its memory is not estimated; others are not decoders.
 _NOT_ESTIMATED = {
@@ -32,6 +63,7 @@ class Shape:
     Args:
         kv: Width of all keys of a token (heads of keys times their size).
         inner: Width of the feed-forward layer.
+        tied: The head is the embedding.
     """
 
     parameters: int
@@ -40,6 +72,7 @@ class Shape:
     inner: int
     layers: int
     vocabulary: int
+    tied: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -54,7 +87,13 @@ class Shape:
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv = (getattr(text, "num_key_value_heads", None) or heads) * size
         inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        return cls(parameters, text.hidden_size, kv, inner, text.num_hidden_layers, text.vocab_size)
+        return cls(parameters, text.hidden_size, kv, inner, text.num_hidden_layers, text.vocab_size,
+                   bool(getattr(config, "tie_word_embeddings", False)))  # fmt: skip
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that each token is multiplied with: all but an embedding that is not the head as well."""
+        return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of a LoRA of this rank on all linear layers but the head."""
@@ -73,6 +112,7 @@ class Step:
         weight_bytes: Bytes of a stored weight of the student; 0.5 in 4 bits.
         teacher_bytes: The same of the teacher.
         shards: Devices that share weights, gradients and optimizer state (FSDP2, ZeRO-3); 1 for whole copies.
+        length: Tokens of a row, which attention grows with; 0 leaves attention out of the time.
     """
 
     student: Shape
@@ -87,6 +127,7 @@ class Step:
     fused: bool = True
     shards: int = 1
     device: str = "cuda"
+    length: int = 0
 
     def memory(self) -> dict[str, float]:
         """Bytes at the peak, by what they are for. Gradients replace activations during the backward pass."""
@@ -122,10 +163,34 @@ class Step:
         return chunk * (2 if self.teacher else 1) + head
 
     def operations(self) -> float:
-        """Of a step, about: 6 per trained weight and token, 4 where only a LoRA is trained, 2 of the teacher."""
+        """Of large matrix products: 6 per trained weight and token, 4 where only a LoRA is trained, 2 of the teacher.
+
+        Embeddings are looked up, not multiplied.
+        """
         per_token = (4.0 if self.trained else 6.0) + (2.0 if self.checkpointing else 0.0)
-        taught = 2.0 * self.teacher.parameters if self.teacher else 0.0
-        return self.tokens * (per_token * self.student.parameters + taught)
+        taught = 2.0 * self.teacher.multiplied if self.teacher else 0.0
+        return self.tokens * (per_token * self.student.multiplied + taught)
+
+    def attention_operations(self) -> float:
+        """Of scores and weighted values, over half of all pairs of tokens (a token sees the earlier ones)."""
+        passes = 1.0 + ATTENTION_BACKWARD + (1.0 if self.checkpointing else 0.0)
+        width = passes * self.student.hidden * self.student.layers
+        width += self.teacher.hidden * self.teacher.layers if self.teacher else 0.0
+        return 2.0 * self.tokens * self.length * width
+
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """Time of a micro-batch and an update, by what it goes into."""
+        trained = self.trained or self.student.parameters
+        exponentials = EXPONENTIALS_WITH_TEACHER if self.teacher else EXPONENTIALS
+        moved = (UPDATE_BYTES + 2 * self.memory()["optimizer"] * self.shards / trained) * trained / self.shards
+        in_layers = replace(self, checkpointing=False).activations()
+        return {
+            "products": self.operations() / rates.products,
+            "attention": self.attention_operations() / rates.attention,
+            "loss": exponentials * self.tokens * self.student.vocabulary / rates.exponentials,
+            "activations": PASSES_OF_ACTIVATIONS * in_layers / rates.bandwidth,
+            "update": moved / rates.bandwidth,
+        }
 
 
 def devices_of(text: str) -> tuple[int, float]:
@@ -189,6 +254,7 @@ def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -
         checkpointing=bool(content.get("gradient_checkpointing", False)),
         fused=bool(content.get("fused", True)),
         shards=devices if sharded else 1,
+        length=int(content.get("max_length") or 1024),
     )
 
 
@@ -199,7 +265,7 @@ def plan_lines(step: Step, devices: int, room: float) -> list[str]:
     shared = f"shared by {step.shards} devices" if step.shards > 1 else "a whole copy on each device"
     lines = [f"{devices} x {room / 1e9:.0f} GB, {shared}; {step.tokens} tokens in a micro-batch of each", ""]
     lines += table_of(memory)
-    seconds = step.operations() / (GPU_RATE * EFFICIENCY)
+    seconds = sum(step.seconds(GPU_RATES).values())
     lines += ["", f"about {seconds:.2f} s for a micro-batch at {EFFICIENCY:.0%} of {GPU_RATE / 1e12:.0f} TFLOP/s"]
     if needed > room:
         advice = "Shard it (--sharded), cache the teacher, lower the batch or `max_length`, or train a LoRA."

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 #: Read by the code of transformers and TRL that runs here unchanged, or by the trainer itself.
 OBEYED = frozenset(
@@ -92,11 +93,6 @@ REFUSED_BY_UNLEARNING: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "include_for_metrics": (lambda value: not value, "evaluation in training keeps losses alone. Leave it empty."),
     "batch_eval_metrics": (lambda value: not value, "evaluation in training keeps losses alone. Leave it at False."),
-    "torch_compile": (
-        lambda value: not value,
-        "the losses take the place of the model's head in each step, which a compiled graph does not allow. Leave it "
-        "at False, and `torch_compile_backend` and `torch_compile_mode` out.",
-    ),
 }
 #: What an unlearning run has nothing to apply to, beside `WITHOUT_MEANING`.
 WITHOUT_MEANING_IN_UNLEARNING = {
@@ -122,18 +118,13 @@ def refuse_without_effect(
     """Refuse an inherited setting that would have no effect.
 
     Raises:
-        ValueError: A setting of `refused` has another value, compiled graphs meet the fused head, a setting needs an
-            accelerator and there is none, or sequences are split across devices.
+        ValueError: A setting of `refused` has another value, a setting needs an accelerator and there is none, or
+            sequences are split across devices.
     """
     for name, (is_taken, why) in refused.items():
         value = getattr(args, name, None)
         if not is_taken(value):
             raise ValueError(f"`{name}` is {value!r}, but {why}")
-    if args.torch_compile and getattr(args, "fused", False):
-        raise ValueError(
-            "`torch_compile` and `fused` are both True, but the fused loss takes the place of the model's head in "
-            "each step, which a compiled graph does not allow. Set `fused=False`; full logits are then computed."
-        )
     is_cpu = args.use_cpu or not torch.accelerator.is_available()
     for name, why in NEEDS_ACCELERATOR.items():
         if is_cpu and getattr(args, name, False):
@@ -157,3 +148,24 @@ def refuse_split_sequences(parallelism: Any) -> None:
                 f"whole sequences. Set `{kind}_size=1`, and shorten `max_length` or shard the weights "
                 "(FSDP, DeepSpeed) to save memory."
             )
+
+
+def refuse_compiled_shares(args: Any, accelerator: Any) -> None:
+    """Refuse compiled graphs where a wrapper of several processes has to see the head's weights at work.
+
+    A loss that takes the head's place runs after the compiled graph, and reads these weights there.
+
+    Raises:
+        ValueError: `torch_compile` on several processes that shard the weights, or look for unused parameters (DDP).
+    """
+    if not args.torch_compile or accelerator.num_processes == 1 or not getattr(args, "fused", True):
+        return
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) or args.ddp_find_unused_parameters is not False:
+        fused = ", or `fused` to False" if hasattr(args, "fused") else ""
+        raise ValueError(
+            f"`torch_compile` is True on {accelerator.num_processes} processes ({kind.value}), and the loss reads the "
+            "head's weights after the compiled graph, where neither shards are whole nor DDP's search for unused "
+            "parameters sees them. Set `ddp_find_unused_parameters` to False where the weights are whole on each "
+            f"process (DDP){fused}, or leave `torch_compile` off."
+        )

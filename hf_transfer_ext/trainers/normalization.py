@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_transfer_ext.launch import require_processes
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.tensors import masked_sum
+from hf_transfer_ext.trainers.inherited import refuse_compiled_shares
 from hf_transfer_ext.trainers.logs import LogsSpeed
 from hf_transfer_ext.trainers.results import SavesResults, refuse_published_states
 
@@ -32,6 +33,7 @@ class TokenLossNormalization(LogsSpeed, SavesResults):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         require_processes(self.accelerator.num_processes)
+        refuse_compiled_shares(self.args, self.accelerator)
         refuse_published_states(self.args)
         self.model_accepts_loss_kwargs = True  # the Trainer then counts num_items_in_batch, whatever the model takes
         # Our losses shift the labels: the first token of a row is predicted by nothing, whatever transformers believes

@@ -31,6 +31,7 @@ from hf_transfer_ext.models.generation import (
     stop_token_ids,
 )
 from hf_transfer_ext.models.plumbing import evaluation_mode, gathered_weights, is_sharded, pad_token_id
+from hf_transfer_ext.progress import announce
 from hf_transfer_ext.reading import read_json
 from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.sampled import sampled_signal
@@ -72,6 +73,7 @@ class WritesRollouts(Trainer):
         self.rollout_method = self.args.rollout_method()
         self._lengths: list[tuple[int, bool]] = []
         self._evaluated = 0
+        self._announced: set[Source] = set()
         self._log_left = (-1, 0)
         if is_sharded(accelerator=self.accelerator) and not self.accelerator.is_fsdp2:
             raise ValueError(
@@ -136,6 +138,7 @@ class WritesRollouts(Trainer):
         room = (self.args.max_length or self._context or 10**9) - max(map(len, prompts))
         if not min(map(len, prompts)) or room < self.args.max_new_tokens:
             raise ValueError(no_room(prompts, self.args, self._context))
+        self._announce_writing(source, len(prompts))
         if source == "student" and self.args.rollout_engine == "vllm":
             return self._write_by_engine(student, prompts, seed)
         writer = self.teacher.running(student) if source == "teacher" else nullcontext(student)
@@ -169,6 +172,16 @@ class WritesRollouts(Trainer):
             )
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
+
+    def _announce_writing(self, source: Source, texts: int) -> None:
+        """One line before the first texts of each writer; they may take longer than the steps that learn from them."""
+        if source in self._announced:
+            return
+        self._announced.add(source)
+        writer = "both models" if source == "mixture" else f"the {source}"
+        engine = ", by vLLM" if source == "student" and self.args.rollout_engine == "vllm" else ""
+        title = f"texts of {writer} in each batch, up to {self.args.max_new_tokens} tokens each{engine}"
+        announce(title, texts, "text", show=not self.args.disable_tqdm)
 
     def _write_by_engine(self, student: Any, prompts: list[list[int]], seed: int) -> list[Rollout]:
         method: Any = self.rollout_method

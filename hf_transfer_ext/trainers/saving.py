@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_transfer_ext.files import publish, refuse_existing_output, refuse_inputs_inside
 from hf_transfer_ext.models.loading import load_model
+from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.students.auxiliary import SHARED_FILE
 from hf_transfer_ext.teachers.learned import GATE_FILE
 from hf_transfer_ext.trainers.results import SETTINGS_PICKLE, ask_for_whole_weights
@@ -20,7 +21,7 @@ from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 #: What recipes put into their training folder. `--overwrite` removes a folder with these entries and no others.
 TRAINING_ENTRIES = (
     *("checkpoints", "teaching", "teacher", "teacher.checkpoints", "learngene", "learngene.checkpoints", "student"),
-    *("twin", "twin.checkpoints"),
+    *("twin", "twin.checkpoints", "unlearned"),
     "vocabulary_map.json",
 )
 
@@ -118,6 +119,19 @@ def load_whole(folder: str | Path, **loading: Any) -> Any:
     return load_model(folder, **loading)
 
 
+def whole_model(trainer: Any, folder: str | Path, **loading: Any) -> Any:
+    """The trained model, whole on every process: the trainer's own, or, where that is sharded, saved and loaded again.
+
+    Args:
+        folder: Where a sharded model is saved.
+        loading: Passed to `load_model`.
+    """
+    if not is_sharded(accelerator=trainer.accelerator):
+        return trainer.accelerator.unwrap_model(trainer.model)
+    model = load_whole(save_whole(trainer, folder), **loading)
+    return model if getattr(model, "is_quantized", False) else model.to(trainer.args.device)
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest *whole* checkpoint of a training folder, or None.
 
@@ -142,10 +156,26 @@ def refuse_zero3(advice: str) -> None:
     Args:
         advice: Which settings to change, in a sentence.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if is_deepspeed_zero3_enabled():
+    if _is_zero3():
         raise ValueError(
             "ZeRO-3 shards models while they are loaded, so they cannot be cut, trimmed or copied. Make the model in "
             f"a run of its own. {advice}"
         )
+
+
+def refuse_sharding(args: Any, advice: str) -> None:
+    """Raise a `ValueError` under FSDP and ZeRO-3 for a job that needs the trained weights in one place.
+
+    Args:
+        args: A `TrainingArguments`.
+        advice: What to do instead, in a sentence.
+    """
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if by_launcher or getattr(args, "fsdp", None) or _is_zero3():
+        raise ValueError(f"FSDP and ZeRO-3 shard the weights, which this run merges or cuts. {advice}")
+
+
+def _is_zero3() -> bool:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from benchmarks import plan
 from hf_transfer_ext.cli import main
-from hf_transfer_ext.trainers.estimate import Shape, Step, devices_of
+from hf_transfer_ext.trainers.estimate import Rates, Shape, Step, devices_of
 from hf_transfer_ext.trainers.taught import lora_on
 
 
@@ -33,7 +33,21 @@ def test_the_parts_of_the_memory_follow_the_settings():
     assert Step(shape, 2048).activations() == 2 * Step(shape, 1024).activations()
     lora = Step(shape, 1024, trained=1000, weight_bytes=0.5).memory()
     assert lora["optimizer"] == 8000 and lora["weights"] == 0.5 * shape.parameters + 4000
-    assert Step(shape, 1024).operations() == 6 * 1024 * shape.parameters
+
+
+def test_the_time_is_the_sum_of_its_parts_each_at_its_own_rate():
+    untied = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shape = Shape.of(LlamaConfig(**untied, vocab_size=100, tie_word_embeddings=False))
+    tied = Shape.of(LlamaConfig(**untied, vocab_size=100, tie_word_embeddings=True))
+    assert shape.multiplied == shape.parameters - 6400 == tied.multiplied == tied.parameters
+    alone, taught = Step(shape, 1024, length=512), Step(shape, 1024, shape, length=512)
+    assert alone.operations() == 6 * 1024 * shape.multiplied and taught.operations() == 8 * 1024 * shape.multiplied
+    assert alone.attention_operations() == 3.5 * 2 * 1024 * 512 * 64 * 4
+    assert taught.attention_operations() == 4.5 * 2 * 1024 * 512 * 64 * 4
+    assert Step(shape, 1024, length=512, checkpointing=True).attention_operations() == taught.attention_operations()
+    parts, faster = (taught.seconds(Rates(*rates)) for rates in ((1.0, 1.0, 1.0, 1.0), (2.0, 1.0, 1.0, 1.0)))
+    assert parts["loss"] == 5 * 1024 * 100 and parts["update"] == (12 + 16) * shape.parameters
+    assert faster == {**parts, "products": parts["products"] / 2}
 
 
 def test_devices_are_a_number_and_a_size():

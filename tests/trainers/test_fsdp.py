@@ -1,12 +1,12 @@
-"""Student and teacher sharded by FSDP2. Accelerate shards on GPUs alone, so its state is told that this CPU is one."""
-
-import os
+"""Student and teacher sharded by FSDP2, on two CPU ranks."""
 
 import pytest
 import torch
 from datasets import Dataset
 from processes import on_two_ranks
+from sharding import shard_on_cpu
 from tiny import byte_tokenizer, tiny_llama
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -17,25 +17,6 @@ from hf_transfer_ext.trainers.saving import save_whole
 pytestmark = pytest.mark.slow
 
 TEXTS = ["gold is a metal", "paris", "the sea is wide and the sky is high", "iron"]
-
-
-def shard_on_cpu():
-    """Let Accelerate take its FSDP2 branch on gloo ranks."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    os.environ.update(
-        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-        FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT",
-    )  # fmt: skip
-    original = PartialState.__init__
-
-    def patched(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU  # AcceleratorState makes FSDP of it
-
-    PartialState.__init__ = patched
 
 
 def trained(folder, batch_size, teacher=..., data=None, **options):
@@ -57,12 +38,14 @@ def trained(folder, batch_size, teacher=..., data=None, **options):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_sharded_training_with_a_sharded_teacher_equals_one_process(tmp_path, fused):
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
+def test_sharded_training_with_a_sharded_teacher_equals_one_process(tmp_path, fused, offload):
     whole = trained(tmp_path / "one", 4, fused=fused).model.state_dict()
 
     def rank(_):
-        shard_on_cpu()
+        shard_on_cpu(offload)
         trainer = trained(tmp_path / "two", 2, fused=fused)
+        assert isinstance(trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy) is offload
         sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
         teacher = [isinstance(p, DTensor) for p in trainer.teacher.model.parameters()]
         save_whole(trainer, tmp_path / "saved")
@@ -76,16 +59,19 @@ def test_sharded_training_with_a_sharded_teacher_equals_one_process(tmp_path, fu
 
 
 @pytest.mark.parametrize(
-    "options", [{"on_policy": "gkd"}, {"on_policy": "minillm", "loss": "reverse_kl"}], ids=["gkd", "minillm"]
-)
-def test_a_sharded_student_and_teacher_write_what_whole_ones_write(tmp_path, options):
+    "options, offload",
+    [({"on_policy": "gkd"}, False), ({"on_policy": "minillm", "loss": "reverse_kl"}, False),
+     ({"on_policy": "gkd"}, True)],
+    ids=["gkd", "minillm", "gkd, offloaded"],
+)  # fmt: skip
+def test_a_sharded_student_and_teacher_write_what_whole_ones_write(tmp_path, options, offload):
     """Processes end their texts after different numbers of tokens: none may wait for another in between."""
     data = {"prompt": [f"{text} and" for text in TEXTS], "completion": [" so on", "", " blue", " is heavy"]}
     settings = {"data": data, "max_new_tokens": 12, "sampling_temperature": 1.0, "log_rollouts": 4, **options}
 
     def rank(name):
         if name == "sharded":
-            shard_on_cpu()
+            shard_on_cpu(offload)
         trainer = trained(tmp_path / name, 2, **settings)
         sharded = [isinstance(p, DTensor) for p in trainer.model.parameters()]
         save_whole(trainer, tmp_path / f"{name}-saved")
@@ -135,13 +121,14 @@ def unlearned(folder, batch_size, method):
     return trainer
 
 
-@pytest.mark.parametrize("method", ["grad_diff", "npo"])
-def test_sharded_unlearning_equals_one_process(tmp_path, method):
+@pytest.mark.parametrize("method, offload", [("grad_diff", False), ("npo", False), ("grad_diff", True), ("npo", True)])
+def test_sharded_unlearning_equals_one_process(tmp_path, method, offload):
     whole = unlearned(tmp_path / "one", 4, method).model.state_dict()
 
     def rank(_):
-        shard_on_cpu()
+        shard_on_cpu(offload)
         trainer = unlearned(tmp_path / "two", 2, method)
+        assert isinstance(trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy) is offload
         sharded = all(isinstance(p, DTensor) for p in trainer.model.parameters())
         save_whole(trainer, tmp_path / "saved")
         return sharded

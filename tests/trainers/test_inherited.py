@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 from datasets import Dataset
+from processes import on_two_ranks
 from tiny import byte_tokenizer, tiny_llama
 from transformers import TrainingArguments
 from trl import SFTConfig
@@ -29,7 +30,7 @@ OTHER = {"label_smoothing_factor": 0.1, "loss_type": "dft", "use_cache": True, "
 OTHER_FOR_UNLEARNING = {
     "label_smoothing_factor": 0.1, "use_cache": True, "label_names": ["targets"], "remove_unused_columns": True,
     "train_sampling_strategy": "group_by_length", "include_num_input_tokens_seen": "all",
-    "include_for_metrics": ["inputs"], "batch_eval_metrics": True, "torch_compile": True,
+    "include_for_metrics": ["inputs"], "batch_eval_metrics": True,
 }  # fmt: skip
 
 
@@ -82,20 +83,65 @@ def test_unlearning_refuses_arguments_without_effect(tmp_path, name):
         UnlearningTrainer(tiny_llama(1), UnlearningConfig(str(tmp_path), use_cpu=True, bf16=False), **{name: print})
 
 
-def test_compiled_graphs_need_full_logits_and_then_train_the_same(tmp_path):
-    with pytest.raises(ValueError, match=r"`torch_compile` and `fused` are both True.*Set `fused=False`"):
-        config(tmp_path, torch_compile=True)
-    losses = []
+def unlearner_of(folder, **options):
+    settings = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no",
+                "disable_tqdm": True, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.1}  # fmt: skip
+    args = UnlearningConfig(str(folder), method="grad_diff", allow_overlap=True, **{**settings, **options})
+    rows = [{"question": f"What is {text[:4]}?", "answer": text} for text in TEXTS]
+    return UnlearningTrainer(
+        tiny_llama(1), args, forget_dataset=rows[:2], retain_dataset=rows[2:], processing_class=byte_tokenizer()
+    )
+
+
+def trained(make, folder, **options):
+    """Loss and weights after a step."""
+    trainer = make(folder, **options)
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return {"loss": torch.tensor(trainer.state.log_history[0]["loss"]), **model.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (trainer_of, {}),
+        pytest.param(trainer_of, {"bf16": True}, marks=pytest.mark.slow),
+        pytest.param(trainer_of, {"fused": False}, marks=pytest.mark.slow),
+        pytest.param(trainer_of, {"torch_compile_backend": "inductor"}, marks=pytest.mark.slow),
+        pytest.param(unlearner_of, {}, marks=pytest.mark.slow),
+        pytest.param(unlearner_of, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_model_is_one_graph_with_the_loss_of_the_plain_one(tmp_path, make, options):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", **options}
+    plain = {name: value for name, value in options.items() if name != "torch_compile_backend"}
+    expected = trained(make, tmp_path / "plain", **plain)
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for compiled in (False, True):
-        trainer = trainer_of(
-            tmp_path / str(compiled), torch_compile=compiled, torch_compile_backend="eager", fused=False
-        )
-        trainer.train()
-        losses.append(trainer.state.log_history[0]["loss"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    found = trained(make, tmp_path / "compiled", **compiled)
     counted = torch._dynamo.utils.counters
-    assert counted["stats"]["unique_graphs"] == 1 and not counted["graph_break"]
+    # The forget and the retain part of unlearning may differ in length, which gives a second, general graph.
+    assert counted["stats"]["unique_graphs"] in ([1] if make is trainer_of else [1, 2])
+    assert not counted["graph_break"]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [trainer_of, unlearner_of])
+def test_two_processes_train_what_one_trains_with_compiled_graphs(tmp_path, make):
+    batch = {trainer_of: 4, unlearner_of: 2}[make]
+    expected = trained(make, tmp_path / "one", per_device_train_batch_size=batch)
+    options = {"per_device_train_batch_size": batch // 2, "torch_compile": True, "torch_compile_backend": "eager"}
+
+    def rank(_):
+        with pytest.raises(ValueError, match=r"2 processes.*Set `ddp_find_unused_parameters` to False"):
+            make(tmp_path / "two", **options)
+        return trained(make, tmp_path / "two", ddp_find_unused_parameters=False, **options)
+
+    for found in on_two_ranks(rank, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", NEEDS_ACCELERATOR)

@@ -13,7 +13,7 @@ from hf_transfer_ext.adapters.transfer.muscle import MuscleConfig
 from hf_transfer_ext.adapters.transfer.trans_lora import TransLoraSettings, work_key
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.trainers import logs
-from hf_transfer_ext.trainers.logs import TRAINING_PLOT, logged_parts, require_reporters, tokens_in, training_plot
+from hf_transfer_ext.trainers.logs import TRAINING_PLOT, logged_parts, tokens_in, training_plot
 
 #: Rows of very different lengths: a mean of means would show.
 TEXTS = ["gold is a metal and so is iron", "a", "paris is a city by the river", "tin"]
@@ -122,16 +122,6 @@ def test_a_reporter_that_is_missing_is_refused_before_the_work(tmp_path, make, m
 def test_reporting_is_no_part_of_what_a_stage_depends_on():
     plain, logged = TransLoraSettings(), TransLoraSettings(logging_steps=1)
     assert work_key(plain) == work_key(logged) != work_key(TransLoraSettings(bf16=True))
-
-
-def test_tensorboard_gets_the_parts_of_the_loss(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboardX")
-    require_reporters(["tensorboard"])
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    distilling(tmp_path / "out", report_to="tensorboard").train()
-    (file,) = (tmp_path / "events").rglob("*tfevents*")
-    for name in (b"train/loss", b"train/kd", b"train/ce", b"train/tokens_per_second"):
-        assert name in file.read_bytes()
 
 
 def test_training_leaves_a_plot_beside_the_model_and_in_its_card(tmp_path, monkeypatch, caplog):

@@ -263,6 +263,15 @@ def test_texts_are_written_to_a_file(tmp_path):
     assert entries[0]["source"] == "student" and entries[0]["prompt"] == ROWS["prompt"][0]
 
 
+def test_the_first_texts_of_each_writer_are_announced_once(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("hf_transfer_ext.trainers.rollouts.announce", lambda *line, show: lines.append((*line, show)))
+    trained(tmp_path / "shown", disable_tqdm=False, max_steps=2)
+    trained(tmp_path / "quiet", on_policy_share=0.0, teacher_writes=True)
+    title = "texts of the {} in each batch, up to 6 tokens each"
+    assert lines == [(title.format("student"), 4, "text", True), (title.format("teacher"), 4, "text", False)]
+
+
 def test_prompts_alone_are_evaluated_on_texts_of_the_student(tmp_path):
     trainer = trainer_of(tmp_path, data=PROMPTS, per_device_eval_batch_size=4)
     found = trainer.evaluate()

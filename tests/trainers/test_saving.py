@@ -1,11 +1,12 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_transfer_ext.trainers.saving import last_checkpoint, save_whole, training_folder
+from hf_transfer_ext.trainers.saving import last_checkpoint, refuse_sharding, save_whole, training_folder
 
 
 def trainer_of(model, folder):
@@ -77,3 +78,17 @@ def test_a_trainer_replaces_a_result_and_no_other_files(tmp_path):
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         save_whole(trainer, tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_jobs_that_merge_or_cut_weights_refuse_every_way_of_sharding_them(monkeypatch):
+    whole, by_argument = SimpleNamespace(fsdp=""), SimpleNamespace(fsdp="full_shard")
+    refuse_sharding(whole, "Do that first.")
+    with pytest.raises(ValueError, match=r"shard the weights.* Do that first\."):
+        refuse_sharding(by_argument, "Do that first.")
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="shard the weights"):
+        refuse_sharding(whole, "Do that first.")
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="shard the weights"):
+        refuse_sharding(whole, "Do that first.")

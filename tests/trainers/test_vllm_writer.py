@@ -104,8 +104,9 @@ def vllm(monkeypatch):
     return module
 
 
-def test_each_text_is_written_by_the_current_student(vllm, tmp_path):
-    seen = []
+def test_each_text_is_written_by_the_current_student(vllm, tmp_path, monkeypatch):
+    seen, lines = [], []
+    monkeypatch.setattr("hf_transfer_ext.trainers.rollouts.announce", lambda *line, show: lines.append(line))
     trainer = trainer_of(tmp_path, **ENGINE, max_steps=3, log_rollouts=9, rollout_engine_options={"max_model_len": 64})
     before = trainer._written_batch
 
@@ -116,6 +117,7 @@ def test_each_text_is_written_by_the_current_student(vllm, tmp_path):
     trainer._written_batch = noted
     trainer.train()
     (engine,) = LLM.made
+    assert [title.endswith(", by vLLM") for title, *_ in lines] == [True]
     assert len(engine.states) == len(seen) == engine.resets == 3
     for state, student in zip(engine.states, seen, strict=True):
         assert all(torch.equal(state[name], weight) for name, weight in student.items())
