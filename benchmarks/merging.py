@@ -52,6 +52,8 @@ Record = dict[str, Any]
 VARIABLE = "HF_TRANSFER_EXT_MERGEKIT_PYTHON"
 
 ENGINES = ["floor", "ours", "mergekit"]
+#: Stands for mergekit, which does not have them, in the methods that decompose matrices.
+DECOMPOSITION = "svd"
 
 
 class Shape(NamedTuple):
@@ -90,6 +92,10 @@ METHODS: dict[str, tuple[Record, Record]] = {
     "della": ({"weight": 0.4, "density": 0.5}, {}),
     "sce": ({}, {"select_topk": 0.1}),
     "karcher": ({}, {}),
+    "tsv": ({}, {}),
+    "iso_c": ({}, {}),
+    "knots": ({"weight": 0.4}, {}),
+    "wudi": ({}, {}),
 }
 
 #: What the wall time of mergekit divided by ours is to reach.
@@ -103,6 +109,16 @@ TARGETS = {
     "breadcrumbs": 30,
     "della": 30,
 }
+
+#: What our wall time divided by that of the floor is not to exceed in warm merges of qwen2-0.5b.
+FLOOR_TARGETS = {
+    "linear": 2, "task_arithmetic": 2, "slerp": 2, "dare_linear": 2,
+    "ties": 4, "sce": 4, "breadcrumbs": 4, "della": 6,
+}  # fmt: skip
+
+#: Methods on whole matrices: what our wall time divided by one SVD of each matrix is not to exceed. tsv decomposes
+#: three changes and two bases, knots one matrix three times as wide; wudi has steps of an optimizer instead.
+SVD_TARGETS = {"iso_c": 1.5, "tsv": 5, "knots": 4, "wudi": None}
 
 
 def specs_of(shape: Shape) -> list[TensorSpec]:
@@ -205,7 +221,14 @@ def run_engine(
     engine: str, config: Path, out: Path, threads: int, timeout_s: float, *, dry_run: bool = False
 ) -> Record:
     """Run one merge in a child process; returns wall and CPU seconds and peak resident bytes."""
-    if engine == "ours":
+    if engine == DECOMPOSITION:
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from benchmarks.merging import decompose; decompose(sys.argv[1])",
+        ]
+        command.append(str(config))
+    elif engine == "ours":
         command = [sys.executable, "-m", "hf_transfer_ext.cli", "merge", str(config), str(out), "--quiet"]
         command += ["--threads", str(threads), *(["--dry-run"] if dry_run else [])]
     else:
@@ -226,6 +249,19 @@ def run_command(command: Sequence[str], threads: int, timeout_s: float) -> Recor
     if record["status"] != "ok":
         record["output"] = done.stderr[-2000:]
     return record
+
+
+def decompose(config: str) -> None:
+    """One SVD of the summed change of every matrix: what a method that decomposes has to do at the least."""
+    from safetensors import safe_open
+
+    plan = yaml.safe_load(Path(config).read_text())
+    paths = [plan["base_model"], *(one["model"] for one in plan["models"])]
+    base, *tuned = [safe_open(f"{path}/model.safetensors", framework="pt") for path in paths]
+    for name in base.keys():
+        if len(base.get_slice(name).get_shape()) == 2:
+            start = base.get_tensor(name).float()
+            torch.linalg.svd(sum(one.get_tensor(name).float() - start for one in tuned), full_matrices=False)
 
 
 #: Starts a command and waits for it. A child inherits its parent's peak of resident memory through fork and exec, so
@@ -309,7 +345,7 @@ def measurements(arguments: argparse.Namespace, work: Path) -> Iterator[Record]:
             read = sum(file.stat().st_size for folder in used for file in folder.glob("*.safetensors"))
             for state in [SPARSE[shape]] if shape in SPARSE else arguments.states:
                 for round_ in range(arguments.rounds):
-                    for engine in ["ours"] if shape in SPARSE else arguments.engines:
+                    for engine in engines_of(shape, method, arguments.engines):
                         yield {
                             "shape": shape,
                             "method": method,
@@ -322,6 +358,13 @@ def measurements(arguments: argparse.Namespace, work: Path) -> Iterator[Record]:
                         }
         if arguments.models is None:
             shutil.rmtree(models)
+
+
+def engines_of(shape: str, method: str, chosen: Sequence[str]) -> list[str]:
+    """What is run: holes are merged by ours alone, and methods that mergekit lacks stand beside their SVDs."""
+    if shape in SPARSE:
+        return ["ours"]
+    return [DECOMPOSITION if method in SVD_TARGETS and engine == "mergekit" else engine for engine in chosen]
 
 
 def measured(
@@ -359,7 +402,7 @@ def rows_of(records: Sequence[Record]) -> list[Record]:
     rows = []
     for shape, state, method in keys:
         row: Record = {"shape": shape, "state": state, "method": method}
-        for engine in ("floor", "ours", "mergekit"):
+        for engine in (*ENGINES, DECOMPOSITION):
             own = [r for r in records if key_of(r) == (shape, state, method, engine) and r["status"] == "ok"]
             for value in ("wall_s", "cpu_s", "peak_bytes"):
                 row[f"{engine}_{value}"] = median([r[value] for r in own if value in r])
@@ -388,10 +431,13 @@ def markdown(records: Sequence[Record], command: str) -> str:
         "fast.",
         "",
         "| shape | state | method | floor | ours wall | ours CPU | ours MB | mergekit wall | mergekit CPU "
-        "| mergekit MB | times faster | target | times less memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| mergekit MB | times faster | target | times less memory | times the floor | target |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows_of(records):
+    rows = rows_of(records)
+    for row in rows:
+        if row["method"] in SVD_TARGETS:
+            continue
         numbers = [
             f"{row['floor_wall_s']:.2f}",
             f"{row['ours_wall_s']:.2f}",
@@ -403,9 +449,33 @@ def markdown(records: Sequence[Record], command: str) -> str:
             f"{row['speedup']:.1f}" + ("" if row["paired"] else "*"),
             str(row["target"] or ""),
             f"{row['memory']:.1f}",
+            f"{row['ours_wall_s'] / row['floor_wall_s']:.1f}",
+            str(
+                FLOOR_TARGETS.get(row["method"], "") if row["shape"] == "qwen2-0.5b" and row["state"] == "warm" else ""
+            ),
         ]
         lines.append(f"| {row['shape']} | {row['state']} | {row['method']} | " + " | ".join(numbers) + " |")
+    lines += matrix_table([row for row in rows if row["method"] in SVD_TARGETS])
     return "\n".join(lines).replace("nan", "-") + "\n"
+
+
+def matrix_table(rows: Sequence[Record]) -> list[str]:
+    """The methods on whole matrices, beside one SVD of the summed change of every matrix by `torch.linalg.svd`."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Methods that decompose whole matrices; mergekit has none of them. `svd` is one `torch.linalg.svd` of",
+    ]
+    lines += ["the summed change of every matrix, read from the same files, and nothing else.", ""]
+    lines += ["| shape | state | method | floor | svd | ours wall | ours CPU | ours MB | times the svd | target |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        numbers = [f"{row[name]:.1f}" for name in ("floor_wall_s", "svd_wall_s", "ours_wall_s", "ours_cpu_s")]
+        numbers += [f"{row['ours_peak_bytes'] / 1e6:.0f}", f"{row['ours_wall_s'] / row['svd_wall_s']:.1f}"]
+        numbers += [str(SVD_TARGETS[row["method"]] or "")]
+        lines.append(f"| {row['shape']} | {row['state']} | {row['method']} | " + " | ".join(numbers) + " |")
+    return lines
 
 
 def processor() -> str:
@@ -476,7 +546,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/merging"))
     parser.add_argument("--append", action="store_true", help="keep other records in OUT.json")
     arguments = parser.parse_args(argv)
-    if "mergekit" in arguments.engines and not os.environ.get(VARIABLE):
+    compared = set(arguments.methods) - set(SVD_TARGETS)
+    if "mergekit" in arguments.engines and compared and not os.environ.get(VARIABLE):
         parser.error(f"mergekit needs {VARIABLE}, the interpreter of an environment with mergekit 0.1.5")
     command = "python -m benchmarks.merging " + " ".join(without_folders(sys.argv[1:] if argv is None else argv))
     records: list[Record] = []
