@@ -99,10 +99,8 @@ def run(options: argparse.Namespace) -> None:
                 row |= people.measured(world, model)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 measure.write_json(path, row)
-                print(
-                    f"seed {seed}  {method} {again}  {row['utility']:.2f} {people.worst_recovered(row):.0%}",
-                    flush=True,
-                )
+                worst = people.worst_recovered(row)
+                print(f"seed {seed}  {method} {again}  utility {row['utility']:.2f}, recovered {worst}", flush=True)
 
 
 def _unlearned(world: people.World, method: str, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:

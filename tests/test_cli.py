@@ -145,7 +145,11 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("command", JOBS)
+#: The chain has a test of its own (`recipes/test_quickstart_recipe.py`).
+ALL_JOBS = [pytest.param(job, marks=pytest.mark.slow) if job == "quickstart" else job for job in JOBS]
+
+
+@pytest.mark.parametrize("command", ALL_JOBS)
 def test_every_job_leaves_a_card_and_a_record(command, models, capsys):
     words, outputs = JOBS[command]
     assert main([command, *words.replace("{}", str(models)).split()]) == 0, capsys.readouterr().err

@@ -162,7 +162,7 @@ def _norm(gradient: Tensor) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(gradient.detach(), dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
-def _unchanged(logits: RowLogits) -> RowLogits:
+def _unchanged(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
     """The head of rows that are logits already."""
     return logits
 

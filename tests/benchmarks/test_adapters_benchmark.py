@@ -9,6 +9,7 @@ import pytest
 from benchmarks import adapters
 
 
+@pytest.mark.slow
 def test_a_toy_run(tmp_path, capsys):
     out = tmp_path / "table"
     words = f"--shape toy --engines ours --rank 4 --resize 8 2 --threads 1 --out {out} --work {tmp_path}"

@@ -20,6 +20,7 @@ def quiet(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
+@pytest.mark.slow
 def test_the_table_of_a_toy_run(tmp_path):
     out = tmp_path / "results" / "toy"
     common = ["--shapes", "toy", "--dtypes", "float32", "--methods", "ours,products", "--rounds", "1"]

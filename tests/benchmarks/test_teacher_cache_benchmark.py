@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from benchmarks import teacher_cache
 
 
+@pytest.mark.slow
 def test_the_table_shows_what_was_measured(tmp_path):
     content = teacher_cache.main(
         ["--out", str(tmp_path / "t"), "--k", "8", "--tokens", "4", "--vocab", "300", "--rounds", "1", "--steps", "2",

@@ -73,6 +73,7 @@ def test_the_table_sorts_by_the_worst_attack_and_marks_the_frontier(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_small_run_is_measured_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(unlearned_people, "PEOPLE", dict.fromkeys(PEOPLE, 2))
     monkeypatch.setattr(unlearned_people, "WIDTH", 48)
