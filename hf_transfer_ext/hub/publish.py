@@ -47,7 +47,7 @@ from hf_transfer_ext.weights.repository import MODEL_FILES, Place, connection_er
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def save_result(
     folder: str | Path,
     *,
     model: PreTrainedModel | Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     record: RunRecord,
     overwrite: bool = False,
     extra_files: Mapping[str, str | Path] | None = None,
@@ -96,6 +96,7 @@ def save_result(
     `Trainer.save_model`) has just put the weights. Call it on the main process only.
 
     Args:
+        tokenizer: Of the model, or its processor of texts and images.
         overwrite: Replace `folder` if it holds a result already (without `model`: if it holds a record already).
         extra_files: Name in the folder -> file to copy there (plots, token maps).
         card_options: Passed to `model_card` (`title`, `relation`, `tags`).
@@ -366,7 +367,7 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 def _complete(
     folder: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     record: RunRecord,
     overwrite: bool,
     extras: Mapping[str, Path],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from hf_transfer_ext.models.heads import LMHead, head_of, run_to_head
 from hf_transfer_ext.models.plumbing import head_is_understood, no_cache
 from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.distillation_task import DistillationTask, TaskLoss
-from hf_transfer_ext.trainers.task_metrics import kl_of, share
+from hf_transfer_ext.trainers.task_metrics import kl_of, ratio, sums_by_row
 
 
 def loss_inside_the_head(
@@ -51,6 +52,8 @@ class TokenTask(DistillationTask):
     shares_tokens: ClassVar[bool] = True
     needs_teachers_reader: ClassVar[bool] = False
     uses_a_head: ClassVar[bool] = True
+    #: Whether the items of a row are an answer, of which a share is written exactly.
+    has_answers: ClassVar[bool] = False
     select: ClassVar[Any] = staticmethod(rows_at)
 
     def __init__(self, args: Any, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizer: Any = None) -> None:
@@ -109,27 +112,34 @@ class TokenTask(DistillationTask):
     def measure(
         self, model: Any, rows: Any, reference: Any = None, *, batch_size: int = 16, dataset: str | None = None
     ) -> list[Measurement]:
-        """Nats per token and accuracy; KL and agreement with a reference."""
-        sums, count = torch.zeros(4, dtype=torch.float64), 0
+        """Nats per token and accuracy; the share of exact answers; KL and agreement with a reference.
+
+        An answer is exact where each of its tokens is the model's first choice behind the tokens before it, which is
+        what greedy decoding writes, up to the answer's length, without settings such as a repetition penalty.
+        """
+        found: list[list[np.ndarray]] = []
         for batch in self.batches(model, rows, batch_size):
             mask = self.items(batch)
             logits = self.select(model(**self.inputs(model, batch)).logits, mask).float()
             labels = self.targets(batch)[mask]
-            count += len(labels)
-            sums[0] += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            sums[1] += int((logits.argmax(-1) == labels).sum())
+            chosen = logits.argmax(-1)
+            values = [torch.ones_like(labels), nn.functional.cross_entropy(logits, labels, reduction="none")]
+            values.append(chosen == labels)
             if reference is not None:
                 with reference.running(model) as network:
                     read = self.inputs(network, batch, of_teacher=True)
-                    found = self.select(network(**read).logits, self.teacher_mask(batch)).float()
-                shared = min(found.shape[1], logits.shape[1])
-                sums[2] += kl_of(found[:, :shared], logits[:, :shared])
-                sums[3] += int((logits.argmax(-1) == found.argmax(-1)).sum())
-        nats, hits, kl, agrees = sums.tolist()
-        measured = [Measurement("nats_per_token", nats / max(count, 1), "nats", False, count, dataset=dataset)]
-        measured += share("accuracy", int(hits), count, dataset)
-        if reference is not None:
-            per_token = kl / max(count, 1)
-            measured.append(Measurement("kl_to_teacher", per_token, "nats per token", False, count, dataset=dataset))
-            measured += share("teacher_agreement", int(agrees), count, dataset)
+                    theirs = self.select(network(**read).logits, self.teacher_mask(batch)).float()
+                shared = min(theirs.shape[1], logits.shape[1])
+                values += [kl_of(theirs[:, :shared], logits[:, :shared]), chosen == theirs.argmax(-1)]
+            row = mask.nonzero()[:, 0]
+            found.append([sums_by_row(one, row, len(mask)) for one in values])
+        counts, nats, hits, *compared = (np.concatenate(one) for one in zip(*found, strict=True))
+        measured = ratio("nats_per_token", nats, counts, dataset, unit="nats", higher_is_better=False)
+        measured += ratio("accuracy", hits, counts, dataset)
+        if self.has_answers:
+            measured += ratio("exact_match", hits == counts, counts > 0, dataset)
+        if compared:
+            kl, agrees = compared
+            measured += ratio("kl_to_teacher", kl, counts, dataset, unit="nats per token", higher_is_better=False)
+            measured += ratio("teacher_agreement", agrees, counts, dataset)
         return measured

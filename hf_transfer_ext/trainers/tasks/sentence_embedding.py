@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.trainers.distillation_task import DistillationTask, TaskLoss
-from hf_transfer_ext.trainers.task_metrics import share, spearman
+from hf_transfer_ext.trainers.task_metrics import pair_spearman, ratio, row_spearman
 
 #: In front of the tokens of a pair's second text.
 OTHER = "other_"
@@ -150,42 +151,38 @@ class sentence_embedding(DistillationTask):
         """Correlation with given scores, retrieval of the other text, and likeness to a reference.
 
         The likeness is the rank correlation of all cosines among the texts, and the mean cosine of the vectors
-        themselves, behind the projection if there is one.
+        themselves, behind the projection if there is one. Intervals resample rows; the texts among which
+        `retrieval_accuracy` searches stay the same.
         """
         own, other, scores = [], [], []
         for batch in self.batches(model, rows, batch_size):
             own.append(self._vectors(model(**self.inputs(model, batch)), batch).float().cpu())
             if reference is not None:
-                found = self._reference(model, reference, batch)
-                assert found is not None
-                other.append(found.float().cpu())
+                signal = self._reference(model, reference, batch)
+                assert signal is not None
+                other.append(signal.float().cpu())
             scores.append(batch["labels"].cpu())
         vectors, wanted = torch.cat(own, 1), torch.cat(scores)
-        measured, count = [], vectors.shape[1]
+        found, count = [], vectors.shape[1]
         known = ~wanted.isnan()
         if len(vectors) == 2:
             right = torch.arange(count)
             cosines = _cosines(vectors[0], vectors[1])
             if int(known.sum()) > 2:
-                value = spearman(cosines.diagonal()[known], wanted[known])
-                measured.append(Measurement("spearman", value, "correlation", True, int(known.sum()), dataset=dataset))
-            hits = (cosines.argmax(1) == right).sum() + (cosines.argmax(0) == right).sum()
-            measured += share("retrieval_accuracy", int(hits), 2 * count, dataset)
+                found += row_spearman("spearman", cosines.diagonal()[known], wanted[known], dataset)
+            hits = (cosines.argmax(1) == right).int() + (cosines.argmax(0) == right).int()
+            found += ratio("retrieval_accuracy", hits.numpy(), np.full(count, 2), dataset)
         if other:
             theirs = torch.cat(other, 1)
-            pairs = torch.triu_indices(count, count, 1)
-            likeness = [_cosines(side[0], side[0])[pairs[0], pairs[1]] for side in (vectors, theirs)]
             if count > 2:
-                value = spearman(*likeness)
-                measured.append(
-                    Measurement("similarity_to_teacher", value, "correlation", True, count, dataset=dataset)
-                )
+                own_likeness, their_likeness = (_cosines(side[0], side[0]) for side in (vectors, theirs))
+                found += pair_spearman("similarity_to_teacher", own_likeness, their_likeness, dataset)
             projection = self.along["projection"].detach().cpu() if len(self.along) else None
             if projection is not None or vectors.shape == theirs.shape:
-                mapped = projected(vectors.flatten(0, 1), theirs.flatten(0, 1), projection)
-                value = float(cosine_similarity(mapped, theirs.flatten(0, 1), dim=-1).mean())
-                measured.append(Measurement("cosine_to_teacher", value, "cosine", True, count, dataset=dataset))
-        return measured
+                mapped = projected(vectors.flatten(0, 1), theirs.flatten(0, 1), projection).view(theirs.shape)
+                alike = cosine_similarity(mapped, theirs, dim=-1).mean(0).numpy()
+                found += ratio("cosine_to_teacher", alike, np.ones(count), dataset, unit="cosine")
+        return found
 
 
 def _cosines(vectors: Float[Tensor, "rows width"], others: Float[Tensor, "columns width"]) -> Tensor:

@@ -29,6 +29,7 @@ class seq2seq(TokenTask):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("source", "target")
+    has_answers: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {"prefix": "", "max_target_length": None}
 
     def __init__(self, args: Any, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizer: Any = None) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from hf_transfer_ext.trainers.class_losses import (
     teacher_places,
 )
 from hf_transfer_ext.trainers.distillation_task import DistillationTask, TaskLoss
-from hf_transfer_ext.trainers.task_metrics import f1_by_label, f1_of_yes, kl_of, macro_f1, share, spearman
+from hf_transfer_ext.trainers.task_metrics import kl_of, label_counts, macro_f1, measured, ratio, row_spearman
 
 
 class sequence_classification(DistillationTask):
@@ -127,33 +128,30 @@ class sequence_classification(DistillationTask):
             labels.append(batch["labels"].cpu())
         logits, wanted = torch.cat(own), torch.cat(labels)
         theirs = torch.cat(other) if other else None
-        measured = {SINGLE: self._classes, MULTI: self._several, REGRESSION: self._numbers}[self.problem]
-        return measured(logits, theirs, wanted, dataset)
+        measures = {SINGLE: self._classes, MULTI: self._several, REGRESSION: self._numbers}[self.problem]
+        return measures(logits, theirs, wanted, dataset)
 
     def _classes(self, logits: Tensor, theirs: Tensor | None, labels: Tensor, dataset: str | None) -> Any:
-        found, chosen, known = [], logits.argmax(-1), labels != IGNORE_INDEX
-        count = int(known.sum())
-        found += share("accuracy", int((chosen == labels).sum()), count, dataset)
-        if count:
-            scores = f1_by_label(chosen[known], labels[known], logits.shape[1])
-            found.append(Measurement("macro_f1", macro_f1(scores), "share", True, count, dataset=dataset))
+        chosen, known = logits.argmax(-1), labels != IGNORE_INDEX
+        count, ones = int(known.sum()), np.ones(len(chosen))
+        found = ratio("accuracy", (chosen == labels).numpy(), known.numpy(), dataset)
+        counts = label_counts(chosen[known], labels[known], torch.arange(count), count, logits.shape[1])
+        found += measured("macro_f1", macro_f1, counts, "share", True, count, dataset)
         if theirs is not None:
-            found += share("teacher_agreement", int((chosen == theirs.argmax(-1)).sum()), len(chosen), dataset)
-            kl = kl_of(theirs, logits) / len(logits)
-            found.append(Measurement("kl_to_teacher", kl, "nats per text", False, len(logits), dataset=dataset))
+            found += ratio("teacher_agreement", (chosen == theirs.argmax(-1)).numpy(), ones, dataset)
+            kl = kl_of(theirs, logits).numpy()
+            found += ratio("kl_to_teacher", kl, ones, dataset, unit="nats per text", higher_is_better=False)
         return found
 
     def _several(self, logits: Tensor, theirs: Tensor | None, labels: Tensor, dataset: str | None) -> Any:
-        found, chosen, known = [], (logits > 0).long(), ~labels.isnan().any(1)
-        count = int(known.sum())
-        if count:
-            wanted = labels[known].long()
-            found += share("exact_match", int((chosen[known] == wanted).all(1).sum()), count, dataset)
-            scores = f1_of_yes(chosen[known], wanted)
-            found.append(Measurement("macro_f1", macro_f1(scores), "share", True, count, dataset=dataset))
+        chosen, known = (logits > 0).long(), ~labels.isnan().any(1)
+        found = ratio("exact_match", (chosen == labels).all(1).numpy(), known.numpy(), dataset)
+        own, wanted = chosen[known], labels[known].long()
+        counts = [(own * wanted).numpy(), (own + wanted).numpy()]
+        found += measured("macro_f1", macro_f1, counts, "share", True, len(own), dataset)
         if theirs is not None:
             same = (chosen == (theirs > 0).long()).all(1)
-            found += share("teacher_agreement", int(same.sum()), len(chosen), dataset)
+            found += ratio("teacher_agreement", same.numpy(), np.ones(len(same)), dataset)
         return found
 
     def _numbers(self, logits: Tensor, theirs: Tensor | None, labels: Tensor, dataset: str | None) -> Any:
@@ -161,10 +159,9 @@ class sequence_classification(DistillationTask):
         sides = {"": labels.flatten()} | ({} if theirs is None else {"_to_teacher": theirs[:, 0]})
         for name, wanted in sides.items():
             known = ~wanted.isnan()
-            count = int(known.sum())
-            if count > 1:
-                error = float((values[known] - wanted[known]).square().mean())
-                order = spearman(values[known], wanted[known])
-                found.append(Measurement(f"squared_error{name}", error, "square", False, count, dataset=dataset))
-                found.append(Measurement(f"spearman{name}", order, "correlation", True, count, dataset=dataset))
+            if int(known.sum()) > 1:
+                one, two = values[known], wanted[known]
+                errors, ones = (one - two).square().numpy(), np.ones(len(one))
+                found += ratio(f"squared_error{name}", errors, ones, dataset, unit="square", higher_is_better=False)
+                found += row_spearman(f"spearman{name}", one, two, dataset)
         return found

@@ -23,7 +23,16 @@ from hf_transfer_ext.trainers.class_losses import (
     teacher_places,
 )
 from hf_transfer_ext.trainers.distillation_task import TEACHER, DistillationTask, TaskLoss
-from hf_transfer_ext.trainers.task_metrics import entity_f1, f1_by_label, kl_of, macro_f1, share
+from hf_transfer_ext.trainers.task_metrics import (
+    entity_counts,
+    entity_f1,
+    kl_of,
+    label_counts,
+    macro_f1,
+    measured,
+    ratio,
+    sums_by_row,
+)
 
 
 class token_classification(DistillationTask):
@@ -207,31 +216,37 @@ class token_classification(DistillationTask):
             logits = model(**self.inputs(model, batch)).logits
             own.append(at_words(logits, batch["starts"], batch["words"]).float().cpu())
             if reference is not None:
-                found = self._reference(model, reference, batch)
-                assert found is not None
-                other.append(found.float().cpu())
+                signal = self._reference(model, reference, batch)
+                assert signal is not None
+                other.append(signal.float().cpu())
             labels.append(batch["labels"][batch["words"]].cpu())
             ends += batch["words"].sum(1).tolist()
         logits, wanted = torch.cat(own), torch.cat(labels)
-        known, chosen = wanted != IGNORE_INDEX, logits.argmax(-1)
-        count = int(known.sum())
-        measured = share("accuracy", int((chosen == wanted).sum()), count, dataset)
+        known, chosen, texts = wanted != IGNORE_INDEX, logits.argmax(-1), len(ends)
+        text = torch.repeat_interleave(torch.arange(texts), torch.tensor(ends))  # the one that each word is in
+        count, labelled = int(known.sum()), sums_by_row(known, text, texts)
+        found = ratio("accuracy", sums_by_row(chosen == wanted, text, texts), labelled, dataset)
+        scores: dict[str, tuple[Any, Any]] = {}
         if count:
-            score = macro_f1(f1_by_label(chosen[known], wanted[known], len(self.names)))
-            measured.append(Measurement("macro_f1", score, "share", True, count, dataset=dataset))
+            counts = label_counts(chosen[known], wanted[known], text[known], texts, len(self.names))
+            scores["macro_f1"] = macro_f1, counts
         if count and all(name == "O" or name[:2] in ("B-", "I-") for name in self.names):
             sides = [
-                [["O" if gold < 0 else self.names[tag] for tag, gold in zip(tags.tolist(), text.tolist(), strict=True)]
-                 for tags, text in zip(side.split(ends), wanted.split(ends), strict=True)]
-                for side in (chosen, wanted)
+                [["O" if gold < 0 else self.names[tag] for tag, gold in pairs.tolist()]
+                 for pairs in torch.stack([one, wanted], 1).split(ends)]
+                for one in (chosen, wanted)
             ]  # fmt: skip
-            measured.append(Measurement("entity_f1", entity_f1(*sides), "share", True, count, dataset=dataset))
+            scores["entity_f1"] = entity_f1, entity_counts(*sides)
+        for name, (statistic, counts) in scores.items():
+            of_labelled = [one[labelled > 0] for one in counts]
+            found += measured(name, statistic, of_labelled, "share", True, count, dataset)
         if other:
-            theirs = torch.cat(other)
-            measured += share("teacher_agreement", int((chosen == theirs.argmax(-1)).sum()), len(chosen), dataset)
-            kl = kl_of(theirs, logits) / max(len(logits), 1)
-            measured.append(Measurement("kl_to_teacher", kl, "nats per word", False, len(logits), dataset=dataset))
-        return measured
+            theirs, words = torch.cat(other), sums_by_row(torch.ones_like(wanted), text, texts)
+            same = sums_by_row(chosen == theirs.argmax(-1), text, texts)
+            found += ratio("teacher_agreement", same, words, dataset)
+            kl = sums_by_row(kl_of(theirs, logits), text, texts)
+            found += ratio("kl_to_teacher", kl, words, dataset, unit="nats per word", higher_is_better=False)
+        return found
 
 
 def first_tokens(tokenizer: Any, words: list[str], max_length: int | None) -> dict[int, int]:

@@ -53,6 +53,7 @@ class vision_language(TokenTask):
     may_have: ClassVar[tuple[str, ...]] = (*IMAGES, "messages", "prompt", "completion")
     keeps: ClassVar[tuple[str, ...]] = (*IMAGES, "messages", "prompt", "completion")
     needs_teachers_reader: ClassVar[bool] = True
+    has_answers: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {"image_folder": None, "freeze_vision": False}
     select: ClassVar[Any] = staticmethod(predicting_rows)
 

@@ -1,15 +1,18 @@
 """Distillation of encoder-decoders: the loss by its definition, inside the decoder's head and on full logits."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from processes import on_two_ranks
 from trainers.tasks.tiny_encoders import config, tokenizer_of
 from trainers.tasks.token_oracle import expected_loss
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
 from hf_transfer_ext import TaskDistillationTrainer
+from hf_transfer_ext.measurement.bootstrap import interval_of
 
 ROWS = {"source": ["gold is heavy", "paris", "the rhine"], "target": ["heavy gold", "a city of france", "river"]}
 
@@ -72,12 +75,47 @@ def test_it_is_measured_and_saved_as_what_it_is(tmp_path):
     assert max(len(ids) for ids in trainer.train_dataset["labels"]) <= 4
     trainer.train()
     found = {m.name: m for m in trainer.measure(Dataset.from_dict(ROWS))}
-    assert set(found) == {"nats_per_token", "accuracy", "kl_to_teacher", "teacher_agreement"}
+    assert set(found) == {"nats_per_token", "accuracy", "exact_match", "kl_to_teacher", "teacher_agreement"}
     assert trainer.evaluate(trainer.train_dataset)["eval_kd"] == pytest.approx(found["kl_to_teacher"].value, rel=1e-4)
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
     assert "text2text-generation" in card and "AutoModelForSeq2SeqLM" in card
     assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), T5)
+
+
+def test_an_exact_answer_is_what_greedy_decoding_writes(tmp_path):
+    model, tokenizer = t5(1), tokenizer_of("unigram")
+    trainer = trainer_of(tmp_path, model, t5(2))
+    read = tokenizer(ROWS["source"], padding=True, return_tensors="pt")
+    written = model.generate(**read, do_sample=False, num_beams=1, max_new_tokens=6)[:, 1:].tolist()
+    written = [ids[: ids.index(1) + 1] if 1 in ids else ids for ids in written]
+    written[2][-1] += 1 if written[2][-1] < 5 else -1
+    rows = [{**tokenizer(source), "labels": ids} for source, ids in zip(ROWS["source"], written, strict=True)]
+    found = {m.name: m for m in trainer.task.measure(model, rows)}
+    wanted = sum(len(ids) for ids in written)
+    assert found["exact_match"].value == pytest.approx(2 / 3) and found["exact_match"].examples == 3
+    assert found["accuracy"].value == pytest.approx((wanted - 1) / wanted) and found["accuracy"].examples == wanted
+
+
+def test_intervals_resample_rows_and_two_processes_measure_what_one_does(tmp_path):
+    def measurements():
+        trainer = trainer_of(tmp_path, t5(1), t5(2), per_device_eval_batch_size=2)
+        return trainer, trainer.measure(Dataset.from_dict(ROWS), dataset="rows")
+
+    trainer, found = measurements()
+    sums, counts = [], []
+    for row in trainer.train_dataset:
+        batch = trainer.data_collator([row])
+        with torch.no_grad():
+            logits = trainer.model(**trainer.task.inputs(trainer.model, batch)).logits[0]
+        sums.append(torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="sum").item())
+        counts.append(len(row["labels"]))
+    expected = interval_of(lambda one, two: one.sum() / two.sum(), [[np.array(sums), np.array(counts)]])
+    nats = found[0]
+    assert nats.name == "nats_per_token" and nats.interval == pytest.approx(expected, rel=1e-5)
+    assert nats.value == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+    assert all(m.interval[0] <= m.value <= m.interval[1] for m in found)
+    assert on_two_ranks(lambda _: measurements()[1], tmp_path) == [found, found]
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

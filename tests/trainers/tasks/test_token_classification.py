@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -10,6 +11,7 @@ from trainers.tasks.tiny_encoders import config, tiny_bert, tokenizer_of
 from transformers import BertForTokenClassification
 
 from hf_transfer_ext import TaskDistillationTrainer
+from hf_transfer_ext.measurement.bootstrap import interval_of
 from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 
 TASK = "token_classification"
@@ -93,6 +95,13 @@ def test_measurements_are_of_words_and_of_entities(tmp_path):
     found = {m.name: m for m in trainer.measure(Dataset.from_dict(ROWS))}
     assert set(found) == {"accuracy", "macro_f1", "entity_f1", "teacher_agreement", "kl_to_teacher"}
     assert found["accuracy"].examples == 5 and found["teacher_agreement"].examples == 9
+    rows = list(trainer.train_dataset)
+    of_rows = [{m.name: m for m in trainer.task.measure(trainer.model, [row], trainer.teacher)} for row in rows]
+    agreement = [(of["teacher_agreement"].value, of["teacher_agreement"].examples) for of in of_rows]
+    shares, words = np.array(agreement).T
+    expected = interval_of(lambda hits, count: hits.sum() / count.sum(), [[shares * words, words]])
+    assert found["teacher_agreement"].interval == pytest.approx(expected)
+    assert all(m.interval[0] <= m.value <= m.interval[1] for m in found.values())
     teacher = {m.name: m.value for m in trainer.measure(Dataset.from_dict(ROWS), model=trainer._taught_by)}
     assert set(teacher) == {"accuracy", "macro_f1", "entity_f1"}
 

@@ -261,10 +261,10 @@ def test_it_is_measured_and_saved_as_what_it_is(tmp_path):
     trainer = trainer_of(tmp_path, PAIRS["larger images"]())
     trainer.train()
     found = {m.name: m for m in trainer.measure(Dataset.from_dict(ROWS))}
-    assert set(found) == {"nats_per_token", "accuracy", "kl_to_teacher", "teacher_agreement"}
+    assert set(found) == {"nats_per_token", "accuracy", "exact_match", "kl_to_teacher", "teacher_agreement"}
     assert trainer.evaluate(trainer.train_dataset)["eval_kd"] == pytest.approx(found["kl_to_teacher"].value, rel=1e-4)
     teacher = trainer.measure(Dataset.from_dict(ROWS), model=trainer.teacher.network)
-    assert {m.name for m in teacher} == {"nats_per_token", "accuracy"}
+    assert {m.name for m in teacher} == {"nats_per_token", "accuracy", "exact_match"}
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
     assert "image-text-to-text" in card and "AutoModelForImageTextToText, AutoProcessor" in card
