@@ -404,6 +404,8 @@ def rows_of(records: Sequence[Record]) -> list[Record]:
         row: Record = {"shape": shape, "state": state, "method": method}
         for engine in (*ENGINES, DECOMPOSITION):
             own = [r for r in records if key_of(r) == (shape, state, method, engine) and r["status"] == "ok"]
+            if engine == DECOMPOSITION:  # the same for all methods
+                own = [r for r in records if (r["shape"], r["state"], r["engine"]) == (shape, state, engine)]
             for value in ("wall_s", "cpu_s", "peak_bytes"):
                 row[f"{engine}_{value}"] = median([r[value] for r in own if value in r])
         row["speedup"] = row["mergekit_wall_s"] / row["ours_wall_s"]
