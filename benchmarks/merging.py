@@ -237,6 +237,7 @@ def run_engine(
     record = run_command(command, threads, timeout_s)
     if dry_run and "a merge takes at least" in record.get("output", ""):
         record["status"] = "ok"
+        del record["output"]
     return record
 
 
