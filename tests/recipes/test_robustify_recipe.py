@@ -94,4 +94,4 @@ def test_the_configuration_is_read():
     job, args = parse_recipe(
         robustify.RobustifyArguments, DistillationConfig, argv=["--config", str(path)], groups=TRAINER_GROUPS
     )
-    assert job.share == 0.5 and args.loss == "forward_kl"
+    assert job.share == 0.2 and args.loss == "forward_kl"
