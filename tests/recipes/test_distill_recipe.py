@@ -139,7 +139,10 @@ def test_a_student_of_its_own_and_streaming_data(setup):
 
 @pytest.mark.parametrize(
     "options",
-    [("linear_expansion",), ("stage_sharing", "--student_options", "{stages: [2, 1], representative: first}")],
+    [
+        pytest.param(("linear_expansion",), marks=pytest.mark.slow),
+        ("stage_sharing", "--student_options", "{stages: [2, 1], representative: first}"),
+    ],
     ids=lambda options: options[0],
 )
 def test_a_learngene_is_distilled_and_expanded(setup, monkeypatch, options):

@@ -67,6 +67,7 @@ def test_what_travels_is_in_the_folder(made):
     assert 0 <= known.separation <= 1
 
 
+@pytest.mark.slow
 def test_only_inputs_that_look_real_are_accepted(made, tmp_path):
     adapted, known, folder = made
     adapted.load_adapter(str(folder / "discriminator"), adapter_name="discriminator")
