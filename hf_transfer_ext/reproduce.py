@@ -52,6 +52,7 @@ TRAINED_TRANSFER = ("hf_transfer_ext.adapters.transfer.trainer", "transfer_again
 RECIPES = {
     "hf-transfer-ext distill": ("hf_transfer_ext.recipes.distill", ("DistillArguments", "DistillationConfig")),
     "hf-transfer-ext unlearn": ("hf_transfer_ext.recipes.unlearn", ("UnlearnArguments", "UnlearningConfig")),
+    "hf-transfer-ext robustify": ("hf_transfer_ext.recipes.robustify", ("RobustifyArguments", "DistillationConfig")),
     "hf-transfer-ext evaluate": ("hf_transfer_ext.recipes.evaluate", ("EvaluateArguments",)),
     "hf-transfer-ext audit": ("hf_transfer_ext.recipes.audit", ("AuditArguments",)),
 }
@@ -64,7 +65,8 @@ MODEL_KEYS = ("adapter", "artifacts", "base", "base_model", "data", "dataset", "
 _INPUTS = re.compile(r"input:[0-9]{1,4}(\+input:[0-9]{1,4})?")
 #: Settings of a recipe that do not change its result, and that a second run must not obey.
 _NOT_REPEATED = ("output_dir", "overwrite", "push_to_hub", "private", "create_pr", "resume_from_checkpoint",
-                 "logging_dir", "report_to", "original_dir", "retrained_dir", "cache", "update_card")  # fmt: skip
+                 "logging_dir", "report_to", "original_dir", "retrained_dir", "corrupted_dir", "cache",
+                 "update_card")  # fmt: skip
 #: Measurements without an interval are equal up to this relative difference.
 TOLERANCE = 1e-9
 

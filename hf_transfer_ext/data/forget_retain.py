@@ -430,8 +430,7 @@ class ForgetRetainPairs(Dataset):
 
 def with_labels(encoded: EncodedAnswer, index: int) -> dict[str, Any]:
     """An answer as it is in a batch."""
-    labels = [IGNORE_INDEX] * encoded.answer_start + encoded.input_ids[encoded.answer_start :]
-    return {"input_ids": encoded.input_ids, "labels": labels, "index": index}
+    return {"input_ids": encoded.input_ids, "labels": encoded.labels, "index": index}
 
 
 def forget_retain_collator(pad_token_id: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_transfer_ext.tensors import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class EncodedAnswer:
@@ -17,6 +19,11 @@ class EncodedAnswer:
     @property
     def answer_length(self) -> int:
         return len(self.input_ids) - self.answer_start
+
+    @property
+    def labels(self) -> list[int]:
+        """The token ids with those of the prompt ignored (-100), as long as `input_ids`."""
+        return [IGNORE_INDEX] * self.answer_start + self.input_ids[self.answer_start :]
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ _JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
         "A model was trained to stop giving chosen knowledge while keeping the rest.",
         ("model", "student", "base"),
     ),
+    "robust unlearning": (
+        "A copy of an unlearned model, with noise in its weights, was distilled from the unlearned model.",
+        ("model",),
+    ),
     "extraction": (
         "The difference between a fine-tuned model and its base was written as a low-rank adapter (LoRA).",
         ("base", "model"),
@@ -259,8 +263,9 @@ def _hub_names(item: RunInput, direct: bool, known: dict[int, list[str]]) -> lis
 
 
 def kind_of(record: RunRecord) -> str:
-    """The job, with mixtures of experts told from other merges."""
-    return "mixture" if record.job == "merging" and record.recipe.endswith(" moe") else record.job
+    """The job, with mixtures of experts told from other merges, and unlearned models from those distilled again."""
+    special = {("merging", "moe"): "mixture", ("unlearning", "robustify"): "robust unlearning"}
+    return special.get((record.job, record.recipe.rpartition(" ")[2]), record.job)
 
 
 def model_kind(record: RunRecord) -> ModelKind:
@@ -489,7 +494,7 @@ def _limits(record: RunRecord) -> str:
     if kind == "audit" and not findings:
         findings = ["No attack could be judged; `report.html`, beside this card where it was made, says why."]
     lines += findings
-    if kind == "unlearning" and not any(m.name.startswith("recovered") for m in record.metrics):
+    if record.job == "unlearning" and not any(m.name.startswith("recovered") for m in record.metrics):
         lines.append("No audit was made, so it is not known whether the knowledge is gone or only hidden.")
     for m in record.metrics:
         if m.name.startswith("change left out") and m.value > 0:

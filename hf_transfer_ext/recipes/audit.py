@@ -14,7 +14,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hf_transfer_ext.data.forget_retain import forget_retain_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.audit.answers import answers_of
 from hf_transfer_ext.evals.audit.attacks import ATTACKS
@@ -25,8 +24,8 @@ from hf_transfer_ext.evals.audit.subject import AuditData
 from hf_transfer_ext.evals.audit.verdict import verdict_table
 from hf_transfer_ext.evals.baselines import audited_with
 from hf_transfer_ext.hub.finish import add_measurements, finish_run
-from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.forget_retain import ForgetRetainArguments
 from hf_transfer_ext.recipes.publishing import PublishArguments
 from hf_transfer_ext.recipes.retrain import subjects_of, work_of
 from hf_transfer_ext.recipes.run import run_recipe, start_record
@@ -34,7 +33,7 @@ from hf_transfer_ext.settings import REQUIRED
 
 
 @dataclass
-class AuditArguments(PublishArguments):
+class AuditArguments(ForgetRetainArguments, PublishArguments):
     """Which model is attacked, how, and which models it is compared with."""
 
     unlearned: str = setting(REQUIRED, "models", "Unlearned model, its adapter, or a baseline: in_context_unlearning.")
@@ -46,17 +45,9 @@ class AuditArguments(PublishArguments):
     retrain_learning_rate: float = setting(3e-4, "models", "Peak learning rate of that.")
     shadow: str | None = setting(None, "models", "A second one, for adversarial_query; retrain: made here, likewise.")
     dtype: str = setting("float32", "models", "auto, float32 or bfloat16.")
-    forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
-    retain_data: str | None = setting(None, "data", "File, folder or Hub id.")
     holdout_data: str | None = setting(None, "data", "The same kind of data, never trained on.")
-    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
-    people: int = setting(20, "data", "Made-up people, as in the unlearning run.")
-    forget_people: int = setting(2, "data", "Of these, the ones to forget.")
     holdout_people: int = setting(4, "data", "Further made-up people, unseen in training.")
-    facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
-    facets: dict[str, Any] = setting({}, "data", "Further questions: {phrasings: 2, languages: [de], multi_hop: 4}.")
     limit: int | None = setting(None, "data", "Only the first rows of each set.")
-    template: str = setting("auto", "data", "auto, chat or plain.")
     chat_template_kwargs: dict[str, Any] = setting({}, "data", "Of the chat template: {enable_thinking: false}.")
     attacks: list[Any] = setting(list(ATTACKS), "attacks", "Names, or {name: {option: value}}.")
     membership: list[Any] = setting([*MEMBERSHIP_METRICS, *MEMBERSHIP_ATTACKS], "attacks", "The same; []: none.")
@@ -74,10 +65,8 @@ def main(argv: list[str] | None = None) -> Any:
     publication = job.publication()
     accelerator, out, began = Accelerator(), Path(job.output_dir), time.monotonic()
     record = start_record("audit", __file__, argv, job, seed=job.seed)
-    names = ("people", "forget_people", "holdout_people", "facts", "facets", "seed", "columns")
-    how: Any = {name: getattr(job, name) for name in names}
-    data = AuditData.of(forget_retain_rows(job.forget_data, job.retain_data, job.holdout_data, **how), job.limit)
-    record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data, job.holdout_data) if name]
+    splits = job.rows(record, job.seed, job.holdout_data, holdout_people=job.holdout_people)
+    data = AuditData.of(splits, job.limit)
     template = QuestionAnswerFormat(template=job.template, chat_template_kwargs=job.chat_template_kwargs)
     given: Any = {"name": job.unlearned, "options": job.baseline_options, "rows": data, "seed": job.seed}
     prompted = audited_with(template=template, record=record, **given)

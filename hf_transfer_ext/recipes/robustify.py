@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_transfer_ext.data.forget_retain import encode_row, forget_retain_rows, learned_rows
+from hf_transfer_ext.data.forget_retain import encode_row, learned_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.data.text import load_train_and_test
 from hf_transfer_ext.edits.methods.shrink_and_perturb import perturb_model
@@ -24,17 +24,17 @@ from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.forget_retain import ForgetRetainArguments
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, run_recipe
 from hf_transfer_ext.recipes.training import start_training
 from hf_transfer_ext.settings import REQUIRED
-from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
 
 
 @dataclass
-class RobustifyArguments:
+class RobustifyArguments(ForgetRetainArguments):
     """The unlearned model, the noise, and the data. The distillation itself is set by `DistillationConfig`."""
 
     model_name_or_path: str = setting(REQUIRED, "model", "Folder or Hub id of the unlearned model, or its adapter.")
@@ -42,14 +42,7 @@ class RobustifyArguments:
     dtype: str = setting("float32", "model", "auto, float32 or bfloat16.")
     share: float = setting(0.6, "noise", "How much of the weights goes, from 0 to 1 (a new model).")
     noise_scale: float = setting(0.1, "noise", "Scale of the noise that comes instead.")
-    forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
-    retain_data: str | None = setting(None, "data", "File, folder or Hub id.")
     split: str = setting("train", "data", "Split of both.")
-    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
-    template: str = setting("auto", "data", "auto, chat or plain.")
-    people: int = setting(20, "data", "Made-up people, in all.")
-    forget_people: int = setting(2, "data", "Of these, the ones to forget.")
-    facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
     texts: str | None = setting(
         None, "data", "Further texts that cover what has to stay: file, folder, Hub id, or facts."
     )
@@ -64,19 +57,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(
             f"`share` has to be in (0, 1] and `noise_scale` at least 0, got {job.share} and {job.noise_scale}."
         )
+    if job.distill_forget and args.ce_weight > 0:
+        raise ValueError(
+            f"`ce_weight` is {args.ce_weight}: cross entropy would teach the answers of the forget set again. Set it "
+            "to 0, or `distill_forget` to false."
+        )
     refuse_zero3("A copy of the model is perturbed here, which needs it whole.")
     read = (job.model_name_or_path, job.forget_data, job.retain_data, job.texts)
-    run = start_training("robust unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
+    run = start_training("unlearning", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
-    where: Any = {name: getattr(job, name) for name in ("people", "forget_people", "facts", "columns", "split")}
-    splits = forget_retain_rows(job.forget_data, job.retain_data, seed=args.seed, **where)
-    record.inputs += [describe_dataset(name) for name in (job.forget_data, job.retain_data, job.texts) if name]
+    splits = job.rows(record, args.seed, split=job.split)
+    record.inputs += [describe_dataset(name) for name in (job.texts,) if name]
     with record.stage("load"):
         named: Any = {"revision": job.revision, "dtype": job.dtype}
         teacher, tokenizer = load_named(job.model_name_or_path, record, **named)
         if hasattr(teacher, "merge_and_unload"):
             teacher = teacher.merge_and_unload()
-    template = QuestionAnswerFormat(template=job.template, max_length=args.max_length)
+    template = QuestionAnswerFormat(template=job.template)
     parts = ("retain", "forget") if job.distill_forget else ("retain",)
     rows = [row for part in parts for row in learned_rows(splits, part)]
     if job.texts is not None:
@@ -107,10 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def as_training_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, template: Any) -> list[dict[str, list[int]]]:
     """Rows in any form of `encode_row` as those of the trainer; only the tokens after a prompt are distilled."""
     answers = [answer for row in rows for answer, _ in encode_row(tokenizer, row, template, {})]
-    return [
-        {"input_ids": one.input_ids, "labels": [IGNORE_INDEX] * one.answer_start + one.input_ids[one.answer_start :]}
-        for one in answers
-    ]
+    return [{"input_ids": one.input_ids, "labels": one.labels} for one in answers]
 
 
 if __name__ == "__main__":

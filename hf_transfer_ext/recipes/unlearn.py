@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer_ext.data.forget_retain import forget_retain_rows, learned_rows
+from hf_transfer_ext.data.forget_retain import learned_rows
 from hf_transfer_ext.data.question_answer import QuestionAnswerFormat
 from hf_transfer_ext.evals.forget_retain import forget_retain
 from hf_transfer_ext.files import refuse_existing_output, refuse_shared_outputs
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.curve import curve_of
+from hf_transfer_ext.recipes.forget_retain import ForgetRetainArguments
 from hf_transfer_ext.recipes.restoration import restoration_of, texts_of
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, load_named, packed, run_recipe
 from hf_transfer_ext.recipes.teaching import teach
@@ -29,7 +30,7 @@ from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrai
 
 
 @dataclass
-class UnlearnArguments:
+class UnlearnArguments(ForgetRetainArguments):
     """Which data to forget, and the model to unlearn it from. The training itself is set by `UnlearningConfig`."""
 
     model_name_or_path: str = setting(REQUIRED, "model", "Folder, Hub id, or demo (Gemma 3 270M).")
@@ -38,15 +39,7 @@ class UnlearnArguments:
     four_bit: bool = setting(False, "model", "Load it in 4 bits (QLoRA, through bitsandbytes).")
     lora_rank: int = setting(16, "model", "Rank of the LoRA that forgets, and of the one that teaches.")
     trim_vocabulary: bool = setting(False, "model", "Keep only the tokens of the data (CPU runs).")
-    forget_data: str | None = setting(None, "data", "File, folder or Hub id; none: made-up people.")
-    retain_data: str | None = setting(None, "data", "File, folder or Hub id.")
     split: str = setting("train", "data", "Split of both.")
-    columns: dict[str, str] = setting({}, "data", "Name in the schema -> your column: {question: q, answer: a}.")
-    template: str = setting("auto", "data", "auto, chat or plain.")
-    people: int = setting(20, "data", "Made-up people, in all.")
-    forget_people: int = setting(2, "data", "Of these, the ones to forget.")
-    facts: int | None = setting(None, "data", "Questions about each of them; none: all.")
-    facets: dict[str, Any] = setting({}, "data", "Further questions: {phrasings: 2, languages: [de], multi_hop: 4}.")
     teach_epochs: float = setting(0.0, "teach", "> 0: fine-tune on both sets before forgetting.")
     teach_learning_rate: float = setting(1e-3, "teach", "Peak learning rate of that.")
     original_dir: str | None = setting(None, "teach", "Save the taught model here, for an audit.")
@@ -73,13 +66,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for folder in filter(None, folders):
         refuse_existing_output(folder, overwrite=run.replaces, inputs=read)
     record = run.record
-    names = ("people", "forget_people", "facts", "facets", "columns", "split")
-    where: Any = {name: getattr(job, name) for name in names}
-    splits = forget_retain_rows(job.forget_data, job.retain_data, seed=args.seed, **where)
+    splits = job.rows(record, args.seed, split=job.split)
     learned = {part: learned_rows(splits, part) for part in ("forget", "retain")}
     template = QuestionAnswerFormat(template=job.template)
     restoration = restoration_of(run, job, learned["forget"], template)
-    record.inputs += [describe_dataset(name) for name in read[1:] if name]
+    record.inputs += [describe_dataset(name) for name in (job.restor_data,) if name]
     with record.stage("load"):
         how = packed(job.four_bit, args)
         model, tokenizer = load_named(job.model_name_or_path, record, revision=job.revision, dtype=job.dtype, **how)

@@ -49,9 +49,10 @@ def test_the_student_comes_back_to_its_teacher(tmp_path):
     before, after = ((target.exp() * (target - log_probs(one))).sum(-1).mean() for one in (noised, student))
     assert before > 0.05 and after < 0.5 * before
     record = read_record(tmp_path / "out")
-    assert record.job == "robust unlearning" and record.config["share"] == 0.2 and record.seed == 42
+    assert record.job == "unlearning" and record.config["share"] == 0.2 and record.seed == 42
     assert {one.role for one in record.inputs} >= {"model"}
-    assert "with noise" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "was distilled from the unlearned model" in card and "with noise" in card and "No audit was made" in card
 
 
 def test_what_is_distilled(tmp_path, monkeypatch):
@@ -87,6 +88,8 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch
     for more in ({"share": 0}, {"share": 1.5}, {"noise_scale": -0.1}):
         with pytest.raises(ValueError, match="`share` has to be"):
             robustify.main(arguments(tmp_path, "nowhere", **more))
+    with pytest.raises(ValueError, match="would teach the answers of the forget set again"):
+        robustify.main(arguments(tmp_path, "nowhere", ce_weight=0.5))
 
 
 def test_the_configuration_is_read():

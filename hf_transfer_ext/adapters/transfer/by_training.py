@@ -50,7 +50,6 @@ from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.files import refuse_existing_output, sha256_of, write_text, written_aside
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import BASE, active_adapter
-from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.answers import train_on_answers
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
@@ -298,9 +297,9 @@ def train_lora(
 def _labelled(tokenizer: Any, rows: Sequence[Mapping[str, str]], template: QuestionAnswerFormat) -> Dataset:
     """Token ids of prompt and answer, with the answer's tokens as labels."""
     encoded = [template.encode(tokenizer, row["question"], row["answer"]) for row in rows]
-    ids = [one.input_ids for one in encoded]
-    labels = [[IGNORE_INDEX] * one.answer_start + one.input_ids[one.answer_start :] for one in encoded]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+    return Dataset.from_dict(
+        {"input_ids": [one.input_ids for one in encoded], "labels": [one.labels for one in encoded]}
+    )
 
 
 def _inputs(
