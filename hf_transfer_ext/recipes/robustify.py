@@ -31,6 +31,7 @@ from hf_transfer_ext.settings import REQUIRED
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.saving import load_whole, refuse_zero3, save_whole
+from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 
 
 @dataclass
@@ -61,6 +62,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(
             f"`ce_weight` is {args.ce_weight}: cross entropy would teach the answers of the forget set again. Set it "
             "to 0, or `distill_forget` to false."
+        )
+    if args.kd_weight == 0 or args.task != CAUSAL_LM:
+        raise ValueError(
+            f"The unlearned model teaches its own copy: set `kd_weight` above 0 and `task` to {CAUSAL_LM}."
         )
     refuse_zero3("A copy of the model is perturbed here, which needs it whole.")
     read = (job.model_name_or_path, job.forget_data, job.retain_data, job.texts)

@@ -90,6 +90,9 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch
             robustify.main(arguments(tmp_path, "nowhere", **more))
     with pytest.raises(ValueError, match="would teach the answers of the forget set again"):
         robustify.main(arguments(tmp_path, "nowhere", ce_weight=0.5))
+    for more in ({"kd_weight": 0, "ce_weight": 1, "distill_forget": "false"}, {"task": "seq2seq"}):
+        with pytest.raises(ValueError, match="teaches its own copy"):
+            robustify.main(arguments(tmp_path, "nowhere", **more))
 
 
 def test_the_configuration_is_read():
