@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_transfer_ext.tensors import IGNORE_INDEX
-
 
 @dataclass(frozen=True)
 class EncodedAnswer:
@@ -23,6 +21,8 @@ class EncodedAnswer:
     @property
     def labels(self) -> list[int]:
         """The token ids with those of the prompt ignored (-100), as long as `input_ids`."""
+        from hf_transfer_ext.tensors import IGNORE_INDEX  # imports torch, which a merge's record does without
+
         return [IGNORE_INDEX] * self.answer_start + self.input_ids[self.answer_start :]
 
 
