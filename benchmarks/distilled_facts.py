@@ -3,14 +3,19 @@
     python -m benchmarks.distilled_facts --work runs/distilled_facts --out benchmarks/results/distilled_facts
 
 *Texts.* Gemma 3 270M, its vocabulary cut to the texts and fine-tuned on what two packages know of countries and
-elements, teaches a student of 8 of its 18 layers. Every run starts from the same student, has the same steps, batches,
-learning rate and schedule, and gives the signal of the teacher half of the weight and cross entropy the other half;
-*cross entropy* alone has no teacher. A hidden loss is added to forward KL. At the end, on texts of countries and
-elements that were not in training: perplexity of the real text, KL and agreement with the teacher, and multiple-choice
-questions. Intervals are 95 %, over texts (or questions) and seeds.
+elements, teaches a student: 4 of its 18 layers, trained on the same texts before. Every run starts from the same
+student and has the same batches, learning rate (constant after a warmup) and optimizer. The signal of the teacher has
+half of the weight and cross entropy the other half; *cross entropy* alone has no teacher. A hidden loss is added to
+forward KL. What is measured, on texts of countries and elements that were not in training: perplexity of the real
+text, KL and agreement with the teacher, and multiple-choice questions. Intervals are 95 %, over texts (or questions),
+of the mean over the seeds; the gain is also given for each seed.
 
-*Equal time*: the steps of a signal are those that fit into the time of forward KL's, by the median processor time of
-the training steps of its first run; a signal within a tenth of forward KL's time keeps its result.
+*Equal time*: the steps that fit into the time of forward KL's, by the median processor time of five steps with a
+teacher that runs at every step (a cache is complete before the first). A signal within a tenth of that time keeps its
+result. A run goes to the larger number of steps and is measured at both.
+
+In these runs the frozen teacher does not run twice on the same text: its last hidden states are kept and read again,
+which changes no result. Under hidden losses and with several teachers it runs at every step.
 
 *Answers*: the task of `benchmarks.transferred_task`, with exact answers, for what the student writes itself: the
 teacher is Gemma with the adapter that learned the task, the student has 14 layers. Here the teacher is the only source
@@ -23,16 +28,21 @@ sitting.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import TrainerCallback
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from benchmarks import measure, transferred_task
 from hf_transfer_ext.adapters.transfer.compare import answered_exactly
@@ -56,7 +66,10 @@ from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.taught import taught
 
-LAYERS, STEPS, TEACHING_STEPS, RATE = 8, 60, 60, 1e-3
+LAYERS, ROWS, STEPS, RATE, TIMED_STEPS = 4, 2, 32, 5e-5, 5
+#: Of the fine-tuning of the teachers, and of the student before all runs.
+TRAINED_BEFORE = {"kd_weight": 0.0, "ce_weight": 1.0, "lr_scheduler_type": "cosine"}
+TEACHING, HEALING = {"max_steps": 60, "learning_rate": 1e-3}, {"max_steps": 200, "learning_rate": 5e-4}
 PLAIN = transferred_task.PLAIN
 REFERENCE, ALONE = "forward_kl", "cross entropy"
 #: Signal -> what it changes of the settings of forward KL.
@@ -64,6 +77,10 @@ SIGNALS: dict[str, dict[str, Any]] = {
     ALONE: {"kd_weight": 0.0, "ce_weight": 1.0},
     **{name: {"loss": name} for name in DISTILLATION_LOSSES},
     **{f"forward_kl + {name}": {"hidden_loss": name} for name in HIDDEN_LOSSES},
+    "forward_kl + talking_models": {
+        "hidden_loss": "talking_models",
+        "layer_map": [[LAYERS // 2, 9]],
+    },  # takes one pair
     **{
         f"cache: {kind}": {"teacher_cache": kind, "teacher_cache_options": {"kind": kind}}
         for kind in ("top", "top_and_samples", "samples")
@@ -112,23 +129,59 @@ def prepare(work: Path, second: Path | None) -> None:
     for base in ("gemma", "second"):
         if (work / base).exists() and not (work / f"{base}-teacher" / "config.json").exists():
             tokenizer = load_tokenizer(work / base)
-            arguments = settings(work / "teaching", TEACHING_STEPS, 0, kd_weight=0.0, ce_weight=1.0)
+            arguments = settings(work / "teaching", **TRAINED_BEFORE, per_device_train_batch_size=4, **TEACHING)
             data = Dataset.from_list(texts)
             taught(load_model(work / base), tokenizer, data, arguments, folder=work / f"{base}-teacher")
     if not (work / "student" / "config.json").exists():
+        tokenizer = load_tokenizer(work / "gemma-teacher")
         student = uniform_depth(load_model(work / "gemma-teacher"), StudentShape(depth=LAYERS))
-        _save(work / "student", student, load_tokenizer(work / "gemma-teacher"))
+        arguments = settings(work / "healing", **TRAINED_BEFORE, **HEALING)
+        DistillationTrainer(student, None, arguments, Dataset.from_list(texts), processing_class=tokenizer).train()
+        _save(work / "student", student, tokenizer)
 
 
-def settings(folder: Path, steps: int, seed: int, **changes: Any) -> DistillationConfig:
+def settings(folder: Path, steps: int = STEPS, seed: int = 0, **changes: Any) -> DistillationConfig:
     """What all runs have in common, and what one of them changes."""
     given: dict[str, Any] = {
         "loss": REFERENCE, "kd_weight": 0.5, "ce_weight": 0.5, "max_steps": steps, "learning_rate": RATE,
-        "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "per_device_train_batch_size": 4, "max_length": 128,
-        "packing": True, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none",
-        "logging_steps": 10, "seed": seed,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "per_device_train_batch_size": ROWS,
+        "max_length": 128, "packing": True, "gradient_checkpointing": False, "save_strategy": "no",
+        "report_to": "none", "logging_steps": 10, "seed": seed, "disable_tqdm": True,
     }  # fmt: skip
     return DistillationConfig(str(folder), **given | changes)
+
+
+def remember(model: Any) -> Any:
+    """Let a frozen decoder run once on each document: its last hidden states are kept, and given again.
+
+    Documents are rows padded on the right, or the parts of a packed row, which start at position 0. The hidden states
+    of one depend on itself alone, since attention looks back and not into other documents.
+    """
+    run, kept = model.model.forward, {}
+
+    def forward(input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, **more: Any) -> Any:
+        if attention_mask is None and position_ids is not None and len(input_ids) == 1:
+            starts = [*torch.nonzero(position_ids[0] == 0).flatten().tolist(), input_ids.shape[1]]
+            places = [(0, slice(start, end)) for start, end in pairwise(starts)]
+        else:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            lengths = mask.sum(1).tolist()
+            if any(not mask[row, :length].all() for row, length in enumerate(lengths)):
+                raise ValueError("Documents padded on the left are not remembered.")
+            places = [(row, slice(length)) for row, length in enumerate(lengths)]
+        keys = [tuple(input_ids[place].tolist()) for place in places]
+        if any(key not in kept for key in keys):
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            states = run(**given, **more).last_hidden_state
+            kept.update({key: states[place].clone() for key, place in zip(keys, places, strict=True)})
+        first = kept[keys[0]]
+        states = first.new_zeros(*input_ids.shape, first.shape[-1])
+        for key, place in zip(keys, places, strict=True):
+            states[place] = kept[key]
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+    model.model.forward = forward
+    return model
 
 
 class StepSeconds(TrainerCallback):
@@ -144,8 +197,26 @@ class StepSeconds(TrainerCallback):
         self.seconds.append(time.process_time() - self.began)
 
 
-def distilled(work: Path, signal: str, seed: int, steps: int) -> tuple[Any, float]:
-    """The student after training with a signal, and the processor seconds of a step."""
+class AtSteps(TrainerCallback):
+    """Calls `measured(steps)` after some numbers of steps."""
+
+    def __init__(self, steps: Sequence[int], measured: Callable[[int], None]) -> None:
+        self.steps, self.measured = steps, measured
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self.steps:
+            self.measured(state.global_step)
+
+
+class Teachers:
+    """The teachers of the texts, each loaded once and remembering what it gave."""
+
+    def __init__(self, work: Path) -> None:
+        self.of = functools.cache(lambda name: remember(load_model(work / name)))
+
+
+def trainer_of(work: Path, signal: str, seed: int, steps: int, teacher_of: Callable[[str], Any]) -> Any:
+    """The trainer of a run, and what it starts from."""
     changes = dict(SIGNALS[signal])
     tokenizer, student = load_tokenizer(work / "student"), load_model(work / "student")
     teacher: Any = None
@@ -156,13 +227,14 @@ def distilled(work: Path, signal: str, seed: int, steps: int) -> tuple[Any, floa
     if "teachers_by" in changes:
         changes["teachers"] = [{"model": str(work / name), "name": name} for name in ("gemma-teacher", "gemma")]
     elif signal.startswith("another family"):
-        teacher = load_model(work / "second-teacher")
+        teacher = teacher_of("second-teacher")
         extra["teacher_processing_class"] = load_tokenizer(work / "second-teacher")
-        changes["packing"] = False
-    elif signal != ALONE:
+        changes |= {"packing": False, "per_device_train_batch_size": 3 * ROWS}  # about three texts fill a packed row
+    elif "hidden_loss" in changes:
         teacher = load_model(work / "gemma-teacher")
+    elif signal != ALONE:
+        teacher = teacher_of("gemma-teacher")
     arguments = settings(work / "training", steps, seed, **changes)
-    clock = StepSeconds()
     trainer = DistillationTrainer(
         student, teacher, arguments, Dataset.from_list(fact_texts("train")), processing_class=tokenizer, **extra
     )
@@ -170,15 +242,23 @@ def distilled(work: Path, signal: str, seed: int, steps: int) -> tuple[Any, floa
         fill_cache(
             trainer.teacher, trainer.train_dataset, batch_size=16, accelerator=trainer.accelerator, student=student
         )
+    return trainer
+
+
+def seconds_of_a_step(work: Path, signal: str, teachers: Teachers) -> float:
+    """Median processor seconds of a step in which the teacher runs, after the first."""
+    live = teachers.of if "teacher_cache" in SIGNALS[signal] else lambda name: load_model(work / name)
+    trainer, clock = trainer_of(work, signal, 0, TIMED_STEPS + 1, live), StepSeconds()
     trainer.add_callback(clock)
     trainer.train()
-    return student.eval(), statistics.median(clock.seconds)
+    return statistics.median(clock.seconds[1:])
 
 
 def measured_on_texts(student: Any, work: Path, teacher: Any = None) -> dict[str, list[float]]:
     """Per text: nats per token, KL, agreement, and its tokens; per question: whether the choice is right."""
     tokenizer = load_tokenizer(work / "student")
     metrics = ["nats_per_token", *(["kl_to_reference", "token_agreement"] if teacher is not None else [])]
+    student.eval()
     found = evaluate(student, tokenizer, fact_texts("test"), metrics, reference=teacher, resamples=0)
     questions = as_choices(fact_questions("test"))
     answered = evaluate(student, tokenizer, questions, ["choice_accuracy"], template=PLAIN, resamples=0)
@@ -221,28 +301,40 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for part in ("texts", "step_s", "steps", "answers"):
         result.setdefault(part, {})
     prepare(work, options.second)
-    teacher = load_model(work / "gemma-teacher")
+    teachers = Teachers(work)
+    teacher = teachers.of("gemma-teacher")
     for name, folder in (("teacher", "gemma-teacher"), ("student before", "student")):
         if name not in result["texts"]:
             against = None if name == "teacher" else teacher
             result["texts"][name] = measured_on_texts(load_model(work / folder), work, against)
+    signals = [one for one in options.signals if not one.startswith("another family") or options.second is not None]
+    for signal in [REFERENCE, *signals]:
+        if signal not in result["step_s"]:
+            measure.stop_in_time(options)
+            result["step_s"][signal] = seconds_of_a_step(work, signal, teachers)
+            print(f"{signal}: {result['step_s'][signal]:.2f} s a step", flush=True)
+            measure.write_json(out, result)
     for seed in options.seeds:
-        for signal in options.signals:
-            if signal.startswith("another family") and not (work / "second-teacher").exists():
+        for signal in signals:
+            asked = {budget: steps_of(result, signal, options.steps, budget) for budget in ("steps", "time")}
+            keys = {f"{signal} | {budget} | {seed}": steps for budget, steps in asked.items() if steps is not None}
+            if all(key in result["texts"] for key in keys):
                 continue
-            for budget in ("steps", "time"):
-                steps = steps_of(result, signal, options.steps, budget)
-                key = f"{signal} | {budget} | {seed}"
-                if key in result["texts"] or steps is None:
-                    continue
-                measure.stop_in_time(options)
-                student, seconds = distilled(work, signal, seed, steps)
-                result["step_s"].setdefault(signal, seconds)
-                result["steps"][key] = steps
-                result["texts"][key] = measured_on_texts(student, work, teacher)
-                nats = np.average(result["texts"][key]["nats_per_token"], weights=result["texts"][key]["tokens"])
-                print(f"{key}: {steps} steps, {seconds:.2f} s a step, {nats:.3f} nats per token", flush=True)
-                measure.write_json(out, result)
+            measure.stop_in_time(options)
+            trainer = trainer_of(work, signal, seed, max(keys.values()), teachers.of)
+            found: dict[int, Any] = {}
+
+            def measured(steps: int, found: dict[int, Any] = found, trainer: Any = trainer) -> None:
+                found[steps] = measured_on_texts(trainer.accelerator.unwrap_model(trainer.model), work, teacher)
+                trainer.model.train()
+
+            trainer.add_callback(AtSteps(list(keys.values()), measured))
+            trainer.train()
+            for key, steps in keys.items():
+                result["steps"][key], result["texts"][key] = steps, found[steps]
+                nats = np.average(found[steps]["nats_per_token"], weights=found[steps]["tokens"])
+                print(f"{key}: {steps} steps, {nats:.3f} nats per token", flush=True)
+            measure.write_json(out, result)
     if options.task is not None:
         run_task(options, result, out)
     return result
@@ -277,14 +369,28 @@ def run_task(options: argparse.Namespace, result: dict[str, Any], out: Path) -> 
                 measure.write_json(out, result)
 
 
+def by_seed(result: Mapping[str, Any], signal: str, budget: str, metric: str) -> dict[str, np.ndarray]:
+    """Seed -> values per text or question. A signal whose run of equal steps is that of equal time has it in both."""
+    found = {}
+    for key, one in result["texts"].items():
+        name, _, rest = key.partition(" | ")
+        if name == signal and metric in one:
+            asked, _, seed = rest.partition(" | ")
+            if asked == budget or (asked in ("", "steps") and f"{signal} | {budget} | {seed}" not in result["texts"]):
+                found[seed] = np.array(one[metric])
+    return found
+
+
 def over_seeds(result: Mapping[str, Any], signal: str, budget: str, metric: str) -> np.ndarray | None:
     """Per text or question: the mean over the seeds."""
-    found = [
-        one[metric]
-        for key, one in result["texts"].items()
-        if key.startswith(f"{signal} | {budget} | ") or (key == signal and budget == "steps")
-    ]
-    return np.mean(found, axis=0) if found else None
+    found = by_seed(result, signal, budget, metric)
+    return np.mean(list(found.values()), axis=0) if found else None
+
+
+def gains(result: Mapping[str, Any], signal: str, budget: str) -> dict[str, np.ndarray]:
+    """Seed -> per text: by how many nats per token the signal is better than cross entropy alone of the same seed."""
+    own, alone = (by_seed(result, name, budget, "nats_per_token") for name in (signal, ALONE))
+    return {seed: alone[seed] - own[seed] for seed in own if seed and seed in alone}
 
 
 def _cell(values: np.ndarray | None, weights: np.ndarray | None, form: str) -> str | None:
@@ -298,8 +404,7 @@ def _cell(values: np.ndarray | None, weights: np.ndarray | None, form: str) -> s
 def report(result: Mapping[str, Any], command: str) -> str:
     """The tables."""
     text = [f"# What the signals of a teacher bring\n\n`{command}`\n"]
-    text.append(" ".join((__doc__ or "").split("\n\n")[2].split()) + "\n")
-    text.append(" ".join((__doc__ or "").split("\n\n")[3].split()) + "\n")
+    text += [" ".join(part.split()) + "\n" for part in (__doc__ or "").split("\n\n")[2:5]]
     tokens = np.array(result["texts"]["teacher"]["tokens"])
     for budget in ("steps", "time"):
         rows = []
@@ -307,31 +412,32 @@ def report(result: Mapping[str, Any], command: str) -> str:
             nats = over_seeds(result, signal, budget, "nats_per_token")
             if nats is None:
                 continue
-            taught_alone = over_seeds(result, ALONE, "steps", "nats_per_token")
-            gain = None if taught_alone is None or signal in ("teacher", "student before") else taught_alone - nats
-            keys = [key for key in result["steps"] if key.startswith(f"{signal} | {budget} | ")]
-            compared = "kl_to_reference" in next(
-                one for key, one in result["texts"].items() if key.split(" | ")[0] == signal
-            )
+            gained = gains(result, signal, budget) if signal != ALONE else {}
+            each = [np.average(one, weights=tokens) for one in gained.values()]
+            mean = np.mean(list(gained.values()), axis=0) if gained else None
+            steps = [result["steps"].get(f"{signal} | {one} | {seed}") for one in (budget, "steps") for seed in gained]
+            steps += [result["steps"].get(f"{signal} | {one} | 0") for one in (budget, "steps")]
             rows.append(
                 [
-                    signal, len(keys) or None, result["steps"][keys[0]] if keys else None,
+                    signal, len(by_seed(result, signal, budget, "nats_per_token")) if signal in SIGNALS else None,
+                    next(filter(None, steps), None),
                     f"{result['step_s'][signal]:.2f}" if signal in result["step_s"] else None,
                     f"{np.exp(np.average(nats, weights=tokens)):.1f}",
-                    _cell(gain, tokens, ".3f"),
+                    _cell(mean, tokens, ".3f"),
+                    f"{min(each):.3f} to {max(each):.3f}" if each else None,
                     *(
-                        _cell(over_seeds(result, signal, budget, name), tokens, ".3f") if compared else None
+                        _cell(over_seeds(result, signal, budget, name), tokens, ".3f")
                         for name in ("kl_to_reference", "token_agreement")
                     ),
                     _cell(over_seeds(result, signal, budget, "choice_accuracy"), None, ".3f"),
                 ]
             )  # fmt: skip
-        title = "Equal steps" if budget == "steps" else "Equal time (signals whose steps take longer, or shorter)"
-        text.append(f"## {title}\n")
+        text.append(f"## Equal {budget}\n")
         head = ["signal", "seeds", "steps", "CPU s a step", "perplexity", "nats gained on cross entropy"]
-        head += ["KL to the teacher", "agreement", "questions right"]
+        head += ["smallest and largest seed", "KL to the teacher", "agreement", "questions right"]
         text.append(measure.markdown_table(head, rows) if rows else "Not measured.\n")
     text.append("## Who writes the texts\n")
+    text.append(" ".join((__doc__ or "").split("\n\n")[5].split()) + "\n")
     rows = []
     for writer in WRITERS:
         found = [one for key, one in result["answers"].items() if key.rpartition(" | ")[0] == writer]

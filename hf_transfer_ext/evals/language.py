@@ -50,6 +50,29 @@ def measure_language_model(
     return found
 
 
+def measure_gain(
+    model: Any,
+    baseline: Any,
+    name: str,
+    tokenizer: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    limit: int | None = None,
+    accelerator: Any = None,
+    dataset: str | None = None,
+) -> list[Measurement]:
+    """By how many nats per token `model` predicts held-out rows better than `baseline`, with a paired interval.
+
+    Args:
+        name: What the baseline is, for the report.
+        rows, limit: As in `measure_language_model`.
+    """
+    examples = [as_example(row, tokenizer) for row in islice(rows, limit)]
+    told = f"{dataset}, compared with the {name}" if dataset else f"compared with the {name}"
+    shared = {"template": VERBATIM, "accelerator": accelerator, "dataset": told}
+    return evaluate(model, tokenizer, examples, ["nats_gained"], reference=baseline, **shared).measurements
+
+
 def as_choices(questions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Convert questions with `answer` and `choices` to the schema of `choice_accuracy`."""
     return [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_transfer_ext.data.facts import FACTS_DATASET, fact_questions
-from hf_transfer_ext.evals.language import measure_language_model
+from hf_transfer_ext.evals.language import measure_gain, measure_language_model
 from hf_transfer_ext.files import require_free_space
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, setting
@@ -104,6 +104,8 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
         with record.stage("train the twin"):
             twin = taught(twin, tokenizer, data, args, lora_rank=job.student_lora_rank or None)
         measure("twin without teacher", twin, reference)
+        if test:
+            measured["student"] += measure_gain(student, twin, "twin without teacher", tokenizer, test, **looks)
     if trainer.is_world_process_zero():
         run.finish(measured, "student", student, tokenizer, trainer)
     return measured

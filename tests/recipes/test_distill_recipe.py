@@ -69,6 +69,8 @@ def test_teach_trim_cut_distil_compare_save_push_and_pull(setup, hub, monkeypatc
     divergence = values(measured, "kl_to_reference")
     assert set(divergence) == {"student before", "student", "twin without teacher"}
     assert divergence["student"] < divergence["student before"]
+    nats, gained = values(measured, "nats_per_token"), values(measured, "nats_gained")
+    assert gained == {"student": pytest.approx(nats["twin without teacher"] - nats["student"], abs=1e-5)}
     printed = capsys.readouterr().out
     assert "kl_to_reference ↓" in printed and "train the twin" in printed and repo in printed
 

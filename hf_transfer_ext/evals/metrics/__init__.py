@@ -25,6 +25,7 @@ from hf_transfer_ext.evals.metrics.membership_tpr import membership_tpr
 from hf_transfer_ext.evals.metrics.min_k import min_k
 from hf_transfer_ext.evals.metrics.min_k_plus_plus import min_k_plus_plus
 from hf_transfer_ext.evals.metrics.model_utility import model_utility
+from hf_transfer_ext.evals.metrics.nats_gained import nats_gained
 from hf_transfer_ext.evals.metrics.nats_per_token import nats_per_token
 from hf_transfer_ext.evals.metrics.negative_flip_rate import negative_flip_rate
 from hf_transfer_ext.evals.metrics.perplexity import perplexity
@@ -53,6 +54,7 @@ METRICS: Registry[Metric] = Registry(
         extraction_strength,
         kl_to_reference,
         token_agreement,
+        nats_gained,
         loss_attack,
         zlib_attack,
         reference_attack,
