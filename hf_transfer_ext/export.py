@@ -91,7 +91,7 @@ def export(
 ) -> ExportReport:
     """Write a model, or a LoRA, as one GGUF file in a folder with card and record, atomically.
 
-    When to use: to run the result with llama.cpp, Ollama or LM Studio. The file holds weights, tokenizer and chat
+    When to use it: to run the result with llama.cpp, Ollama or LM Studio. The file holds weights, tokenizer and chat
     template. It is read back by transformers and measured beside the original, so that the card says what the type
     costs: perplexity of both, KL and agreement of the next token. Tensors are written one at a time; the measurement
     holds both models in float32 in memory.

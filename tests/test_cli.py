@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_llama
 import hf_transfer_ext
 from hf_transfer_ext import __version__
 from hf_transfer_ext.adapters.extract import extract_lora
-from hf_transfer_ext.catalogue import CATALOGUE, as_markdown, explained, registries
+from hf_transfer_ext.catalogue import CATALOGUE, as_markdown, explained, registries, when_to_use
 from hf_transfer_ext.cli import COMMANDS, main
 from hf_transfer_ext.edits.requests import add_request
 from hf_transfer_ext.hub.record import read_record
@@ -209,6 +209,18 @@ def test_methods_lists_all_and_explains_one(capsys):
     assert all(f"  {name}" in out for methods in registries().values() for name in methods)
     assert main(["methods", "ties"]) == 0
     assert "Source: " in capsys.readouterr().out and "KL(student || teacher)" in explained("reverse_kl")
+
+
+def test_the_catalogue_says_when_to_use_each_method():
+    chosen_by_others = {
+        *("Unlearning losses", "Retain losses", "Metrics", "Comparisons of measured models", "Suites", "Attacks"),
+        "Membership attacks",
+    }
+    for title, methods in registries().items():
+        silent = [name for name, method in methods.items() if not when_to_use(method)]
+        assert not silent or title in chosen_by_others, f"{title}: no `When to use it:` in the docstrings of {silent}"
+    assert when_to_use(registries()["Unlearning methods"]["npo"]).startswith("First. ")
+    assert "When to use it" not in as_markdown()  # it is a column, and not a part of the summary
 
 
 def test_the_page_of_methods_is_up_to_date():

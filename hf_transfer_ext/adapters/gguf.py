@@ -56,7 +56,7 @@ def convert_to_gguf(
     module's product by alpha over the rank of its own factors; the factors are scaled such that this gives the exact
     change for any rank and alpha pattern, rsLoRA included.
 
-    When to use: to run an adapter with llama.cpp, Ollama or LM Studio without merging it.
+    When to use it: to run an adapter with llama.cpp, Ollama or LM Studio without merging it.
 
     Args:
         adapter: Folder or Hub id of a PEFT LoRA whose change is B A (`convert_to_lora` makes one of other types).

@@ -1,6 +1,6 @@
 """Transfer by training: from an adapter folder and a new base to an adapter folder, through the stages of Trans-LoRA.
 
-When to use: between unrelated bases, other tokenizers included, or wherever a closed form loses too much.
+When to use it: between unrelated bases, other tokenizers included, or wherever a closed form loses too much.
 """
 
 from __future__ import annotations
@@ -111,6 +111,9 @@ def transfer_by_training(
     The new folder is a plain PEFT LoRA. It also holds the seeds, a discriminator and `transfer.json` (method,
     settings, the adapter and both bases with their revisions, and earlier transfers), so that it can be the source of
     the next transfer.
+
+    When to use it: first, where the bases are unrelated: it needs both models and the adapter's seeds, and none of
+    the data it was trained on.
 
     Args:
         adapter: Folder or Hub id of the source adapter, with the seeds (and usually the discriminator) that

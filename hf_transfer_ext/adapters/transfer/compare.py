@@ -258,7 +258,7 @@ def random_of_same_norm(layer: LinearPair, *, seed: int = 0) -> LoraFactors:
 
     .. math:: \lVert \Delta W_t \rVert = \lVert \Delta W_s \rVert \, \lVert W_t \rVert / \lVert W_s \rVert
 
-    When to use: as a control only. A transfer that is no better than this carried nothing of the adapter.
+    When to use it: as a control only. A transfer that is no better than this carried nothing of the adapter.
 
     Args:
         seed: Of the factors, together with the module's name.

@@ -59,7 +59,7 @@ class Lineage:
 def lineage(source_base: str | Path, target_base: str | Path) -> Lineage:
     """Compare two base models and recommend how to transfer an adapter between them.
 
-    When to use: first of all, before any transfer; it reads two models from disk and runs neither.
+    When to use it: first of all, before any transfer; it reads two models from disk and runs neither.
 
     The weights are read piece by piece from their files; nothing is loaded whole.
 

@@ -138,8 +138,9 @@ def train_compatible(
 
     The new adapter, `compatible`, starts as a copy of the active adapter of `new`, which stays as it is.
 
-    When to use: when a base is replaced by its successor with the same tokenizer, and users would notice answers that
-    used to be right and no longer are. Train the task on the new base first; this needs the task's data.
+    When to use it: when a base is replaced by its successor with the same tokenizer, and users would notice
+    answers that used to be right and no longer are. Train the task on the new base first; this needs the task's
+    data.
 
     Args:
         old: The old base with its task adapter.

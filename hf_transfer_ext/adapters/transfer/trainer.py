@@ -139,8 +139,8 @@ class TransferTrainer:
         trainer.train()
         trainer.evaluate()
 
-    When to use: whenever a base model is replaced and the adapters on it should not be lost. It runs in one process;
-    the models are on the accelerator, if there is one.
+    When to use it: whenever a base model is replaced and the adapters on it should not be lost. It runs in one
+    process; the models are on the accelerator, if there is one.
 
     Args:
         adapter: Folder or Hub id of the source adapter.

@@ -10,7 +10,7 @@
 `by_training.transfer_by_training` runs stages 2 and 3 and trains the new LoRA on the answers. Each stage saves its
 progress in a work folder, so an interrupted run continues where it stopped.
 
-When to use: between unrelated bases, or wherever the closed forms lose too much. It needs both bases, a few example
+When to use it: between unrelated bases, or wherever the closed forms lose too much. It needs both bases, a few example
 inputs, and minutes to hours of generation and training, but neither the original data nor a shared tokenizer.
 
 Source: Trans-LoRA, Wang et al. 2024, https://arxiv.org/abs/2405.17258

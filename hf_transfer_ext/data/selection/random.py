@@ -10,6 +10,8 @@ from hf_transfer_ext.data.candidates import Candidates
 def random(candidates: Candidates, count: int, *, seed: int = 0) -> list[int]:
     """Choose rows uniformly, without replacement.
 
+    When to use it: as the baseline of any other choice.
+
     Args:
         count: How many, from 1.
         seed: Other seeds give other rows; a larger count with the same seed holds the smaller one.

@@ -27,6 +27,8 @@ def in_context_unlearning(
     Deviations: the authors build a prompt for each point to delete, with its label flipped in a classification task;
     here one prompt serves all questions, and wrong answers stand for flipped labels.
 
+    When to use it: beside every trained method: what it does not beat, a prompt could do.
+
     Args:
         forgotten: Questions to forget that are in the prompt, the first ones, >= 1; None for all.
         correct: Questions of the retain set that follow with their own answers, drawn by `seed`, >= 0; fewer where the

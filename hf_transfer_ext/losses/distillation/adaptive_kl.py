@@ -51,6 +51,8 @@ def adaptive_kl(
     tokens that holds `head_mass`, as the paper defines it; the code that circulates leaves out the token that crosses
     the mass, and gives NaN where both models agree everywhere.
 
+    When to use it: where neither KL is clearly better, at about the price of both.
+
     Args:
         head_mass: Probability that the teacher's head holds at least, in (0, 1].
         temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.

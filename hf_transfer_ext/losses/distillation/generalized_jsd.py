@@ -20,6 +20,9 @@ def generalized_jsd(
     .. math:: \beta\, KL(p \| m) + (1 - \beta)\, KL(q \| m), \quad m = \beta p + (1 - \beta) q,
               \quad q = \text{student}, p = \text{teacher}
 
+    When to use it: between the two, on a mixture of data and the student's own texts, as GKD does; it is bounded,
+    so single tokens never dominate.
+
     Args:
         beta: The teacher's share of the mixture, strictly between 0 and 1. Divided by beta the value tends to
             `forward_kl` as beta -> 0, and divided by 1 - beta to `reverse_kl` as beta -> 1: use these instead of the

@@ -15,6 +15,9 @@ def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: f
 
     .. math:: \sum_v q_v (\log q_v - \log p_v), \quad q = \text{student}, p = \text{teacher}
 
+    When to use it: on texts that the student writes (`on_policy`), where a small student should rather be right in
+    some ways than cover all. On fixed data it starts slowly from a weak student.
+
     Args:
         temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.
 

@@ -21,6 +21,9 @@ def skew_kl(
 
     .. math:: KL(p \| m), \quad m = \lambda p + (1 - \lambda) q, \quad q = \text{student}, p = \text{teacher}
 
+    When to use it: as `forward_kl`, where gradients of a weak student or a peaked teacher are too large; on the
+    teacher's texts in `distillm_2`.
+
     Args:
         skew: :math:`\lambda`, the teacher's share of the mixture, in [0, 1). 0 is `forward_kl`.
         temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.

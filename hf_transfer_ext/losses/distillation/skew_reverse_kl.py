@@ -22,6 +22,9 @@ def skew_reverse_kl(
 
     .. math:: KL(q \| m), \quad m = (1 - \lambda) p + \lambda q, \quad q = \text{student}, p = \text{teacher}
 
+    When to use it: as `reverse_kl`, where the teacher gives almost no mass to what the student writes; on the
+    student's texts in `distillm_2`.
+
     Args:
         skew: :math:`\lambda`, the student's share of the mixture, in [0, 1). 0 is `reverse_kl`.
         temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.

@@ -16,6 +16,9 @@ def total_variation(student_logits: Logits, teacher_logits: Logits, *, temperatu
 
     .. math:: \tfrac{1}{2} \sum_v |p_v - q_v|, \quad q = \text{student}, p = \text{teacher}
 
+    When to use it: where labels or teacher are noisy: each token counts at most 1, however wrong it is. It learns
+    slowly from a weak student, since its gradient ignores how small a probability is.
+
     Args:
         temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.
 

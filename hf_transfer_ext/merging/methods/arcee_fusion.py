@@ -50,6 +50,8 @@ def arcee_fusion(
 
     where the softmax, and therefore the divergence, is computed per row.
 
+    When to use it: to move the few changes of one fine-tune that matter into its base, and leave the rest.
+
     Args:
         threshold: Smallest importance at which an element is taken.
 

@@ -41,6 +41,8 @@ def breadcrumbs(
 
     .. math:: \theta = \theta_0 + \lambda \sum_i w_i \, t_i [l_i \le |t_i| \le h_i]
 
+    When to use it: for many fine-tunes, whose largest changes are outliers and whose smallest are noise.
+
     Args:
         weight: w_i.
         density: Share of elements to keep in each tensor; 1 keeps everything.

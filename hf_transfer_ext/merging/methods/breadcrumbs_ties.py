@@ -43,6 +43,8 @@ def breadcrumbs_ties(
         c_i = w_i \, t_i [l_i \le |t_i| \le h_i], \quad s = \mathrm{sign} \sum_i c_i, \quad
         \theta = \theta_0 + \lambda \sum_{i: c_i s > 0} c_i
 
+    When to use it: as `breadcrumbs`, where the fine-tunes also disagree in sign.
+
     Args:
         weight: w_i.
         density: Share of elements to keep in each tensor; 1 keeps everything.

@@ -37,6 +37,9 @@ def dare_linear(
 
     .. math:: \theta = \theta_0 + \lambda \sum_i w_i \, m_i t_i / d_i, \quad m_i \sim \mathrm{Bernoulli}(d_i)
 
+    When to use it: for fine-tunes with many small, redundant changes; before anything else with a density of .5 or
+    more.
+
     Args:
         weight: w_i.
         density: d_i, the probability that an element is kept; 0.1 is typical.

@@ -39,6 +39,8 @@ def dare_ties(
         c_i = w_i \, m_i t_i / d_i, \quad s = \mathrm{sign} \sum_i c_i, \quad
         \theta = \theta_0 + \lambda \sum_{i: c_i s > 0} c_i
 
+    When to use it: as `dare_linear`, where the fine-tunes also disagree in sign.
+
     Args:
         weight: w_i.
         density: d_i, the probability that an element is kept; 0.1 is typical.

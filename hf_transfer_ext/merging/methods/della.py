@@ -44,6 +44,8 @@ def della(
 
     where r_ij is the rank of |t_ij| among the n elements of its row, 0 for the smallest; then as in `ties`.
 
+    When to use it: as `dare_ties`, at densities so low that dropping blindly would lose the large changes.
+
     Args:
         weight: w_i.
         density: d_i, the mean probability that an element is kept; density +- epsilon must be in (0, 1).

@@ -34,6 +34,8 @@ def fisher(
     This is the mode of the product of Gaussian posteriors around the models with precisions w_i F_i. With equal F_i,
     it is the same as `linear`.
 
+    When to use it: where data of each task is at hand and the models differ in which weights they need.
+
     Args:
         weight: w_i; tuned on validation data in the paper.
         fisher_floor: epsilon, in units of F. Elements that no model depends on get the plain weighted mean.

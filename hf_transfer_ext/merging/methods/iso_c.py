@@ -25,6 +25,8 @@ def iso_c(
         \sum_i t_i = U S V^T, \quad \theta = \theta_0 + \lambda \, \bar\sigma \, U V^T, \quad
         \bar\sigma = \mathrm{mean}(S)
 
+    When to use it: for fine-tunes of related tasks, where a few strong directions of one would hide the others.
+
     Args:
         lambda_: Scale of the combined change (`lambda` in YAML); 1 to 2 is typical.
 

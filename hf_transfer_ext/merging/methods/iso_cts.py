@@ -31,6 +31,8 @@ def iso_cts(
     [V_1^{:s} ... V_n^{:s} V^{:k}], and sigma-bar is the mean of all kept singular values. The part of the rank beyond
     `common_space_fraction` is divided evenly among the models: n s + k is the rank.
 
+    When to use it: as `iso_c`, for many or very different tasks, whose own directions the sum would lose.
+
     Args:
         common_space_fraction: Share of the rank for common directions, from 0 to 1.
         lambda_: Scale of the combined change (`lambda` in YAML).

@@ -32,6 +32,8 @@ def karcher(
 
     A base model is treated as another model.
 
+    When to use it: as `multislerp`, where the order of the models and the choice of a center must not matter.
+
     Args:
         max_iter: Maximum number of steps.
         tol: Steps, angles and vectors with a norm below this count as 0.

@@ -32,6 +32,8 @@ def knots(
         [t_1 \dots t_n] = U S [V_1 \dots V_n]^T, \quad
         \theta = \theta_0 + U \, \mathrm{TIES}(S V_1^T, \dots, S V_n^T)
 
+    When to use it: for LoRA adapters, whose changes hardly overlap in the original basis.
+
     Args:
         weight: w_i, for the sign election and the sum.
         density: Share of the elements of S V_i^T to keep, by magnitude.

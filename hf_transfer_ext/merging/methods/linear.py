@@ -40,6 +40,8 @@ def linear(
 
     .. math:: \theta = \sum_i w_i \theta_i \Big/ \sum_i w_i
 
+    When to use it: for checkpoints of one training run, or fine-tunes of one base on similar data (a model soup).
+
     Args:
         weight: w_i, any real number.
         normalize: Divide by the sum of the weights; otherwise, the result is the plain weighted sum.

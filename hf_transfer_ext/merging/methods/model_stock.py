@@ -28,6 +28,9 @@ def model_stock(
 
     for k models, where cos phi is the mean cosine between two changes.
 
+    When to use it: for two or more fine-tunes on the same data with other seeds or settings, without tuning any
+    weight.
+
     Args:
         filter_wise: Use one angle per row instead of one per tensor.
         gram: Scalar products of the changes.

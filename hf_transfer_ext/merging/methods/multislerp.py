@@ -38,6 +38,8 @@ def multislerp(
 
     where x_i are the models, or their changes from the base, which is then added.
 
+    When to use it: as `slerp`, for more than two models.
+
     Args:
         weight: w_i.
         normalize_weights: Divide the weights by their sum.

@@ -23,6 +23,8 @@ def nearswap(
 
     .. math:: \theta = \theta_0 + \min(1, t / |\theta_1 - \theta_0|) (\theta_1 - \theta_0)
 
+    When to use it: to let a base take on a second model only where both are almost equal already.
+
     Args:
         t: Largest change of an element, in units of the weights; >= 0.
 

@@ -27,6 +27,8 @@ def nuslerp(
 
     .. math:: x = \frac{\sin((1 - t) \Omega)}{\sin \Omega} x_1 + \frac{\sin(t \Omega)}{\sin \Omega} x_2
 
+    When to use it: as `slerp`, with weights in place of `t`, or for the changes from a base.
+
     Args:
         weight: w_1 and w_2; if they sum to 0, t is 0.5.
         nuslerp_flatten: Treat a tensor as one vector. Otherwise, each row (the last dimension) is a vector,

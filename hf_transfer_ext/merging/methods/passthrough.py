@@ -23,6 +23,8 @@ def passthrough(
 ) -> Float[Tensor, "*shape"]:
     """theta = scale * theta_1, for stacks of layers ("frankenmerges") and for silencing layers (scale 0).
 
+    When to use it: to build a deeper model from layers of others, or a copy in another dtype.
+
     Args:
         scale: Factor of the tensor; 1 copies the bytes.
 

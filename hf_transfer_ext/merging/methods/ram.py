@@ -25,6 +25,8 @@ def ram(
         \theta = \theta_0 + \frac{1}{\max(1, n)} \sum_{i: |t_i| > \epsilon} t_i, \quad
         n = \left| \{i: |t_i| > \epsilon\} \right|
 
+    When to use it: for models trained by reinforcement learning, whose changes are sparse and seldom overlap.
+
     Args:
         epsilon: Changes of at most this magnitude count as none, in units of the weights.
 

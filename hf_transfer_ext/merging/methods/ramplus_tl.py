@@ -47,6 +47,8 @@ def ramplus_tl(
         \lambda_i = 1 + r \min(\alpha, \rho_i), \quad
         \rho_i = \frac{\text{elements changed by } i \text{ and others}}{\text{elements changed by } i \text{ only}}
 
+    When to use it: as `ram`, where the mean over shared elements weakens each of the models.
+
     Args:
         r: Strength of the factor.
         alpha: Upper limit for the overlap.

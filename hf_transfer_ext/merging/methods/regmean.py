@@ -36,6 +36,8 @@ def regmean(
 
     where the rows of X_i are the inputs of the layer in model i; the tilde multiplies off-diagonal elements by alpha.
 
+    When to use it: where inputs of each task are at hand and layers should behave on them as each model's own.
+
     Args:
         weight: w_i; the paper uses 1, with Gram matrices over equally many inputs.
         off_diagonal: alpha, from 0 to 1. 1 is the least-squares solution, which is singular if the inputs span too few

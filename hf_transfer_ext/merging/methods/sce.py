@@ -31,6 +31,8 @@ def sce(
         \theta = \theta_0 + \sum_{i: \hat t_i s > 0} w_i \hat t_i \Big/ \sum_{i: \hat t_i s > 0} w_i, \quad
         s = \mathrm{sign} \sum_i \hat t_i
 
+    When to use it: for a few fine-tunes of different tasks, without tuning the weights by hand.
+
     Args:
         select_topk: Share of the elements with a variance above 0 to keep.
         threshold: q, the smallest kept variance.

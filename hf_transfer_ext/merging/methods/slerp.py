@@ -30,6 +30,9 @@ def slerp(
         \theta = \frac{\sin((1 - t) \Omega)}{\sin \Omega} \theta_0 + \frac{\sin(t \Omega)}{\sin \Omega} \theta_1, \quad
         \cos \Omega = \frac{\langle \theta_0, \theta_1 \rangle}{\|\theta_0\| \|\theta_1\|}
 
+    When to use it: for two models of one family, where a mean would shrink the weights because the two point in
+    different directions.
+
     Args:
         t: 0 gives the base, 1 the other model.
         gram: Scalar products of the base and the model.

@@ -40,6 +40,9 @@ def task_arithmetic(
 
     .. math:: \theta = \theta_0 + \lambda \sum_i w_i (\theta_i - \theta_0)
 
+    When to use it: first, for fine-tunes of one base; with a negative weight, to take away what a fine-tune
+    learned.
+
     Args:
         weight: w_i, any real number.
         normalize: Also divide by the sum of the weights.

@@ -43,6 +43,8 @@ def ties(
         c_i = w_i \, t_i [|t_i| \ge q_i], \quad s = \mathrm{sign} \sum_i c_i, \quad
         \theta = \theta_0 + \lambda \sum_{i: c_i s > 0} c_i \Big/ \sum_{i: c_i s > 0} w_i
 
+    When to use it: for three or more fine-tunes of one base that change the same weights in opposite directions.
+
     Args:
         weight: w_i.
         density: Share of elements to keep, by magnitude.

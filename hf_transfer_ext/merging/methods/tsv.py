@@ -29,6 +29,9 @@ def tsv(
 
     where U-bar and V-bar are the matrices with orthonormal columns nearest to U and V.
 
+    When to use it: for many fine-tunes of different tasks, full or of high rank, where time for singular value
+    decompositions is at hand.
+
     Args:
         lambda_: Scale of the combined change (`lambda` in YAML); the paper's alpha.
 

@@ -31,6 +31,9 @@ def wudi(
     The rows of t_i approximately span the inputs that model i was trained on, so with a small loss the merged matrix
     behaves like model i on these inputs. Adam uses betas of 0.9 and 0.999 and an epsilon of 1e-8.
 
+    When to use it: for fine-tunes of different tasks without any data, where minutes of optimization per model are
+    at hand.
+
     Args:
         iterations: Number of Adam steps; 0 gives the sum of the changes. The rows of embeddings are tokens and are not
             multiplied by inputs: `[{filter: embed_tokens, value: 0}, {value: 300}]` only sums them.

@@ -13,6 +13,8 @@ def last_depth(teacher: PreTrainedModel, shape: StudentShape) -> PreTrainedModel
 
     The first of them receives the embeddings, which it was not trained on: expect a worse start than `uniform_depth`.
 
+    When to use it: as a baseline, or where the last layers alone were fine-tuned for the task.
+
     Args:
         shape: The shape of the student: depth from 1 to the teacher's, everything else as in the teacher. With all
             layers the student equals the teacher.

@@ -45,6 +45,9 @@ def linear_expansion(
     Embeddings, final norm and head come from the teacher. If the teacher has layers of several kinds (sliding and full
     attention), each layer has the kind of the teacher's layer at the same relative position.
 
+    When to use it: for students of several depths from one teacher, deeper ones too; train a learngene first
+    (`learngene_steps`).
+
     Args:
         teacher: A model, or a trained `auxiliary_model`, whose learngene is then used unchanged.
         shape: The shape of the student: any depth, everything else as in the teacher.

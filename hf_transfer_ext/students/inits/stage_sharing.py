@@ -25,6 +25,9 @@ def stage_sharing(
 ) -> PreTrainedModel:
     """A student of any depth: each stage of the teacher provides one layer, which the student repeats.
 
+    When to use it: for students of several depths from one teacher, whose layers differ too much for a line; it
+    starts without training, and better with a trained learngene.
+
     Args:
         teacher: A model, or a trained `stage_shared_model` (where each stage already is one layer).
         shape: The shape of the student: at least one layer per stage, everything else as in the teacher.

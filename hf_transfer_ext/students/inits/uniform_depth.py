@@ -15,6 +15,8 @@ def uniform_depth(teacher: PreTrainedModel, shape: StudentShape) -> PreTrainedMo
 
     of the teacher's layers 0 to L-1; a depth of 1 keeps the first. With all layers the student equals the teacher.
 
+    When to use it: first: a student of the teacher's width and fewer layers, to be trained at once.
+
     Args:
         shape: The shape of the student: depth n from 1 to the teacher's depth L, everything else as in the teacher.
 

@@ -10,8 +10,8 @@ def copy(layer: LinearPair) -> LoraFactors:
 
     .. math:: \Delta W_t = \Delta W_s
 
-    When to use: the target base was trained further from the source base (`lineage` checks). Between unrelated bases
-    of equal shapes it does harm: the directions mean something else there.
+    When to use it: the target base was trained further from the source base (`lineage` checks). Between unrelated
+    bases of equal shapes it does harm: the directions mean something else there.
 
     Returns:
         The change of the target's layer.

@@ -23,7 +23,7 @@ def cross_lora(layer: LinearPair, *, subspace: int = 320) -> LoraFactors:
 
     with the residual map M, :math:`x_t = x_s M`.
 
-    When to use: bases of other shapes that share tokens, as the start of a training. Measure it beside random
+    When to use it: bases of other shapes that share tokens, as the start of a training. Measure it beside random
     factors (`compare_transfer`).
 
     Args:

@@ -24,8 +24,8 @@ def lorasuite(layer: LinearPair) -> LoraFactors | None:
 
     Under grouped-query attention a group of keys or values of the target takes the mean over its query heads.
 
-    When to use: bases of other shapes or head counts that share tokens and have separate q, k, v and o, as the start
-    of a training on some hundred examples, which is how it was published.
+    When to use it: bases of other shapes or head counts that share tokens and have separate q, k, v and o, as the
+    start of a training on some hundred examples, which is how it was published.
 
     Returns:
         The change of the target's layer; of grouped layers with a rank of up to the sum over heads, cut to the rank of

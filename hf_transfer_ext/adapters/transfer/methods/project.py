@@ -19,7 +19,7 @@ def project(
     with the parallel part :math:`U_s U_s^T \Delta W_s V_s V_s^T` in the subspaces of the source's weight and the
     perpendicular part :math:`(I - U_s U_s^T) \Delta W_s (I - V_s V_s^T)` outside of both.
 
-    When to use: as `copy`, where the target base has moved further from the source base, so that the parts of the
+    When to use it: as `copy`, where the target base has moved further from the source base, so that the parts of the
     change outside of its subspaces are noise.
 
     Args:

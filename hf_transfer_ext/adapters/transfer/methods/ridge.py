@@ -20,8 +20,8 @@ def ridge(layer: LinearPair, *, regularization: float = 1e-3) -> LoraFactors:
     A target input is read as the source input it predicts, the source's change is applied, and what comes out is
     written as the target output it predicts. Rows of X and Y are the layers' inputs and outputs at the same tokens.
 
-    When to use: unrelated bases or layers with fused projections, with some thousand tokens of text that both models
-    read, as the start of a training. Measure it beside random factors (`compare_transfer`).
+    When to use it: unrelated bases or layers with fused projections, with some thousand tokens of text that both
+    models read, as the start of a training. Measure it beside random factors (`compare_transfer`).
 
     Args:
         regularization: Gamma as a share of the mean squared feature, > 0.
