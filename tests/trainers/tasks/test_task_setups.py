@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from hf_transfer_ext import TaskDistillationTrainer
+from hf_transfer_ext.models.loading import tokenizer_in
 from hf_transfer_ext.trainers.saving import save_whole
 from hf_transfer_ext.trainers.tasks import TASKS
-
-pytestmark = pytest.mark.slow
 
 #: Of very different lengths: a mean of means would show.
 TEXTS = [
@@ -110,6 +109,16 @@ def test_every_task_is_checked():
 
 
 @pytest.mark.parametrize("task", CASES)
+def test_the_tokenizers_are_as_before_whatever_was_cut_and_padded(tmp_path, task):
+    trainer = trainer_of(task, tmp_path, **({} if task == "vision_language" else {"max_length": 8}))
+    own, theirs = (tokenizer_in(one) for one in (trainer.task.tokenizer, CASES[task][0]()[1]))
+    trainer.data_collator([trainer.train_dataset[place] for place in range(8)])
+    assert own.backend_tokenizer.truncation is own.backend_tokenizer.padding is None
+    assert own.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CASES)
 def test_one_process_two_processes_and_accumulation_give_the_same_weights(tmp_path, task):
     torch.set_num_threads(1)
     one = changes(task, tmp_path / "one", per_device_train_batch_size=4)
@@ -122,6 +131,7 @@ def test_one_process_two_processes_and_accumulation_give_the_same_weights(tmp_pa
         assert distance < 1e-5, f"{setup}: {distance:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", CASES)
 def test_a_compiled_student_trains_as_the_plain_one(tmp_path, task):
     torch.set_num_threads(1)
@@ -139,6 +149,7 @@ def test_a_compiled_student_trains_as_the_plain_one(tmp_path, task):
         torch.testing.assert_close(compiled[name], change, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", CASES)
 def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(tmp_path, task):
     torch.set_num_threads(1)
@@ -157,6 +168,7 @@ def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(tmp_path, task):
     assert lines[0]["kd"] == lines[1]["kd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sequence_classification", "vision_language"])
 def test_a_sharded_student_and_teacher_equal_one_process(tmp_path, task, monkeypatch):
     if task == "sequence_classification":  # Accelerate would shard BERT's embeddings twice, by themselves and inside
