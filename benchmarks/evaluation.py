@@ -11,10 +11,13 @@ ways to the same numbers (the last column is their sum):
 - *plain loop*: the loop that evaluation scripts are made of, written here for comparison: each metric makes batches of
   the texts in their order, takes the whole logits of each batch and reads its number off them.
 
-Generations are left out, because every way must make them once. The second table compares vocabularies on three of
-the metrics (perplexity, the reference attack and min-k++; no gradients, which are as large as the weights): what is
-counted is the peak of the resident memory over what was there before the step, so the weights of the two models are
-not part of it.
+Generations are left out, because every way must make them once. The passes of the gradient norm are
+counted, though every way has as many: of the 5.0 CPU seconds of the one pass, 1.7 went into them, 0.8 into the scan of
+the logits, 0.4 into the pass of the reference, and 0.03 into tokenization and the metrics themselves.
+
+The second table compares vocabularies on three of the metrics (perplexity, the reference attack and min-k++; no
+gradients, which are as large as the weights): what is counted is the peak of the resident memory over what was there
+before the step, so the weights of the two models are not part of it.
 """
 
 from __future__ import annotations

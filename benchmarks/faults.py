@@ -161,6 +161,8 @@ JOBS = {
         Job("extract", _extract),
         Job("moe", _moe),
         Job("distill", long_jobs.run_distill, is_long=True, beside=(".training",)),
+        Job("distill a classifier", long_jobs.run_classifier, is_long=True, beside=(".training",)),
+        Job("distill an embedder", long_jobs.run_embedder, is_long=True, beside=(".training",)),
         Job("unlearn", long_jobs.run_unlearn, is_long=True, beside=(".training",)),
         Job("cache-teacher", long_jobs.run_cache_teacher, is_long=True, in_place=True, any_names=True),
         Job("transfer", long_jobs.run_transfer, is_long=True),

@@ -22,6 +22,8 @@ from hf_transfer_ext.teachers import cache
 FOLDER = "language"
 #: Teacher and student; the student drops out, so that a resumed run shows whether random states are restored.
 DROPOUT = {"teacher": 0.0, "student": 0.1}
+#: Hidden sizes; the narrow student needs a projection between its vectors and those of the teacher.
+WIDTHS = {"teacher": 32, "student": 32, "narrow": 16}
 TRAINING = [
     "--max_steps", "8", "--save_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps",
     "2", "--learning_rate", "1e-2", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true",
@@ -30,14 +32,15 @@ TRAINING = [
 
 
 def make_language_models(models_folder: Path) -> None:
-    """Teacher, student, an adapter with seeds, texts, and questions with answers, in `FOLDER`."""
+    """Teacher, students, an adapter with seeds, texts, and questions with answers, in `FOLDER`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = models_folder / FOLDER
     tokenizer = bytes_as_tokens()
-    for seed, (name, dropout) in enumerate(DROPOUT.items()):
+    for seed, (name, width) in enumerate(WIDTHS.items()):
         torch.manual_seed(seed)
+        dropout = DROPOUT.get(name, 0.1)
         config = LlamaConfig(
-            vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=258, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, attention_dropout=dropout, initializer_range=0.2,
             bos_token_id=256, eos_token_id=257, pad_token_id=257,
         )  # fmt: skip
@@ -50,6 +53,8 @@ def make_language_models(models_folder: Path) -> None:
     seeds = {"seeds": ["Is it red?", "Is it old?", "Is it far?"], "task_name": "task", "separation": None}
     (folder / "adapter" / SEEDS_FILE).write_text(json.dumps(seeds))
     rows = {"texts": [{"text": f"number {i} is followed by {i + 1}"} for i in range(24)]}
+    rows["labelled"] = [{"text": f"number {i}", "label": ("even", "odd")[i % 2]} for i in range(24)]
+    rows["pairs"] = [{"text": f"number {i}", "other_text": f"nummer {i}"} for i in range(24)]
     for name, words in (("forget", "abcdefgh"), ("retain", "ijklmnop")):
         rows[name] = [{"question": f"What is {word}?", "answer": f"{word} is {name}"} for word in words]
     for name, content in rows.items():
@@ -73,6 +78,25 @@ def run_distill(models_folder: Path, out: Path, overwrite: bool) -> object:
     paths = _paths(models_folder, teacher="teacher", student="student", dataset="texts.jsonl")
     words = ["--test_split", "train[:4]", "--max_length", "64", "--bf16", "false", "--gradient_checkpointing", "false"]
     return distill.main([*paths, *words, *TRAINING, "--output_dir", str(out), "--overwrite", str(overwrite)])
+
+
+def run_classifier(models_folder: Path, out: Path, overwrite: bool) -> object:
+    """All stages: the teacher's new output layer is trained first, and a twin without a teacher last."""
+    words = ["--task", "sequence_classification", "--teach_steps", "4", "--compare_with_ce", "true"]
+    words += ["--ce_weight", "0.5"]
+    return _run_task(models_folder, out, overwrite, words, student="student", dataset="labelled.jsonl")
+
+
+def run_embedder(models_folder: Path, out: Path, overwrite: bool) -> object:
+    """A projection is trained along, which checkpoints hold and the result does not."""
+    words = ["--task", "sentence_embedding", "--loss", "squared_error", "--ce_weight", "1"]
+    return _run_task(models_folder, out, overwrite, words, student="narrow", dataset="pairs.jsonl")
+
+
+def _run_task(models_folder: Path, out: Path, overwrite: bool, words: list[str], **names: str) -> object:
+    words = [*_paths(models_folder, teacher="teacher", **names), *words, "--test_split", "train[:4]"]
+    words += ["--bf16", "false", "--gradient_checkpointing", "false"]
+    return distill.main([*words, *TRAINING, "--output_dir", str(out), "--overwrite", str(overwrite)])
 
 
 def run_unlearn(models_folder: Path, out: Path, overwrite: bool) -> object:

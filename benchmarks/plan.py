@@ -34,6 +34,19 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA": {"student": (384, 1024, 6), "teacher": (384, 1024, 6), "rows": 4, "length": 512, "rank": 16},
     "sgd": {"student": (384, 1024, 6), "teacher": (384, 1024, 6), "rows": 4, "length": 512, "optimizer": "sgd"},
     "deep": {"student": (256, 768, 16), "teacher": (256, 768, 8), "rows": 4, "length": 512},
+    "sequence classification": {
+        "student": (256, 768, 8), "teacher": (384, 1024, 6), "rows": 16, "length": 256,
+        "task": "sequence_classification",
+    },
+    "token classification": {
+        "student": (256, 1024, 8), "teacher": (256, 1024, 8), "rows": 8, "length": 512, "task": "token_classification",
+    },
+    "masked tokens": {
+        "student": (256, 768, 8), "teacher": (384, 1024, 6), "rows": 16, "length": 256, "task": "masked_lm",
+    },
+    "encoder-decoder": {
+        "student": (256, 768, 6), "teacher": (384, 1024, 4), "rows": 8, "length": 256, "task": "seq2seq",
+    },
 }  # fmt: skip
 VOCABULARY = 8192
 #: Published shapes: (hidden, inner, layers, heads of keys, heads, vocabulary).
@@ -51,9 +64,51 @@ def config_of(sizes: Any, heads: int = 8, key_heads: int = 4, vocabulary: int = 
     )  # fmt: skip
 
 
-def estimated(case: dict[str, Any]) -> Any:
-    from hf_transfer_ext.trainers.estimate import Shape, Step
+def task_config_of(task: str, sizes: Any, heads: int = 8) -> Any:
+    """A BERT, or a T5 for `seq2seq`, with the dropout that they have by default."""
+    from transformers import BertConfig, T5Config
 
+    hidden, inner, layers = sizes
+    if task == "seq2seq":
+        return T5Config(
+            vocab_size=VOCABULARY, d_model=hidden, d_ff=inner, d_kv=hidden // heads, num_layers=layers,
+            num_heads=heads, decoder_start_token_id=0,
+        )  # fmt: skip
+    return BertConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=512, num_labels=2,
+        id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1},
+    )  # fmt: skip
+
+
+def task_rows(task: str, case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(Columns of rows that are as long as the case says, settings of the task); a letter is a token."""
+    count, length = 2 * case["rows"], case["length"]
+    text = ["ab" * (length // 2)] * count
+    words = {"tokens": [["a"] * length] * count, "labels": [["no", "yes"] * (length // 2)] * count}
+    columns: dict[str, dict[str, Any]] = {
+        "sequence_classification": {"text": text, "label": ["no", "yes"] * case["rows"]},
+        "token_classification": words,
+        "masked_lm": {"text": text},
+        "seq2seq": {"source": text, "target": text},
+    }
+    options = {"task_options": {"max_target_length": length}} if task == "seq2seq" else {}
+    return columns[task], options
+
+
+def estimated(case: dict[str, Any]) -> Any:
+    from hf_transfer_ext.trainers.estimate import Shape, Step, kept_bytes, predicted_tokens
+
+    if "task" in case:
+        task, rows, length = case["task"], case["rows"], case["length"]
+        configs = [task_config_of(task, case[name]) for name in ("student", "teacher")]
+        kept = kept_bytes(
+            configs[0], task, length=length, target_length=length if task == "seq2seq" else 0, fused_attention=False
+        )
+        return Step(
+            *(Shape.of(configs[0], task), rows * length, Shape.of(configs[1], task)), device="cpu", length=length,
+            kept=rows * kept, predicted=predicted_tokens(task, rows * length),
+        )  # fmt: skip
     student = Shape.of(config_of(case["student"]))
     return Step(
         student, case["rows"] * case["length"],
@@ -75,6 +130,8 @@ def step_of(name: str) -> Callable[[], Any]:
     from hf_transfer_ext.trainers.taught import lora_config
 
     case = CASES[name]
+    if "task" in case:
+        return task_step_of(case)
     rates = measured_rates()
 
     def step() -> dict[str, float]:
@@ -105,6 +162,39 @@ def step_of(name: str) -> Callable[[], Any]:
             trainer.training_step = timed  # type: ignore[method-assign]
             trainer.train()
         return {"step_seconds": marks[1] - marks[0], **rates}
+
+    return step
+
+
+def task_step_of(case: dict[str, Any]) -> Callable[[], Any]:
+    """Two steps of the trainer of the other tasks, from the models on."""
+    import torch
+    import transformers
+    from datasets import Dataset
+
+    from benchmarks.long_jobs import bytes_as_tokens
+    from hf_transfer_ext.trainers.distillation import DistillationConfig
+    from hf_transfer_ext.trainers.task_distillation import TaskDistillationTrainer
+    from hf_transfer_ext.weights.kinds import MODEL_KINDS
+
+    task = case["task"]
+    tokenizer = bytes_as_tokens()
+    tokenizer.mask_token = "<s>"
+    columns, options = task_rows(task, case)
+
+    def step() -> dict[str, float]:
+        torch.manual_seed(0)
+        auto = getattr(transformers, MODEL_KINDS[task].auto_class)
+        student, teacher = (auto.from_config(task_config_of(task, case[name])) for name in ("student", "teacher"))
+        with tempfile.TemporaryDirectory() as folder:
+            args = DistillationConfig(
+                folder, task=task, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+                max_steps=2, per_device_train_batch_size=case["rows"], max_length=case["length"],
+                logging_strategy="no", gradient_checkpointing=False, optim="adamw_torch", **options,
+            )  # fmt: skip
+            data = Dataset.from_dict(columns)
+            TaskDistillationTrainer(student, teacher, args, data, tokenizer, tokenizer).train()
+        return {}
 
     return step
 
@@ -160,32 +250,41 @@ def large_lines() -> list[str]:
     return lines
 
 
+def line_of(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    times = [f"{row[name]:.1f}" if name in row else "-" for name in ("estimated_seconds", "measured_seconds")]
+    memory = f"{row['estimated'] / 1e9:.2f} | {row['measured'] / 1e9:.2f} | {row['error']:+.0%}"
+    return f"| {row['case']} | {memory} | {' | '.join(times)} |"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Estimates of training compared with measured peaks.")
     parser.add_argument("--out", type=Path, required=True, help="writes OUT.md and OUT.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--keep", action="store_true", help="keep the rows of OUT.json for all other cases")
     options = parser.parse_args(argv)
     from hf_transfer_ext.trainers.estimate import Rates
 
-    rows, lines = [], ["| configuration | estimated GB | measured GB | error | estimated s | measured s |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    rows: list[dict[str, Any]] = []
+    if options.keep:
+        earlier = json.loads(options.out.with_suffix(".json").read_text())
+        rows = [row for row in earlier if row["case"] not in options.cases]
     for name in options.cases:
         found = measure_in_child("benchmarks.plan:step_of", {"name": name}, limit_bytes=8e9)
         if found["status"] != "ok":
             raise RuntimeError(f"{name}: {found}")
         step = estimated(CASES[name])
         memory, peak = sum(step.memory().values()), found["growth_bytes"]
-        rates = Rates(**{name.name: found[name.name] for name in fields(Rates)})
-        seconds = sum(step.seconds(rates).values())
-        error = memory / peak - 1
-        rows.append({"case": name, "estimated": memory, "measured": peak, "error": error, "parts": step.memory(),
-                     "estimated_seconds": seconds, "measured_seconds": found["step_seconds"],
-                     "seconds_by_part": step.seconds(rates)})  # fmt: skip
-        lines.append(
-            f"| {name} | {memory / 1e9:.2f} | {peak / 1e9:.2f} | {error:+.0%} | {seconds:.1f} | "
-            f"{found['step_seconds']:.1f} |"
-        )
-        print(lines[-1], flush=True)
+        row = {"case": name, "estimated": memory, "measured": peak, "error": memory / peak - 1, "parts": step.memory()}
+        if step.kept is None:
+            seconds = step.seconds(Rates(**{name.name: found[name.name] for name in fields(Rates)}))
+            row |= {"estimated_seconds": sum(seconds.values()), "measured_seconds": found["step_seconds"],
+                    "seconds_by_part": seconds}  # fmt: skip
+        rows.append(row)
+        print(line_of(row), flush=True)
+    rows.sort(key=lambda row: list(CASES).index(row["case"]))
+    lines = ["| configuration | estimated GB | measured GB | error | estimated s | measured s |"]
+    lines += ["|---|---:|---:|---:|---:|---:|", *map(line_of, rows)]
     text = "\n".join(
         [
             "# Memory and time on paper",
@@ -195,7 +294,9 @@ def main(argv: list[str] | None = None) -> int:
             "estimated from what the same process does in a second of each kind of work: matrix products, attention,",
             "exponentials of the loss, and bytes moved. Other work on the machine changes these rates between the two",
             "measurements. The constant of 0.1 GB for what a process takes beside its tensors was chosen after the",
-            "peaks of this table were seen; the other terms were not fitted.",
+            "peaks of this table were seen; the other terms were not fitted. For the last four rows (BERT, and T5 as",
+            "the encoder-decoder), what the student keeps for the backward pass is counted in a forward pass without",
+            "memory; their time is not estimated.",
             "",
             *lines,
             "",

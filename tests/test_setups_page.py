@@ -11,7 +11,7 @@ from hf_transfer_ext.recipe import CONFIGS
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "setups.md").read_text(encoding="utf-8")
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", PAGE)))
-STATES = ("CI", "slow", "not tested", "not supported")
+STATES = ("CI", "slow", "not run on a GPU yet", "not supported")
 
 
 def marked_slow(path, name):

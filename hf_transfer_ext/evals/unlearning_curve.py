@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hf_transfer_ext.evals.engine.examples import Prepared, prepare
 from hf_transfer_ext.evals.engine.result import EvaluationResult
 from hf_transfer_ext.evals.metrics.forget_quality import forget_quality
 from hf_transfer_ext.evals.metrics.model_utility import harmonic_mean
-from hf_transfer_ext.models.plumbing import is_sharded
+from hf_transfer_ext.models.plumbing import gathered_weights, is_sharded
 from hf_transfer_ext.trainers.measured import MeasuredInTraining
 
 Rows = Sequence[Mapping[str, Any]]
@@ -39,7 +40,9 @@ class UnlearningCurve(MeasuredInTraining):
     - `eval_balance`: harmonic mean of the two, one number for `metric_for_best_model`;
     - `eval_forget_quality` and its decimal logarithm `eval_forget_quality_log10` (at least -324), with `retrained`.
 
-    Every process gets the same numbers: the rows are shared out, so they are those of one process.
+    Every process gets the same numbers: the rows are shared out, so they are those of one process. Of a model that is
+    sharded by FSDP2, answers are scored in place, one sequence in each pass; metrics that generate text gather its
+    weights on each process for the evaluation. ZeRO-3 takes metrics that only score answers.
 
     Example:
         curve = UnlearningCurve({"forget": forget, "retain": retain}, tokenizer, limit=64)
@@ -94,14 +97,8 @@ class UnlearningCurve(MeasuredInTraining):
         self._prepared: dict[str, Prepared] = {}
 
     def prepare(self, model: Any, accelerator: Any) -> None:
-        chosen = {
-            metric.__name__ for own in self.metrics.values() for metric, _ in own if "generations" in metric.needs
-        }
-        if chosen and is_sharded(accelerator=accelerator):
-            raise ValueError(
-                f"{', '.join(sorted(chosen))} generate text, which is not supported between the steps of a sharded "
-                "training (FSDP, ZeRO-3). Choose `forget_metrics` and `utility_metrics` that only score answers."
-            )
+        if is_sharded(accelerator=accelerator):
+            self._check_sharded(accelerator)
         shared = {key: self.options.get(key) for key in ("template", "columns", "generation")}
         for name, rows in self.rows.items():
             metrics = [metric for metric, _ in self.metrics[name]]
@@ -110,7 +107,29 @@ class UnlearningCurve(MeasuredInTraining):
             except ValueError as error:
                 raise ValueError(f"The set {name!r} cannot be measured during training: {error}") from error
 
+    def _needing(self, need: str) -> list[str]:
+        """Names of the metrics that need this."""
+        return sorted({metric.__name__ for own in self.metrics.values() for metric, _ in own if need in metric.needs})
+
+    def _check_sharded(self, accelerator: Any) -> None:
+        """Refuse metrics that cannot be computed between the steps of a sharded training."""
+        kind, advice = accelerator.distributed_type.value, "Choose `forget_metrics` and `utility_metrics` that only"
+        if self._needing("generations") and not getattr(accelerator, "is_fsdp2", False):
+            raise ValueError(
+                f"{', '.join(self._needing('generations'))} generate text, for which sharded weights ({kind}) are "
+                f"gathered under FSDP2 alone. {advice} score answers."
+            )
+        if self._needing("gradients"):
+            raise ValueError(
+                f"{', '.join(self._needing('gradients'))} take gradients of single sequences, of which each process "
+                f"would have its shard alone ({kind}). {advice} need forward passes."
+            )
+
     def measure(self, model: Any, accelerator: Any) -> dict[str, float]:
+        with gathered_weights(model, accelerator=accelerator) if self._needing("generations") else nullcontext():
+            return self._measured(model, accelerator)
+
+    def _measured(self, model: Any, accelerator: Any) -> dict[str, float]:
         if not self._prepared:
             self.prepare(model, accelerator)
         rest = {key: value for key, value in self.options.items() if key not in ("template", "columns", "generation")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,27 @@ def require_processor(processor: Any) -> None:
 def tokenizer_in(reader: Any) -> Any:
     """The tokenizer of a processor; a tokenizer itself, and None, are returned as they are."""
     return getattr(reader, "tokenizer", reader)
+
+
+@contextmanager
+def call_settings_restored(reader: Any) -> Iterator[None]:
+    """Truncation and padding that calls within the block set on a fast tokenizer are restored afterward.
+
+    A fast tokenizer keeps them from one call to the next, and writes them to its `tokenizer.json`: a result would
+    otherwise depend on whether its rows were tokenized or read from a cache.
+    """
+    backend = getattr(tokenizer_in(reader), "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if backend.truncation != truncation:
+            backend.enable_truncation(**truncation) if truncation is not None else backend.no_truncation()
+        if backend.padding != padding:
+            backend.enable_padding(**padding) if padding is not None else backend.no_padding()
 
 
 def _needs_code(what: str, name: str | Path) -> str:

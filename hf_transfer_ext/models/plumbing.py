@@ -62,9 +62,11 @@ def is_sharded(model: Any = None, accelerator: Accelerator | None = None) -> boo
             return True
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             return accelerator.state.deepspeed_plugin.zero_stage == 3
-    parameter = None if model is None else next(iter(model.parameters()), None)
-    return parameter is not None and (
-        hasattr(parameter, "placements") or hasattr(parameter, "ds_id") or "FullySharded" in type(model).__name__
+    if model is None:
+        return False
+    # Of all parameters: FSDP2 leaves those of its root whole after a forward pass that no backward pass follows.
+    return "FullySharded" in type(model).__name__ or any(
+        hasattr(parameter, "placements") or hasattr(parameter, "ds_id") for parameter in model.parameters()
     )
 
 

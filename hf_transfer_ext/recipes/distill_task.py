@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from hf_transfer_ext.data.text import load_columns, load_train_and_test
 from hf_transfer_ext.files import written_aside
 from hf_transfer_ext.hub.record import describe_dataset
@@ -61,6 +63,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
             steps = {"max_steps": job.teach_steps, "learning_rate": job.teach_learning_rate}
             teacher = fine_tuned(teacher, tokenizer, data, args, run.work / "teacher", **steps)
     with record.stage("make the student"):
+        set_seed(args.seed)  # of a new output layer, whether the teacher was taught above or in an earlier run
         if job.student is None:
             student, own = make_student(job, teacher, tokenizer, data, args, run.work), tokenizer
         else:

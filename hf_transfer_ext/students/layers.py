@@ -15,8 +15,14 @@ from hf_transfer_ext.students.shape import StudentShape, require_only
 LayerTensors = Mapping[str, Tensor]
 
 
+#: Fields of a config that list some of its layers by their numbers.
+LISTS_OF_LAYERS = ("cross_attention_layers", "mlp_only_layers")
+
+
 def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and modules of the layer stack of a model (`model.layers`, `transformer.h`, ...).
+
+    Of a vision-language model, that of its language model, however many layers its vision tower has.
 
     Raises:
         ValueError: The model has no such stack, or several (an encoder and a decoder).
@@ -26,6 +32,9 @@ def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     found = [(name, module) for name, module in lists if len(module) == count]
     # A layer may have as many experts as the model has layers: only outermost lists are layer stacks.
     found = [(name, module) for name, module in found if not any(name.startswith(f"{outer}.") for outer, _ in lists)]
+    if len(found) > 1 and not model.config.is_encoder_decoder:  # a vision tower may have as many layers
+        inside = _name_of_decoder(model)
+        found = [(name, module) for name, module in found if name.startswith(inside)]
     if len(found) != 1:
         raise ValueError(
             f"A student with another depth needs a teacher with one stack of {count} layers, but "
@@ -33,6 +42,13 @@ def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "Encoder-decoder models are not supported yet."
         )
     return found[0]
+
+
+def _name_of_decoder(model: PreTrainedModel) -> str:
+    """What the names of all modules inside the part that reads text begin with; "" where that is the whole model."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
 
 
 def layer_tensors(model: PreTrainedModel) -> list[dict[str, Tensor]]:
@@ -70,7 +86,13 @@ def config_of_depth(config: PretrainedConfig, sources: Sequence[int]) -> Pretrai
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth = text.num_hidden_layers
+    for name in LISTS_OF_LAYERS:
+        listed = getattr(text, name, None)
+        if listed:
+            setattr(text, name, [place for place, source in enumerate(sources) if source in listed])
     for name, value in list(vars(text).items()):
+        if name in LISTS_OF_LAYERS:
+            continue
         # `layer_types`, `no_rope_layers`, `layers_block_type`: lists of ids may have the same length by chance.
         if "layer" in name and isinstance(value, (list, tuple)) and len(value) == depth:
             setattr(text, name, [value[source] for source in sources])

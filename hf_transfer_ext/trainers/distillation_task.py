@@ -20,7 +20,7 @@ from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.slopes import own_options
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import causal_lm_of
-from hf_transfer_ext.models.loading import load_tokenizer, tokenizer_in
+from hf_transfer_ext.models.loading import call_settings_restored, load_tokenizer, tokenizer_in
 from hf_transfer_ext.models.plumbing import accepts, evaluation_mode
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import predicting_rows
@@ -238,7 +238,8 @@ class DistillationTask(ABC):
         """The tokens of a text, at most as many as `max_length` and the tokenizer's own limit allow."""
         if self.args.max_length is not None:
             how = {"truncation": True, "max_length": min(self.args.max_length, tokenizer.model_max_length), **how}
-        return dict(tokenizer(*texts, **how))
+        with call_settings_restored(tokenizer):
+            return dict(tokenizer(*texts, **how))
 
     def padded(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The tokens of some rows as tensors, the teacher's too."""
@@ -359,7 +360,8 @@ def same_tokens(tokenizer: Any, other: Any) -> bool:
         return True
     if tokenizer.get_vocab() != other.get_vocab():
         return False
-    return tokenizer(_PROBE)["input_ids"] == other(_PROBE)["input_ids"]
+    with call_settings_restored(tokenizer), call_settings_restored(other):
+        return tokenizer(_PROBE)["input_ids"] == other(_PROBE)["input_ids"]
 
 
 def require_class(model: Any, kind: ModelKind, task: str) -> None:

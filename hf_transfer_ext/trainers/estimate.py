@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+import transformers
+from torch import Tensor, nn
+
 from hf_transfer_ext.losses.fused import CHUNK_BYTES, CHUNK_BYTES_GPU
+from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
+from hf_transfer_ext.weights.kinds import MODEL_KINDS
 
 #: Bytes of optimizer state per trained parameter, by what the name of the optimizer contains; 8 otherwise (AdamW).
 STATE_BYTES = {"8bit": 2, "sgd": 0, "adafactor": 0, "adamw": 8}
@@ -49,20 +55,23 @@ class Rates:
 #: Of an A100: 2 TB/s of memory, of which an exponential reads and writes 8 bytes.
 GPU_RATES = Rates(GPU_RATE * EFFICIENCY, GPU_RATE * EFFICIENCY, 2e12 / 8, 2e12)
 
-#: Task -> why its memory is not estimated; others are not decoders.
+#: Task -> why its memory is not estimated.
 _NOT_ESTIMATED = {
     "vision_language": "how many tokens an image is, and what its vision tower keeps, depend on the data",
-    "seq2seq": "it has two stacks of layers, which read texts of different lengths",
+    "sentence_embedding": "whether a row is one text or a pair depends on the data",
 }
+#: Tasks whose activations are counted in a forward pass without memory -> share of the tokens that the head predicts.
+_COUNTED = {"sequence_classification": 0.0, "token_classification": 0.0, "masked_lm": 0.15, "seq2seq": 1.0}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a dense decoder: what memory and time depend on.
+    """Sizes of a model: what memory and time depend on.
 
     Args:
         kv: Width of all keys of a token (heads of keys times their size).
         inner: Width of the feed-forward layer.
+        linear: Inputs and outputs of all linear layers but the head, added up: parameters of a LoRA of rank 1.
         tied: The head is the embedding.
     """
 
@@ -72,22 +81,25 @@ class Shape:
     inner: int
     layers: int
     vocabulary: int
+    linear: int
     tied: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
+    def of(cls, config: Any, task: str = CAUSAL_LM) -> Shape:
         """The shape of a configuration of transformers, counted on a model without memory."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+        model = without_memory(config, task)
+        parameters, head = model.num_parameters(), model.get_output_embeddings()
+        linear = sum(
+            one.in_features + one.out_features
+            for one in model.modules()
+            if isinstance(one, nn.Linear) and one is not head
+        )
         text = config.get_text_config()
         heads = text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv = (getattr(text, "num_key_value_heads", None) or heads) * size
         inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        return cls(parameters, text.hidden_size, kv, inner, text.num_hidden_layers, text.vocab_size,
+        return cls(parameters, text.hidden_size, kv, inner, text.num_hidden_layers, text.vocab_size, linear,
                    bool(getattr(config, "tie_word_embeddings", False)))  # fmt: skip
 
     @property
@@ -97,8 +109,7 @@ class Shape:
 
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of a LoRA of this rank on all linear layers but the head."""
-        attention = 2 * (2 * self.hidden) + 2 * (self.hidden + self.kv)
-        return rank * self.layers * (attention + 3 * (self.hidden + self.inner))
+        return rank * self.linear
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,9 @@ class Step:
         teacher_bytes: The same of the teacher.
         shards: Devices that share weights, gradients and optimizer state (FSDP2, ZeRO-3); 1 for whole copies.
         length: Tokens of a row, which attention grows with; 0 leaves attention out of the time.
+        kept: Bytes that the student keeps for the backward pass in float32, of all tokens, as `kept_bytes` counts
+            them; None for a dense decoder, whose formula is known. The time is that of a decoder, too.
+        predicted: Tokens that the head gives logits for; None for all.
     """
 
     student: Shape
@@ -128,6 +142,8 @@ class Step:
     shards: int = 1
     device: str = "cuda"
     length: int = 0
+    kept: float | None = None
+    predicted: int | None = None
 
     def memory(self) -> dict[str, float]:
         """Bytes at the peak, by what they are for. Gradients replace activations during the backward pass."""
@@ -149,16 +165,21 @@ class Step:
     def activations(self) -> float:
         """Bytes that the layers keep for the backward pass: inputs of norms, of products and of attention."""
         s = self.student
+        if self.kept is not None:
+            kept = self.kept * self.precision / 4
+            return 4 * s.hidden * s.layers * self.tokens + kept / s.layers if self.checkpointing else kept
         in_layer = self.precision * (6 * s.hidden + 2 * s.kv + 4 * s.inner) + 4 * 2 * s.hidden
         kept = 4 * s.hidden * s.layers + in_layer if self.checkpointing else in_layer * s.layers
         return self.tokens * kept
 
     def logits(self) -> float:
         """Bytes of the loss: chunks of logits and the gradient of the head, or whole logits with their gradients."""
-        row = 4.0 * self.student.vocabulary
+        row, tokens = 4.0 * self.student.vocabulary, self.tokens if self.predicted is None else self.predicted
+        if not tokens:
+            return 0.0
         if not self.fused:
-            return self.tokens * row * (4 if self.teacher else 3)
-        chunk = min(self.tokens * row, CHUNK_BYTES.get(self.device, CHUNK_BYTES_GPU))
+            return tokens * row * (4 if self.teacher else 3)
+        chunk = min(tokens * row, CHUNK_BYTES.get(self.device, CHUNK_BYTES_GPU))
         head = 0.0 if self.trained else row * self.student.hidden
         return chunk * (2 if self.teacher else 1) + head
 
@@ -193,6 +214,72 @@ class Step:
         }
 
 
+def without_memory(config: Any, task: str = CAUSAL_LM) -> Any:
+    """A model of this task whose tensors have shapes and no memory."""
+    with torch.device("meta"):
+        return getattr(transformers, MODEL_KINDS[task].auto_class).from_config(config)
+
+
+def predicted_tokens(task: str, tokens: int, mask_probability: float | None = None) -> int:
+    """Tokens of a batch that the head over the vocabulary gives logits for.
+
+    Args:
+        tokens: Of the texts, or of the targets of an encoder-decoder.
+        mask_probability: Of masked_lm, in (0, 1]; None for its default.
+    """
+    return int(tokens * (_COUNTED[task] if mask_probability is None else mask_probability))
+
+
+def kept_bytes(config: Any, task: str, *, length: int, target_length: int = 0, fused_attention: bool = True) -> float:
+    """Bytes that a model keeps for the backward pass of one row in float32: those of a forward pass without memory.
+
+    Args:
+        length: Tokens of the row.
+        target_length: Tokens that the decoder of an encoder-decoder reads.
+        fused_attention: As on a GPU, where attention never keeps its scores; on a CPU it does with dropout, and with
+            a bias that is trained (T5).
+    """
+    model, found = without_memory(config, task).train(), dict[int, Any]()
+    weights = {one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage  # held, so that no other storage gets its place
+        return tensor
+
+    own = nn.functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Any:
+        bias = how.get("attn_mask")
+        if not fused_attention and (how.get("dropout_p") or (bias is not None and bias.requires_grad)):
+            return own(query, key, value, **how)
+        return _FusedAttention.apply(query, key, value)
+
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids}
+    if target_length:
+        inputs["decoder_input_ids"] = torch.zeros(1, target_length, dtype=torch.long, device="meta")
+    nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(**inputs)
+    finally:
+        nn.functional.scaled_dot_product_attention = own  # type: ignore[assignment]
+    del output
+    return float(sum(storage.nbytes() for storage in found.values()))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What attention without scores keeps: its inputs, its output, and one number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1]))
+        return output
+
+
 def devices_of(text: str) -> tuple[int, float]:
     """`"8x80GB"` -> (8, 80e9).
 
@@ -214,14 +301,14 @@ def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -
         devices: Number of GPUs; they share weights where `sharded`.
 
     Raises:
-        ValueError: No model is named, or a student that is yet to be made, or the task is not of language models.
+        ValueError: No model is named, or a student that is yet to be made, or the task's memory depends on the data.
         OSError: A configuration cannot be found.
     """
     from transformers import AutoConfig
 
     distills, task = "model_name_or_path" not in content, str(content.get("task") or CAUSAL_LM)
-    if task != CAUSAL_LM:
-        reason = _NOT_ESTIMATED.get(task, "its activations and its loss are not those of a decoder of texts")
+    if task != CAUSAL_LM and task not in _COUNTED:
+        reason = _NOT_ESTIMATED.get(task, "its memory is not known")
         raise ValueError(
             f"The task {task!r} cannot be planned: {reason}. `--dry_run true` of the recipe checks everything but the "
             "memory."
@@ -232,19 +319,26 @@ def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -
             "A plan needs the shape of what is trained: name a finished `student` (distillation) or "
             "`model_name_or_path` (unlearning)."
         )
-    student = Shape.of(AutoConfig.from_pretrained(str(name), trust_remote_code=False))
-    teacher = None
+    config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    student, teacher = Shape.of(config, task), None
     if distills and content.get("teacher") and not content.get("teacher_cache"):
-        teacher = Shape.of(AutoConfig.from_pretrained(str(content["teacher"]), trust_remote_code=False))
+        teacher = Shape.of(AutoConfig.from_pretrained(str(content["teacher"]), trust_remote_code=False), task)
     bf16 = bool(content.get("bf16", True))
     four_bit = bool(content.get("student_four_bit" if distills else "four_bit", False))
     rank = int(content.get("student_lora_rank", 0) if distills else content.get("lora_rank", 16))
     packed = dict(content.get("teacher_model_init_kwargs") or {}).get("quantization_config")
     passes = 1 if distills else 2  # an answer to forget and one to retain
     rows = int(content.get("per_device_train_batch_size", 8)) * passes
+    length = int(content.get("max_length") or min(1024, context_length(config) or 1024))
+    counted: dict[str, Any] = {}
+    if task in _COUNTED:
+        options = dict(content.get("task_options") or {})
+        answer = int(options.get("max_target_length") or length) if task == "seq2seq" else 0
+        counted["kept"] = rows * kept_bytes(config, task, length=length, target_length=answer)
+        counted["predicted"] = predicted_tokens(task, rows * (answer or length), options.get("mask_probability"))
     return Step(
         student,
-        rows * int(content.get("max_length") or 1024),
+        rows * length,
         teacher,
         trained=student.adapter_parameters(rank),
         precision=2.0 if bf16 else 4.0,
@@ -254,7 +348,8 @@ def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -
         checkpointing=bool(content.get("gradient_checkpointing", False)),
         fused=bool(content.get("fused", True)),
         shards=devices if sharded else 1,
-        length=int(content.get("max_length") or 1024),
+        length=length,
+        **counted,
     )
 
 
@@ -265,8 +360,11 @@ def plan_lines(step: Step, devices: int, room: float) -> list[str]:
     shared = f"shared by {step.shards} devices" if step.shards > 1 else "a whole copy on each device"
     lines = [f"{devices} x {room / 1e9:.0f} GB, {shared}; {step.tokens} tokens in a micro-batch of each", ""]
     lines += table_of(memory)
-    seconds = sum(step.seconds(GPU_RATES).values())
-    lines += ["", f"about {seconds:.2f} s for a micro-batch at {EFFICIENCY:.0%} of {GPU_RATE / 1e12:.0f} TFLOP/s"]
+    if step.kept is not None:
+        lines += ["", "The time is estimated for language models alone."]
+    else:
+        seconds = sum(step.seconds(GPU_RATES).values())
+        lines += ["", f"about {seconds:.2f} s for a micro-batch at {EFFICIENCY:.0%} of {GPU_RATE / 1e12:.0f} TFLOP/s"]
     if needed > room:
         advice = "Shard it (--sharded), cache the teacher, lower the batch or `max_length`, or train a LoRA."
         lines.append(f"It does NOT fit: {needed / 1e9:.0f} GB of {room / 1e9:.0f}. {advice}")

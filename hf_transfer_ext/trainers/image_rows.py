@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.data.images import open_image
-from hf_transfer_ext.models.loading import tokenizer_in
+from hf_transfer_ext.models.loading import call_settings_restored, tokenizer_in
 from hf_transfer_ext.models.plumbing import pad_token_id
 from hf_transfer_ext.tensors import IGNORE_INDEX
 
@@ -136,7 +136,8 @@ def reading_of(
     tail: list[int] = []
     labels: list[int] = []
     for place, text in enumerate(behind):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with call_settings_restored(tokenizer):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tail += ids
         labels += ids if place % 2 == 0 else [IGNORE_INDEX] * len(ids)
     if image_tokens & set(tail):
@@ -213,7 +214,9 @@ def _rendered(processor: Any, messages: Sequence[Any], **how: Any) -> str:
 def processed(processor: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
     """What a processor makes of texts and their images, padded on whichever side."""
     special = template_of(processor) is None  # a template writes the special tokens itself
-    return dict(processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=special))
+    how = {"padding": True, "return_tensors": "pt", "add_special_tokens": special}
+    with call_settings_restored(processor):
+        return dict(processor(text=texts, images=images, **how))
 
 
 def batch_of(

@@ -9,8 +9,10 @@ import torch
 from evals.audit.planted_people import FORGET, HOLDOUT, PLAIN, RETAIN, planted
 from peft import LoraConfig, get_peft_model
 from processes import on_two_ranks
+from sharding import shard_on_cpu
 from tiny import byte_tokenizer
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_transfer_ext.data.forget_retain import ForgetRetainPairs
 from hf_transfer_ext.evals.engine.evaluate import evaluate
@@ -18,6 +20,7 @@ from hf_transfer_ext.evals.metrics.forget_quality import forget_quality
 from hf_transfer_ext.evals.unlearning_curve import UnlearningCurve
 from hf_transfer_ext.models.generation import GenerationSettings
 from hf_transfer_ext.trainers.logs import CURVE_PLOT, curve_notes, curve_plot, measured_points
+from hf_transfer_ext.trainers.saving import save_whole
 from hf_transfer_ext.trainers.unlearning import UnlearningConfig, UnlearningTrainer
 
 SHORT = GenerationSettings(max_new_tokens=8)
@@ -46,7 +49,8 @@ def trainer(folder, *callbacks, given=None, **options):
         "processing_class": byte_tokenizer(),
         "template": PLAIN,
     }
-    return UnlearningTrainer(lora(), args, **sets, callbacks=list(callbacks), **(given or {}))
+    given = {"model": None, **(given or {})}
+    return UnlearningTrainer(given.pop("model") or lora(), args, **sets, callbacks=list(callbacks), **given)
 
 
 def weights(made):
@@ -200,3 +204,58 @@ def test_two_processes_share_the_rows_and_log_what_one_logs(tmp_path):
     for one, mine, other in zip(alone, first, second, strict=True):
         assert [mine[name] for name in names] == [other[name] for name in names]
         assert [mine[name] for name in names] == pytest.approx([one[name] for name in names], abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "lora"])
+@pytest.mark.parametrize("writes", [False, True], ids=["scored in place", "gathered to write"])
+def test_a_sharded_training_logs_the_curve_of_one_process(tmp_path, adapted, writes):
+    """Batches of 3 rows and of 1: a process may not wait in a forward pass that the other does not run."""
+    metrics = {"forget_metrics": ["answer_probability", "extraction_strength"], "batch_size": 3,
+               "utility_metrics": ["answer_probability", "exact_memorization"]}  # fmt: skip
+    if writes:
+        metrics["forget_metrics"] = [*metrics["forget_metrics"], "rouge_l_recall"]
+    splits = {**SPLITS, "retain_few": RETAIN[:1], "holdout": HOLDOUT}
+
+    def lines(rank=None):
+        if rank is not None:
+            shard_on_cpu()
+        made = trainer(
+            tmp_path / f"of{rank}", curve(splits, retrained=planted()[2], **metrics), max_steps=2, eval_steps=1,
+            per_device_train_batch_size=4 if rank is None else 2, max_grad_norm=0.0,
+            learning_rate=60.0 if adapted else 15.0,
+            given=None if adapted else {"model": copy.deepcopy(planted()[0])},
+        )  # fmt: skip
+        made.train()
+        # Those of the root stay whole after a forward pass that no backward pass follows.
+        sharded = any(isinstance(p, DTensor) for p in made.model.parameters())
+        if not adapted:
+            save_whole(made, tmp_path / f"saved{rank}")
+        return measured_points(made.state.log_history), sharded
+
+    alone, whole = lines()
+    ranks = on_two_ranks(lines, tmp_path)
+    names = [name for name in alone[0] if name.startswith("eval_")]
+    assert len(alone) == 3 and len(names) == 13 + writes and not whole
+    for found, sharded in ranks:
+        assert sharded and len(found) == 3
+        for one, mine in zip(alone, found, strict=True):
+            assert [mine[name] for name in names] == pytest.approx([one[name] for name in names], abs=1e-4)
+    changed = [abs(alone[-1][name] - alone[0][name]) for name in names if "probability" in name]
+    assert max(changed) > 1e-2
+    if not adapted:
+        for folder in ("savedNone", "saved0"):
+            last = direct(AutoModelForCausalLM.from_pretrained(tmp_path / folder), HOLDOUT, ["answer_probability"])
+            assert alone[-1]["eval_holdout_answer_probability"] == pytest.approx(*last.values(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_what_shards_do_not_allow_is_refused_before_the_first_step(tmp_path):
+    def refused(_):
+        shard_on_cpu()
+        made = trainer(tmp_path / "out", curve(forget_metrics=["answer_probability", "gradient_norm"]))
+        with pytest.raises(ValueError, match=r"gradient_norm take gradients of single sequences"):
+            made.train()
+        return made.state.global_step
+
+    assert on_two_ranks(refused, tmp_path) == [0, 0]

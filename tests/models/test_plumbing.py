@@ -137,7 +137,5 @@ def test_the_padding_token_is_its_own_or_the_end_of_sequence(pad, eos, expected)
 def test_sharding_is_told_by_parameters_or_by_what_will_shard_them():
     model = tiny_llama()
     assert not is_sharded(model) and not is_sharded()
-    model.lm_head.weight.ds_id = 1
-    assert not is_sharded(model)
-    next(model.parameters()).ds_id = 0
+    model.lm_head.weight.ds_id = 1  # any of them: some may be whole for now
     assert is_sharded(model)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_families import FAMILIES, logits_of, tiny_model
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+from vision_families import CONFIGS, vision_language
 
 from hf_transfer_ext.students import STUDENT_INITS
 from hf_transfer_ext.students.layers import keep_layers, layer_stack, rebuilt
@@ -94,6 +95,24 @@ def test_bad_teachers_and_depths(init):
 def test_an_unknown_layer_is_refused():
     with pytest.raises(ValueError, match=r"layers 0 to 3, got \[0, 4\]"):
         keep_layers(tiny_model("llama"), [0, 4])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_stack_of_a_vision_language_model_is_that_of_its_language_model(family):
+    teacher = vision_language(family)
+    name, layers = layer_stack(teacher)
+    assert name == ("model.text_model.layers" if family in ("Idefics3", "SmolVLM") else "model.language_model.layers")
+    ids = torch.arange(20, 30)[None]
+    whole, cut = keep_layers(teacher, range(len(layers))), keep_layers(teacher, [0, 1, 3])
+    with torch.no_grad():
+        assert torch.equal(whole(input_ids=ids).logits, teacher(input_ids=ids).logits)
+        assert not torch.equal(cut(input_ids=ids).logits, teacher(input_ids=ids).logits)
+    own, theirs = cut.state_dict(), teacher.state_dict()
+    for key in (key for key in own if key.startswith(f"{name}.2.")):
+        assert torch.equal(own[key], theirs[key.replace(f"{name}.2.", f"{name}.3.")])
+    assert all(torch.equal(own[key], theirs[key]) for key in own if "vision" in key or "visual" in key)
+    if family == "Mllama":
+        assert cut.config.get_text_config().cross_attention_layers == [1, 2]
 
 
 def test_an_encoder_decoder_is_refused():

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from processes import on_two_ranks
 from tiny import byte_tokenizer, tiny_llama
+from trainers.test_distillation import adapted_student
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -125,6 +126,34 @@ def test_a_compiled_model_is_one_graph_with_the_loss_of_the_plain_one(tmp_path, 
     assert not counted["graph_break"]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "adapter, backend",
+    [
+        ("teacher", "eager"),
+        pytest.param("base", "eager", marks=pytest.mark.slow),
+        pytest.param("teacher", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_student_and_its_teacher_adapter_are_a_compiled_graph_each(tmp_path, adapter, backend):
+    def make(folder, **options):
+        args = config(folder, teacher_adapter=adapter, max_steps=10, learning_rate=0.05, **options)
+        data = Dataset.from_dict({"text": TEXTS})
+        return DistillationTrainer(adapted_student(), None, args, data, processing_class=byte_tokenizer())
+
+    before = {name: value.clone() for name, value in adapted_student().state_dict().items()}
+    expected = trained(make, tmp_path / "plain")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = trained(make, tmp_path / "compiled", torch_compile=True, torch_compile_backend=backend)
+    # More steps than dynamo compiles one function again: it would run without a graph from there on.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    learned = {name for name, value in before.items() if not torch.equal(found[name], value)}
+    assert learned and all(".student." in name for name in learned)
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ class Work:
 
     Attributes:
         cost: Tokens and passes that this process computed.
+        lockstep: Whether the model is sharded: every process then runs the same number of passes, each with one
+            sequence, since each pass needs the shards of all.
     """
 
     def __init__(
@@ -71,7 +73,11 @@ class Work:
         batches = []
         for alike in sorted(set(needs.values()), key=sorted, reverse=True):
             missing = [key for key in sequences if key not in found and needs[key] == alike]
-            batches += batches_of(missing, lambda key: len(sequences[key].input_ids), self.batch_size, prompt_of)
+            size = 1 if self.lockstep else self.batch_size
+            own = batches_of(missing, lambda key: len(sequences[key].input_ids), size, prompt_of)
+            if self.lockstep and own:  # a process with one pass fewer repeats the last one
+                own += own[-1:] * (-len(own) % self.processes)
+            batches += own
         found.update(self.share(batches, score_batch, title="scoring"))
         self.cost["forward_tokens"], self.cost["forwards"] = self.scorer.forward_tokens, self.scorer.forwards
         for example in examples:
@@ -88,7 +94,16 @@ class Work:
         tokenizer: Any,
         settings: GenerationSettings,
     ) -> None:
-        """Fill `generation` of each example; call this with the evaluated adapter active."""
+        """Fill `generation` of each example; call this with the evaluated adapter active.
+
+        Raises:
+            ValueError: The model is sharded: its processes would need as many passes each, whatever they write.
+        """
+        if self.lockstep:
+            raise ValueError(
+                f"The metrics need generations, but {type(self.scorer.model).__name__} is sharded (FSDP, ZeRO-3). "
+                "Evaluate a model that is whole on each process, or choose metrics that only score answers."
+            )
         prompts: dict[str, list[int]] = {}
         key_of: dict[int, str] = {}
         for example, ids in zip(examples, prompt_ids, strict=True):
@@ -113,18 +128,13 @@ class Work:
     def share(
         self, batches: list[list[str]], compute: Callable[[list[str]], dict[str, Any]], *, title: str = ""
     ) -> dict[str, Any]:
-        """Every process computes each `processes`-th batch; all processes get all results.
-
-        In lockstep, which sharded models need, a process with one batch fewer repeats its last one.
-        """
+        """Every process computes each `processes`-th batch; all processes get all results."""
         done: dict[str, Any] = {}
         own = batches[self.process :: self.processes]
         turns = range(-(-len(batches) // self.processes))
         for step in steps(turns, title, "batch", show=self.progress and self.process == 0):
             if step < len(own):
                 done.update(compute(own[step]))
-            elif self.lockstep:
-                compute(own[-1] if own else batches[0])
         if self.processes > 1:
             from accelerate.utils import gather_object
 

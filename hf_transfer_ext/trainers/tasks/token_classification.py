@@ -12,6 +12,7 @@ from hf_transfer_ext.losses.prototypes import Prototypes, class_means, prototype
 from hf_transfer_ext.losses.vectors import squared_error
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.models.loading import call_settings_restored
 from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.class_losses import (
     SINGLE,
@@ -259,7 +260,9 @@ def first_tokens(tokenizer: Any, words: list[str], max_length: int | None) -> di
         raise ValueError(f"Words need a fast tokenizer, which knows their tokens, got {type(tokenizer).__name__}.")
     cut = {} if max_length is None else {"truncation": True, "max_length": min(max_length, tokenizer.model_max_length)}
     places: dict[int, int] = {}
-    for place, word in enumerate(tokenizer(words, is_split_into_words=True, **cut).word_ids()):
+    with call_settings_restored(tokenizer):
+        tokens = tokenizer(words, is_split_into_words=True, **cut)
+    for place, word in enumerate(tokens.word_ids()):
         if word is not None:
             places.setdefault(word, place)
     return places

@@ -16,7 +16,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from hf_transfer_ext.data.question_answer import EncodedAnswer, QuestionAnswerFormat
 from hf_transfer_ext.evals.engine import work as engine_work
 from hf_transfer_ext.evals.engine.cache import ScoreCache
-from hf_transfer_ext.evals.engine.evaluate import compute_metrics, evaluate
+from hf_transfer_ext.evals.engine.evaluate import compute_metrics, evaluate, resolve_metric
+from hf_transfer_ext.evals.engine.examples import needs_of_columns, prepare
 from hf_transfer_ext.evals.engine.work import batches_of
 from hf_transfer_ext.evals.metric import Metric
 from hf_transfer_ext.evals.metrics import METRICS
@@ -436,22 +437,28 @@ def test_the_training_flag_is_as_before():
     assert model.training
 
 
-def test_sharded_models_get_every_process_into_every_pass(monkeypatch):
-    # Two processes played one after the other.
-    batches = [["a", "b"], ["c", "d"], ["e"]]
+def test_sharded_models_get_every_process_into_as_many_passes_of_each_kind(monkeypatch):
+    # Two processes played one after the other, each with all results: [process][pass] -> (texts, needs).
+    metrics = [resolve_metric(name)[0] for name in ("truth_ratio", "min_k_plus_plus")]
+    prepared = prepare(tiny_llama(), byte_tokenizer(), EXAMPLES[:3], metrics, template=PLAIN)
+    passes = []
     monkeypatch.setattr("accelerate.utils.gather_object", lambda items: items)
-    for lockstep, second in ((False, [["c", "d"]]), (True, [["c", "d"], ["c", "d"]])):
-        asked = {0: [], 1: []}
-        for rank in (0, 1):
-
-            def work(batch, rank=rank, asked=asked):
-                asked[rank].append(batch)
-                return dict.fromkeys(batch)
-
-            own = engine_work.Work(scoring.Scorer(tiny_llama()), ScoreCache(None, ""), batch_size=2)
-            own.process, own.processes, own.lockstep = rank, 2, lockstep
-            own.share(batches, work)
-        assert asked == {0: [["a", "b"], ["e"]], 1: second}
+    for rank in (0, 1):
+        model, own = tiny_llama(), []
+        scorer = scoring.Scorer(model)
+        score = scorer.score
+        monkeypatch.setattr(scorer, "splits", lambda model: False)  # as of shards
+        monkeypatch.setattr(scorer, "score", lambda texts, needs, own=own, score=score: (
+            own.append((len(texts), needs)), score(texts, needs))[1])  # fmt: skip
+        work = engine_work.Work(scorer, ScoreCache(None, ""), batch_size=2)
+        work.process, work.processes, work.lockstep = rank, 2, True
+        with pytest.raises(KeyError):  # the texts of the other process
+            work.score(prepared.examples, needs_of_columns(metrics))
+        passes.append((own, scorer.forwards))
+        with pytest.raises(ValueError, match=r"need generations, but LlamaForCausalLM is sharded"):
+            work.generate(prepared.examples, [[1]] * 3, byte_tokenizer(), GenerationSettings(5))
+    assert passes[0] == passes[1]
+    assert {size for size, _ in passes[0][0]} == {1} and len({needs for _, needs in passes[0][0]}) == 2
 
 
 def _rank(rank, tmp_path):
