@@ -423,7 +423,7 @@ def _keep_freed_memory() -> None:
 
 
 def _order_of(tasks: Sequence[_Task], threads: int) -> Callable[[_Task], int]:
-    """Large tasks first, so that no thread works alone at the end; the others in the order of the files, for digests."""
+    """Large tasks first, so that no thread works alone at the end; the others in the order of the files (digests)."""
     large = sum(task.stop - task.start for task in tasks) // (32 * threads)
     return lambda task: min(0, large - (task.stop - task.start))
 
