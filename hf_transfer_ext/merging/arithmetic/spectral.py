@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.types import Coefficient, Matrix, Weights
+from hf_transfer_ext.merging.types import Coefficient, Matrix, Scalar, Weights
 
 #: Smallest share of the largest eigenvalue of A^T A for which its eigenvectors are exact enough for float32.
 GRAM_LIMIT = 2.0**-22
@@ -52,6 +52,11 @@ def sum_of_changes(base: Weights, models: Sequence[Weights]) -> Weights:
     for model in models[1:]:
         total = total.add_(model - base)
     return total
+
+
+def inner_product(one: Matrix, other: Matrix) -> Scalar:
+    """<A, B> = sum_ij A_ij B_ij, by blocks of rows."""
+    return torch.stack([torch.linalg.vecdot(one[rows], other[rows]).sum() for rows in _blocks(one)]).sum()
 
 
 def svd(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.spectral import add_mean, nearest_orthogonal, sum_of_changes
+from hf_transfer_ext.merging.arithmetic.spectral import add_mean, inner_product, nearest_orthogonal, sum_of_changes
 from hf_transfer_ext.merging.method import merge_method
 from hf_transfer_ext.merging.types import Coefficient
 
@@ -38,5 +38,6 @@ def iso_c(
         return add_mean(base, models, lambda_)
     total = sum_of_changes(base, models)
     orthogonal = nearest_orthogonal(total)
-    strength = torch.linalg.vecdot(orthogonal, total).sum() / min(base.shape)  # <U V^T, U S V^T> is the sum of S
+    strength = inner_product(orthogonal, total) / min(base.shape)  # <U V^T, U S V^T> is the sum of S
+    del total  # as large as a model's embedding, like each of the others
     return torch.addcmul(base, orthogonal, lambda_ * strength)

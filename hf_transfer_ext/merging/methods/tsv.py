@@ -43,4 +43,5 @@ def tsv(
     lefts, values, rights = zip(*(svd(model - base, kept) for model in models), strict=True)
     left = nearest_orthogonal(torch.cat(lefts, dim=1))
     right = nearest_orthogonal(torch.cat(rights, dim=0))
+    del lefts
     return torch.addmm(base, left, lambda_ * torch.cat(values)[:, None] * right)

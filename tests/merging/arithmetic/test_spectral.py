@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from hf_transfer_ext.merging.arithmetic import spectral
-from hf_transfer_ext.merging.arithmetic.spectral import nearest_orthogonal, shared_basis, sum_of_changes, svd
+from hf_transfer_ext.merging.arithmetic.spectral import (
+    inner_product,
+    nearest_orthogonal,
+    shared_basis,
+    sum_of_changes,
+    svd,
+)
 
 SHAPES = [(60, 12), (12, 60), (30, 30), (17, 1), (1, 17), (20, 14)]
 
@@ -114,6 +120,11 @@ def test_a_gradient_takes_the_way_of_lapack():
     aligned, back = shared_basis(matrix.float())
     (slope,) = torch.autograd.grad(back(aligned).sum(), matrix)
     assert torch.allclose(slope, torch.ones_like(slope), atol=1e-5)
+
+
+def test_inner_product(blocks):
+    one, other = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert torch.allclose(inner_product(one, other), (one * other).sum())
 
 
 def test_sum_of_changes():
