@@ -39,6 +39,7 @@ def finish_run(
     precision: str | None = None,
     overwrite: bool = False,
     files: Mapping[str, str | Path] | None = None,
+    digests: Mapping[str, str] | None = None,
     push_to: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -58,6 +59,7 @@ def finish_run(
         model: The model to save. None where the weights, or the files of a report, are in `folder` already.
         precision: Compute dtype, where it is not the model's own (bfloat16 under autocast).
         files: Name in the folder -> file to copy there.
+        digests: As in `save_result`, for weights that are in `folder` already.
         push_to: Hub repository; None keeps the result here. With it, `private`, `revision`, `create_pr` and `token`
             as in `push`.
         plot: File of the plot of what was measured; None for none.
@@ -83,8 +85,9 @@ def finish_run(
         if model is not None or holds_weights(folder):
             replace = overwrite if model is not None else True
             save_result(
-                folder, model=model, tokenizer=tokenizer, record=record, overwrite=replace, extra_files=extra_files
-            )
+                folder, model=model, tokenizer=tokenizer, record=record, overwrite=replace, extra_files=extra_files,
+                digests=digests,
+            )  # fmt: skip
         else:
             _complete_report(folder, record, extra_files)
     tell(f"Saved to {folder}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,8 @@ class InputsInBackground:
         self._found: list[Future[tuple[RunInput, str]]] = [
             self._pool.submit(described_or_named, *one) for one in wanted
         ]
+        # The card, which comes last, needs this; its import takes a tenth of a second.
+        self._pool.submit(import_module, "huggingface_hub.repocard")
 
     def put_into(self, record: RunRecord) -> None:
         """Wait for the descriptions and add them to the record."""

@@ -87,6 +87,7 @@ def save_result(
     record: RunRecord,
     overwrite: bool = False,
     extra_files: Mapping[str, str | Path] | None = None,
+    digests: Mapping[str, str] | None = None,
     **card_options: Any,
 ) -> Path:
     """Write a result atomically: safetensors, tokenizer, generation config, card and record.
@@ -99,6 +100,8 @@ def save_result(
         tokenizer: Of the model, or its processor of texts and images.
         overwrite: Replace `folder` if it holds a result already (without `model`: if it holds a record already).
         extra_files: Name in the folder -> file to copy there (plots, token maps).
+        digests: Name -> hex SHA-256 of files in `folder` that were hashed as they were written; they are not read
+            again.
         card_options: Passed to `model_card` (`title`, `relation`, `tags`).
 
     Raises:
@@ -114,14 +117,14 @@ def save_result(
             )
     card_options.setdefault("earlier", earlier_card(Path(folder)))
     if model is None:
-        return _complete(Path(folder), tokenizer, record, overwrite, extras, card_options)
+        return _complete(Path(folder), tokenizer, record, overwrite, extras, card_options, digests or {})
     refuse_existing_output(folder, overwrite=overwrite, inputs=extras.values(), also=extras)
     adapter = hasattr(model, "peft_config")
     weights = model.parameters() if not adapter else (p for n, p in model.named_parameters() if "lora_" in n)
     require_free_space(folder, sum(p.numel() * p.element_size() for p in weights))
     with written_aside(folder, overwrite=overwrite, inputs=extras.values(), also=extras) as aside:
         model.save_pretrained(str(aside))
-        _complete(aside, tokenizer, record, True, extras, card_options)
+        _complete(aside, tokenizer, record, True, extras, card_options, {})
     return Path(folder)
 
 
@@ -372,6 +375,7 @@ def _complete(
     overwrite: bool,
     extras: Mapping[str, Path],
     card_options: Mapping[str, Any],
+    digests: Mapping[str, str],
 ) -> Path:
     """Add tokenizer, extra files, card and record to a folder that holds weights; the record comes last."""
     _require_weights(folder)
@@ -394,7 +398,7 @@ def _complete(
         CARD_FILE,
         RECORD_FILE,
     }
-    record.result = {name: sha256_of(folder / name) for name in sorted(own)}
+    record.result = {name: digests.get(name) or sha256_of(folder / name) for name in sorted(own)}
     options = {"plots": [name for name in sorted(own) if name.endswith(".png")], **card_options}
     if record.job == "export":
         options["gguf"] = next((name for name in sorted(own) if name.endswith(".gguf")), None)

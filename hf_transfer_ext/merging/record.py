@@ -45,6 +45,7 @@ def finish_merge(
     call: Mapping[str, Any],
     wanted: Sequence[Wanted],
     adapter: ExtractionReport | None = None,
+    digests: Mapping[str, str] | None = None,
     device: Mapping[str, Any] | None = None,
 ) -> None:
     """Write model card and record into the folder of a result.
@@ -56,6 +57,7 @@ def finish_merge(
         call: All arguments of the call but the output; `config` may be the path of a YAML file.
         wanted: The models that `inputs` describes.
         adapter: The report of the adapter, if the result is one.
+        digests: Name -> SHA-256 of files in `folder` that were hashed as they were written.
         device: What the record states as `RunRecord.device`; None for what torch says.
     """
     config: dict[str, Any] = parse_yaml(text, "the configuration of the merge")
@@ -67,4 +69,4 @@ def finish_merge(
     if adapter is not None:
         record.metrics.append(adapter.measurement())
     record.not_measured.insert(0, "The result: a merge does not evaluate it.")
-    finish_run(folder, record, quiet=True)
+    finish_run(folder, record, quiet=True, digests=digests)

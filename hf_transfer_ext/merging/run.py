@@ -158,7 +158,9 @@ def merge(
         described = inputs.enter_context(InputsInBackground(wanted))
         write = _write_adapter if plan.lora_rank else _write_model
 
-        def complete(folder: Path, adapter: ExtractionReport | None = None) -> None:
+        def complete(
+            folder: Path, adapter: ExtractionReport | None = None, digests: Mapping[str, str] | None = None
+        ) -> None:
             seconds = time.perf_counter() - began
             finish_merge(
                 folder,
@@ -178,6 +180,7 @@ def merge(
                 },
                 wanted=wanted,
                 adapter=adapter,
+                digests=digests,
                 device=settings.summary if adapter is None else None,
             )
 
@@ -305,7 +308,7 @@ def _plan(
 
 def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Complete) -> dict[str, Any]:
     """Write the result as a model folder; returns fields for the report."""
-    work = work_of(plan.content(settings), plan.checkpoints)
+    work, digests = work_of(plan.content(settings), plan.checkpoints), dict[str, str]()
     with resumable_folder(settings.target, work, ranks, overwrite=settings.overwrite) as folder:
         own_bytes = sum(job.input_bytes for job in ranks.share_of(plan.jobs))
         with stage("merging", own_bytes, "B", show=settings.progress and ranks.is_first) as advance:
@@ -319,11 +322,12 @@ def _write_model(plan: _Plan, settings: _Settings, ranks: Ranks, complete: Compl
                 seed=plan.config.seed,
                 allow_nonfinite=settings.allow_nonfinite,
                 advance=advance,
+                digests=digests,
             )
         with ranks.together():
             if ranks.is_first:
                 _write_files(plan, folder)
-                complete(folder)
+                complete(folder, digests=digests)
     return {"resumed_tensors": resumed}
 
 

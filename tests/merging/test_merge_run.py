@@ -10,6 +10,9 @@ import torch
 from merging.tiny_models import family, interrupted_at_read, load, names, random_tensors, result_bytes, write_model
 
 from hf_transfer_ext.cli import main
+from hf_transfer_ext.files import sha256_of
+from hf_transfer_ext.hub import publish
+from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.merging import merge, run
 from hf_transfer_ext.merging.streaming import stream
 from hf_transfer_ext.merging.streaming.stream import FAILURE, JOURNAL
@@ -277,6 +280,23 @@ def test_what_another_merge_left_is_not_taken_over(tmp_path, models):
     (stale / f"{JOURNAL}-0").write_text('"lm_head.weight"\n')
     report = merge(linear_config(models[1]), tmp_path / "out")
     assert report.resumed_tensors == 0 and not stale.exists()
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 1000])
+def test_the_recorded_digests_are_those_of_the_files(tmp_path, models, monkeypatch, max_shard_bytes):
+    """Also of a merge that was interrupted and goes on; the weights are hashed as they are written, and only then."""
+    _, tuned = models
+    again = []
+    monkeypatch.setattr(publish, "sha256_of", lambda path: again.append(path.name) or sha256_of(path))
+    config = linear_config(tuned)
+    with interrupted_at_read(40), pytest.raises(KeyboardInterrupt):
+        merge(config, tmp_path / "out", threads=1, max_shard_bytes=max_shard_bytes)
+    assert merge(config, tmp_path / "out", max_shard_bytes=max_shard_bytes).resumed_tensors > 0
+    digests = read_record(tmp_path / "out").result
+    weights = [path.name for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(weights) > 1 or max_shard_bytes > 1000
+    assert digests == {name: sha256_of(tmp_path / "out" / name) for name in digests}
+    assert set(weights) <= set(digests) and "config.json" in again and not set(weights) & set(again)
 
 
 def test_dry_run_writes_nothing(tmp_path, models, capsys):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from merging.method_cases import config_of
-from merging.tiny_models import family, load
+from merging.method_cases import config_of, tensors
+from merging.tiny_models import family, load, write_model
 
 from hf_transfer_ext.merging import MERGE_METHODS
 from hf_transfer_ext.merging.arithmetic import kernels
@@ -71,6 +71,21 @@ def test_merges_by_the_kernels(tmp_path, dtype):
     assert record["device"]["device"] == "cpu" and record["device"]["threads"] >= 1
     assert record["versions"]["torch"] == torch.__version__
     assert load(tmp_path / "copied").keys() == load(base).keys()
+
+
+@needs_kernels
+def test_samples_of_tensors_that_are_read_once(tmp_path):
+    """A tensor of several pieces that is kept in memory is sampled with steps."""
+    base, models = tensors(3, (800, 1000))
+    paths = [
+        write_model(tmp_path / name, {"model.embed_tokens.weight": tensor.bfloat16()})
+        for name, tensor in zip(("base", "one", "two", "three"), [base, *models], strict=True)
+    ]
+    merges = []
+    for name in ("sce", "ties", "breadcrumbs"):
+        config = config_file(tmp_path, name, config_of(name, paths[0], paths[1:]))
+        merges.append([config, str(tmp_path / name), "--quiet"])
+    assert heavy_modules_after(*merges) == [[]] * len(merges)
 
 
 @needs_kernels

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
+from hf_transfer_ext.merging.arithmetic.spectral import add_mean, inner_product, nearest_orthogonal, sum_of_changes
 from hf_transfer_ext.merging.method import merge_method
 from hf_transfer_ext.merging.types import Coefficient
 
@@ -35,8 +36,10 @@ def iso_c(
 
     Source: Isotropic model merging, Marczak et al. 2025, https://arxiv.org/abs/2502.04959
     """
-    changes = [model - base for model in models]
     if base.dim() != 2:
-        return add_mean(base, changes, lambda_)
-    left, values, right = svd(sum(changes[1:], changes[0]))
-    return base + lambda_ * values.mean() * (left @ right)
+        return add_mean(base, models, lambda_)
+    total = sum_of_changes(base, models)
+    orthogonal = nearest_orthogonal(total)
+    strength = inner_product(orthogonal, total) / min(base.shape)  # <U V^T, U S V^T> is the sum of S
+    del total  # as large as a model's embedding, like each of the others
+    return torch.addcmul(base, orthogonal, lambda_ * strength)

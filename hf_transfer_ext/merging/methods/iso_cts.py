@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.merging.arithmetic.spectral import add_mean, nearest_orthogonal, svd
+from hf_transfer_ext.merging.arithmetic.spectral import add_mean, nearest_orthogonal, sum_of_changes, svd
 from hf_transfer_ext.merging.method import merge_method
 from hf_transfer_ext.merging.types import Coefficient
 
@@ -42,16 +42,19 @@ def iso_cts(
 
     Source: Isotropic model merging, Marczak et al. 2025, https://arxiv.org/abs/2502.04959
     """
-    changes = [model - base for model in models]
     if base.dim() != 2:
-        return add_mean(base, changes, lambda_)
+        return add_mean(base, models, lambda_)
     rank = min(base.shape)
-    own = round((rank - int(rank * common_space_fraction)) / len(changes))
-    common = max(0, rank - own * len(changes))
-    left, values, right = svd(sum(changes[1:], changes[0]))
-    shared = left[:, :common]
-    parts = [svd(change - shared @ (shared.T @ change)) for change in changes]
-    lefts = torch.cat([*(u[:, :own] for u, _, _ in parts), shared], dim=1)
-    rights = torch.cat([*(v[:own] for _, _, v in parts), right[:common]], dim=0)
-    strength = torch.cat([*(s[:own] for _, s, _ in parts), values[:common]]).mean()
-    return base + lambda_ * strength * (nearest_orthogonal(lefts) @ nearest_orthogonal(rights))
+    own = round((rank - int(rank * common_space_fraction)) / len(models))
+    common = max(0, rank - own * len(models))
+    lefts, values, rights = [], [], []
+    shared, strengths, directions = svd(sum_of_changes(base, models), common)
+    for model in models if own else ():
+        change = model - base
+        left, value, right = svd(change - shared @ (shared.T @ change), own)
+        lefts.append(left)
+        values.append(value)
+        rights.append(right)
+    left = nearest_orthogonal(torch.cat([*lefts, shared], dim=1))
+    right = nearest_orthogonal(torch.cat([*rights, directions], dim=0))
+    return torch.addmm(base, left, lambda_ * torch.cat([*values, strengths]).mean() * right)

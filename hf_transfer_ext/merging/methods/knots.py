@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_transfer_ext.merging.arithmetic.changes import check_weights, elect_sign, one_for_zero, sum_of
 from hf_transfer_ext.merging.arithmetic.selection import keep_magnitudes
-from hf_transfer_ext.merging.arithmetic.spectral import add_mean, svd
+from hf_transfer_ext.merging.arithmetic.spectral import add_mean, shared_basis
 from hf_transfer_ext.merging.arithmetic.trimming import kept_magnitudes
 from hf_transfer_ext.merging.method import PerModel, Promises, Whole, for_each, merge_method
 from hf_transfer_ext.merging.types import Coefficient, PerModelCoefficient
@@ -45,11 +45,11 @@ def knots(
 
     Source: KnOTS, Stoica et al. 2025, https://arxiv.org/abs/2410.19735
     """
-    changes = [model - base for model in models]
     if base.dim() != 2:
-        return add_mean(base, changes, lambda_)
-    left, values, right = svd(torch.cat(changes, dim=1))
-    aligned = [part.contiguous() for part in (values[:, None] * right).split(base.shape[1], dim=1)]
+        return add_mean(base, models, lambda_)
+    changes = torch.stack(list(models), dim=1).sub_(base[:, None]).flatten(1)  # side by side, without a copy of them
+    together, back = shared_basis(changes)
+    aligned = [part.contiguous() for part in together.split(base.shape[1], dim=1)]
     bounds = kept_magnitudes(Whole(None, aligned), density, 0.0)
     sparse = [keep_magnitudes(part, *pair) for part, pair in zip(aligned, bounds, strict=True)]
     weights = for_each(weight, models)
@@ -59,4 +59,4 @@ def knots(
     merged = sign * sum_of(agreeing)
     if normalize:
         merged = merged / one_for_zero(sum_of(w * one.sign() for w, one in zip(weights, agreeing, strict=True)))
-    return base + left @ (lambda_ * merged)
+    return base + back(lambda_ * merged)

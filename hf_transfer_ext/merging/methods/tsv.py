@@ -40,12 +40,11 @@ def tsv(
 
     Source: Task Singular Vectors, Gargiulo et al. 2025, https://arxiv.org/abs/2412.00081
     """
-    changes = [model - base for model in models]
     if base.dim() != 2:
-        return add_mean(base, changes, lambda_)
-    kept = max(1, min(base.shape) // len(changes))
-    parts = [svd(change) for change in changes]
-    left = nearest_orthogonal(torch.cat([u[:, :kept] for u, _, _ in parts], dim=1))
-    right = nearest_orthogonal(torch.cat([v[:kept] for _, _, v in parts], dim=0))
-    values = torch.cat([s[:kept] for _, s, _ in parts])
-    return base + lambda_ * (left * values) @ right
+        return add_mean(base, models, lambda_)
+    kept = max(1, min(base.shape) // len(models))
+    lefts, values, rights = zip(*(svd(model - base, kept) for model in models), strict=True)
+    left = nearest_orthogonal(torch.cat(lefts, dim=1))
+    right = nearest_orthogonal(torch.cat(rights, dim=0))
+    del lefts
+    return torch.addmm(base, left, lambda_ * torch.cat(values)[:, None] * right)

@@ -188,9 +188,9 @@ def assemble(
         call |= {"max_shard_bytes": max_shard_bytes, "allow_pickle": allow_pickle}
         inputs, work = InputsInBackground(wanted), work_of(content, opened)
         with inputs, resumable_folder(target, work, overwrite=overwrite) as folder:
-            resumed = write_tensors(
-                folder, jobs, threads=threads or os.cpu_count() or 1, max_shard_bytes=max_shard_bytes
-            )
+            digests: dict[str, str] = {}
+            workers = threads or os.cpu_count() or 1
+            resumed = write_tensors(folder, jobs, threads=workers, max_shard_bytes=max_shard_bytes, digests=digests)
             _write_config(folder, mixture, architecture, jobs[0].dtype)
             write_text(folder / "mergekit_moe_config.yml", public_yaml(config))
             copy_companions(base.folder, folder, mixture.to_dict())
@@ -198,7 +198,7 @@ def assemble(
             text = (folder / "mergekit_moe_config.yml").read_text(encoding="utf-8")
             finish_merge(
                 folder, "moe", text, inputs,
-                seed=parsed.seed, seconds=seconds, script=__file__, call=call, wanted=wanted,
+                seed=parsed.seed, seconds=seconds, script=__file__, call=call, wanted=wanted, digests=digests,
             )  # fmt: skip
     finally:
         for model in models.values():

@@ -30,6 +30,7 @@ from hf_transfer_ext.merging.arithmetic import kernels
 from hf_transfer_ext.merging.arithmetic.noise import Noise
 from hf_transfer_ext.merging.method import Piece
 from hf_transfer_ext.merging.planning.layout import TensorJob
+from hf_transfer_ext.merging.streaming.digests import DigestsInBackground
 from hf_transfer_ext.weights.checkpoints import MAX_SHARD_BYTES, CheckpointWriter, plan_files
 from hf_transfer_ext.weights.dtypes import F8_E4M3, F32, Dtype
 from hf_transfer_ext.weights.opened import InputTensor, Scratch, StoredInput
@@ -104,7 +105,9 @@ class StreamedPieces:
         if self._is_held():
             for start, base, models, _ in self.placed():
                 own = slice((self.start - start) % SAMPLE_STEP, None, SAMPLE_STEP)
-                yield None if base is None else base.reshape(-1)[own], [one.reshape(-1)[own] for one in models]
+                # The kernels take contiguous arrays only; others would be left to torch.
+                own_base = None if base is None else np.ascontiguousarray(base.reshape(-1)[own])
+                yield own_base, [np.ascontiguousarray(one.reshape(-1)[own]) for one in models]
             return
         columns = columns_of(self.job)
         run = min(-(-SAMPLE_RUN // columns) * columns, self.numel)
@@ -211,6 +214,7 @@ class Stream:
         journal: File that records finished tensors.
         failure: File that is created when a tensor fails, which stops the streams of other processes.
         advance: Called with the number of input bytes that were processed.
+        finish: Called with the name of each tensor that is completely written.
     """
 
     def __init__(
@@ -224,11 +228,12 @@ class Stream:
         seed: int = 0,
         allow_nonfinite: bool = False,
         advance: Callable[[int], object] = lambda count: None,
+        finish: Callable[[str], object] = lambda name: None,
     ) -> None:
         self.writer, self.threads, self.seed = writer, threads, seed
         self.device = device
         self.failure = failure
-        self.allow_nonfinite, self.advance = allow_nonfinite, advance
+        self.allow_nonfinite, self.advance, self.finish = allow_nonfinite, advance, finish
         self.journal = Journal(journal)
         self._halt = threading.Event()
         self._lock = threading.Lock()
@@ -241,7 +246,7 @@ class Stream:
         tasks = [task for job in jobs for task in _tasks_of(job, self.device)]
         for task in tasks:
             self._left[task.job.name] = self._left.get(task.job.name, 0) + 1
-        tasks.sort(key=lambda task: task.start - task.stop)  # largest first, so that no thread works alone at the end
+        tasks.sort(key=_order_of(tasks, self.threads))
         _keep_freed_memory()
         with one_torch_thread(jobs, self.device) as in_worker:
             pool = ThreadPoolExecutor(self.threads, initializer=in_worker)
@@ -273,6 +278,7 @@ class Stream:
             self._left[task.job.name] -= 1
             if self._left[task.job.name] == 0:
                 self.journal.finish(task.job.name)
+                self.finish(task.job.name)
 
     def _merge(self, task: _Task) -> None:
         job, method = task.job, task.job.method
@@ -416,6 +422,12 @@ def _keep_freed_memory() -> None:
     np.empty(1 << 22, dtype=np.float32)
 
 
+def _order_of(tasks: Sequence[_Task], threads: int) -> Callable[[_Task], int]:
+    """Large tasks first, so that no thread works alone at the end; the others in the order of the files (digests)."""
+    large = sum(task.stop - task.start for task in tasks) // (32 * threads)
+    return lambda task: min(0, large - (task.stop - task.start))
+
+
 def _tasks_of(job: TensorJob, device: str) -> list[_Task]:
     """Split a tensor into segments of whole pieces, unless the method needs all of it."""
     if not job.is_copy and (job.method.statistics is not None or job.method.unit == "matrix"):
@@ -468,21 +480,24 @@ def write_tensors(
     seed: int = 0,
     allow_nonfinite: bool = False,
     advance: Callable[[int], object] = lambda count: None,
+    digests: dict[str, str] | None = None,
 ) -> int:
     """Write the tensors of all jobs into a folder, split across the ranks; finished ones are skipped.
 
     Args:
         folder: Shared by all ranks (`resume.resumable_folder`); its tensors and journals are from the same jobs.
         advance: Called with the number of input bytes that were processed or are no longer needed.
+        digests: Gets the SHA-256 of each file (name -> hex digest), computed meanwhile. A rank of several does not
+            know what the others have written, and leaves it empty.
 
     Returns:
         Number of tensors that were already finished.
     """
     specs = [job.spec for job in jobs]
+    planned = plan_files(specs, max_shard_bytes=max_shard_bytes)
     with ranks.together():  # the first rank creates the files, the others open them
         if ranks.is_first:
             (folder / FAILURE).unlink(missing_ok=True)  # a failed run that was killed may have left it
-            planned = plan_files(specs, max_shard_bytes=max_shard_bytes)
             if not all(file.is_begun(folder) for file in planned):
                 for journal in folder.glob(f"{JOURNAL}-*"):  # they refer to files that are now rewritten
                     journal.unlink()
@@ -490,8 +505,14 @@ def write_tensors(
         finished = finished_tensors(folder)
     done: set[str] = ranks.gather(finished)[0]
     with ranks.together():
-        own = ranks.share_of([job for job in jobs if job.name not in done])
-        with CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True) as writer:
+        left = [job for job in jobs if job.name not in done]
+        share = {job.name for job in ranks.share_of(left)}
+        own = [job for job in left if job.name in share]  # in the order of the files
+        is_hashed = digests is not None and ranks.count == 1
+        with (
+            CheckpointWriter(folder, specs, max_shard_bytes=max_shard_bytes, resume=True) as writer,
+            DigestsInBackground(folder, planned if is_hashed else [], done) as hashed,
+        ):
             Stream(
                 writer,
                 threads=threads,
@@ -501,7 +522,10 @@ def write_tensors(
                 seed=seed,
                 allow_nonfinite=allow_nonfinite,
                 advance=advance,
+                finish=hashed.finish,
             ).run(own)
+            if digests is not None:
+                digests.update(hashed.result())
     return len(done)
 
 
