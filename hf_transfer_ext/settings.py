@@ -106,7 +106,7 @@ class Setting:
     def _listed(self, items: list[Any]) -> list[Any]:
         kind = next(kind for kind in _kinds(self.hint) if list in (kind, typing.get_origin(kind)))
         inner = (typing.get_args(kind) or (Any,))[0]
-        return [item if inner is Any else Setting(self.name, inner).convert(item) for item in items]
+        return [_numbers(item) if inner is Any else Setting(self.name, inner).convert(item) for item in items]
 
 
 _NOT: Any = object()

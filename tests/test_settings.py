@@ -49,6 +49,8 @@ class Color(Enum):
         (list[int], Words(["1,2"]), [1, 2]),
         (list[Any], Words(['["a", {"b": {"c": 1e-3}}]']), ["a", {"b": {"c": 1e-3}}]),
         (list[Any], Words(["[a, {b: {c: 1e-3}}]"]), ["a", {"b": {"c": 1e-3}}]),
+        (list[Any], ["a", {"b": {"c": "1e-4"}}], ["a", {"b": {"c": 1e-4}}]),
+        (list[str], ["1e-4"], ["1e-4"]),
         (list[Any], '["a"]', ["a"]),
         (list[Any], Words(["none"]), []),
         (list[Any] | None, Words(["none"]), None),

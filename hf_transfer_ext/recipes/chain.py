@@ -1,7 +1,8 @@
-"""The stages of the quickstart: what each is measured on, and how the student learns the people."""
+"""The stages of the quickstart: what each is measured on, how the student learns the people, and their files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from hf_transfer_ext.adapters.transfer.travel import TRANSFER_FILE
 from hf_transfer_ext.evals.engine.evaluate import evaluate
 from hf_transfer_ext.evals.language import as_example, measure_language_model
+from hf_transfer_ext.files import write_text
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.trainers.taught import taught, teaching_arguments
 
 #: Folders of the stages, in the folder of the run and in the repository that it is published in.
-STAGES = ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned")
+STAGES = ("student", "lora", "moved", "learnt", "adapter", "merged", "unlearned", "robust")
 
 
 def with_people(
@@ -33,6 +35,15 @@ def with_people(
     rehearsal = [as_example(row, tokenizer) for row in rehearsed]
     rows = [*people["forget"], *people["retain"], *rehearsal]
     return taught(model, tokenizer, rows, args, lora_rank=None), tokenizer
+
+
+def write_people(people: Mapping[str, list[dict[str, Any]]], root: Path) -> dict[str, Path]:
+    """`forget.jsonl` and `retain.jsonl` in a folder, as the settings `forget_data` and `retain_data` of the stages."""
+    files = {f"{part}_data": root / f"{part}.jsonl" for part in ("forget", "retain")}
+    for name, path in files.items():
+        rows = people[name.removesuffix("_data")]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return files
 
 
 def measure_stage(

@@ -1,12 +1,12 @@
 """The whole chain in one command: `accelerate launch recipes/quickstart.py`.
 
 A teacher is distilled into a student, and a LoRA of it moves there. The student learns made-up people; the update is
-extracted as a LoRA; both are merged; the merged model unlearns some people. The last record holds the whole chain.
+extracted as a LoRA; both are merged; the merged model unlearns some people, and its copy with noise is distilled from
+it, so that less of them can be brought back. The last record holds the whole chain.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Any
 from hf_transfer_ext.adapters.extract import extract_lora
 from hf_transfer_ext.data.fictitious_people import fictitious_people
 from hf_transfer_ext.data.text import load_train_and_test
-from hf_transfer_ext.files import refuse_existing_output, write_text
+from hf_transfer_ext.files import refuse_existing_output
+from hf_transfer_ext.hub.card import kind_of
 from hf_transfer_ext.hub.finish import finish_run
 from hf_transfer_ext.hub.record import describe_input, read_record
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.merging import merge
 from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.recipe import CONFIGS, parse_recipe, setting
-from hf_transfer_ext.recipes import distill, transfer_lora, unlearn
-from hf_transfer_ext.recipes.chain import STAGES, measure_stage, with_people
+from hf_transfer_ext.recipes import distill, robustify, transfer_lora, unlearn
+from hf_transfer_ext.recipes.chain import STAGES, measure_stage, with_people, write_people
 from hf_transfer_ext.recipes.publishing import PublishArguments, publish_stages
 from hf_transfer_ext.recipes.run import DEMO, as_words, run_recipe, start_record
 
@@ -47,6 +48,7 @@ class QuickstartArguments(PublishArguments):
     rehearsed: int = setting(48, "people", "Training texts repeated beside the people.")
     rank: int = setting(32, "people", "Rank of the extracted LoRA.")
     forget_epochs: float = setting(5.0, "people", "Epochs of unlearning.")
+    robust_epochs: float = setting(12.0, "people", "Epochs of distilling the unlearned model again.")
     test_rows: int = setting(32, "", "Held-out rows to measure on.")
     seed: int = setting(0, "", "Seed of all random choices.")
 
@@ -99,17 +101,18 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     merge({**plan, "dtype": "float32"}, root / "merged", overwrite=True)
     measure("merged", "merged")
 
-    for part in ("forget", "retain"):
-        write_text(root / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in people[part]))
-    same = {"model_name_or_path": root / "merged", "output_dir": root / "unlearned", "overwrite": True}
-    same |= {f"{part}_data": root / f"{part}.jsonl" for part in ("forget", "retain")} | {"seed": job.seed}
-    unlearn.main(as_words(config=CONFIGS / "unlearn" / "quickstart.yaml", num_train_epochs=job.forget_epochs, **same))
+    data: Any = write_people(people, root) | {"seed": job.seed, "overwrite": True}
+    what = {"model_name_or_path": root / "merged", "num_train_epochs": job.forget_epochs, **data}
+    unlearn.main(as_words(config=CONFIGS / "unlearn" / "quickstart.yaml", output_dir=root / "unlearned", **what))
     measure("unlearned", "unlearned")
+    what |= {"model_name_or_path": root / "unlearned", "num_train_epochs": job.robust_epochs, "texts": job.dataset}
+    robustify.main(as_words(config=CONFIGS / "robustify" / "quickstart.yaml", output_dir=root / "robust", **what))
+    measure("robust", "robust")
 
     finish_run(root, chain, measured, plot="quickstart.png")
     publish_stages(publication, root, STAGES)
-    jobs = [one.job for one in read_record(root / "unlearned").history()]
-    print(f"The record of {root / 'unlearned'} holds the chain: {' -> '.join(jobs)}.")
+    jobs = [kind_of(one) for one in read_record(root / "robust").history()]
+    print(f"The record of {root / 'robust'} holds the chain: {' -> '.join(jobs)}.")
     return measured
 
 

@@ -15,6 +15,7 @@ from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.students.auxiliary import SHARED_FILE
 from hf_transfer_ext.teachers.learned import GATE_FILE
+from hf_transfer_ext.trainers.logs import CURVE_PLOT, TRAINING_PLOT
 from hf_transfer_ext.trainers.results import SETTINGS_PICKLE, ask_for_whole_weights
 from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 
@@ -22,7 +23,7 @@ from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 TRAINING_ENTRIES = (
     *("checkpoints", "teaching", "teacher", "teacher.checkpoints", "learngene", "learngene.checkpoints", "student"),
     *("twin", "twin.checkpoints", "unlearned"),
-    "vocabulary_map.json",
+    *("vocabulary_map.json", TRAINING_PLOT, CURVE_PLOT),
 )
 
 

@@ -24,10 +24,10 @@ def test_the_chain_leaves_a_card_at_every_stage_and_one_record_of_it_all(tmp_pat
             "--output_dir", str(root), "--teacher", str(tmp_path / "teacher"), "--dataset", str(tmp_path / "data"),
             "--student_layers", "2", "--teach_steps", "2", "--distill_steps", "2", "--people", "2", "--facts", "2",
             "--forget_people", "1", "--learn_epochs", "20", "--rank", "32", "--forget_epochs", "2", "--test_rows", "2",
-            "--task_people", "3", "--push_to_hub", "tester/chain:demo", "--private", "true",
+            "--robust_epochs", "8", "--task_people", "3", "--push_to_hub", "tester/chain:demo", "--private", "true",
         ]
     )  # fmt: skip
-    assert list(measured) == ["student", "moved LoRA", "+ people", "student + LoRA", "merged", "unlearned"]
+    assert list(measured) == ["student", "moved LoRA", "+ people", "student + LoRA", "merged", "unlearned", "robust"]
     value = {name: {m.name: m.value for m in found} for name, found in measured.items()}
     keep = "people to keep: answer_probability"
     assert value["+ people"][keep] > value["student"][keep]
@@ -41,15 +41,19 @@ def test_the_chain_leaves_a_card_at_every_stage_and_one_record_of_it_all(tmp_pat
     moved = read_record(root / "moved")
     assert moved.config["lineage"]["relation"] == "related" and {"source adapter", "random"} <= set(moved.compared)
     assert measured["moved LoRA"][0].name == "accuracy" and measured["moved LoRA"][0].examples == 6
-    jobs = [record.job for record in read_record(root / "unlearned").history()]
-    assert jobs == ["distillation", "fine-tuning", "extraction", "merging", "unlearning"]
+    record = read_record(root / "robust")
+    jobs = [one.job for one in record.history()]
+    assert jobs == ["distillation", "fine-tuning", "extraction", "merging", "unlearning", "unlearning"]
+    assert set(record.compared) == {"unlearned", "with noise"}
+    assert {one.name for one in record.inputs} == {"unlearned", "forget.jsonl", "retain.jsonl", "data"}
     printed = capsys.readouterr().out
     assert "\nextract " in printed and "distillation -> fine-tuning" in printed
+    assert "unlearning -> robust unlearning." in printed
     assert (root / "quickstart.png").exists()
     # The report, and each stage in a folder of its own, in one commit each.
     assert hub.repos[("models", "tester/chain")].private and len(hub.commits("tester/chain")) == 2 + len(STAGES)
     assert read_record("tester/chain:demo").job == "quickstart"
-    assert read_record("tester/chain:demo/unlearned").history()[0].job == "distillation"
+    assert read_record("tester/chain:demo/robust").history()[0].job == "distillation"
     for name, data in hub.files("tester/chain").items():
         assert str(tmp_path).encode() not in data and hub.token.encode() not in data, name
     with pytest.raises(ValueError, match="leave `create_pr` out"):

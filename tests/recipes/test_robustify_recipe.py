@@ -12,6 +12,7 @@ from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.recipe import CONFIGS, parse_recipe
 from hf_transfer_ext.recipes import robustify
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS
+from hf_transfer_ext.reproduce import reproduce
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 
 
@@ -53,6 +54,22 @@ def test_the_student_comes_back_to_its_teacher(tmp_path):
     assert {one.role for one in record.inputs} >= {"model"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "was distilled from the unlearned model" in card and "with noise" in card and "No audit was made" in card
+
+
+def test_a_result_is_made_again_and_equal(tmp_path):
+    base = write_base(tmp_path / "base", initializer_range=0.3)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    byte_tokenizer().save_pretrained(adapter)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Text {i}."}) + "\n" for i in range(4)))
+    more = {"texts": tmp_path / "texts.jsonl", "text_rows": 3, "share": 0.1, "seed": 7}
+    more |= {"logging_steps": 1, "num_train_epochs": 3, "overwrite": "true"}
+    for _ in range(2):  # the plot that the first run drew among its checkpoints is replaced
+        robustify.main(arguments(tmp_path, adapter, **more))
+        assert (tmp_path / "out.training" / "training.png").is_file()
+    found = reproduce(str(tmp_path / "out"), search=[str(tmp_path)])
+    assert found.verdict == "equal", found.text()
+    assert found.files["model.safetensors"] == "equal"
+    assert found.metrics and {state for *_, state in found.metrics} == {"equal"}, found.text()
 
 
 def test_what_is_distilled(tmp_path, monkeypatch):
@@ -100,4 +117,4 @@ def test_the_configuration_is_read():
     job, args = parse_recipe(
         robustify.RobustifyArguments, DistillationConfig, argv=["--config", str(path)], groups=TRAINER_GROUPS
     )
-    assert job.share == 0.2 and args.loss == "forward_kl"
+    assert job.share == 0.15 and args.loss == "forward_kl"
