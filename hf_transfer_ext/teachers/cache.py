@@ -460,7 +460,10 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits in memory as one file, atomically."""
+        """Write what waits in memory as one file, atomically.
+
+        The file's name is a digest of what it holds: a flush that is interrupted and repeated leaves one file.
+        """
         self._flushed = time.monotonic()
         if not self._waiting:
             return
@@ -472,8 +475,11 @@ class TeacherCache:
             "rows": np.array([len(rows.positions) for _, rows in several], np.int64),
             "entries": np.array([len(rows.ids) for _, rows in several], np.int64),
         }
-        name = f"rows-{secrets.token_hex(8)}.safetensors"
-        aside = self.folder / f".{name}.partial"
+        digest = hashlib.blake2b(digest_size=8)
+        for key in sorted(tensors):
+            digest.update(np.ascontiguousarray(tensors[key]))
+        name = f"rows-{digest.hexdigest()}.safetensors"
+        aside = self.folder / f".rows-{secrets.token_hex(8)}.safetensors.partial"
         try:
             save_file(tensors, aside, metadata={"fingerprint": digest_of(self.fingerprint)})
             os.replace(aside, self.folder / name)

@@ -20,6 +20,7 @@ from hf_transfer_ext.hub.teacher_cache import pull_cache, push_cache
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits
 from hf_transfer_ext.losses.rows import SampledRows, SparseRows
+from hf_transfer_ext.teachers import cache as cache_module
 from hf_transfer_ext.teachers.cache import (
     FINGERPRINT_FILE,
     CachedTeacher,
@@ -289,6 +290,24 @@ def test_two_processes_fill_one_cache(tmp_path):
     one, two = (cache.rows(documents, torch.device("cpu")).listed for cache in (both, alone))
     assert one.ids.equal(two.ids)  # draws depend on the text alone
     torch.testing.assert_close(one.factors, two.factors, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupt_right_after_a_file_was_written_leaves_no_second_one(tmp_path, monkeypatch):
+    replace, interrupts = os.replace, iter([KeyboardInterrupt])
+
+    def interrupted(*paths):
+        replace(*paths)
+        if str(paths[1]).endswith(".safetensors"):
+            for interrupt in interrupts:
+                raise interrupt
+
+    monkeypatch.setattr(cache_module, "FLUSH_SECONDS", 0.0)  # a file for each text
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "cache")  # the text is still in memory, and is written again on the way out
+    assert len(list((tmp_path / "cache").glob("rows-*"))) == 1
+    cache = made(tmp_path / "cache")
+    assert len(cache) == len(list((tmp_path / "cache").glob("rows-*"))) == len(TEXTS)
 
 
 def test_a_killed_capture_goes_on_where_it_was(tmp_path):
