@@ -110,7 +110,6 @@ class Job:
         beside: Endings of what may stand beside the output folder, to go on from.
         in_place: Its output folder grows file by file; what counts is the folder after the second run.
         timed: Names of files that hold times or counts of the work that was done.
-        any_names: The names of its files are random; their contents count.
     """
 
     name: str
@@ -119,14 +118,11 @@ class Job:
     beside: tuple[str, ...] = ()
     in_place: bool = False
     timed: tuple[str, ...] = ()
-    any_names: bool = False
 
     def content_of(self, folder: Path) -> Content:
         """File -> content, without the card, the record and `timed`."""
         unlike = ("README.md", RECORD_FILE, *self.timed)
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unlike)
-        if self.any_names:
-            return {str(place): content for place, content in enumerate(sorted(path.read_bytes() for path in files))}
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -164,7 +160,7 @@ JOBS = {
         Job("distill a classifier", long_jobs.run_classifier, is_long=True, beside=(".training",)),
         Job("distill an embedder", long_jobs.run_embedder, is_long=True, beside=(".training",)),
         Job("unlearn", long_jobs.run_unlearn, is_long=True, beside=(".training",)),
-        Job("cache-teacher", long_jobs.run_cache_teacher, is_long=True, in_place=True, any_names=True),
+        Job("cache-teacher", long_jobs.run_cache_teacher, is_long=True, in_place=True),
         Job("transfer", long_jobs.run_transfer, is_long=True),
         Job(
             "evaluate",

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -481,7 +481,8 @@ class TeacherCache:
         name = f"rows-{digest.hexdigest()}.safetensors"
         aside = self.folder / f".rows-{secrets.token_hex(8)}.safetensors.partial"
         try:
-            save_file(tensors, aside, metadata={"fingerprint": digest_of(self.fingerprint)})
+            # Not by save_file: it writes to a file of another name first, which a kill would leave behind.
+            aside.write_bytes(save(tensors, metadata={"fingerprint": digest_of(self.fingerprint)}))
             os.replace(aside, self.folder / name)
         finally:
             aside.unlink(missing_ok=True)

@@ -313,18 +313,18 @@ def test_an_interrupt_right_after_a_file_was_written_leaves_no_second_one(tmp_pa
 def test_a_killed_capture_goes_on_where_it_was(tmp_path):
     """Killed while it writes its third file: two are whole, and the next call computes the rest alone."""
     program = f"""
-        import os, signal, sys
+        import os, pathlib, signal, sys
         sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
         import hf_transfer_ext.teachers.cache as cache
         from teachers.test_cache import TEXTS, made
         written = []
-        own = cache.save_file
-        def save(tensors, path, **kwargs):
-            own(tensors, path, **kwargs)
+        own = pathlib.Path.write_bytes
+        def write_bytes(path, content):
+            own(path, content)
             written.append(path)
             if len(written) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-        cache.save_file, cache.SHARD_BYTES = save, 1
+        pathlib.Path.write_bytes, cache.SHARD_BYTES = write_bytes, 1
         made({str(tmp_path / "c")!r})
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
