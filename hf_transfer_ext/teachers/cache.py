@@ -475,14 +475,12 @@ class TeacherCache:
             "rows": np.array([len(rows.positions) for _, rows in several], np.int64),
             "entries": np.array([len(rows.ids) for _, rows in several], np.int64),
         }
-        digest = hashlib.blake2b(digest_size=8)
-        for key in sorted(tensors):
-            digest.update(np.ascontiguousarray(tensors[key]))
-        name = f"rows-{digest.hexdigest()}.safetensors"
+        # Not by save_file: it writes to a file of another name first, which a kill would leave behind.
+        content = save(tensors, metadata={"fingerprint": digest_of(self.fingerprint)})
+        name = f"rows-{hashlib.blake2b(content, digest_size=8).hexdigest()}.safetensors"
         aside = self.folder / f".rows-{secrets.token_hex(8)}.safetensors.partial"
         try:
-            # Not by save_file: it writes to a file of another name first, which a kill would leave behind.
-            aside.write_bytes(save(tensors, metadata={"fingerprint": digest_of(self.fingerprint)}))
+            aside.write_bytes(content)
             os.replace(aside, self.folder / name)
         finally:
             aside.unlink(missing_ok=True)
