@@ -208,13 +208,6 @@ class AtSteps(TrainerCallback):
             self.measured(state.global_step)
 
 
-class Teachers:
-    """The teachers of the texts, each loaded once and remembering what it gave."""
-
-    def __init__(self, work: Path) -> None:
-        self.of = functools.cache(lambda name: remember(load_model(work / name)))
-
-
 def trainer_of(work: Path, signal: str, seed: int, steps: int, teacher_of: Callable[[str], Any]) -> Any:
     """The trainer of a run, and what it starts from."""
     changes = dict(SIGNALS[signal])
@@ -245,9 +238,9 @@ def trainer_of(work: Path, signal: str, seed: int, steps: int, teacher_of: Calla
     return trainer
 
 
-def seconds_of_a_step(work: Path, signal: str, teachers: Teachers) -> float:
+def seconds_of_a_step(work: Path, signal: str, teacher_of: Callable[[str], Any]) -> float:
     """Median processor seconds of a step in which the teacher runs, after the first."""
-    live = teachers.of if "teacher_cache" in SIGNALS[signal] else lambda name: load_model(work / name)
+    live = teacher_of if "teacher_cache" in SIGNALS[signal] else lambda name: load_model(work / name)
     trainer, clock = trainer_of(work, signal, 0, TIMED_STEPS + 1, live), StepSeconds()
     trainer.add_callback(clock)
     trainer.train()
@@ -301,8 +294,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for part in ("texts", "step_s", "steps", "answers"):
         result.setdefault(part, {})
     prepare(work, options.second)
-    teachers = Teachers(work)
-    teacher = teachers.of("gemma-teacher")
+    teacher_of = functools.cache(lambda name: remember(load_model(work / name)))
+    teacher = teacher_of("gemma-teacher")
     for name, folder in (("teacher", "gemma-teacher"), ("student before", "student")):
         if name not in result["texts"]:
             against = None if name == "teacher" else teacher
@@ -311,7 +304,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for signal in [REFERENCE, *signals]:
         if signal not in result["step_s"]:
             measure.stop_in_time(options)
-            result["step_s"][signal] = seconds_of_a_step(work, signal, teachers)
+            result["step_s"][signal] = seconds_of_a_step(work, signal, teacher_of)
             print(f"{signal}: {result['step_s'][signal]:.2f} s a step", flush=True)
             write_text(out, json.dumps(result) + "\n")
     for seed in options.seeds:
@@ -321,7 +314,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if all(key in result["texts"] for key in keys):
                 continue
             measure.stop_in_time(options)
-            trainer = trainer_of(work, signal, seed, max(keys.values()), teachers.of)
+            trainer = trainer_of(work, signal, seed, max(keys.values()), teacher_of)
             found: dict[int, Any] = {}
 
             def measured(steps: int, found: dict[int, Any] = found, trainer: Any = trainer) -> None:
