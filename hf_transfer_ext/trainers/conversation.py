@@ -36,14 +36,25 @@ def speaker(
 ) -> Speaker:
     """A model cut above a decoder layer.
 
+    Its encoder reads each state at a mean square of 1, as a layer that normalizes its input does, and what its decoder
+    writes at a token is multiplied by the size of the state there: a model may be cut where its states are large.
+
     Args:
         role: "student" or "teacher", by which its networks are named in `weights`.
         inputs: What the model is called with.
     """
 
-    def network(part: str) -> Callable[[Tensor], Tensor]:
+    size = root_mean_square(states.detach().float())
+
+    def network(part: str, x: Tensor) -> Tensor:
         into, out = weights[f"{role}_{part}_in"], weights[f"{role}_{part}_out"]
-        return lambda x: nn.functional.gelu(x.float() @ into.T) @ out.T
+        return nn.functional.gelu(x @ into.T) @ out.T
+
+    def encode(known: Tensor) -> Tensor:
+        return network("encoder", known.float() / root_mean_square(known.float()))
+
+    def decode(message: Tensor) -> Tensor:
+        return size * network("decoder", message)
 
     def upper(known: Tensor) -> Tensor:
         found: list[Tensor] = []
@@ -51,7 +62,12 @@ def speaker(
             run_to_head(model, found.append, **inputs)
         return found[-1]
 
-    return Speaker(states, network("encoder"), network("decoder"), upper)
+    return Speaker(states, encode, decode, upper)
+
+
+def root_mean_square(states: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length 1"]:
+    """The size of each state, > 0."""
+    return states.square().mean(-1, keepdim=True).clamp(min=torch.finfo(states.dtype).tiny).sqrt()
 
 
 def cross_entropy_of(

@@ -39,9 +39,15 @@ def manual_step(student, teacher, texts, begun, lr=0.5, hidden_weight=0.3):
     for model in (learner, teacher):
         model.set_attn_implementation("eager")
 
-    def network(role, part):
+    def size(states):
+        return states.square().mean(-1, keepdim=True).sqrt()
+
+    def network(role, part, states):
+        """The encoder reads states of mean square 1; the decoder's are as large as those at the cut."""
         into, out = (begun[f"{role}_{part}_{end}"] for end in ("in", "out"))
-        return lambda x: torch.nn.functional.gelu(x @ into.T) @ out.T
+        if part == "encoder":
+            return lambda x: torch.nn.functional.gelu(x / size(x) @ into.T) @ out.T
+        return lambda x: size(states.detach()) * (torch.nn.functional.gelu(x @ into.T) @ out.T)
 
     total, between, tokens = 0.0, 0.0, 0
     for text in texts:
@@ -52,7 +58,7 @@ def manual_step(student, teacher, texts, begun, lr=0.5, hidden_weight=0.3):
         states = own[PAIR[0]][0], other[PAIR[1]][0].detach()
         models = {"student": (learner, PAIR[0], states[0]), "teacher": (teacher, PAIR[1], states[1])}
         pair = [
-            Speaker(h, network(role, "encoder"), network(role, "decoder"), upper(model, layer, ids))
+            Speaker(h, network(role, "encoder", h), network(role, "decoder", h), upper(model, layer, ids))
             for role, (model, layer, h) in models.items()
         ]
 

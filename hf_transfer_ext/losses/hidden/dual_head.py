@@ -19,17 +19,18 @@ def dual_head(
 ) -> Float[Tensor, " tokens"]:
     r"""Raw logits of an auxiliary head drawn to the teacher's; the student's own head learns from labels alone.
 
-    .. math:: T^2 \sum_{v \in top} \log \cosh \frac{s_v - t_v}{2 T}
+    .. math:: \frac{T^2}{K} \sum_{v \in top} \log \cosh \frac{s_v - t_v}{2 T}
 
-    which is :math:`T^2 \sum_v KL(B(1/2) \| B(\sigma((s_v - t_v) / T)))`, with a gradient of at most T / 2 for each
-    logit. A constant that is added to all logits changes it, unlike a divergence of softmaxes.
+    which is :math:`\frac{T^2}{K} \sum_v KL(B(1/2) \| B(\sigma((s_v - t_v) / T)))` for K tokens, with a gradient of at
+    most T / 2K for each logit. A constant that is added to all logits changes it, unlike a divergence of softmaxes.
 
     The auxiliary head is trained along, starts as the student's own and is dropped in the end; it is as large as that.
-    The paper sums over all classes; here it is the teacher's likeliest ones. The alignment of the gradients of both
-    heads is left out.
+    The paper sums over all classes; here it is a mean over the teacher's likeliest ones, since the raw logits of
+    language models are far apart, and their sum drowns every other loss. The alignment of the gradients of both heads
+    is left out.
 
     When to use it: with cross entropy (`ce_weight: 1`, `kd_weight: 0`), where labels and teacher pull one head in
-    different directions; the paper's weights of this loss are .1 and 1.
+    different directions; the paper's weights of its sum over 100 classes are .1 and 1.
 
     Args:
         student: Logits of the auxiliary head.
@@ -53,4 +54,4 @@ def dual_head(
         teacher, ids = teacher.topk(top, dim=-1)
         student = student.gather(1, ids)
     half = ((student - teacher) / (2 * temperature)).abs()
-    return temperature**2 * (half + torch.nn.functional.softplus(-2 * half) - math.log(2)).sum(-1)
+    return temperature**2 * (half + torch.nn.functional.softplus(-2 * half) - math.log(2)).mean(-1)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_transfer_ext.losses.hidden.hidden_mse import squared_distance
 from hf_transfer_ext.losses.layer_reading import reads
 
 States = Float[Tensor, "batch length width"]
@@ -51,10 +52,10 @@ def talking_models(
     and the loss of a token, as a mean over the rounds (the next one starts from :math:`h'_S`),
 
     .. math:: CE(U_S(h'_S)) + \alpha |E_S(h_S) - E_T(h_T)|^2
-              + \beta \big( |D_S(E_S(h_S)) - h_S|^2 + |D_T(E_T(h_T)) - h_T|^2 \big)
+              + \beta \Big( \frac{|D_S(E_S(h_S)) - h_S|^2}{|h_S|^2} + \frac{|D_T(E_T(h_T)) - h_T|^2}{|h_T|^2} \Big)
 
-    with means over the dimensions in place of sums. The teacher's weights do not learn; gradients pass through them to
-    the student's question and to the four networks, which are dropped in the end.
+    with a mean over the dimensions of a message in place of the sum. The teacher's weights do not learn; gradients
+    pass through them to the student's question and to the four networks, which are dropped in the end.
 
     When to use it: beside cross entropy or a divergence (it is no substitute for either), where the teacher's upper
     layers know more than its output shows and the task differs from what it was trained on. It costs a further forward
@@ -62,7 +63,9 @@ def talking_models(
     `hidden_mse` first.
 
     Deviations: the paper's equations were not at hand beyond its abstract and reviews; these follow their description.
-    Encoders and decoders have one hidden layer, of the message's size. In a decoder each position has messages of its
+    What is decoded is compared in proportion to the size of the states, which is large in decoders. Encoders and
+    decoders have one hidden layer, of the message's size; the first read each state at a mean square of 1, the second
+    write states as large as those at the cut. In a decoder each position has messages of its
     own, so that no token hears of later ones.
 
     Args:
@@ -90,16 +93,12 @@ def talking_models(
             f"{rounds}, {message_size}, {message_weight} and {state_weight}."
         )
     theirs, known = teacher.encode(teacher.states), student.states
-    agreed = _distance(at_tokens(teacher.decode(theirs)), at_tokens(teacher.states))
+    agreed = squared_distance(at_tokens(teacher.decode(theirs)), at_tokens(teacher.states), relative=True)
     values = []
     for _ in range(rounds):
         question = student.encode(known)
-        own = _distance(at_tokens(student.decode(question)), at_tokens(known))
-        told = _distance(at_tokens(question), at_tokens(theirs))
+        own = squared_distance(at_tokens(student.decode(question)), at_tokens(known), relative=True)
+        told = squared_distance(at_tokens(question), at_tokens(theirs), relative=False)
         known = student.decode(teacher.encode(teacher.upper(teacher.decode(question))))
         values.append(task(student.upper(known)) + message_weight * told + state_weight * (own + agreed))
     return torch.stack(values).mean(0)
-
-
-def _distance(one: Float[Tensor, "tokens size"], other: Float[Tensor, "tokens size"]) -> Float[Tensor, " tokens"]:
-    return (one.float() - other.float()).square().mean(-1)

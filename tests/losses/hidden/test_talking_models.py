@@ -45,7 +45,8 @@ def test_a_conversation_follows_its_description():
         for _ in range(2):
             message = e_s @ own
             want += 0.5 * mean_square(message - e_t @ other)
-            want += 0.25 * (mean_square(d_s @ message - own) + mean_square(d_t @ e_t @ other - other))
+            want += 0.25 * mean_square(d_s @ message - own) / mean_square(own)
+            want += 0.25 * mean_square(d_t @ e_t @ other - other) / mean_square(other)
             own = d_s @ e_t @ u_t @ d_t @ message
             want += sum(value**2 for value in (u_s @ own).tolist())
         assert found[i].item() == pytest.approx(want / 2, rel=1e-4)
