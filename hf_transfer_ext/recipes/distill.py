@@ -17,7 +17,14 @@ from hf_transfer_ext.recipe import parse_recipe, setting
 from hf_transfer_ext.recipes.distill_task import distilled_task
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
-from hf_transfer_ext.recipes.teacher import data_of, describe, prepared_teacher, settle_teacher, teacher_paths
+from hf_transfer_ext.recipes.teacher import (
+    data_of,
+    describe,
+    prepared_teacher,
+    rows_of_student,
+    settle_teacher,
+    teacher_paths,
+)
 from hf_transfer_ext.recipes.training import output_of, start_training
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
@@ -40,6 +47,7 @@ class DistillArguments(StudentArguments):
     columns: dict[str, str] | None = setting(None, "data", "Role -> your column: {text: body}.")
     train_split: str = setting("train", "data", "Split to train on.")
     test_split: str | None = setting("test", "data", "Held-out split; none: nothing is measured.")
+    train_rows: int | None = setting(None, "data", "Rows that the student learns from; the teacher learns from all.")
     streaming: bool = setting(False, "data", "Read rows as they are needed.")
     test_rows: int = setting(64, "evaluation", "Held-out rows (and questions, of facts) to measure on.")
     compare_with_ce: bool = setting(False, "evaluation", "Train a twin on cross entropy alone, too.")
@@ -65,18 +73,19 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
     run = start_training("distillation", __file__, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
     data, test = data_of(job, args)
+    of_student = rows_of_student(job, args, data)
     questions = fact_questions(str(job.test_split)) if test and job.dataset == FACTS_DATASET else []
     teacher, tokenizer = prepared_teacher(job, args, run, data)
     with record.stage("make the student"):
         teacher_tokenizer = tokenizer
         if job.student is None:
-            student = make_student(job, teacher, tokenizer, data, args, run.work / "learngene")
+            student = make_student(job, teacher, tokenizer, of_student, args, run.work / "learngene")
         else:
             student, tokenizer = load_student(job, args, record)
         twin = copy.deepcopy(student) if job.compare_with_ce else None
         require_free_space(run.out, 5 * 4 * student.num_parameters())  # a checkpoint with its optimizer, the result
     tokenizers = {"processing_class": tokenizer, "teacher_processing_class": teacher_tokenizer}
-    trainer = DistillationTrainer(student, teacher, args, data, **tokenizers, peft_config=job.adapter())
+    trainer = DistillationTrainer(student, teacher, args, of_student, **tokenizers, peft_config=job.adapter())
     if job.dry_run:
         print(trainer.plan())
         return {}
@@ -102,7 +111,7 @@ def distilled(job: DistillArguments, args: DistillationConfig, argv: list[str] |
     measure("student", student, reference)
     if twin is not None:
         with record.stage("train the twin"):
-            twin = taught(twin, tokenizer, data, args, lora_rank=job.student_lora_rank or None)
+            twin = taught(twin, tokenizer, of_student, args, lora_rank=job.student_lora_rank or None)
         measure("twin without teacher", twin, reference)
         if test:
             measured["student"] += measure_gain(student, twin, "twin without teacher", tokenizer, test, **looks)

@@ -15,6 +15,7 @@ from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipes.run import load_named, model_path
 from hf_transfer_ext.recipes.student import load_student, make_student
+from hf_transfer_ext.recipes.teacher import rows_of_student
 from hf_transfer_ext.recipes.training import start_training
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig, forget_loading, without_teacher
 from hf_transfer_ext.trainers.distillation_models import teacher_loading
@@ -49,6 +50,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
     source: Any = {"config_name": job.dataset_config, "revision": job.dataset_revision, "streaming": job.streaming}
     splits: Any = (job.dataset, job.train_split, job.test_split)
     data, test = load_train_and_test(*splits, load=load_columns, columns=job.columns, **source)
+    of_student = rows_of_student(job, args, data)
     if test is not None:
         test = test.take(job.test_rows if job.streaming else min(job.test_rows, len(test)))
     record.inputs.append(describe_dataset(job.dataset, job.dataset_revision))
@@ -65,7 +67,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
     with record.stage("make the student"):
         set_seed(args.seed)  # of a new output layer, whether the teacher was taught above or in an earlier run
         if job.student is None:
-            student, own = make_student(job, teacher, tokenizer, data, args, run.work), tokenizer
+            student, own = make_student(job, teacher, tokenizer, of_student, args, run.work), tokenizer
         else:
             loading = task.loading(job.student, job.student_revision, like=teacher.config)
             student, own = load_student(job, args, record, load_reader=task.load_reader, **loading)
@@ -73,7 +75,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
     adapter = job.adapter()
     if adapter is not None:
         adapter.task_type = task.kind().peft_task
-    trainer = TaskDistillationTrainer(student, teacher, args, data, own, tokenizer, peft_config=adapter)
+    trainer = TaskDistillationTrainer(student, teacher, args, of_student, own, tokenizer, peft_config=adapter)
     trainer.describe(record)
     if job.dry_run:
         print(f"Task: {args.task}\n{trainer.plan()}")
@@ -94,7 +96,7 @@ def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, s
     measure("student", student)
     if twin is not None:
         with record.stage("train the twin"):
-            twin = fine_tuned(twin, own, data, args, run.work / "twin")
+            twin = fine_tuned(twin, own, of_student, args, run.work / "twin")
         measure("twin without teacher", twin)
     if trainer.is_world_process_zero():
         run.finish(measured, "student", student, own, trainer)

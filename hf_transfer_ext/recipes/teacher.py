@@ -100,6 +100,27 @@ def data_of(job: Any, args: DistillationConfig) -> tuple[Any, Any]:
     return data, test
 
 
+def rows_of_student(job: Any, args: DistillationConfig, data: Any) -> Any:
+    """The rows that the student learns from: all, or `train_rows` of them, drawn with the seed.
+
+    Raises:
+        ValueError: There are not as many, or they are streamed.
+    """
+    if job.train_rows is None:
+        return data
+    if job.streaming:
+        raise ValueError(
+            "`train_rows` draws from all rows, but `streaming` reads them one after the other. Leave one of them out, "
+            "or set `train_split` to a slice such as `train[:100]`."
+        )
+    if not 1 <= job.train_rows <= len(data):
+        raise ValueError(
+            f"`train_rows` is {job.train_rows}, but {job.dataset!r} has {len(data)} rows in {job.train_split!r}. Give "
+            "a number from 1 to that, or leave it out."
+        )
+    return data.shuffle(seed=args.seed).select(range(job.train_rows))
+
+
 def describe(trainer: Any, args: Any, record: RunRecord) -> None:
     """Note in the record which models teach besides `teacher`, their memory, and what the vocabularies share."""
     for entry in args.teachers or ():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_llama
 from tiny_tokenizers import byte_level
 
-from hf_transfer_ext import DistillationConfig
+from hf_transfer_ext import DistillationConfig, DistillationTrainer
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.recipe import CONFIGS, parse_recipe
@@ -90,6 +90,18 @@ def test_teach_trim_cut_distil_compare_save_push_and_pull(setup, hub, monkeypatc
     torch.testing.assert_close(pulled(ids).logits, student(ids).logits)
     assert student.config.num_hidden_layers == 1 and student.config.vocab_size < 258 + 8
     assert "distillation" in hub.files(repo)["README.md"].decode()
+
+
+def test_the_student_learns_from_some_rows_and_its_teacher_from_all(setup, monkeypatch):
+    seen, train = [], DistillationTrainer.train
+
+    def noted(trainer, **options):
+        seen.append(len(trainer.train_dataset))
+        return train(trainer, **options)
+
+    monkeypatch.setattr(DistillationTrainer, "train", noted)
+    run(setup, "--train_rows", "6", "--teach_steps", "1", "--compare_with_ce", "true")
+    assert seen == [20, 6, 6]
 
 
 def test_an_existing_result_is_refused_before_work_and_replaced_on_request(setup):
@@ -188,6 +200,8 @@ def test_what_zero_3_cannot_do_is_refused(setup, monkeypatch):
         (["--student_init", "unifrom_depth"], ValueError, "Did you mean 'uniform_depth'"),
         (["--los", "forward_kl"], ValueError, "Did you mean 'loss'"),
         (["--max_length", "9999"], ValueError, "takes at most 512 tokens"),
+        (["--train_rows", "21"], ValueError, "has 20 rows in 'train'"),
+        (["--train_rows", "6", "--streaming", "true"], ValueError, "draws from all rows, but `streaming`"),
     ],
 )
 def test_mistakes_are_told_and_leave_nothing(setup, extra, error, message):
