@@ -4,12 +4,17 @@
 
 *Texts.* Gemma 3 270M, its vocabulary cut to the texts and fine-tuned on what two packages know of countries and
 elements, teaches a student: 4 of its 18 layers, trained on the same texts before. Every run starts from the same
-student and has the same batches, learning rate (constant after a warmup) and optimizer. The signal of the teacher has
-half of the weight and cross entropy the other half; *cross entropy* alone has no teacher. A hidden loss, with its
-default weight of 1, is added to forward KL. Teachers of another family need whole texts: six of them, about as many
-tokens as two packed rows. What is measured, on texts of countries and elements that were not in training: perplexity
-of the real text, KL and agreement with the teacher, and multiple-choice questions. Intervals are 95 %, over texts (or
-questions), of the mean over the seeds; the gain is also given for each seed.
+student and has the same batches, learning rate (constant after a warmup) and optimizer. What is measured, on texts of
+countries and elements that were not in training: perplexity of the real text, KL and agreement with the teacher, and
+multiple-choice questions. Intervals are 95 %, over texts (or questions), of the mean over the seeds; the gain is also
+given for each seed.
+
+*Signals.* The signal of the teacher has half of the weight and cross entropy the other half; *cross entropy* alone has
+no teacher. A hidden loss, with its default weight of 1, is added to forward KL and compares layers by a uniform map;
+as in their papers, minilm and attention_relation compare the last layers alone, and dual_head, of weight .1, is added
+to cross entropy. talking_models cuts both models in the middle. The two specialists were fine-tuned like the teacher,
+one on the texts of countries and one on those of elements; *column* sends each text to its specialist. That and a
+teacher of another family need whole texts: six of them, about as many tokens as two packed rows.
 
 *Equal time*: the steps that fit into the time of forward KL's, by the median processor time of five steps with a
 teacher that runs at every step (a cache is complete before the first). A signal within a tenth of that time keeps its
@@ -19,8 +24,9 @@ In these runs the frozen teacher does not run twice on the same text: its last h
 which changes no result. Under hidden losses and with several teachers it runs at every step.
 
 *Answers*: the task of `benchmarks.transferred_task`, with exact answers, for what the student writes itself: the
-teacher is Gemma with the adapter that learned the task, the student has 14 layers. Here the teacher is the only source
-of what is right, except for `data`, and the measure is the share of exact answers.
+teacher is Gemma with the adapter that learned the task, the student has 14 layers and learned the task halfway, so
+that what it writes is worth reading. All writers have the same prompts, steps, batches and learning rate. The teacher
+is the only source of what is right, except for `data`, and the measure is the share of exact answers to new questions.
 
 Every number is saved at once: the same command continues where it stopped. `--minutes` ends a sitting.
 """
@@ -64,6 +70,7 @@ from hf_transfer_ext.teachers.cache import fill_cache
 from hf_transfer_ext.teachers.demo import demo_model
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
+from hf_transfer_ext.trainers.named_teachers import COMBINATIONS
 from hf_transfer_ext.trainers.taught import taught
 
 LAYERS, ROWS, STEPS, RATE, TIMED_STEPS = 4, 2, 32, 5e-5, 5
@@ -72,20 +79,30 @@ TRAINED_BEFORE = {"kd_weight": 0.0, "ce_weight": 1.0, "lr_scheduler_type": "cosi
 TEACHING, HEALING = {"max_steps": 60, "learning_rate": 1e-3}, {"max_steps": 200, "learning_rate": 5e-4}
 PLAIN = transferred_task.PLAIN
 REFERENCE, ALONE = "forward_kl", "cross entropy"
+#: About as many tokens as in packed rows, which three texts fill.
+UNPACKED = {"packing": False, "per_device_train_batch_size": 3 * ROWS}
+SPECIALISTS = ("countries", "elements")
+#: What a hidden loss needs, or has in its paper, besides its defaults.
+HIDDEN_SETTINGS: dict[str, dict[str, Any]] = {
+    "minilm": {"layer_map": [[-1, -1]]},
+    "attention_relation": {"layer_map": [[-1, -1]]},
+    "talking_models": {"layer_map": [[LAYERS // 2, 9]]},
+    "dual_head": {"kd_weight": 0.0, "ce_weight": 1.0, "hidden_weight": 0.1},
+}
 #: Signal -> what it changes of the settings of forward KL.
 SIGNALS: dict[str, dict[str, Any]] = {
     ALONE: {"kd_weight": 0.0, "ce_weight": 1.0},
     **{name: {"loss": name} for name in DISTILLATION_LOSSES},
-    **{f"forward_kl + {name}": {"hidden_loss": name} for name in HIDDEN_LOSSES},
-    "forward_kl + talking_models": {
-        "hidden_loss": "talking_models",
-        "layer_map": [[LAYERS // 2, 9]],
-    },  # takes one pair
+    **{
+        f"{'cross entropy' if name == 'dual_head' else 'forward_kl'} + {name}": {"hidden_loss": name}
+        | HIDDEN_SETTINGS.get(name, {})
+        for name in HIDDEN_LOSSES
+    },
     **{
         f"cache: {kind}": {"teacher_cache": kind, "teacher_cache_options": {"kind": kind}}
         for kind in ("top", "top_and_samples", "samples")
     },
-    **{f"two teachers by {way}": {"teachers_by": way} for way in ("weight", "confidence", "learned")},
+    **{f"two specialists by {way}": {"teachers_by": way} for way in COMBINATIONS},
     **{f"another family: {name}": {"loss": name} for name in SPAN_LOSSES},
 }
 #: Who writes the texts of the task -> settings.
@@ -100,13 +117,24 @@ WRITERS: dict[str, dict[str, Any]] = {
     "student (distillm_2)": {"on_policy": "distillm_2", "loss": "skew_kl"},
     "student (minillm)": {"on_policy": "minillm", "loss": "reverse_kl"},
 }
-WRITER_STEPS = 24
+WRITER_STEPS, WRITER_ROWS, WRITER_RATE = 16, 8, 5e-5
+#: Of the student of the task before all runs.
+HALFWAY = {"max_steps": 30, "learning_rate": 1e-4}
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
     with written_aside(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+
+
+def specialist_of(row: dict[str, str]) -> str:
+    """Which of the two specialists learned a text of the training data."""
+    asked = ("chemical symbol", "atomic number", "group of elements", "discovered")
+    of_elements = row["source"] in ("element", "description") or (
+        row["source"] == "question" and any(words in row["text"] for words in asked)
+    )
+    return SPECIALISTS[of_elements]
 
 
 def prepare(work: Path, second: Path | None) -> None:
@@ -126,12 +154,16 @@ def prepare(work: Path, second: Path | None) -> None:
     if not (work / "second" / "config.json").exists() and second is not None:
         model, tokenizer, _ = trim_vocabulary(*transferred_task.load_gguf(second), known)
         _save(work / "second", model, tokenizer)
-    for base in ("gemma", "second"):
-        if (work / base).exists() and not (work / f"{base}-teacher" / "config.json").exists():
-            tokenizer = load_tokenizer(work / base)
+    lessons = {"gemma-teacher": texts, "second-teacher": texts}
+    lessons |= {f"gemma-{name}": [row for row in texts if specialist_of(row) == name] for name in SPECIALISTS}
+    for name, rows in lessons.items():
+        base = name.partition("-")[0]
+        if (work / base).exists() and not (work / name / "config.json").exists():
             arguments = settings(work / "teaching", **TRAINED_BEFORE, per_device_train_batch_size=4, **TEACHING)
-            data = Dataset.from_list(texts)
-            taught(load_model(work / base), tokenizer, data, arguments, folder=work / f"{base}-teacher")
+            taught(
+                load_model(work / base), load_tokenizer(work / base), Dataset.from_list(rows), arguments,
+                folder=work / name,
+            )  # fmt: skip
     if not (work / "student" / "config.json").exists():
         tokenizer = load_tokenizer(work / "gemma-teacher")
         student = uniform_depth(load_model(work / "gemma-teacher"), StudentShape(depth=LAYERS))
@@ -217,19 +249,23 @@ def trainer_of(work: Path, signal: str, seed: int, steps: int, teacher_of: Calla
     if "teacher_cache" in changes:
         # Complete before the first step, as from the second epoch on: what is measured is the signal, not its capture.
         changes["teacher_cache"] = str(work / f"cache-{changes['teacher_cache']}")
+    texts = fact_texts("train")
     if "teachers_by" in changes:
-        changes["teachers"] = [{"model": str(work / name), "name": name} for name in ("gemma-teacher", "gemma")]
+        changes["teachers"] = [{"model": str(work / f"gemma-{name}"), "name": name} for name in SPECIALISTS]
+        if changes["teachers_by"] == "column":
+            texts = [{"text": row["text"], "teacher": specialist_of(row)} for row in texts]
+            changes |= UNPACKED
     elif signal.startswith("another family"):
         teacher = teacher_of("second-teacher")
         extra["teacher_processing_class"] = load_tokenizer(work / "second-teacher")
-        changes |= {"packing": False, "per_device_train_batch_size": 3 * ROWS}  # about three texts fill a packed row
+        changes |= UNPACKED
     elif "hidden_loss" in changes:
         teacher = load_model(work / "gemma-teacher")
     elif signal != ALONE:
         teacher = teacher_of("gemma-teacher")
     arguments = settings(work / "training", steps, seed, **changes)
     trainer = DistillationTrainer(
-        student, teacher, arguments, Dataset.from_list(fact_texts("train")), processing_class=tokenizer, **extra
+        student, teacher, arguments, Dataset.from_list(texts), processing_class=tokenizer, **extra
     )
     if "teacher_cache" in changes:
         fill_cache(
@@ -259,31 +295,49 @@ def measured_on_texts(student: Any, work: Path, teacher: Any = None) -> dict[str
     return {name.split("(")[0]: [round(float(one), 4) for one in rows] for name, rows in values.items()}
 
 
-def task_settings(folder: Path, writer: str, seed: int) -> DistillationConfig:
-    plain: dict[str, Any] = {"packing": False, "kd_weight": 1.0, "ce_weight": 0.0, "learning_rate": 1e-4}
+def task_settings(folder: Path, writer: str, seed: int = 0, **changes: Any) -> DistillationConfig:
+    given: dict[str, Any] = {"packing": False, "kd_weight": 1.0, "ce_weight": 0.0, "learning_rate": WRITER_RATE}
+    given["per_device_train_batch_size"] = WRITER_ROWS
     if "on_policy" in WRITERS[writer]:
-        plain["max_new_tokens"] = 36
-    return settings(folder, WRITER_STEPS, seed, **{**plain, "per_device_train_batch_size": 16, **WRITERS[writer]})
+        given["max_new_tokens"] = 36
+    return settings(folder, WRITER_STEPS, seed, **given | WRITERS[writer] | changes)
 
 
-def written(work: Path, task: Path, writer: str, seed: int) -> Any:
+def task_rows(tokenizer: Any) -> Dataset:
+    """The training examples of the task, as prompts and completions."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": PLAIN.prompt.replace("{question}", row["question"]) + PLAIN.separator,
+                "completion": row["answer"] + tokenizer.eos_token,
+            }
+            for row in transferred_task.entries("train")
+        ]
+    )
+
+
+def prepare_task(work: Path, task: Path) -> None:
+    """The student halfway to the task and the teacher that learned it, in folders of `work`."""
+    transferred_task.prepare_bases(task, 120)
+    if not (work / "task-student" / "config.json").exists():
+        tokenizer, student = load_tokenizer(task / "student"), load_model(task / "student", dtype="bfloat16").float()
+        arguments = task_settings(work / "training", "data", **HALFWAY)
+        rows = task_rows(tokenizer)
+        DistillationTrainer(student, None, arguments, rows, processing_class=tokenizer).train()
+        _save(work / "task-student", student, tokenizer)
+    if not (work / "task-teacher" / "config.json").exists():
+        base = load_model(task / "gemma", dtype="bfloat16")
+        adapter = transferred_task.source_adapter(task, "gemma", 0)
+        teacher = with_adapters(base, [adapter])[0].merge_and_unload()
+        _save(work / "task-teacher", teacher, load_tokenizer(task / "gemma"))
+
+
+def written(work: Path, writer: str, seed: int) -> Any:
     """The student of the task after training on texts that `writer` wrote."""
-    tokenizer, student = load_tokenizer(task / "student"), load_model(task / "student", dtype="bfloat16").float()
-    base = load_model(task / "gemma", dtype="bfloat16")
-    teacher = with_adapters(base, [transferred_task.source_adapter(task, "gemma", 0)])[0].merge_and_unload()
-    rows = [
-        {
-            "prompt": PLAIN.prompt.replace("{question}", row["question"]) + PLAIN.separator,
-            "completion": row["answer"] + tokenizer.eos_token,
-        }
-        for row in transferred_task.entries("train")
-    ]
+    tokenizer, student = load_tokenizer(work / "task-student"), load_model(work / "task-student")
     arguments = task_settings(work / "training", writer, seed)
-    trainer = DistillationTrainer(
-        student, None if not arguments.is_taught else teacher, arguments, Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )  # fmt: skip
-    trainer.train()
+    teacher = load_model(work / "task-teacher", dtype="bfloat16") if arguments.is_taught else None
+    DistillationTrainer(student, teacher, arguments, task_rows(tokenizer), processing_class=tokenizer).train()
     return student.eval()
 
 
@@ -346,20 +400,26 @@ def steps_of(result: Mapping[str, Any], signal: str, steps: int, budget: str) ->
 
 def run_task(options: argparse.Namespace, result: dict[str, Any], out: Path) -> None:
     """The second table: who writes the texts. `options.task` is the work folder of `benchmarks.transferred_task`."""
-    transferred_task.prepare_bases(options.task, 120)
-    test = transferred_task.entries("test")
+    work, test = options.work, transferred_task.entries("test")
+    prepare_task(work, options.task)
+    tokenizer = load_tokenizer(work / "task-student")
+
+    def note(key: str, model: Any, seconds: float | None = None) -> None:
+        right = answered_exactly(model.eval(), tokenizer, test, template=PLAIN)
+        result["answers"][key] = {"right": right.tolist(), "cpu_s": seconds}
+        print(f"{key}: {right.mean():.1%} right", flush=True)
+        write_text(out, json.dumps(result) + "\n")
+
+    for name in ("teacher", "student before"):
+        if name not in result["answers"]:
+            note(name, load_model(work / f"task-{name.split()[0]}", dtype="bfloat16" if name == "teacher" else "auto"))
     for seed in options.seeds:
-        for writer in WRITERS:
+        for writer in options.writers:
             if f"{writer} | {seed}" not in result["answers"]:
                 measure.stop_in_time(options)
                 began = time.process_time()
-                student = written(options.work, options.task, writer, seed)
-                seconds = time.process_time() - began
-                tokenizer = load_tokenizer(options.task / "student")
-                right = answered_exactly(student, tokenizer, test, template=PLAIN)
-                result["answers"][f"{writer} | {seed}"] = {"right": right.tolist(), "cpu_s": round(seconds, 1)}
-                print(f"{writer} | {seed}: {right.mean():.1%} right, {seconds:.0f} s", flush=True)
-                write_text(out, json.dumps(result) + "\n")
+                student = written(work, writer, seed)
+                note(f"{writer} | {seed}", student, round(time.process_time() - began, 1))
 
 
 def by_seed(result: Mapping[str, Any], signal: str, budget: str, metric: str) -> dict[str, np.ndarray]:
@@ -397,7 +457,7 @@ def _cell(values: np.ndarray | None, weights: np.ndarray | None, form: str) -> s
 def report(result: Mapping[str, Any], command: str) -> str:
     """The tables."""
     text = [f"# What the signals of a teacher bring\n\n`{command}`\n"]
-    text += [" ".join(part.split()) + "\n" for part in (__doc__ or "").split("\n\n")[2:5]]
+    text += [" ".join(part.split()) + "\n" for part in (__doc__ or "").split("\n\n")[2:6]]
     tokens = np.array(result["texts"]["teacher"]["tokens"])
     for budget in ("steps", "time"):
         rows = []
@@ -430,15 +490,29 @@ def report(result: Mapping[str, Any], command: str) -> str:
         head += ["smallest and largest seed", "KL to the teacher", "agreement", "questions right"]
         text.append(measure.markdown_table(head, rows) if rows else "Not measured.\n")
     text.append("## Who writes the texts\n")
-    text.append(" ".join((__doc__ or "").split("\n\n")[5].split()) + "\n")
+    text.append(" ".join((__doc__ or "").split("\n\n")[6].split()) + "\n")
     rows = []
-    for writer in WRITERS:
-        found = [one for key, one in result["answers"].items() if key.rpartition(" | ")[0] == writer]
+    for writer in ("teacher", "student before", *WRITERS):
+        found = {
+            key.rpartition(" | ")[2]: one
+            for key, one in result["answers"].items()
+            if writer in (key, key.rpartition(" | ")[0])
+        }
         if found:
-            right = np.mean([one["right"] for one in found], axis=0)
-            seconds = statistics.mean(one["cpu_s"] for one in found)
-            rows.append([writer, len(found), _cell(right, None, ".1%"), f"{seconds:.0f}"])
-    head = ["texts by", "seeds", "exact answers", "CPU s"]
+            right = {seed: np.array(one["right"], dtype=float) for seed, one in found.items()}
+            data = {seed: result["answers"].get(f"data | {seed}") for seed in right}
+            gained = [right[seed] - np.array(one["right"], dtype=float) for seed, one in data.items() if one]
+            seconds = [one["cpu_s"] for one in found.values() if one["cpu_s"] is not None]
+            rows.append(
+                [
+                    writer,
+                    len(found) if writer in WRITERS else None,
+                    _cell(np.mean(list(right.values()), axis=0), None, ".1%"),
+                    _cell(np.mean(gained, axis=0), None, ".1%") if gained and writer != "data" else None,
+                    f"{statistics.mean(seconds):.0f}" if seconds else None,
+                ]
+            )
+    head = ["texts by", "seeds", "exact answers", "more than data", "CPU s"]
     text.append(measure.markdown_table(head, rows) if rows else "Not measured.\n")
     return "\n".join(text)
 
@@ -449,6 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without ending; .json and .md are written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--signals", nargs="+", default=list(SIGNALS), choices=list(SIGNALS))
+    parser.add_argument("--writers", nargs="+", default=list(WRITERS), choices=list(WRITERS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--second", type=Path, help="GGUF file of a model of another family")
     parser.add_argument("--task", type=Path, help="work folder of benchmarks.transferred_task: also the second table")

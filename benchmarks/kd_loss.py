@@ -4,6 +4,7 @@
 
 measures our `fused_divergence` on a CPU, and with `--device cuda` on a GPU, beside
 
+- *ours rounded*: the same with `float32_logits=False`, in bfloat16, where the peers round logits, too;
 - *trl full*: the full-logit loss of TRL's GKD trainer (`GKDTrainer.generalized_jsd_loss`) with the two projections;
   all tokens count and no labels are given, which spares it the masked copy that its trainer makes;
 - *trl chunked*: the tiled loss of TRL's stable `DistillationTrainer`;
@@ -104,11 +105,15 @@ def problem(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
     return Problem(hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head)
 
 
-def ours(x: Problem, divergence: str) -> Tensor:
+def ours(x: Problem, divergence: str, float32_logits: bool = True) -> Tensor:
     return fused_divergence(
         x.hidden, LMHead(x.head), HeadRows(x.teacher_hidden, LMHead(x.teacher_head)), DISTILLATION_LOSSES[divergence],
-        weights=torch.full((x.tokens,), 1 / x.tokens, device=x.hidden.device),
+        weights=torch.full((x.tokens,), 1 / x.tokens, device=x.hidden.device), float32_logits=float32_logits,
     ).loss  # fmt: skip
+
+
+def ours_rounded(x: Problem, divergence: str) -> Tensor:
+    return ours(x, divergence, float32_logits=False)
 
 
 def trl_full(x: Problem, divergence: str) -> Tensor:
@@ -165,8 +170,10 @@ def products(x: Problem) -> tuple[Tensor, Tensor]:
     return d_hidden, d_head
 
 
+ROUNDED = "ours rounded"
 LOSSES: dict[str, Callable[[Problem, str], Tensor]] = {
     "ours": ours,
+    ROUNDED: ours_rounded,
     "trl full": trl_full,
     "trl chunked": trl_chunked,
     "liger chunked": liger_chunked,
@@ -216,12 +223,12 @@ def errors(dtype: str, method: str, divergence: str, device: str = "cpu") -> tup
 
 
 def check_agreement(
-    dtypes: Sequence[str], cases: Sequence[tuple[str, str]], device: str = "cpu"
+    dtypes: Sequence[str], methods: Sequence[str], divergences: Sequence[str], device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Errors of each (method, divergence) and dtype; `ValueError` where one does not compute the divergence."""
     found = []
     for dtype in dtypes:
-        for method, divergence in cases:
+        for method, divergence in cases_of(methods, divergences, dtype):
             if method == FLOOR:
                 continue
             value, gradient = errors(dtype, method, divergence, device)
@@ -236,9 +243,11 @@ def check_agreement(
     return found
 
 
-def cases_of(methods: Sequence[str], divergences: Sequence[str]) -> list[tuple[str, str]]:
+def cases_of(methods: Sequence[str], divergences: Sequence[str], dtype: str) -> list[tuple[str, str]]:
     """(method, divergence) pairs to run in one round; the floor once, peers only on what they have."""
-    pairs = [(m, d) for d in divergences for m in methods if m == "ours" or (m != FLOOR and d in PEER_BETA)]
+    own = {"ours"} if dtype == "float32" else {"ours", ROUNDED}
+    peers = {*LOSSES} - {"ours", ROUNDED}
+    pairs = [(m, d) for d in divergences for m in methods if m in own or (m in peers and d in PEER_BETA)]
     return pairs + [(FLOOR, "")] * (FLOOR in methods)
 
 
@@ -349,7 +358,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(
         2, len(settings), figsize=(1.5 + 4.2 * len(settings), 7), squeeze=False, layout="constrained"
     )
-    colors = dict(zip(LOSSES, ("#1b7837", "#c2a5cf", "#9970ab", "#f1a340", "#fdb863"), strict=True))
+    colors = dict(zip(LOSSES, ("#1b7837", "#7fbf7b", "#c2a5cf", "#9970ab", "#f1a340", "#fdb863"), strict=True))
     for column, (shape, dtype) in enumerate(settings):
         chosen = [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
         divergences = list(dict.fromkeys(row["divergence"] for row in chosen))
@@ -430,8 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     out = options.out
     methods = [name for name in options.methods if options.device != "cpu" or name not in GPU_ONLY]
-    cases = cases_of(methods, options.divergences)
-    agreement = check_agreement(options.dtypes, cases, options.device)
+    agreement = check_agreement(options.dtypes, methods, options.divergences, options.device)
     for error in agreement:
         print("{dtype} {divergence} {method}: loss {value:.1e}, gradient {gradient:.1e} off".format(**error))
     result: dict[str, Any] = {"commands": [], "records": [], "agreement": []}
@@ -448,6 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in options.shapes:
         for dtype in options.dtypes:
             earlier = {r["round"] for r in result["records"] if (r["shape"], r["dtype"]) == (shape, dtype)}
+            cases = cases_of(methods, options.divergences, dtype)
             for number, (method, divergence) in measure.rounds_of(cases, options.rounds, len(earlier)):
                 case = {"shape": shape, "dtype": dtype, "method": method, "divergence": divergence}
                 record = measure.measure_in_child(
