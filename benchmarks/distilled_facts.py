@@ -119,7 +119,7 @@ WRITERS: dict[str, dict[str, Any]] = {
 }
 WRITER_STEPS, WRITER_ROWS, WRITER_RATE = 16, 8, 5e-5
 #: Of the student of the task before all runs.
-HALFWAY = {"max_steps": 30, "learning_rate": 1e-4}
+HALFWAY = {"max_steps": 12, "learning_rate": 5e-5, "warmup_steps": 5}
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -297,7 +297,7 @@ def measured_on_texts(student: Any, work: Path, teacher: Any = None) -> dict[str
 
 def task_settings(folder: Path, writer: str, seed: int = 0, **changes: Any) -> DistillationConfig:
     given: dict[str, Any] = {"packing": False, "kd_weight": 1.0, "ce_weight": 0.0, "learning_rate": WRITER_RATE}
-    given["per_device_train_batch_size"] = WRITER_ROWS
+    given |= {"per_device_train_batch_size": WRITER_ROWS, "warmup_steps": 2}
     if "on_policy" in WRITERS[writer]:
         given["max_new_tokens"] = 36
     return settings(folder, WRITER_STEPS, seed, **given | WRITERS[writer] | changes)
