@@ -410,9 +410,12 @@ def run_task(options: argparse.Namespace, result: dict[str, Any], out: Path) -> 
         print(f"{key}: {right.mean():.1%} right", flush=True)
         write_text(out, json.dumps(result) + "\n")
 
-    for name in ("teacher", "student before"):
+    for name, folder, dtype in (
+        ("teacher itself", "task-teacher", "bfloat16"),
+        ("student before", "task-student", "auto"),
+    ):
         if name not in result["answers"]:
-            note(name, load_model(work / f"task-{name.split()[0]}", dtype="bfloat16" if name == "teacher" else "auto"))
+            note(name, load_model(work / folder, dtype=dtype))
     for seed in options.seeds:
         for writer in options.writers:
             if f"{writer} | {seed}" not in result["answers"]:
@@ -492,7 +495,7 @@ def report(result: Mapping[str, Any], command: str) -> str:
     text.append("## Who writes the texts\n")
     text.append(" ".join((__doc__ or "").split("\n\n")[6].split()) + "\n")
     rows = []
-    for writer in ("teacher", "student before", *WRITERS):
+    for writer in ("teacher itself", "student before", *WRITERS):
         found = {
             key.rpartition(" | ")[2]: one
             for key, one in result["answers"].items()
