@@ -112,7 +112,7 @@ WRITERS: dict[str, dict[str, Any]] = {
     "teacher": {"on_policy": "gkd", "on_policy_share": 0.0, "teacher_writes": True},
     "student and teacher (gkd)": {"on_policy": "gkd", "on_policy_share": 0.5, "teacher_writes": True},
     "student (gkd)": {"on_policy": "gkd", "on_policy_share": 1.0, "loss": "reverse_kl"},
-    "student (sampled_reverse_kl)": {"on_policy": "sampled_reverse_kl"},
+    "student (sampled_reverse_kl)": {"on_policy": "sampled_reverse_kl", "loss": "reverse_kl"},
     "student (distillm)": {"on_policy": "distillm", "on_policy_share": 0.5, "loss": "skew_kl"},
     "student (distillm_2)": {"on_policy": "distillm_2", "loss": "skew_kl"},
     "student (minillm)": {"on_policy": "minillm", "loss": "reverse_kl"},
