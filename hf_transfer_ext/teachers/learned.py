@@ -20,7 +20,7 @@ GATE_FILE = "teacher_gate.safetensors"
 
 
 class LearnedTeachers(Several):
-    r"""A mixture in which a small gate, trained along, sets each token's weights from how sure the teachers are.
+    r"""A mixture in which a small gate, trained with the student, weights each token by the teachers' confidence.
 
     .. math:: w = \mathrm{softmax}(A f + b), \quad f = (H(p_1), \log \max p_1, \dots, H(p_n), \log \max p_n)
 
@@ -37,7 +37,9 @@ class LearnedTeachers(Several):
         temperature: The `distill_temperature` of the training.
 
     When to use it: teachers of different domains, or of different quality, where no column of the data says which one
-    knows a row and labels exist; other than by confidence, a teacher that is sure and wrong loses its weight.
+    knows a row and the texts are data; unlike by confidence, a teacher that is confident and wrong loses its weight.
+    On texts that the student writes, the gate would favor the teacher that is most like the student: `on_policy` is
+    refused.
 
     Deviation from the paper: its aggregator is a transformer over the teachers' features, trained through the
     student's own update (meta-learning); here it is linear in two numbers of each teacher, and trained on labels.
@@ -90,13 +92,13 @@ class LearnedTeachers(Several):
 
         Raises:
             FileNotFoundError: The checkpoint has none.
-            ValueError: It is of other teachers.
+            ValueError: It is for another number of teachers.
         """
         path = Path(folder) / GATE_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"The checkpoint {str(folder)!r} has no {GATE_FILE}: it was not written with `teachers_by: learned`. "
-                "Resume with the settings that it was written with, or start anew."
+                "Resume with the settings that it was written with, or start over."
             )
         saved = load_file(path)
         if saved["weight"].shape != self.gate.weight.shape:

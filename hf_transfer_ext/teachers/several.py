@@ -1,4 +1,4 @@
-"""Several teachers at once: a weighted mixture, one for each row of the data, or the one that is surest.
+"""Several teachers at once: a weighted mixture, a mixture by confidence, or one teacher for each row of the data.
 
 A mixture whose weights are learned is in `teachers/learned.py`.
 
@@ -49,7 +49,7 @@ from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
-#: Tokens whose distributions are looked at at once.
+#: Tokens whose distributions are read at once.
 FEW = 64
 #: Least probability of "any other token": below it, what is left of a sum is rounding.
 LEAST_REST = 1e-6
@@ -136,8 +136,8 @@ def teacher_forms(teacher: Teacher) -> tuple[Form, ...]:
 def _own_rows(name: str, signal: TeacherSignal) -> TeacherRows:
     if signal.targets is not None:
         raise ValueError(
-            f"The teacher {name!r} speaks of tokens of its own (another tokenizer), which cannot be combined with "
-            "others."
+            f"The teacher {name!r} gives rows for tokens of its own (another tokenizer), which cannot be combined "
+            "with those of others."
         )
     return signal.rows
 
@@ -191,7 +191,7 @@ class ConfidentTeachers(Several):
 
     .. math:: w_i \propto \exp(-H(p_i) / \tau)
 
-    with the entropy H in nats: a small tau takes the surest teacher alone, a large one gives equal weights.
+    with the entropy H in nats: a small tau takes the most confident teacher alone, a large one gives equal weights.
 
     Args:
         teachers: Name -> teacher. With a cache or a server among them the entropies are those of the k likeliest
@@ -203,7 +203,7 @@ class ConfidentTeachers(Several):
             temperature 1, those of lists at this one.
 
     When to use it: teachers of different domains, where no column of the data says which one knows a row. A teacher
-    that is sure and wrong is not found out.
+    that is confident and wrong is not detected.
 
     Source: this package's own.
     """

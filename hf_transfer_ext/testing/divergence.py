@@ -174,11 +174,8 @@ def _check_mixture(name: str, divergence: Callable[..., Tensor], options: dict[s
         leaf = student.clone().requires_grad_()
         divergence_of_logits(leaf, rows, divergence, weights=torch.ones(len(leaf)), **options).loss.backward()
         gradients.append(leaf.grad)
-    _close(
-        gradients[0],
-        gradients[1],
-        f"{name} accepts mixtures, but its weighted sum over two teachers has another gradient",
-    )
+    message = f"{name} accepts mixtures, but its weighted sum over two teachers has another gradient"
+    _close(gradients[0], gradients[1], message)
 
 
 def _check_extremes(name: str, divergence: Callable[..., Tensor], options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from hf_transfer_ext.teachers.cache import CacheSpec, planned_spec
 from hf_transfer_ext.teachers.server import ServerTeacher
 
 #: How several teachers are combined: by fixed weights, by their confidence at each token, by a column of the data, or
-#: by weights that are learned along.
+#: by weights that are learned during the training.
 COMBINATIONS = ("weight", "confidence", "column", "learned")
 #: What a teacher is named by; an entry has one of them.
 _KINDS = ("model", "adapter", "cache", "server")

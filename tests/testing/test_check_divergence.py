@@ -134,7 +134,7 @@ BROKEN = [
     (slope_of_another, "differs from autograd in float64"),
     (value_of_another, "differs from its formula in float64"),
     (depends_on_the_chunk, "differs from its formula in float64"),
-    (not_linear_in_the_teacher, "accepts mixtures, but its gradient over two teachers is another one"),
+    (not_linear_in_the_teacher, "accepts mixtures, but its weighted sum over two teachers has another gradient"),
 ]
 
 
