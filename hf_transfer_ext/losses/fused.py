@@ -281,6 +281,15 @@ def _times(values: Tensor, factors: Tensor | None) -> Tensor:
     return torch.where(factors != 0, values * factors, 0.0)
 
 
+def _scale_rows(values: ZRows, factors: PerRow) -> ZRows:
+    """`_times` in place."""
+    values.mul_(factors[:, None])
+    without = factors == 0
+    if without.is_cuda or bool(without.any()):  # on a GPU the question would wait for it
+        values.masked_fill_(without[:, None], 0.0)
+    return values
+
+
 def _chunk_tokens(student: Tensor, vocab: int, teacher: TeacherRows | None, float32_logits: bool = True) -> int:
     """Tokens whose logits exist at once: as many as fit in `CHUNK_BYTES` for either model."""
     elements = max(vocab, 0 if teacher is None else teacher.row_elements)
@@ -498,11 +507,7 @@ def _rows(
             continue
         if finish.softcap is not None:
             d_z.mul_(1.0 - (z / finish.softcap).square())
-        factor = (few.weights * (finish.scale / unit))[:, None]
-        gradient[part] = d_z.mul_(factor)
-        without = factor == 0  # a token without weight has no gradient, even where its loss is infinite
-        if without.is_cuda or bool(without.any()):  # on a GPU the question would wait for it
-            gradient[part].masked_fill_(without, 0.0)
+        gradient[part] = _scale_rows(d_z, few.weights * (finish.scale / unit))
         del z, d_z  # before the next rows need their memory
 
 
@@ -553,7 +558,7 @@ def _divergence(
 ) -> tuple[PerRow, ZRows, ZRows | None]:
     """Divergence of a few rows, its gradient with respect to the student's logits z, and log softmax(z) if at hand."""
     if isinstance(block, CombinedBlock):
-        return *_of_members(z, block, objective), None
+        return _of_members(z, block, objective)
     if isinstance(block, TopTokens):
         value, gradient, log_q = _with_ghost_tail(z, block, objective)
         return value, gradient, log_q if objective.temperature == 1 else None
@@ -567,16 +572,19 @@ def _divergence(
     return value, gradient, found if objective.temperature == 1 else None
 
 
-def _of_members(z: ZRows, block: CombinedBlock, objective: _Objective) -> tuple[PerRow, ZRows]:
+def _of_members(z: ZRows, block: CombinedBlock, objective: _Objective) -> tuple[PerRow, ZRows, ZRows | None]:
     """Weighted sum of the divergences from several teachers, each over its own rows in its own form."""
-    value, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
+    value, gradient, log_q = z.new_zeros(len(z)), torch.zeros_like(z), None
     for one in block.members:
-        rows: Any = slice(None) if len(one.places) == len(z) else one.places.to(z.device)
+        of_all = len(one.places) == len(z)
+        rows: Any = slice(None) if of_all else one.places.to(z.device)
         options = {name: of[rows] if isinstance(of, Tensor) else of for name, of in objective.options.items()}
-        found, d_z, _ = _divergence(z[rows], one.block, one.finish, objective._replace(options=options))
+        own = objective._replace(options=options)
+        found, d_z, own_log_q = _divergence(z[rows], one.block, one.finish, own)
         value[rows] += _times(found, one.weights)
-        gradient[rows] += _times(d_z, one.weights)
-    return value, gradient
+        gradient[rows] += _scale_rows(d_z, one.weights)
+        log_q = own_log_q if of_all else log_q
+    return value, gradient, log_q
 
 
 def _dense(z: ZRows, teacher_logits: ZRows, objective: _Objective) -> tuple[PerRow, ZRows, ZRows | None]:
