@@ -17,6 +17,8 @@ from torch import Tensor
 
 from hf_transfer_ext.losses.rows import (
     Block,
+    CombinedBlock,
+    CombinedRows,
     HeadRows,
     LogitRows,
     Projection,
@@ -103,8 +105,8 @@ def fused_divergence(
 
     Args:
         student_hidden: Hidden states of the tokens that count, and only these: `hidden[mask]`. No token is fine.
-        teacher: The teacher's rows for the same tokens: `HeadRows`, `LogitRows`, `SparseRows`, `SampledRows`, or your
-            own. None where `kd_weight` is 0.
+        teacher: The teacher's rows for the same tokens: `HeadRows`, `LogitRows`, `SparseRows`, `SampledRows`, your
+            own, or `CombinedRows` of several teachers. None where `kd_weight` is 0.
         divergence: A function of `losses.distillation`, or any with its signature; one without a registered slope is
             differentiated by autograd, a few rows at a time.
         weights: Weight of each token's loss: 1 / tokens of the step for a mean.
@@ -279,6 +281,15 @@ def _times(values: Tensor, factors: Tensor | None) -> Tensor:
     return torch.where(factors != 0, values * factors, 0.0)
 
 
+def _scale_rows(values: ZRows, factors: PerRow) -> ZRows:
+    """`_times` in place."""
+    values.mul_(factors[:, None])
+    without = factors == 0
+    if without.is_cuda or bool(without.any()):  # on a GPU the question would wait for it
+        values.masked_fill_(without[:, None], 0.0)
+    return values
+
+
 def _chunk_tokens(student: Tensor, vocab: int, teacher: TeacherRows | None, float32_logits: bool = True) -> int:
     """Tokens whose logits exist at once: as many as fit in `CHUNK_BYTES` for either model."""
     elements = max(vocab, 0 if teacher is None else teacher.row_elements)
@@ -312,7 +323,13 @@ def _check(
             f"Student and teacher have to see the same tokens, got {tokens} and {len(teacher)} of them. Select the "
             "tokens of both with one mask."
         )
+    _check_form(teacher, vocab, objective)
+
+
+def _check_form(teacher: TeacherRows, vocab: int, objective: _Objective) -> None:
     require_form(objective.divergence, teacher.form)
+    for member in teacher.members if isinstance(teacher, CombinedRows) else ():
+        _check_form(member, vocab, objective)
     if isinstance(teacher, (SparseRows, SampledRows)):
         if teacher.temperature != objective.temperature:
             raise ValueError(
@@ -490,11 +507,7 @@ def _rows(
             continue
         if finish.softcap is not None:
             d_z.mul_(1.0 - (z / finish.softcap).square())
-        factor = (few.weights * (finish.scale / unit))[:, None]
-        gradient[part] = d_z.mul_(factor)
-        without = factor == 0  # a token without weight has no gradient, even where its loss is infinite
-        if without.is_cuda or bool(without.any()):  # on a GPU the question would wait for it
-            gradient[part].masked_fill_(without, 0.0)
+        gradient[part] = _scale_rows(d_z, few.weights * (finish.scale / unit))
         del z, d_z  # before the next rows need their memory
 
 
@@ -544,6 +557,8 @@ def _divergence(
     z: ZRows, block: Block, teacher_finish: LogitFinish, objective: _Objective
 ) -> tuple[PerRow, ZRows, ZRows | None]:
     """Divergence of a few rows, its gradient with respect to the student's logits z, and log softmax(z) if at hand."""
+    if isinstance(block, CombinedBlock):
+        return _of_members(z, block, objective)
     if isinstance(block, TopTokens):
         value, gradient, log_q = _with_ghost_tail(z, block, objective)
         return value, gradient, log_q if objective.temperature == 1 else None
@@ -555,6 +570,21 @@ def _divergence(
     if shared < vocab:
         return value, torch.nn.functional.pad(gradient, (0, vocab - shared)), None
     return value, gradient, found if objective.temperature == 1 else None
+
+
+def _of_members(z: ZRows, block: CombinedBlock, objective: _Objective) -> tuple[PerRow, ZRows, ZRows | None]:
+    """Weighted sum of the divergences from several teachers, each over its own rows in its own form."""
+    value, gradient, log_q = z.new_zeros(len(z)), torch.zeros_like(z), None
+    for one in block.members:
+        of_all = len(one.places) == len(z)
+        rows: Any = slice(None) if of_all else one.places.to(z.device)
+        options = {name: of[rows] if isinstance(of, Tensor) else of for name, of in objective.options.items()}
+        own = objective._replace(options=options)
+        found, d_z, own_log_q = _divergence(z[rows], one.block, one.finish, own)
+        value[rows] += _times(found, one.weights)
+        gradient[rows] += _scale_rows(d_z, one.weights)
+        log_q = own_log_q if of_all else log_q
+    return value, gradient, log_q
 
 
 def _dense(z: ZRows, teacher_logits: ZRows, objective: _Objective) -> tuple[PerRow, ZRows, ZRows | None]:
@@ -599,7 +629,12 @@ def _estimated(z: ZRows, listed: SampledTokens, objective: _Objective) -> tuple[
     """
     log_q = _log_softmax(z, objective.temperature)
     student = log_q.gather(1, listed.ids).reshape(-1, 1)
-    terms, slopes = SLOPES[objective.divergence](student, listed.log_probs.reshape(-1, 1), **objective.options)
+    width = listed.ids.shape[1]
+    options = {
+        name: value.repeat_interleave(width, 0) if isinstance(value, Tensor) else value
+        for name, value in objective.options.items()
+    }
+    terms, slopes = SLOPES[objective.divergence](student, listed.log_probs.reshape(-1, 1), **options)
     counts, factors = listed.factors > 0, listed.factors
     value = torch.where(counts, factors * terms.view_as(factors), 0.0).sum(1)
     slope = torch.where(counts, factors * slopes.view_as(factors), 0.0)

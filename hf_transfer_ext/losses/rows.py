@@ -4,15 +4,16 @@ Three forms exist. *Dense* rows are logits or log-probabilities over the vocabul
 hidden states, `LogitRows` has them already, and any other source (a mixture of several teachers, say) is a subclass of
 `DenseRows` with `__len__`, `vocab_size` and `__call__`. *Sparse* rows, `SparseRows`, are the log-probabilities of some
 tokens and the mass of all others. *Sampled* rows, `SampledRows`, are tokens drawn at random, weighted so that the
-expected gradient is that of dense rows. A divergence declares which forms it accepts (`losses.slopes`).
+expected gradient is that of dense rows. `CombinedRows` are those of several teachers, each in its own form. A
+divergence declares which forms it accepts (`losses.slopes`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -72,13 +73,53 @@ class SampledTokens:
         return SampledTokens(self.ids.to(device), self.log_probs.to(device), self.factors.to(device))
 
 
-Block = Tensor | TopTokens | SampledTokens
+@dataclass(frozen=True)
+class MemberBlock:
+    """What one of several teachers says about some tokens of a slice.
+
+    Args:
+        places: These tokens, counted within the slice, ascending; on the CPU.
+        block: Its rows of these tokens, before `finish`.
+        weights: What its divergence counts for at each of them.
+        finish: What is left to do to dense rows.
+    """
+
+    places: Int[Tensor, " own"]
+    block: Any
+    weights: Float[Tensor, " own"]
+    finish: LogitFinish
+
+    def between(self, start: int, stop: int) -> MemberBlock:
+        """The tokens of a part of the slice, counted within that part."""
+        own = _places_between(self.places, start, stop)
+        return MemberBlock(self.places[own] - start, self.block[own], self.weights[own], self.finish)
+
+    def to(self, device: torch.device) -> MemberBlock:
+        return replace(self, block=self.block.to(device), weights=self.weights.to(device))
+
+
+@dataclass(frozen=True)
+class CombinedBlock:
+    """A slice of `CombinedRows`: `size` tokens, and what each teacher says about its own among them."""
+
+    members: tuple[MemberBlock, ...]
+    size: int
+
+    def __getitem__(self, part: slice) -> CombinedBlock:
+        start, stop, _ = part.indices(self.size)
+        return CombinedBlock(tuple(one.between(start, stop) for one in self.members), stop - start)
+
+    def to(self, device: torch.device) -> CombinedBlock:
+        return CombinedBlock(tuple(one.to(device) for one in self.members), self.size)
+
+
+Block = Tensor | TopTokens | SampledTokens | CombinedBlock
 
 
 class TeacherRows(ABC):
     """The teacher's distribution at each of `len(rows)` tokens."""
 
-    form: ClassVar[Form]
+    form: Form
     #: What is left to do to dense rows, a few at a time and in float32.
     finish: LogitFinish = LogitFinish()
 
@@ -106,7 +147,7 @@ class DenseRows(TeacherRows):
     Either is divided by the temperature of the loss, and normalized by it.
     """
 
-    form: ClassVar[Form] = "dense"
+    form: Form = "dense"
     vocab_size: int
 
     @abstractmethod
@@ -166,7 +207,7 @@ class SparseRows(TeacherRows):
         ValueError: A row does not sum to 1, by more than 1 %.
     """
 
-    form: ClassVar[Form] = "sparse"
+    form: Form = "sparse"
 
     def __init__(self, top: TopTokens, *, temperature: float = 1.0) -> None:
         self.top = replace(top, log_probs=top.log_probs.detach().float(), tail=top.tail.detach().float())
@@ -218,14 +259,19 @@ class SampledRows(TeacherRows):
 
     When to use it: a cache of teacher outputs whose gradient is not biased towards the head of the distribution.
 
+    Args:
+        listed: The rows.
+        temperature: That of the teacher's softmax; the loss has to have the same one.
+        top: The first entries of each row that are its likeliest tokens, and always listed; 0 where all are drawn.
+
     Source: Sparse Logit Sampling, Anshumann et al. 2025, https://arxiv.org/abs/2503.16870
     """
 
-    form: ClassVar[Form] = "sampled"
+    form: Form = "sampled"
 
-    def __init__(self, listed: SampledTokens, *, temperature: float = 1.0) -> None:
+    def __init__(self, listed: SampledTokens, *, temperature: float = 1.0, top: int = 0) -> None:
         self.listed = SampledTokens(listed.ids, listed.log_probs.detach().float(), listed.factors.detach().float())
-        self.temperature = temperature
+        self.temperature, self.top = temperature, top
 
     @staticmethod
     def from_logits(
@@ -270,6 +316,7 @@ class SampledRows(TeacherRows):
                 torch.cat([torch.ones_like(first.values), factors], 1),
             ),
             temperature=temperature,
+            top=top,
         )
 
     def __len__(self) -> int:
@@ -281,6 +328,111 @@ class SampledRows(TeacherRows):
     @property
     def row_elements(self) -> int:
         return self.listed.ids.shape[1]
+
+
+class CombinedRows(TeacherRows):
+    r"""Several teachers' rows, each in its own form: a token's divergence is a weighted sum of theirs.
+
+    .. math:: D_t = \sum_i w_{ti} \, D(q_t, p_{ti})
+
+    `routed`: each token has one teacher, so that the loss is the sum of their separate losses. Every divergence that
+    accepts the forms of all of them accepts such rows.
+
+    `mixed`: every teacher speaks of each token. For a divergence that is linear in p up to a term without q, as
+    forward_kl is, the gradient is that of the mixture :math:`\sum_i w_i p_i`; the value is larger by what the teachers
+    differ from their mixture, :math:`\sum_i w_i KL(p_i \| \sum_j w_j p_j)`, which no student can change. A sparse
+    teacher's tail is one bucket in its own term, so it follows the student's tail, and sampled rows stay unbiased.
+    Other divergences need the probability of the mixture itself, which the unlisted tokens of one teacher leave
+    unknown: they are refused (the form "mixture" of `losses.slopes`). `MixtureRows` mixes dense rows for all of them.
+
+    Args:
+        members: The rows of each teacher.
+        places: The tokens that each speaks of, ascending, one for each of its rows.
+        weights: What each counts for at these tokens.
+        tokens: The number of all tokens.
+        form: "mixture" where weights matter to the divergence, else a form of the members.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[TeacherRows],
+        places: Sequence[Int[Tensor, " _own"]],
+        weights: Sequence[Float[Tensor, " _own"]],
+        *,
+        tokens: int,
+        form: Form,
+    ) -> None:
+        self.members, self.places = list(members), [one.cpu() for one in places]
+        self.weights, self.tokens, self.form = [one.detach().float() for one in weights], tokens, form
+        lengths = [[len(one) for one in several] for several in (self.members, self.places, self.weights)]
+        if not lengths[0] == lengths[1] == lengths[2]:
+            raise ValueError(f"Each teacher needs one place and one weight for each of its rows, got {lengths}.")
+
+    @staticmethod
+    def routed(members: Sequence[TeacherRows], places: Sequence[Int[Tensor, " _own"]]) -> CombinedRows:
+        """Rows of different tokens, which together are all of them.
+
+        Raises:
+            ValueError: A token has no teacher, or several.
+        """
+        tokens = sum(len(one) for one in places)
+        joined = torch.cat([torch.zeros(0, dtype=torch.long), *(one.cpu() for one in places)])
+        if not joined.sort().values.equal(torch.arange(tokens)):
+            raise ValueError(f"Each of {tokens} tokens needs one teacher, got the places {joined.tolist()[:20]} ...")
+        ones = [torch.ones(len(one)) for one in places]
+        form: Form = members[0].form if members else "dense"
+        return CombinedRows(members, places, ones, tokens=tokens, form=form)
+
+    @staticmethod
+    def mixed(members: Sequence[TeacherRows], weights: Float[Tensor, "tokens members"]) -> CombinedRows:
+        """Rows of the same tokens.
+
+        Args:
+            weights: Share of each member at each token; each row sums to 1.
+        """
+        check_shares(weights)
+        places = [torch.arange(len(weights))] * len(members)
+        return CombinedRows(members, places, weights.unbind(1), tokens=len(weights), form="mixture")
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __call__(self, part: slice) -> CombinedBlock:
+        return self._read(part, [member.__call__ for member in self.members])
+
+    def reader(self) -> Callable[[slice], CombinedBlock]:
+        readers = [member.reader() for member in self.members]
+        return lambda part: self._read(part, readers)
+
+    def _read(self, part: slice, readers: Sequence[Callable[[slice], Block]]) -> CombinedBlock:
+        start, stop, _ = part.indices(self.tokens)
+        found = []
+        for member, read, places, weights in zip(self.members, readers, self.places, self.weights, strict=True):
+            own = _places_between(places, start, stop)
+            if own.start < own.stop:
+                found.append(MemberBlock(places[own] - start, read(own), weights[own], member.finish))
+        return CombinedBlock(tuple(found), stop - start)
+
+    @property
+    def row_elements(self) -> int:
+        """On average over the tokens, each of which may have rows of several members."""
+        return -(-sum(len(member) * member.row_elements for member in self.members) // max(self.tokens, 1))
+
+
+def _places_between(places: Tensor, start: int, stop: int) -> slice:
+    """Which of some ascending places lie in [start, stop)."""
+    first, last = torch.searchsorted(places, torch.tensor([start, stop])).tolist()
+    return slice(first, last)
+
+
+def check_shares(weights: Float[Tensor, "tokens members"]) -> None:
+    """Refuse weights of a mixture that are not probabilities.
+
+    Raises:
+        ValueError: One is negative, or those of a token do not sum to 1.
+    """
+    if weights.numel() and not bool((weights >= 0).all() & ((weights.sum(1) - 1).abs() < 1e-4).all()):
+        raise ValueError(f"The weights of a mixture have to be >= 0 and sum to 1, got {weights[0].tolist()} ...")
 
 
 class Projection:

@@ -12,7 +12,9 @@ rows at a time.
 A divergence also declares which forms of a teacher it accepts: "dense" rows over the vocabulary; "sparse" ones, some
 tokens and one bucket for all the others; and "sampled" ones, some tokens drawn at random (`losses.rows`). Any sum over
 outcomes of a function of (q, p) accepts all three: a bucket is an outcome, and a sum can be estimated from some of its
-terms. One that ranks single tokens accepts dense rows alone.
+terms. One that ranks single tokens accepts dense rows alone. A fourth form, "mixture", is a weighted sum of several
+teachers' divergences: it has the gradient of their mixture where D is linear in p up to a term without q, as that of
+forward_kl is.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ Slope = Callable[..., tuple[PerRow, Rows]]
 Formula = TypeVar("Formula", bound=Callable)
 #: "dense": logits or log-probabilities over the vocabulary. "sparse": some tokens, and the mass of all the others.
 #: "sampled": tokens drawn at random, each weighted so that a sum over them estimates the sum over the vocabulary.
-Form = Literal["dense", "sparse", "sampled"]
-#: The forms that a sum over the vocabulary accepts.
+#: "mixture": several teachers' rows of these forms, mixed by weights (`losses.rows.CombinedRows`).
+Form = Literal["dense", "sparse", "sampled", "mixture"]
 ALL_FORMS: tuple[Form, ...] = get_args(Form)
+#: The forms that a sum over the vocabulary accepts.
+SUM_FORMS: tuple[Form, ...] = ("dense", "sparse", "sampled")
 
 SLOPES: dict[Callable, Slope] = {}
 _FORMS: dict[Callable, tuple[Form, ...]] = {}
@@ -47,7 +51,7 @@ def fused_by(slope: Slope, *, forms: tuple[Form, ...] = ("dense",)) -> Callable[
 
     Args:
         forms: The forms of a teacher that the divergence accepts. "sparse" and "sampled" say that the divergence is a
-            sum over tokens of a function of (q, p) alone.
+            sum over tokens of a function of (q, p) alone; "mixture", that it is linear in p up to a term without q.
     """
 
     def tie(formula: Formula) -> Formula:
@@ -80,17 +84,27 @@ def forms_of(divergence: Callable) -> tuple[Form, ...]:
     return _FORMS.get(divergence, ("dense",))
 
 
-def require_form(divergence: Callable, form: Form) -> None:
+def require_form(divergence: Callable, form: Form, teacher: str = "this teacher") -> None:
     """Refuse a teacher whose rows the divergence cannot read.
+
+    Args:
+        teacher: What a message calls it.
 
     Raises:
         ValueError: The divergence does not accept this form.
     """
     forms = forms_of(divergence)
-    if form not in forms:
-        name = getattr(divergence, "__name__", repr(divergence))
+    name = getattr(divergence, "__name__", repr(divergence))
+    if form == "mixture" and form not in forms:
         raise ValueError(
-            f"{name} needs {' or '.join(forms)} teacher rows, but this teacher gives {form} ones. Choose a divergence "
+            f"{name} needs the probability of each token in the mixture of several teachers, but a cache or a server "
+            "among them lists only some tokens, and what one does not list is unknown. Choose forward_kl, whose "
+            "gradient is the weighted sum of each teacher's own; or mix models and adapters alone; or give each row "
+            "of the data one teacher (`teachers_by: column`)."
+        )
+    if form not in forms:
+        raise ValueError(
+            f"{name} needs {' or '.join(forms)} teacher rows, but {teacher} gives {form} ones. Choose a divergence "
             f"that accepts {form} rows, or a teacher of the other form."
         )
 

@@ -272,7 +272,7 @@ def _opened(stored: _Rows, spec: CacheSpec, device: torch.device) -> SparseRows 
     drawn = (mass[:, None] - spec.tau * log_probs).exp() * counts / int(spec.samples or 1)
     listed = (counts == 0) & torch.from_numpy(filled).to(device)
     factors = torch.where(counts > 0, drawn, listed.float())
-    return SampledRows(SampledTokens(ids, log_probs, factors), temperature=spec.temperature)
+    return SampledRows(SampledTokens(ids, log_probs, factors), temperature=spec.temperature, top=int(spec.top or 0))
 
 
 @dataclass(frozen=True)
@@ -639,11 +639,8 @@ def open_cache(
         ValueError: The cache is of another teacher, tokenizer, temperature or kind; or it is on the Hub, and a teacher
             would add rows to it.
     """
-    if teacher is not None and str(folder).startswith(ON_HUB):
-        raise ValueError(
-            f"The teacher cache {str(folder)!r} is on the Hub, where no rows are added to it. Leave the teacher out, "
-            "or copy the folder that `pull_cache` gives and name the copy."
-        )
+    if teacher is not None:
+        refuse_hub_folder(folder)
     folder = cache_folder(folder)
     spec = planned_spec(folder, temperature, options)
     if teacher is not None:
@@ -656,6 +653,15 @@ def open_cache(
     wanted = {**cache.fingerprint, **asdict(spec), "tokenizer": tokenizer_digest(tokenizer)}
     require_same_fingerprint(cache.fingerprint, wanted, cache.folder)
     return CachedTeacher(cache)
+
+
+def refuse_hub_folder(folder: str | Path) -> None:
+    """Refuse a cache on the Hub where a teacher would add rows to it."""
+    if str(folder).startswith(ON_HUB):
+        raise ValueError(
+            f"The teacher cache {str(folder)!r} is on the Hub, where no rows are added to it. Leave the teacher out, "
+            "or copy the folder that `pull_cache` gives and name the copy."
+        )
 
 
 class FlushCallback(TrainerCallback):

@@ -8,23 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_transfer_ext.losses.rows import DenseRows
-from hf_transfer_ext.teachers.several import MixtureRows, Several
+from hf_transfer_ext.teachers.several import Several, mixed_signal, views_of
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
 from hf_transfer_ext.tensors import Mask
 
 #: The gate and the state of its optimizer in a checkpoint.
 GATE_FILE = "teacher_gate.safetensors"
-#: Tokens whose distributions are looked at at once.
-FEW = 64
 
 
 class LearnedTeachers(Several):
-    r"""A mixture in which a small gate, trained along, sets each token's weights from how sure the teachers are.
+    r"""A mixture in which a small gate, trained with the student, weights each token by the teachers' confidence.
 
     .. math:: w = \mathrm{softmax}(A f + b), \quad f = (H(p_1), \log \max p_1, \dots, H(p_n), \log \max p_n)
 
@@ -33,12 +29,17 @@ class LearnedTeachers(Several):
     weights of a batch come from the batches before it: its own labels do not show in them.
 
     Args:
-        teachers: Name -> teacher, with dense rows.
+        teachers: Name -> teacher. With a cache or a server among them, entropies and likelihoods are those that the
+            lists show of every teacher alike: of the k likeliest tokens and one bucket, with k the shortest list, and
+            of the label, or of "a token that not every list has" (`several.views_of`). The divergence has to be
+            forward_kl then. A cache of kind "samples" does not know its likeliest tokens, and is refused.
         rate: Learning rate of the gate, > 0.
         temperature: The `distill_temperature` of the training.
 
     When to use it: teachers of different domains, or of different quality, where no column of the data says which one
-    knows a row and labels exist; other than by confidence, a teacher that is sure and wrong loses its weight.
+    knows a row and the texts are data; unlike by confidence, a teacher that is confident and wrong loses its weight.
+    On texts that the student writes, the gate would favor the teacher that is most like the student: `on_policy` is
+    refused.
 
     Deviation from the paper: its aggregator is a transformer over the teachers' features, trained through the
     student's own update (meta-learning); here it is linear in two numbers of each teacher, and trained on labels.
@@ -48,7 +49,6 @@ class LearnedTeachers(Several):
 
     def __init__(self, teachers: Mapping[str, Teacher], *, rate: float = 1e-2, temperature: float = 1.0) -> None:
         super().__init__(teachers)
-        self._need_dense()
         if not rate > 0 or not temperature > 0:
             raise ValueError(f"`rate` and `temperature` have to be > 0, got {rate} and {temperature}.")
         self.temperature = temperature
@@ -59,15 +59,14 @@ class LearnedTeachers(Several):
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The mixture at the student's labeled tokens; see `Teacher.signal`. In training the gate takes a step."""
-        labels = inputs["input_ids"][:, 1:][mask]
-        rows = self._signals(student, inputs, mask)
-        seen = [_seen(one, labels) for one in rows]
-        features = torch.cat([one[:, :2] for one in seen], 1)
+        rows = self._rows(student, inputs, mask)
+        views = views_of(self.teachers, rows, inputs["input_ids"][:, 1:][mask], self.temperature)
+        features = views[..., :2].flatten(1)
         with torch.no_grad():
             weights = self.gate(features).softmax(-1)
         if student.training and torch.is_grad_enabled():
-            self._learn(features, torch.stack([one[:, 2] for one in seen], 1), mask.device)
-        return TeacherSignal(MixtureRows(rows, weights, temperature=self.temperature))
+            self._learn(features, views[..., 2], mask.device)
+        return mixed_signal(rows, weights, self.temperature)
 
     def _learn(self, features: Tensor, log_likelihoods: Tensor, device: torch.device) -> None:
         self._optimizer.zero_grad()
@@ -93,13 +92,13 @@ class LearnedTeachers(Several):
 
         Raises:
             FileNotFoundError: The checkpoint has none.
-            ValueError: It is of other teachers.
+            ValueError: It is for another number of teachers.
         """
         path = Path(folder) / GATE_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"The checkpoint {str(folder)!r} has no {GATE_FILE}: it was not written with `teachers_by: learned`. "
-                "Resume with the settings that it was written with, or start anew."
+                "Resume with the settings that it was written with, or start over."
             )
         saved = load_file(path)
         if saved["weight"].shape != self.gate.weight.shape:
@@ -117,16 +116,3 @@ class LearnedTeachers(Several):
         for name, parameter in self.gate.named_parameters():
             found |= {f"{name}.{key}": value for key, value in self._optimizer.state.get(parameter, {}).items()}
         return found
-
-
-def _seen(rows: DenseRows, labels: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens 3"]:
-    """Entropy in nats, log of the largest probability, and log-probability of the label, at temperature 1."""
-    read, found = rows.reader(), [torch.zeros(0, 3)]
-    for start in range(0, len(rows), FEW):
-        part = slice(start, min(start + FEW, len(rows)))
-        block: Any = read(part)
-        log_p = rows.finish(block.float()).log_softmax(-1)
-        entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)
-        likelihood = log_p.gather(1, labels[part, None].to(log_p.device))[:, 0]
-        found.append(torch.stack([entropy, log_p.amax(-1), likelihood], 1).cpu())
-    return torch.cat(found)

@@ -1,27 +1,58 @@
-"""Several teachers at once: a weighted mixture, one for each row of the data, or the one that is surest.
+"""Several teachers at once: a weighted mixture, a mixture by confidence, or one teacher for each row of the data.
 
 A mixture whose weights are learned is in `teachers/learned.py`.
 
-Any `Teacher` takes part: models, adapters of one base, the base with adapters off, caches. What each is good for
-decides how they are combined.
+Any `Teacher` takes part: models, adapters of one base, the base with adapters off, caches, servers. A mixture of
+models and adapters is one distribution over the vocabulary, which every divergence accepts and a cache can store. With
+a cache or a server among them it is a weighted sum of each teacher's own divergence, which has the gradient of the
+mixture for forward_kl alone (`losses.rows.CombinedRows`); other divergences are refused.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
-from hf_transfer_ext.losses.rows import DenseBlock, DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
-from hf_transfer_ext.losses.slopes import Form
+from hf_transfer_ext.losses.rows import (
+    CombinedRows,
+    DenseBlock,
+    DenseRows,
+    SampledRows,
+    SparseRows,
+    TeacherRows,
+    check_shares,
+)
+from hf_transfer_ext.losses.slopes import ALL_FORMS, Form, weighted
+from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.teachers.cache import (
+    FORMAT,
+    CachedTeacher,
+    TeacherCache,
+    planned_spec,
+    refuse_hub_folder,
+    tokenizer_digest,
+    weights_digest,
+)
+from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
 from hf_transfer_ext.tensors import Mask
+
+#: Tokens whose distributions are read at once.
+FEW = 64
+#: Least probability of "any other token": below it, what is left of a sum is rounding.
+LEAST_REST = 1e-6
 
 
 class MixtureRows(DenseRows):
@@ -38,11 +69,9 @@ class MixtureRows(DenseRows):
     def __init__(
         self, members: Sequence[DenseRows], weights: Float[Tensor, "tokens members"], *, temperature: float = 1.0
     ) -> None:
-        if not weights.numel() or bool((weights >= 0).all() & ((weights.sum(1) - 1).abs() < 1e-4).all()):
-            self.members, self.weights, self.temperature = list(members), weights.float(), temperature
-            self.vocab_size = min(member.vocab_size for member in members)
-            return
-        raise ValueError(f"The weights of a mixture have to be >= 0 and sum to 1, got {weights[0].tolist()} ...")
+        check_shares(weights)
+        self.members, self.weights, self.temperature = list(members), weights.float(), temperature
+        self.vocab_size = min(member.vocab_size for member in members)
 
     def __len__(self) -> int:
         return len(self.members[0])
@@ -64,52 +93,69 @@ class MixtureRows(DenseRows):
         return total.mul_(self.temperature)
 
 
-class Several:
-    """What all combinations share: names, and one form."""
+class Several(ABC):
+    """What all combinations share: the teachers' names, and the forms of their rows."""
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
         if not teachers:
             raise ValueError("Several teachers are needed, got none.")
         self.teachers = dict(teachers)
-        forms = {name: teacher.form for name, teacher in self.teachers.items()}
-        if len(set(forms.values())) > 1:
-            shown = ", ".join(f"{name} {form}" for name, form in forms.items())
-            raise ValueError(
-                f"Teachers that are combined need rows of one form, got {shown}. Put all of them behind caches of one "
-                "kind, or none."
-            )
-        self.form: Form = next(iter(forms.values()))
 
-    def _need_dense(self) -> None:
-        if self.form != "dense":
-            raise ValueError(
-                f"{type(self).__name__} needs the whole distribution of each teacher, got {self.form} rows: what one "
-                "does not list, another one may. Use the models themselves, or `RoutedTeachers`; the mixture can then "
-                "be cached as one teacher."
-            )
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """All forms that a divergence has to accept: those of the teachers, and "mixture" where not all are dense."""
+        found = {form for teacher in self.teachers.values() for form in teacher_forms(teacher)}
+        if found != {"dense"}:
+            found.add("mixture")
+        return tuple(form for form in ALL_FORMS if form in found)
 
-    def _signals(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> list[Any]:
-        found = []
-        for name, teacher in self.teachers.items():
-            signal = teacher.signal(student, inputs, mask)
-            _refuse_own_targets(name, signal)
-            found.append(signal.rows)
-        return found
+    @property
+    def form(self) -> Form:
+        """The form that the fewest divergences accept, "dense" where all rows are."""
+        return self.forms[-1]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a teacher is split across processes, which have to run it together."""
+        return any(getattr(teacher, "sharded", False) for teacher in self.teachers.values())
+
+    @abstractmethod
+    def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
+        """The teachers' view of a batch; see `Teacher.signal`."""
+
+    def _rows(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> list[TeacherRows]:
+        """The rows of each teacher at the labeled tokens."""
+        return [_own_rows(name, one.signal(student, inputs, mask)) for name, one in self.teachers.items()]
 
 
-def _refuse_own_targets(name: str, signal: TeacherSignal) -> None:
+def teacher_forms(teacher: Teacher) -> tuple[Form, ...]:
+    """The forms of a teacher's rows: several, where teachers are combined."""
+    return teacher.forms if isinstance(teacher, Several) else (teacher.form,)
+
+
+def _own_rows(name: str, signal: TeacherSignal) -> TeacherRows:
     if signal.targets is not None:
         raise ValueError(
-            f"The teacher {name!r} speaks of tokens of its own (another tokenizer), which cannot be combined with "
-            "others."
+            f"The teacher {name!r} gives rows for tokens of its own (another tokenizer), which cannot be combined "
+            "with those of others."
         )
+    return signal.rows
+
+
+def mixed_signal(rows: Sequence[Any], weights: Float[Tensor, "tokens members"], temperature: float) -> TeacherSignal:
+    """A mixture of rows of the same tokens: one distribution where all are dense, else a sum of divergences."""
+    if all(isinstance(one, DenseRows) for one in rows):
+        return TeacherSignal(MixtureRows(rows, weights, temperature=temperature))
+    return TeacherSignal(CombinedRows.mixed(rows, weights))
 
 
 class MixedTeachers(Several):
     """The weighted mixture of the teachers' probabilities, the same at each token.
 
     Args:
-        teachers: Name -> teacher, with dense rows.
+        teachers: Name -> teacher. With a cache or a server among them the divergence has to be forward_kl, whose
+            gradient is the weighted sum of each teacher's own: nothing is assumed of the tokens that one does not
+            list. A list of all tokens gives the gradient of the model itself.
         weights: Name -> share, > 0; divided by their sum. None: equal ones.
         temperature: The `distill_temperature` of the training.
 
@@ -120,7 +166,6 @@ class MixedTeachers(Several):
         self, teachers: Mapping[str, Teacher], weights: Mapping[str, float] | None = None, *, temperature: float = 1.0
     ) -> None:
         super().__init__(teachers)
-        self._need_dense()
         weights = weights if weights is not None else dict.fromkeys(teachers, 1.0)
         for name in weights:
             if name not in self.teachers:
@@ -136,9 +181,9 @@ class MixedTeachers(Several):
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The mixture at the student's labeled tokens; see `Teacher.signal`."""
-        rows = self._signals(student, inputs, mask)
+        rows = self._rows(student, inputs, mask)
         shares = torch.tensor(self.shares).expand(len(rows[0]), -1)
-        return TeacherSignal(MixtureRows(rows, shares, temperature=self.temperature))
+        return mixed_signal(rows, shares, self.temperature)
 
 
 class ConfidentTeachers(Several):
@@ -146,49 +191,124 @@ class ConfidentTeachers(Several):
 
     .. math:: w_i \propto \exp(-H(p_i) / \tau)
 
-    with the entropy H in nats: a small tau takes the surest teacher alone, a large one gives equal weights.
+    with the entropy H in nats: a small tau takes the most confident teacher alone, a large one gives equal weights.
 
     Args:
-        teachers: Name -> teacher, with dense rows.
+        teachers: Name -> teacher. With a cache or a server among them the entropies are those of the k likeliest
+            tokens and one bucket for all others, k being the shortest list, for every teacher alike: lists of
+            different lengths, and whole distributions, are compared fairly. The divergence has to be forward_kl then
+            (`MixedTeachers`). A cache of kind "samples" does not know its likeliest tokens, and is refused.
         sharpness: tau in nats, > 0.
-        temperature: The `distill_temperature` of the training.
+        temperature: The `distill_temperature` of the training. Entropies of whole distributions are taken at
+            temperature 1, those of lists at this one.
 
     When to use it: teachers of different domains, where no column of the data says which one knows a row. A teacher
-    that is sure and wrong is not found out.
+    that is confident and wrong is not detected.
 
     Source: this package's own.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], *, sharpness: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__(teachers)
-        self._need_dense()
         if not sharpness > 0 or not temperature > 0:
             raise ValueError(f"`sharpness` and `temperature` have to be > 0, got {sharpness} and {temperature}.")
         self.sharpness, self.temperature = sharpness, temperature
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The mixture at the student's labeled tokens; see `Teacher.signal`."""
-        rows = self._signals(student, inputs, mask)
-        entropies = torch.stack([_entropies(one) for one in rows], 1)
-        weights = (-entropies / self.sharpness).softmax(1)
-        return TeacherSignal(MixtureRows(rows, weights, temperature=self.temperature))
+        rows = self._rows(student, inputs, mask)
+        entropies = views_of(self.teachers, rows, inputs["input_ids"][:, 1:][mask], self.temperature)[..., 0]
+        return mixed_signal(rows, (-entropies / self.sharpness).softmax(1), self.temperature)
 
 
-def _entropies(rows: DenseRows, few: int = 64) -> Float[Tensor, " tokens"]:
-    """Entropy at temperature 1 of each row, in nats, a few rows at a time."""
-    read, found = rows.reader(), [torch.zeros(0)]
-    for start in range(0, len(rows), few):
-        block: Any = read(slice(start, min(start + few, len(rows))))
-        log_p = rows.finish(block.float()).log_softmax(-1)
-        found.append(-torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1).cpu())
+def views_of(
+    names: Sequence[str] | Mapping[str, Any], rows: Sequence[Any], labels: Int[Tensor, " tokens"], temperature: float
+) -> Float[Tensor, "tokens members 3"]:
+    """How sure each teacher is at each token, and how likely it finds the label, measured alike for all of them.
+
+    Of dense rows alone, at temperature 1: the entropy in nats, the log of the largest probability, and the
+    log-probability of the label. Where some teachers list only some tokens, all are viewed at the temperature of the
+    loss and through the lists: the entropy is that of the k likeliest tokens and one bucket for all others, with k the
+    length of the shortest list; the label stands for itself where every list has it, and else for "a token that not
+    every list has", whose probability each teacher knows, too. So no probability is assumed that a list lacks.
+
+    Args:
+        names: The teachers' names, in the order of `rows`.
+        temperature: Of the loss, which lists were made at.
+
+    Raises:
+        ValueError: A teacher does not list its likeliest tokens.
+    """
+    lists = [None if isinstance(one, DenseRows) else _lists(name, one) for name, one in zip(names, rows, strict=True)]
+    readers = [one.reader() for one in rows]
+    found = [torch.zeros(0, len(rows), 3)]
+    for start in range(0, len(labels), FEW):
+        part = slice(start, min(start + FEW, len(labels)))
+        shown: list[Any] = []  # the ids of a list, or None, and log-probabilities
+        for one, read, listed in zip(rows, readers, lists, strict=True):
+            if listed is not None:
+                shown.append((listed[0][part], listed[1][part]))
+                continue
+            logits = one.finish(read(part).float())
+            through = temperature if any(lists) else 1.0
+            shown.append((None, (logits / through).log_softmax(-1)))
+        own = labels[part].cpu()
+        views = _through_lists(shown, own) if any(lists) else [_whole_view(log_p, own) for _, log_p in shown]
+        found.append(torch.stack(views, 1))
     return torch.cat(found)
+
+
+def _lists(name: str, rows: Any) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row with their log-probabilities, on the CPU."""
+    if isinstance(rows, SparseRows):
+        return rows.top.ids.cpu(), rows.top.log_probs.cpu()
+    if isinstance(rows, SampledRows) and rows.top:
+        return rows.listed.ids[:, : rows.top].cpu(), rows.listed.log_probs[:, : rows.top].cpu()
+    raise ValueError(
+        f"The teacher {name!r} does not list its likeliest tokens ({type(rows).__name__}), from which its confidence "
+        "is read. Make its cache with `kind: top` or `top_and_samples`, or combine the teachers by weight."
+    )
+
+
+def _whole_view(log_p: Tensor, labels: Tensor) -> Float[Tensor, "rows 3"]:
+    entropy = -weighted(log_p.exp(), log_p).sum(-1)
+    likelihood = log_p.gather(1, labels[:, None].to(log_p.device))[:, 0]
+    return torch.stack([entropy, log_p.amax(-1), likelihood], 1).cpu()
+
+
+def _through_lists(shown: Sequence[tuple[Tensor | None, Tensor]], labels: Tensor) -> list[Float[Tensor, "rows 3"]]:
+    """What `views_of` says of each teacher where some of them have lists."""
+    lists = [ids for ids, _ in shown if ids is not None]
+    first, size = lists[0], min(ids.shape[1] for ids in lists)
+    in_all = torch.ones_like(first, dtype=torch.bool)
+    for ids in lists[1:]:
+        in_all &= (first[:, :, None] == ids[:, None, :]).any(2)
+    is_label = (first == labels[:, None]) & in_all
+    found = []
+    for own, log_p in shown:
+        likeliest = log_p.topk(min(size, log_p.shape[1])).values.cpu()
+        rest = (1 - likeliest.exp().sum(1)).clamp(min=0)
+        entropy = -weighted(likeliest.exp(), likeliest).sum(1) - weighted(rest, rest.log())
+        if own is None:
+            at_first = log_p.gather(1, first.to(log_p.device)).cpu()
+        else:
+            same = first[:, :, None] == own[:, None, :]
+            at_first = torch.where(same, log_p[:, None, :], -torch.inf).amax(2)
+        outside = 1 - torch.where(in_all, at_first.exp(), 0.0).sum(1)
+        of_label = torch.where(is_label, at_first, -torch.inf).amax(1)
+        likelihood = torch.where(is_label.any(1), of_label, outside.clamp(min=LEAST_REST).log())
+        found.append(torch.stack([entropy, likeliest[:, 0], likelihood], 1))
+    return found
 
 
 class RoutedTeachers(Several):
     """One teacher for each row of the batch, by a column of the data. The others do not run for it.
 
+    Each row's tokens get the divergence of their own teacher's form, and the loss is the sum of these: models, caches
+    of every kind and servers mix freely, as long as the divergence accepts the form of each.
+
     Args:
-        teachers: Name -> teacher; all with rows of one form.
+        teachers: Name -> teacher.
         column: Name of the batch's tensor `(batch,)` that says which: the place of a teacher in `teachers`, from 0.
             The data collator has to keep it (`remove_unused_columns=False`); the student does not see it.
 
@@ -199,6 +319,12 @@ class RoutedTeachers(Several):
     def __init__(self, teachers: Mapping[str, Teacher], *, column: str = "teacher") -> None:
         super().__init__(teachers)
         self.column = column
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """All forms that a divergence has to accept: those of the teachers."""
+        found = {form for teacher in self.teachers.values() for form in teacher_forms(teacher)}
+        return tuple(form for form in ALL_FORMS if form in found)
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The chosen teacher's rows at the student's labeled tokens; see `Teacher.signal`.
@@ -213,16 +339,14 @@ class RoutedTeachers(Several):
                 f"{getattr(routes, 'shape', None)}. Keep it with `remove_unused_columns=False` and a collator that "
                 "passes it on."
             )
-        names = list(self.teachers)
-        if routes.numel() and not 0 <= int(routes.min()) <= int(routes.max()) < len(names):
-            raise ValueError(
-                f"The column {self.column!r} names teacher {int(routes.max())}, but there are {len(names)}: "
-                f"{', '.join(names)}, counted from 0."
-            )
-        rows_of, parts = [], []
+        unknown = [route for route in routes.tolist() if not 0 <= route < len(self.teachers)]
+        if unknown:
+            raise ValueError(no_such_place(unknown[0], self.column, list(self.teachers)))
+        members, places = [], []
         for i, (name, teacher) in enumerate(self.teachers.items()):
             chosen = (routes == i).to(mask.device)
-            if not bool((mask & chosen[:, None]).any()):
+            of_chosen = mask & chosen[:, None]
+            if not bool(of_chosen.any()):
                 continue
             own = {
                 key: value[chosen.to(value.device)]
@@ -230,79 +354,90 @@ class RoutedTeachers(Several):
                 else value
                 for key, value in inputs.items()
             }
-            signal = teacher.signal(student, own, mask[chosen])
-            _refuse_own_targets(name, signal)
-            parts.append(signal.rows)
-            rows_of.append((mask & chosen[:, None])[mask].nonzero()[:, 0])
-        if not parts:
-            return TeacherSignal(next(iter(self.teachers.values())).signal(student, inputs, mask).rows)
-        order = torch.cat(rows_of).argsort()
-        return TeacherSignal(_arranged(parts, order))
+            members.append(_own_rows(name, teacher.signal(student, own, mask[chosen])))
+            places.append(of_chosen[mask].nonzero()[:, 0])
+        return TeacherSignal(CombinedRows.routed(members, places))
 
 
-class _ArrangedRows(DenseRows):
-    """Dense rows of several members, one behind the other, read in another order."""
-
-    def __init__(self, members: Sequence[DenseRows], order: Tensor) -> None:
-        self.members, self.order = list(members), order.cpu()
-        self.vocab_size = min(member.vocab_size for member in members)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __call__(self, part: slice) -> DenseBlock:
-        wanted, blocks, places, start = self.order[part], [], [], 0
-        for member in self.members:
-            own = ((wanted >= start) & (wanted < start + len(member))).nonzero()[:, 0]
-            if len(own):
-                # Rows of a member stay in order, so those of a part lie within one slice.
-                first, last = int(wanted[own[0]]) - start, int(wanted[own[-1]]) - start
-                block: Any = member(slice(first, last + 1))
-                blocks.append(member.finish(block.float())[:, : self.vocab_size])
-                places.append(own)
-            start += len(member)
-        joined = torch.cat([block.to(blocks[0].device) for block in blocks])
-        return joined[torch.cat(places).argsort().to(joined.device)]
+def no_such_place(value: int, column: str, names: Sequence[str]) -> str:
+    """Why a number does not name a teacher."""
+    return (
+        f"The column {column!r} names teacher {value}, but there are {len(names)}: {', '.join(names)}, counted from 0."
+    )
 
 
-def _arranged(parts: Sequence[Any], order: Tensor) -> DenseRows | SparseRows | SampledRows:
-    """Rows of several teachers, brought into the order of the batch."""
-    if isinstance(parts[0], DenseRows):
-        return _ArrangedRows(parts, order)
-    temperatures = {part.temperature for part in parts}
-    if len(temperatures) > 1:
-        raise ValueError(f"The teachers' caches have different temperatures: {sorted(temperatures)}. Use one.")
-    order = order.to(parts[0].top.ids.device if isinstance(parts[0], SparseRows) else parts[0].listed.ids.device)
-    if isinstance(parts[0], SparseRows):
-        widths = {part.top.ids.shape[1] for part in parts}
-        if len(widths) > 1:
-            raise ValueError(
-                f"The teachers' caches list different numbers of tokens: {sorted(widths)}. Use one `top`."
-            )
-        top = TopTokens(
-            torch.cat([part.top.ids for part in parts])[order],
-            torch.cat([part.top.log_probs for part in parts])[order],
-            torch.cat([part.top.tail for part in parts])[order],
-        )
-        return SparseRows(top, temperature=parts[0].temperature)
-    width = max(part.listed.ids.shape[1] for part in parts)
+def open_combined_cache(
+    folder: str,
+    teacher: Several,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    temperature: float,
+    options: Mapping[str, Any] | None = None,
+) -> CachedTeacher:
+    """A mixture behind one cache: its rows are computed once, and from the second epoch on no teacher runs.
 
-    def filled(name: str, rest: float) -> Tensor:
-        tensors = [getattr(part.listed, name) for part in parts]
-        return torch.cat([nn.functional.pad(one, (0, width - one.shape[1]), value=rest) for one in tensors])[order]
+    The cache is known by the weights of all teachers and by how they are mixed. Complete, it is a teacher of its own,
+    without them.
 
-    listed = SampledTokens(filled("ids", 0), filled("log_probs", -math.inf), filled("factors", 0.0))
-    return SampledRows(listed, temperature=parts[0].temperature)
+    Args:
+        folder: A cache of this mixture, or the folder where one is made.
+        teacher: A mixture by weight or by confidence of models and adapters.
+        tokenizer: The student's.
+        temperature: Of the loss.
+        options: Arguments of `CacheSpec`; left out: those of the cache in the folder, or the defaults.
+
+    Raises:
+        ValueError: Such teachers cannot be stored as one, or the folder is a cache of something else.
+    """
+    refuse_hub_folder(folder)
+    live = {name: one for name, one in teacher.teachers.items() if isinstance(one, LiveTeacher)}
+    how = _how_mixed(teacher)
+    if how is None or len(live) < len(teacher.teachers):
+        others = [type(one).__name__ for name, one in teacher.teachers.items() if name not in live]
+        raise ValueError(not_cached_as_one(type(teacher).__name__ if how is None else f"a {others[0]} among them"))
+    spec = planned_spec(folder, temperature, options)
+    sizes = [head_rows(causal_lm_of(one.network)) for one in live.values()]
+    spec.check_vocabulary(min(sizes))
+    models = {id(one.network): one.network for one in live.values()}
+    digests = {key: weights_digest(model) for key, model in models.items()}
+    members = [[digests[id(one.network)], getattr(one, "adapter", None)] for one in live.values()]
+    mixture = json.dumps([members, how], sort_keys=True).encode()
+    fingerprint = {
+        "format": FORMAT, "teacher": f"mixture of {', '.join(live)}", "revision": None,
+        "weights": hashlib.blake2b(mixture, digest_size=16).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer), "vocab_size": min(sizes), **asdict(spec),
+    }  # fmt: skip
+    return CachedTeacher(TeacherCache(folder, fingerprint), teacher)
 
 
-def _single(teachers: Mapping[str, Any]) -> dict[str, Any]:
+def _how_mixed(teacher: Several) -> dict[str, Any] | None:
+    """What a mixture depends on beside its teachers, or None where its rows are not always the same."""
+    if isinstance(teacher, MixedTeachers):
+        return {"shares": teacher.shares, "temperature": teacher.temperature}
+    if isinstance(teacher, ConfidentTeachers):
+        return {"sharpness": teacher.sharpness, "temperature": teacher.temperature}
+    return None
+
+
+def not_cached_as_one(got: str) -> str:
+    """Why some combined teachers are not stored as one cache, and what to do.
+
+    Learned weights change from step to step, routed rows belong to several teachers, and lists and draws of different
+    teachers have no list in common.
+    """
+    return (
+        "`teacher_cache` stores several teachers as one where they are models and adapters, mixed by weight or by "
+        f"confidence; got {got}. Leave `teacher_cache` out. To store each teacher on its own, run `cache-teacher` for "
+        "each model or server, and name the folders in `teachers`: {cache: FOLDER}."
+    )
+
+
+def single_teachers(teachers: Mapping[str, Any]) -> dict[str, Any]:
     """The teachers within combined and cached ones."""
     found: dict[str, Any] = {}
     for name, teacher in teachers.items():
-        if isinstance(teacher, Several):
-            found |= _single(teacher.teachers)
-        else:
-            found[name] = getattr(teacher, "teacher", None) or teacher
+        within = getattr(teacher, "teacher", None) or teacher  # of one that fills a cache
+        found |= single_teachers(within.teachers) if isinstance(within, Several) else {name: within}
     return found
 
 
@@ -314,7 +449,7 @@ def frozen_bytes(teachers: Mapping[str, Any]) -> dict[str, int]:
     """
     seen: set[int] = set()
     found: dict[str, int] = {}
-    for name, teacher in _single(teachers).items():
+    for name, teacher in single_teachers(teachers).items():
         model, total = getattr(teacher, "model", None), 0
         for parameter in model.parameters() if isinstance(model, nn.Module) else ():
             own = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # this process's shard

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_divergence
-from hf_transfer_ext.losses.rows import HeadRows, LogitRows, SampledRows, SampledTokens, SparseRows, TeacherRows
+from hf_transfer_ext.losses.rows import (
+    CombinedRows,
+    HeadRows,
+    LogitRows,
+    SampledRows,
+    SampledTokens,
+    SparseRows,
+    TeacherRows,
+)
 from hf_transfer_ext.losses.slopes import ALL_FORMS, check_signature, forms_of
 from hf_transfer_ext.models.heads import LMHead
 
@@ -28,6 +36,7 @@ def check_divergence(divergence: Callable[..., Tensor], *, minimum: float = 0.0,
     - Value and gradient are those of the formula in float64, in both ways through the fused core and for every form;
       so a slope that does not belong to its formula is found.
     - With sampled rows they have the expectation that dense rows give, over all draws that can occur.
+    - Where it accepts mixtures, the weighted sum over teachers has the gradient of the teachers' mixture.
     - They are the same for all sizes of a chunk.
     - They are finite for wide logits, and a token that both models exclude (-inf) changes nothing.
 
@@ -65,6 +74,8 @@ def check_divergence(divergence: Callable[..., Tensor], *, minimum: float = 0.0,
         _check_numbers(name, divergence, temperature, options)
     if "sampled" in forms:
         _check_expectation(name, divergence, options)
+    if "mixture" in forms:
+        _check_mixture(name, divergence, options)
     _check_extremes(name, divergence, options)
 
 
@@ -151,6 +162,20 @@ def _check_expectation(name: str, divergence: Callable[..., Tensor], options: di
     (expected,) = torch.autograd.grad(dense.sum(), leaf)
     _close(value, dense, f"The expected value of {name} over all draws differs from that of dense rows")
     _close(gradient, expected, f"The expected gradient of {name} over all draws differs from that of dense rows")
+
+
+def _check_mixture(name: str, divergence: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    """The gradient of a weighted sum over two teachers against that of the mixture of their probabilities."""
+    student, first, second = (_logits(seed) for seed in (6, 7, 8))
+    shares = torch.rand(len(student), 2, generator=torch.Generator().manual_seed(9)).softmax(1)
+    mixture = (shares[:, :1] * first.softmax(-1) + shares[:, 1:] * second.softmax(-1)).log()
+    gradients: list[Tensor | None] = []
+    for rows in (CombinedRows.mixed([LogitRows(first), LogitRows(second)], shares), LogitRows(mixture)):
+        leaf = student.clone().requires_grad_()
+        divergence_of_logits(leaf, rows, divergence, weights=torch.ones(len(leaf)), **options).loss.backward()
+        gradients.append(leaf.grad)
+    message = f"{name} accepts mixtures, but its weighted sum over two teachers has another gradient"
+    _close(gradients[0], gradients[1], message)
 
 
 def _check_extremes(name: str, divergence: Callable[..., Tensor], options: dict[str, Any]) -> None:

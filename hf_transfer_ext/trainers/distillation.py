@@ -33,7 +33,15 @@ from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, Teacher
 from hf_transfer_ext.teachers.learned import LearnedTeachers
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.server import ServerTeacher
-from hf_transfer_ext.teachers.several import RoutedTeachers, frozen_bytes, shown_bytes
+from hf_transfer_ext.teachers.several import (
+    RoutedTeachers,
+    Several,
+    frozen_bytes,
+    open_combined_cache,
+    shown_bytes,
+    single_teachers,
+    teacher_forms,
+)
 from hf_transfer_ext.teachers.signal import Teacher
 from hf_transfer_ext.teachers.spans import SpanSignal, SpanTeacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
@@ -67,7 +75,14 @@ from hf_transfer_ext.trainers.rollouts import (
     tokenized_prompts,
     with_prompts,
 )
-from hf_transfer_ext.trainers.several_teachers import KeepsRoutes, combined, server_teacher, started
+from hf_transfer_ext.trainers.several_teachers import (
+    KeepsRoutes,
+    check_routes,
+    combined,
+    routes_of,
+    server_teacher,
+    started,
+)
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 from hf_transfer_ext.trainers.token_losses import loss_inside_the_head
 from hf_transfer_ext.trainers.trained_along import TrainsAlong
@@ -141,6 +156,10 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         if teacher is not None and teacher_model is not None:
             raise ValueError("`teacher` and `teacher_model` are two names of one argument. Leave one out.")
         teacher = one_teacher(teacher if teacher_model is None else teacher_model, args)
+        routes = routes_of(teacher, args)
+        if routes is not None:
+            check_routes(train_dataset, *routes)
+            check_routes(eval_dataset, *routes, "evaluation data")
         if isinstance(model, (str, Path)):
             model, tokenizer = load_student(model, args, kwargs.pop("quantization_config", None))
             processing_class = processing_class or tokenizer
@@ -214,7 +233,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
     def model_inputs(self) -> dict[str, Any]:
         """The student, and a teacher that is a model."""
         named = {"teacher": self._taught_by} if isinstance(self._taught_by, nn.Module) else {}
-        models = [one.model for one in getattr(self.teacher, "teachers", {}).values() if hasattr(one, "model")]
+        teachers = single_teachers({"teacher": self.teacher}) if self.teacher is not None else {}
+        models = [one.model for one in teachers.values() if not named and hasattr(one, "model")]
         several = {f"teacher-{place}": model for place, model in enumerate(models, 1) if isinstance(model, nn.Module)}
         return {"student": self.model, **named, **several}
 
@@ -246,7 +266,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
                     "`packing` puts several rows into one, which no single teacher is for. Switch it off."
                 )
             self.data_collator = KeepsRoutes(self.data_collator, found.column, list(found.teachers))
-        require_form(self.divergence, found.form)
+        for form in teacher_forms(found):
+            require_form(self.divergence, form)
         return found
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -299,17 +320,17 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
             asked = CachedTeacher(TeacherCache(str(self.args.teacher_cache), teacher.fingerprint()), teacher)
             self.add_callback(FlushCallback(asked.cache, self.accelerator))
             return asked
-        if live is None and teacher is not None:
+        folder, tokenizer = str(self.args.teacher_cache), cast(Any, self.processing_class)
+        how: Any = {"temperature": self.args.distill_temperature, "options": self.args.teacher_cache_options}
+        if isinstance(teacher, Several):
+            cached = open_combined_cache(folder, teacher, tokenizer, **how)
+        elif live is None and teacher is not None:
             raise ValueError(
-                f"`teacher_cache` stores the outputs of a model, got a teacher of type {type(teacher).__name__}. "
-                "Leave one of them out."
+                f"`teacher_cache` stores the outputs of models, adapters and servers, got a teacher of type "
+                f"{type(teacher).__name__}. Leave one of them out."
             )
-        tokenizer: Any = self.processing_class
-        options: Any = self.args.teacher_cache_options
-        cached = open_cache(
-            str(self.args.teacher_cache), live, tokenizer, temperature=self.args.distill_temperature,
-            options=options, revision=self.args.teacher_revision,
-        )  # fmt: skip
+        else:
+            cached = open_cache(folder, live, tokenizer, **how, revision=self.args.teacher_revision)
         self.add_callback(FlushCallback(cached.cache, self.accelerator))
         return cached
 

@@ -20,6 +20,7 @@ from hf_transfer_ext.losses.spans.dskd import SpaceSide
 from hf_transfer_ext.models.heads import LMHead
 from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.teachers.cache import planned_spec
+from hf_transfer_ext.teachers.several import not_cached_as_one
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.logs import require_reporters
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
@@ -68,7 +69,8 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         stop_on_nan: Stop with an error at the first loss that is NaN or infinite; the last checkpoint stays.
         teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
             are computed once and added, so that later epochs need no teacher forward; without, it is the teacher, and
-            may be on the Hub: `hf://datasets/OWNER/NAME[@REVISION]`.
+            may be on the Hub: `hf://datasets/OWNER/NAME[@REVISION]`. With `teachers` that are models and adapters, by
+            weight or by confidence, their mixture is stored as one teacher.
         teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
         teacher_server: Address of an OpenAI-compatible server that gives log-probabilities of prompts (vLLM); the key
             is read from the environment variable TEACHER_API_KEY. With `teacher_cache`, each text is asked for once.
@@ -77,8 +79,9 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         teachers: Several teachers, each a mapping with `model`, `adapter`, `cache` or `server` and perhaps `name`,
             `weight`, ... (`trainers.named_teachers.NamedTeacher`).
         teachers_by: "weight": the mixture of their probabilities by fixed weights. "confidence": a mixture by their
-            entropy at each token. "column": a column of the data names one for each row. "learned": a mixture by a
-            small gate that is trained on the labels along (`teachers.learned`).
+            entropy at each token. "column": a column of the data names one for each row, and any forms go together.
+            "learned": a mixture by a small gate that is trained on the labels along (`teachers.learned`). A mixture
+            that has a cache or a server in it needs `loss: forward_kl`.
         teacher_column: That column: names of teachers, or their places from 0.
         teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
@@ -168,8 +171,9 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
             raise ValueError(f"`float32_logits` is off, which has no effect with {other}. Leave one of them out.")
         if self.is_span_loss:
             self._check_span_loss()
-        elif self.teacher_form is not None and self.task == CAUSAL_LM:
-            require_form(DISTILLATION_LOSSES[self.loss], self.teacher_form)
+        elif self.task == CAUSAL_LM:
+            for teacher, form in self.teacher_forms.items():
+                require_form(DISTILLATION_LOSSES[self.loss], form, teacher)
         self.check_on_policy()
         refuse_without_effect(self)
 
@@ -216,15 +220,23 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
             raise ValueError(
                 "`packing` puts several rows into one, which has no single teacher. Switch one of both off."
             )
-        if self.teacher_cache is not None:
-            raise ValueError("`teacher_cache` stores one teacher. Name caches in the entries of `teachers` instead.")
-        forms = {one.name: one.form(self.distill_temperature) for one in found}
-        mixes = self.teachers_by != "column"
-        if len(set(forms.values())) > 1 or (mixes and set(forms.values()) != {"dense"}):
-            shown = ", ".join(f"{name} {form}" for name, form in forms.items())
+        if self.teachers_by == "learned" and (self.on_policy or self.on_policy_share or self.teacher_writes):
             raise ValueError(
-                f"Teachers combined by {self.teachers_by} need {'dense rows' if mixes else 'rows of one form'}, got "
-                f"{shown}. Models and adapters give dense rows, servers sparse ones, caches what they store."
+                "`teachers_by: learned` trains its gate on the tokens of the text, but with `on_policy` the student "
+                "writes the text, and the gate would learn which teacher is most like the student. Combine the "
+                "teachers by weight or by confidence, or leave `on_policy` out."
+            )
+        is_dense = all(one.form(self.distill_temperature) == "dense" for one in found)
+        if self.teacher_cache is not None and not (is_dense and self.teachers_by in ("weight", "confidence")):
+            raise ValueError(
+                not_cached_as_one(f"`teachers_by: {self.teachers_by}`" + ("" if is_dense else ", a cache or a server"))
+            )
+        drawn = [one.name for one in found if not one.lists_likeliest(self.distill_temperature)]
+        if drawn and self.teachers_by in ("confidence", "learned"):
+            raise ValueError(
+                f"`teachers_by: {self.teachers_by}` reads how sure each teacher is from its likeliest tokens, but the "
+                f"cache {drawn[0]!r} is of kind 'samples', random draws alone. Make it with `kind: top` or "
+                "`top_and_samples`, or combine the teachers by weight."
             )
 
     def _check_hidden_loss(self) -> None:
@@ -297,15 +309,21 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         return self.kd_weight > 0 or self.hidden_loss is not None
 
     @property
-    def teacher_form(self) -> Form | None:
-        """The form of the rows of the teacher that the config names; None where it names none."""
-        if self.teachers:
-            return named_teachers(self.teachers, self.teachers_by)[0].form(self.distill_temperature)
-        if self.teacher_server:
-            return "sparse"
+    def teacher_forms(self) -> dict[str, Form]:
+        """Each teacher that the config names, as messages call it -> the form of its rows, as the loss reads them."""
         if self.teacher_cache is not None:
-            return planned_spec(self.teacher_cache, self.distill_temperature, self.teacher_cache_options).form  # type: ignore[arg-type]
-        return "dense" if self.teacher_adapter or self.teacher_model_name_or_path else None
+            options: Any = self.teacher_cache_options
+            spec = planned_spec(self.teacher_cache, self.distill_temperature, options)
+            return {"this teacher": "sparse" if self.teacher_server else spec.form}
+        if self.teachers:
+            found = named_teachers(self.teachers, self.teachers_by)
+            forms = {f"the teacher {one.name!r}": one.form(self.distill_temperature) for one in found}
+            mixed: dict[str, Form] = {"this mixture": "mixture"}
+            is_sum = self.teachers_by != "column" and set(forms.values()) != {"dense"}
+            return {**forms, **mixed} if is_sum else forms
+        if self.teacher_server:
+            return {"this teacher": "sparse"}
+        return {"this teacher": "dense"} if self.teacher_adapter or self.teacher_model_name_or_path else {}
 
 
 def cpu_computes_in_bf16() -> bool:

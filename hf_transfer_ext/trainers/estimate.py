@@ -301,7 +301,8 @@ def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -
         devices: Number of GPUs; they share weights where `sharded`.
 
     Raises:
-        ValueError: No model is named, or a student that is yet to be made, or the task's memory depends on the data.
+        ValueError: No model is named, or a student that is yet to be made; several models teach; or the task's memory
+            depends on the data.
         OSError: A configuration cannot be found.
     """
     from transformers import AutoConfig
@@ -312,6 +313,12 @@ def step_of_recipe(content: Mapping[str, Any], *, devices: int, sharded: bool) -
         raise ValueError(
             f"The task {task!r} cannot be planned: {reason}. `--dry_run true` of the recipe checks everything but the "
             "memory."
+        )
+    several = [str(entry["model"]) for entry in content.get("teachers") or () if entry.get("model")]
+    if several:
+        raise ValueError(
+            f"A plan counts the memory of one `teacher`, but `teachers` names {len(several)} models "
+            f"({', '.join(several)}). `--dry_run true` of the recipe loads them and prints the memory of each."
         )
     name = content.get("student" if distills else "model_name_or_path")
     if not name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 from hf_transfer_ext.losses.slopes import Form
 from hf_transfer_ext.registry import keyword_options, unknown_name
-from hf_transfer_ext.teachers.cache import planned_spec
+from hf_transfer_ext.teachers.cache import CacheSpec, planned_spec
 from hf_transfer_ext.teachers.server import ServerTeacher
 
 #: How several teachers are combined: by fixed weights, by their confidence at each token, by a column of the data, or
-#: by weights that are learned along.
+#: by weights that are learned during the training.
 COMBINATIONS = ("weight", "confidence", "column", "learned")
 #: What a teacher is named by; an entry has one of them.
 _KINDS = ("model", "adapter", "cache", "server")
@@ -75,9 +76,10 @@ class NamedTeacher:
         if entry.get("server") and not entry.get("server_model"):
             raise ValueError(f"{where} needs `server_model`, the model's name on the server.")
         weight = entry.get("weight")
-        if weight is not None and not (isinstance(weight, (int, float)) and weight > 0):
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and 0 < weight < math.inf):
             raise ValueError(
-                f"{where}: `weight` has to be > 0, got {weight!r}. Leave a teacher out that does not count."
+                f"{where}: `weight` has to be a number > 0, got {weight!r}. Leave a teacher out that does not count."
             )
         if entry.get("server"):
             check_server_options(entry.get("options") or {})
@@ -86,9 +88,16 @@ class NamedTeacher:
 
     def form(self, temperature: float) -> Form:
         """The form of its rows."""
-        if self.cache is not None:
-            return planned_spec(self.cache, temperature).form
-        return "sparse" if self.server is not None else "dense"
+        spec = self._spec(temperature)
+        return spec.form if spec is not None else "sparse" if self.server is not None else "dense"
+
+    def lists_likeliest(self, temperature: float) -> bool:
+        """Whether its rows show its likeliest tokens: all but those of a cache of random draws alone do."""
+        spec = self._spec(temperature)
+        return spec is None or bool(spec.top)
+
+    def _spec(self, temperature: float) -> CacheSpec | None:
+        return None if self.cache is None else planned_spec(self.cache, temperature)
 
 
 def named_teachers(entries: Sequence[Any], by: str) -> list[NamedTeacher]:

@@ -1,13 +1,16 @@
-"""Several teachers, or one on a server, from their settings to what the trainer asks at each step."""
+"""Several teachers, or one on a server: from the settings to the `Teacher` that the trainer calls at each step."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
@@ -16,10 +19,13 @@ from hf_transfer_ext.teachers.cache import open_cache
 from hf_transfer_ext.teachers.learned import LearnedTeachers
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher
-from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers
+from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers, no_such_place
 from hf_transfer_ext.teachers.signal import Teacher
 from hf_transfer_ext.trainers.distillation_models import check_length, check_vocabularies
-from hf_transfer_ext.trainers.named_teachers import NamedTeacher
+from hf_transfer_ext.trainers.named_teachers import NamedTeacher, named_teachers
+
+#: Rows of a column that are read at once: one by one takes a minute for a million.
+ROWS_AT_ONCE = 10_000
 
 
 def server_teacher(
@@ -61,12 +67,13 @@ def combined(entries: Sequence[NamedTeacher], teachers: Mapping[str, Teacher], a
         ValueError: Their rows cannot be combined in this way.
     """
     if args.teachers_by == "column":
-        if any(getattr(teacher, "sharded", False) for teacher in teachers.values()):
+        routed = RoutedTeachers(teachers, column=args.teacher_column)
+        if routed.sharded:
             raise ValueError(
                 "`teachers_by: column` runs a teacher only where the batch has rows for it, but under FSDP and ZeRO-3 "
                 "all processes have to run it together. Use `teachers_by: weight`, plain DDP, or caches."
             )
-        return RoutedTeachers(teachers, column=args.teacher_column)
+        return routed
     temperature = args.distill_temperature
     if args.teachers_by == "confidence":
         return ConfidentTeachers(teachers, sharpness=args.teacher_sharpness, temperature=temperature)
@@ -89,18 +96,83 @@ class KeepsRoutes:
         self.collator, self.column, self.names = collator, column, list(names)
 
     def __call__(self, rows: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        routes = [self._place(row) for row in rows]
+        for row in rows:
+            _require_column(self.column, list(row), "A row of the batch")
+        routes = [
+            place_of(row[self.column], self.column, self.names, f"row {index} of the batch")
+            for index, row in enumerate(rows)
+        ]
         rest = [{name: value for name, value in row.items() if name != self.column} for row in rows]
         return {**self.collator(rest, *args, **kwargs), self.column: torch.tensor(routes)}
 
-    def _place(self, row: Mapping[str, Any]) -> int:
-        if self.column not in row:
-            raise ValueError(
-                f"`teachers_by: column` needs the column {self.column!r} in the data, got {', '.join(sorted(row))}."
-            )
-        value = row[self.column]
-        if isinstance(value, str):
-            if value not in self.names:
-                raise ValueError(unknown_name(f"teacher in the column {self.column!r}", value, self.names))
-            return self.names.index(value)
-        return int(value)
+
+def place_of(value: Any, column: str, names: Sequence[str], where: str) -> int:
+    """The place in `names` of the teacher that a row names.
+
+    Args:
+        value: Of the column: a name, or a place from 0.
+        where: What a message calls the row.
+
+    Raises:
+        ValueError: There is no such teacher.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str):
+        if value not in names:
+            raise ValueError(f"{where}: {unknown_name(f'teacher in the column {column!r}', value, names)}")
+        return list(names).index(value)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(
+            f"{where}: the column {column!r} is {value!r}, which names no teacher. Each row needs one of "
+            f"{', '.join(names)}, or its place from 0: fill it in, or leave the row out."
+        )
+    place = int(value)
+    if not 0 <= place < len(names):
+        raise ValueError(f"{where}: {no_such_place(place, column, names)}")
+    return place
+
+
+def check_routes(dataset: Any, column: str, names: Sequence[str], what: str = "training data") -> None:
+    """Refuse data of which a row names no teacher, before anything is trained. Streamed data are checked by the batch.
+
+    Args:
+        dataset: One data set, or several by name.
+        what: What a message calls it.
+
+    Raises:
+        ValueError: The column is missing, or a row names a teacher that does not exist.
+    """
+    if isinstance(dataset, Mapping):
+        for name, one in dataset.items():
+            check_routes(one, column, names, f"{what} {name!r}")
+    elif isinstance(dataset, Dataset):
+        _require_column(column, dataset.column_names, f"The {what}")
+        alone = dataset.with_format(None).select_columns([column])
+        for start in range(0, len(alone), ROWS_AT_ONCE):
+            for index, value in enumerate(alone[start : start + ROWS_AT_ONCE][column], start):
+                place_of(value, column, names, f"Row {index} of the {what}")
+
+
+def _require_column(column: str, found: Sequence[str], what: str) -> None:
+    if column not in found:
+        raise ValueError(
+            f"`teachers_by: column` needs the column {column!r} in the data, which names a teacher for each row. "
+            f"{what} has {', '.join(sorted(found))}. Add it, or set `teacher_column`."
+        )
+
+
+def routes_of(teacher: Any, args: Any) -> tuple[str, list[str]] | None:
+    """The column that routes rows to teachers, and the teachers' names; None where nothing is routed.
+
+    Args:
+        teacher: What the trainer was given.
+        args: `DistillationConfig`.
+    """
+    if not args.is_taught:
+        return None
+    if isinstance(teacher, RoutedTeachers):
+        return teacher.column, list(teacher.teachers)
+    if args.teachers is not None and args.teachers_by == "column":
+        return args.teacher_column, [one.name for one in named_teachers(args.teachers, args.teachers_by)]
+    return None

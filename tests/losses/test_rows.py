@@ -10,7 +10,15 @@ from losses.test_fused import gradients, problem
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits, fused_divergence
-from hf_transfer_ext.losses.rows import DenseRows, HeadRows, LogitRows, SampledRows, SparseRows, TopTokens
+from hf_transfer_ext.losses.rows import (
+    CombinedRows,
+    DenseRows,
+    HeadRows,
+    LogitRows,
+    SampledRows,
+    SparseRows,
+    TopTokens,
+)
 from hf_transfer_ext.losses.slopes import accepts, forms_of, fused_by
 
 SPARSE = [(name, options) for name, options in oracles.CASES if "sparse" in forms_of(DISTILLATION_LOSSES[name])]
@@ -199,7 +207,7 @@ def test_pairs_that_cannot_be_are_refused():
         SparseRows(TopTokens(rows.top.ids, rows.top.log_probs, rows.top.tail.clamp(min=1e-9).log()))
     with pytest.raises(ValueError, match="`top` has to lie between 1 and the 23 vocabulary entries, got 24"):
         SparseRows.from_logits(logits, 24)
-    with pytest.raises(ValueError, match="accepts one or more of dense, sparse, sampled, got"):
+    with pytest.raises(ValueError, match="accepts one or more of dense, sparse, sampled, mixture, got"):
         accepts()
 
 
@@ -262,3 +270,149 @@ def test_what_cannot_be_sampled_is_refused():
     with pytest.raises(ValueError, match="accepts sampled rows, which needs its slope"):
         accepts("sampled")(lambda student_logits, teacher_logits, *, temperature=1.0: None)
     assert forms_of(fused_by(lambda log_q, log_p: None, forms=("sampled",))(lambda a, b: None)) == ("sampled",)
+
+
+# ---- Several teachers ----
+
+SUMS = [(name, options) for name, options in oracles.CASES if "sampled" in forms_of(DISTILLATION_LOSSES[name])]
+
+
+def three_forms(logits, temperature=1.0):
+    """A dense, a sparse and a sampled teacher of three, two and four of nine tokens."""
+    places = [torch.tensor([0, 4, 8]), torch.tensor([2, 3]), torch.tensor([1, 5, 6, 7])]
+    seed = torch.Generator().manual_seed(3)
+    members = [
+        LogitRows(logits[places[0]]),
+        SparseRows.from_logits(logits[places[1]], 4, temperature=temperature),
+        SampledRows.from_logits(logits[places[2]], 3, 5, temperature=temperature, generator=seed),
+    ]
+    return members, places
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 100])
+@pytest.mark.parametrize("name, options", SUMS)
+def test_routed_rows_are_the_separate_losses_summed(name, options, chunk_tokens):
+    hidden, student, teacher_hidden, teacher, labels, weights = problem()
+    members, places = three_forms(teacher.logits(teacher_hidden), 1.5)
+    shared = {"kd_weight": 0.7, "ce_weight": 0.3, "temperature": 1.5, **options}
+    got = fused_divergence(
+        hidden, student, CombinedRows.routed(members, places), DISTILLATION_LOSSES[name], weights=weights,
+        labels=labels, chunk_tokens=chunk_tokens, statistics=True, **shared,
+    )  # fmt: skip
+    total, values = 0.0, torch.zeros(len(hidden))
+    for member, own in zip(members, places, strict=True):
+        alone = fused_divergence(
+            hidden[own], student, member, DISTILLATION_LOSSES[name], weights=weights[own], labels=labels[own], **shared
+        )
+        total, values[own] = total + alone.loss, alone.divergence
+    torch.testing.assert_close(got.divergence, values)
+    torch.testing.assert_close(got.loss, total)
+    for one, two in zip(gradients(got.loss, hidden, student), gradients(total, hidden, student), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_routed_rows_of_logits_and_an_option_of_each_token():
+    """An option that is a tensor follows its tokens to their teachers."""
+    generator = torch.Generator().manual_seed(1)
+    z, t = (2 * torch.randn(9, 11, generator=generator) for _ in range(2))
+    weights, power = torch.rand(9, generator=generator), torch.linspace(0.5, 2.5, 9)
+
+    def slope(log_q, log_p, power=1.0):
+        p = log_p.exp()
+        return (power * p * (log_p - log_q)).sum(-1), -power * p
+
+    @fused_by(slope, forms=("dense", "sparse", "sampled"))
+    def scaled_kl(student_logits, teacher_logits, *, temperature=1.0, power=1.0):
+        raise NotImplementedError("its slope is called instead")
+
+    members, places = three_forms(t)
+    leaf = z.clone().requires_grad_()
+    got = divergence_of_logits(leaf, CombinedRows.routed(members, places), scaled_kl, weights=weights, power=power)
+    got.loss.backward()
+    for member, own in zip(members, places, strict=True):
+        few = z[own].clone().requires_grad_()
+        alone = divergence_of_logits(few, member, scaled_kl, weights=weights[own], power=power[own])
+        alone.loss.backward()
+        torch.testing.assert_close(got.divergence[own], alone.divergence)
+        torch.testing.assert_close(leaf.grad[own], few.grad)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_mixed_rows_follow_the_float64_definition_and_have_the_gradient_of_the_mixture(temperature):
+    """Whole lists, of both kinds, and a dense teacher: the value by loops, the gradient of the mixture by autograd."""
+    generator = torch.Generator().manual_seed(2)
+    z, *teachers = (2 * torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(4))
+    shares = torch.rand(4, 3, generator=generator, dtype=torch.float64).softmax(1)
+    weights = torch.rand(4, generator=generator, dtype=torch.float64)
+    rows = CombinedRows.mixed(
+        [
+            LogitRows(teachers[0].float()),
+            SparseRows.from_logits(teachers[1].float(), 6, temperature=temperature),
+            SampledRows.from_logits(teachers[2].float(), 6, 2, temperature=temperature),
+        ],
+        shares.float(),
+    )
+    leaf = z.float().requires_grad_()
+    forward_kl = DISTILLATION_LOSSES["forward_kl"]
+    got = divergence_of_logits(leaf, rows, forward_kl, weights=weights.float(), temperature=temperature)
+    got.loss.backward()
+
+    p = [(one / temperature).softmax(-1) for one in teachers]
+    for t in range(4):
+        q = oracles.probabilities(z[t] / temperature)
+        expected = 0.0
+        for i in range(3):
+            expected += shares[t, i].item() * sum(
+                p[i][t, v].item() * math.log(p[i][t, v].item() / q[v]) for v in range(6)
+            )
+        assert got.divergence[t].item() == pytest.approx(expected, rel=1e-5)
+
+    own = z.clone().requires_grad_()
+    mixture = sum(shares[:, i, None] * p[i] for i in range(3))
+    kl = (mixture * (mixture.log() - (own / temperature).log_softmax(-1))).sum(-1)
+    (weights * kl).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), own.grad, rtol=1e-4, atol=1e-6)
+    # What the value is larger by does not depend on the student.
+    beyond = sum(shares[:, i] * (p[i] * (p[i] / mixture).log()).sum(-1) for i in range(3))
+    torch.testing.assert_close(got.divergence.double(), kl.detach() + beyond, rtol=1e-4, atol=1e-6)
+
+
+def test_a_tail_in_a_mixture_follows_the_students_own():
+    """The gradient of a short list in a mixture is that of a teacher whose tail has the shape of the student's."""
+    generator = torch.Generator().manual_seed(4)
+    z, one, two = (2 * torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(3))
+    shares = torch.tensor([0.3, 0.7]).expand(5, 2)
+    short = SparseRows.from_logits(two.float(), 3)
+    leaf = z.float().requires_grad_()
+    divergence_of_logits(
+        leaf, CombinedRows.mixed([LogitRows(one.float()), short], shares), DISTILLATION_LOSSES["forward_kl"],
+        weights=torch.ones(5),
+    ).loss.backward()  # fmt: skip
+    q = z.softmax(-1)
+    rest = torch.ones_like(q).scatter(1, short.top.ids, 0.0) * q
+    filled = short.top.tail.double()[:, None] * rest / rest.sum(1, keepdim=True)
+    filled = filled.scatter(1, short.top.ids, short.top.log_probs.double().exp())
+    own = z.clone().requires_grad_()
+    mixture = 0.3 * one.softmax(-1) + 0.7 * filled
+    (-(mixture * own.log_softmax(-1))).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), own.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_several_teachers_that_do_not_fit_the_divergence_or_each_other_are_refused():
+    hidden, student, teacher_hidden, teacher, _, weights = problem()
+    members, places = three_forms(teacher.logits(teacher_hidden))
+    routed, losses = CombinedRows.routed(members, places), DISTILLATION_LOSSES
+    with pytest.raises(ValueError, match="adaptive_kl needs dense teacher rows, but this teacher gives sparse ones"):
+        fused_divergence(hidden, student, routed, losses["adaptive_kl"], weights=weights)
+    with pytest.raises(ValueError, match=r"taken at temperature 1\.0, but the loss has `temperature=2\.0`"):
+        fused_divergence(hidden, student, routed, losses["forward_kl"], weights=weights, temperature=2.0)
+    whole = [LogitRows(teacher.logits(teacher_hidden)), SparseRows.from_logits(teacher.logits(teacher_hidden), 4)]
+    mixed = CombinedRows.mixed(whole, torch.full((len(hidden), 2), 0.5))
+    with pytest.raises(ValueError, match=r"reverse_kl needs the probability of each token in the mixture .* forward_"):
+        fused_divergence(hidden, student, mixed, losses["reverse_kl"], weights=weights)
+    with pytest.raises(ValueError, match="have to be >= 0 and sum to 1"):
+        CombinedRows.mixed(whole, torch.full((len(hidden), 2), 0.6))
+    with pytest.raises(ValueError, match="Each of 9 tokens needs one teacher"):
+        CombinedRows.routed(members, [places[0], places[1], torch.tensor([1, 5, 6, 6])])
+    with pytest.raises(ValueError, match="one place and one weight for each of its rows"):
+        CombinedRows.routed(members, [places[1], places[0], places[2]])

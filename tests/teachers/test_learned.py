@@ -96,14 +96,46 @@ def test_a_checkpoint_goes_on_to_the_same_gate(tmp_path):
         resumed.load(tmp_path)
 
 
-def test_what_it_cannot_combine_is_refused():
-    class Sparse(Fixed):
-        form = "sparse"
+class Listed(Fixed):
+    """The same, as a list of the likeliest tokens."""
 
-        def signal(self, student, inputs, mask):
-            return TeacherSignal(SparseRows.from_logits(self.make(inputs["input_ids"][:, 1:][mask]), 2))
+    form = "sparse"
 
-    with pytest.raises(ValueError, match="LearnedTeachers needs the whole distribution of each teacher"):
-        LearnedTeachers({"a": Sparse(knows)})
+    def __init__(self, make, top):
+        super().__init__(make)
+        self.top = top
+
+    def signal(self, student, inputs, mask):
+        return TeacherSignal(SparseRows.from_logits(super().signal(student, inputs, mask).rows.logits, self.top))
+
+
+def test_lists_of_all_tokens_train_the_gate_of_the_models():
+    whole, student = learned(rate=0.05), tiny_llama(1).train()
+    listed = LearnedTeachers({"good": Fixed(knows), "bad": Listed(is_sure_and_wrong, VOCAB)}, rate=0.05)
+    for seed in range(5):
+        one, two = (teacher.signal(student, *batch(seed)).rows for teacher in (whole, listed))
+    torch.testing.assert_close(torch.stack(two.weights, 1), one.weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(listed.gate.bias, whole.gate.bias, rtol=1e-3, atol=1e-5)
+
+
+def test_a_short_list_neither_wins_nor_loses_by_what_it_does_not_tell():
+    """The same teacher twice keeps equal weights, although one of them tells 2 of 6 tokens; a wrong one loses."""
+    student = tiny_llama(1).train()
+
+    def noisy(labels):
+        noise = torch.Generator().manual_seed(int(labels.sum()))
+        return knows(labels) + 1.5 * torch.randn(len(labels), VOCAB, generator=noise)
+
+    teacher = LearnedTeachers({"all": Fixed(noisy), "two": Listed(noisy, 2)}, rate=0.05)
+    for seed in range(30):
+        rows = teacher.signal(student, *batch(seed)).rows
+    torch.testing.assert_close(torch.stack(rows.weights, 1), torch.full((len(rows), 2), 0.5), rtol=0, atol=1e-3)
+    teacher = LearnedTeachers({"good": Listed(knows, 2), "bad": Fixed(is_sure_and_wrong)}, rate=0.05)
+    for seed in range(40):
+        rows = teacher.signal(student, *batch(seed)).rows
+    assert rows.weights[0].min() > 0.9
+
+
+def test_a_bad_rate_is_refused():
     with pytest.raises(ValueError, match="`rate` and `temperature` have to be > 0"):
         learned(rate=0.0)

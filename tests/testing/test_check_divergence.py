@@ -112,6 +112,12 @@ def depends_on_the_chunk(student_logits, teacher_logits, *, temperature=1.0):
     return good(student_logits, teacher_logits, temperature=temperature)
 
 
+@accepts("dense", "mixture")
+def not_linear_in_the_teacher(student_logits, teacher_logits, *, temperature=1.0):
+    """Source: our own."""
+    return good(teacher_logits, student_logits, temperature=temperature)
+
+
 BROKEN = [
     (no_source, "names no source"),
     (other_names, r"got other_names\(student, teacher"),
@@ -128,6 +134,7 @@ BROKEN = [
     (slope_of_another, "differs from autograd in float64"),
     (value_of_another, "differs from its formula in float64"),
     (depends_on_the_chunk, "differs from its formula in float64"),
+    (not_linear_in_the_teacher, "accepts mixtures, but its weighted sum over two teachers has another gradient"),
 ]
 
 

@@ -493,7 +493,7 @@ def test_the_config_refuses_a_divergence_that_its_teacher_cannot_feed(tmp_path, 
     monkeypatch.setitem(DISTILLATION_LOSSES._functions, "needs_top_tokens", accepts("sparse")(needs_top_tokens))
     with pytest.raises(ValueError, match="needs_top_tokens needs sparse teacher rows"):
         config(tmp_path, loss="needs_top_tokens", teacher_model_name_or_path="anything")
-    assert config(tmp_path, loss="needs_top_tokens").teacher_form is None
+    assert config(tmp_path, loss="needs_top_tokens").teacher_forms == {}
 
 
 def lora(**options):

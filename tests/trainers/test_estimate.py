@@ -119,6 +119,7 @@ def test_what_is_kept_is_counted_as_a_forward_pass_with_memory_keeps_it(task):
 @pytest.mark.parametrize("content, message", [
     ({"teacher": "t"}, "name a finished `student`"),
     ({"teacher": "t", "studnet": "s"}, "Did you mean 'student'"),
+    ({"teachers": [{"model": "a"}, {"adapter": "c"}, {"model": "b"}], "student": "s"}, "2 models (a, b). `--dry_run"),
     ({"teacher": "t", "student": "s", "task": "vision_language"}, "'vision_language' cannot be planned: how many"),
     ({"teacher": "t", "student": "s", "task": "sentence_embedding"}, "cannot be planned: whether a row is one text"),
 ])  # fmt: skip

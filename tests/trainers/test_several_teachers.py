@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from teachers.test_server import server  # noqa: F401  (a fixture)
 from tiny import byte_tokenizer, tiny_llama
@@ -19,6 +20,7 @@ from trainers.test_distillation import (
     weights,
 )
 
+from hf_transfer_ext import DistillationTrainer
 from hf_transfer_ext.teachers.cache import TeacherCache
 from hf_transfer_ext.teachers.learned import GATE_FILE
 from hf_transfer_ext.teachers.live import LiveTeacher
@@ -122,8 +124,6 @@ def test_adapters_of_one_base_and_the_base_itself_teach_without_memory_of_their_
 @pytest.mark.parametrize("kind", ["mixed", "confident", "routed"])
 def test_teachers_passed_directly_train_as_those_of_the_config(folders, kind):
     data = Dataset.from_dict({"text": FOUR, "teacher": [0, 1, 1, 0]})
-    from accelerate import Accelerator
-
     live = {name: LiveTeacher(tiny_llama(seed), Accelerator(cpu=True)) for seed, name in ((2, "two"), (3, "three"))}
     teacher = {
         "mixed": lambda: MixedTeachers(live),
@@ -161,16 +161,86 @@ def test_a_server_teaches_from_the_config_and_each_text_is_asked_for_once(tmp_pa
     assert_same(weights(one), weights(three), atol=1e-5)
 
 
-def test_a_server_and_a_cache_are_teachers_among_several(tmp_path, server):  # noqa: F811
-    options = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_options": {"kind": "top", "top": 20}}
-    trained(tmp_path / "a", teacher=tiny_llama(3), texts=FOUR, **options)
+def whole_server(server):  # noqa: F811
+    """An entry for the server's model, whose list has all tokens."""
+    server.limit = 258
+    return {"server": server.url, "server_model": "tiny", "name": "two", "options": {"top": 258, "pause": 0.01}}
+
+
+def test_a_server_in_a_route_is_the_model_behind_it(folders, server):  # noqa: F811
+    """A batch of a model's rows and a server's is that of two models."""
+    data = Dataset.from_dict({"text": FOUR, "teacher": ["two", "three", "three", "two"]})
+    two, three = ({"model": str(folders / name)} for name in ("two", "three"))
+    options = {"data": data, "teachers_by": "column", "loss": "generalized_jsd", "ce_weight": 0.3}
+    models = without_teacher_argument(folders / "a", teachers=[two, three], **options)
+    mixed = without_teacher_argument(folders / "b", teachers=[whole_server(server), three], **options)
+    assert_same(weights(mixed), weights(models), atol=1e-5)
+    assert logged(mixed, "loss")[0] == pytest.approx(logged(models, "loss")[0], rel=1e-4)
+    assert mixed.teacher.forms == ("dense", "sparse")
+    assert mixed.frozen_bytes["two"] == 0 < mixed.frozen_bytes["three"]
+    assert "Memory of the frozen teachers: three " in mixed.plan()
+
+
+@pytest.mark.parametrize("by", ["weight", "confidence", "learned"])
+def test_a_server_in_a_mixture_is_the_model_behind_it(folders, server, by):  # noqa: F811
+    two, three = ({"model": str(folders / name)} for name in ("two", "three"))
+    options = {"teachers_by": by, "ce_weight": 0.3, "max_steps": 2, "learning_rate": 0.1}
+    models = without_teacher_argument(folders / "a", teachers=[two, three], **options)
+    mixed = without_teacher_argument(folders / "b", teachers=[whole_server(server), three], **options)
+    assert_same(weights(mixed), weights(models), atol=1e-5)
+    assert logged(mixed, "kd")[0] > logged(models, "kd")[0] > 0  # by what the teachers differ from their mixture
+    assert mixed.teacher.form == "mixture"
+
+
+def test_models_adapters_caches_and_servers_teach_together(folders, server):  # noqa: F811
+    """Routed with lists of all lengths, and mixed."""
+    for seed, kind in ((3, "top"), (4, "top_and_samples")):
+        options = {"teacher_cache": str(folders / kind), "teacher_cache_options": {"kind": kind, "top": seed}}
+        trained(folders / "out", teacher=tiny_llama(seed), texts=FOUR, **options)
     entries = [
         {"server": server.url, "server_model": "tiny", "name": "far", "options": {"top": 20}},
-        {"cache": str(tmp_path / "cache")},
+        {"cache": str(folders / "top")},
+        {"cache": str(folders / "top_and_samples")},
+        {"model": str(folders / "two")},
+        {"adapter": "teacher"},
+        {"adapter": "base"},
     ]
-    data = Dataset.from_dict({"text": FOUR, "teacher": ["far", "cache", "cache", "far"]})
-    trainer = without_teacher_argument(tmp_path / "b", data=data, teachers=entries, teachers_by="column")
-    assert logged(trainer, "kd")[0] > 0 and trainer.teacher.form == "sparse"
+    names = ["far", "top", "top_and_samples", "two", "teacher", "base"]
+    data = Dataset.from_dict({"text": [*FOUR, "tin", "elm"], "teacher": names})
+    routed = without_teacher_argument(
+        folders / "r", adapted_student(), data, teachers=entries, teachers_by="column", per_device_train_batch_size=6,
+        loss="reverse_kl",
+    )  # fmt: skip
+    assert logged(routed, "kd")[0] > 0 and routed.teacher.forms == ("dense", "sparse", "sampled")
+    for by in ("weight", "confidence", "learned"):
+        trainer = without_teacher_argument(folders / by, adapted_student(), teachers=entries, teachers_by=by)
+        assert logged(trainer, "kd")[0] > 0 and trainer.teacher.forms == ("dense", "sparse", "sampled", "mixture")
+        assert [name for name, size in trainer.frozen_bytes.items() if size] == ["two"]
+
+
+def test_a_mixture_is_captured_once_and_then_teaches_without_its_models(folders):
+    entries = [{"model": str(folders / name)} for name in ("two", "three")]
+    stored = {
+        "teacher_cache": str(folders / "cache"), "teacher_cache_options": {"kind": "top", "top": 258}, "max_steps": 3,
+        "ce_weight": 0.3,
+    }  # fmt: skip
+    live = without_teacher_argument(folders / "a", teachers=entries, max_steps=3, ce_weight=0.3)
+    filling = without_teacher_argument(folders / "b", teachers=entries, **stored)
+    assert filling.teacher.forwards == 1 and filling.teacher.form == "sparse"
+    assert_same(weights(filling), weights(live), atol=1e-3)
+    assert filling.frozen_bytes == live.frozen_bytes and filling.plan() == live.plan()
+    assert [one.role for one in filling.record().inputs] == ["student", "teacher-1", "teacher-2", "dataset"]
+    alone = without_teacher_argument(folders / "c", **stored)
+    assert_same(weights(alone), weights(filling))
+    other = [entries[0], {**entries[1], "weight": 2}]
+    with pytest.raises(ValueError, match="is not of this teacher and setting"):
+        without_teacher_argument(folders / "d", teachers=other, **stored)
+    passed = MixedTeachers(
+        {name: LiveTeacher(tiny_llama(seed), live.accelerator) for seed, name in ((2, "x"), (3, "y"))}
+    )
+    again = trained(folders / "e", teacher=passed, texts=FOUR, **stored)
+    assert again.teacher.forwards == 0  # the same mixture, given as an object
+    assert_same(weights(again), weights(filling))
 
 
 def test_learned_weights_train_along_and_resume(folders):
@@ -191,6 +261,7 @@ def test_learned_weights_train_along_and_resume(folders):
 
 
 TWO = [{"model": "a"}, {"model": "b"}]
+FAR = {"server": "http://x", "server_model": "m", "name": "far"}
 
 
 @pytest.mark.parametrize(
@@ -202,19 +273,44 @@ TWO = [{"model": "a"}, {"model": "b"}]
         ({"teachers": [{"model": "a", "adapter": "b"}]}, "needs one of model, adapter, cache, server, got model and"),
         ({"teachers": [{"adapter": "a", "revision": "main"}]}, "`revision` goes with model, not with adapter"),
         ({"teachers": [{"server": "http://x"}]}, "needs `server_model`"),
-        ({"teachers": [{"model": "a", "weight": 0}]}, "`weight` has to be > 0, got 0"),
+        ({"teachers": [{"model": "a", "weight": 0}]}, "`weight` has to be a number > 0, got 0"),
+        ({"teachers": [{"model": "a", "weight": float("inf")}]}, "`weight` has to be a number > 0, got inf"),
+        ({"teachers": [{"model": "a", "weight": True}]}, "`weight` has to be a number > 0, got True"),
         ({"teachers": [{"model": "x/a"}, {"model": "y/a"}]}, r"need different names, got \['a', 'a'\]"),
         ({"teachers": TWO, "teachers_by": "colum"}, "Unknown way to combine teachers 'colum'. Did you mean 'column'"),
         ({"teachers": [{**TWO[0], "weight": 2}, TWO[1]], "teachers_by": "column"}, "'a' has a `weight`, but"),
         ({"teachers": TWO, "teacher_column": "expert"}, "`teacher_column` is given, but `teachers_by` is 'weight'"),
         ({"teachers": TWO, "teachers_by": "column", "packing": True}, "which has no single teacher"),
-        ({"teachers": TWO, "teacher_cache": "c"}, "`teacher_cache` stores one teacher"),
+        (
+            {"teachers": TWO, "teachers_by": "learned", "teacher_cache": "c"},
+            "mixed by weight or by confidence; got `teachers_by: learned`. Leave `teacher_cache` out",
+        ),
+        (
+            {"teachers": [TWO[0], FAR], "teacher_cache": "c"},
+            r"got `teachers_by: weight`, a cache or a server\. .* run `cache-teacher` for each",
+        ),
+        (
+            {"teachers": TWO, "teachers_by": "learned", "on_policy": "gkd", "max_new_tokens": 8},
+            "`teachers_by: learned` trains its gate on the tokens of the text, but with `on_policy` the student",
+        ),
+        (
+            {"teachers": TWO, "teachers_by": "learned", "on_policy_share": 0.5, "max_new_tokens": 8},
+            "Combine the teachers by weight or by confidence, or leave `on_policy` out",
+        ),
         ({"teachers": TWO, "teacher_model_name_or_path": "c"}, "Name one teacher: got `teacher_model"),
         ({"teachers": TWO, "hidden_loss": "hidden_mse"}, "but several are named"),
         ({"teachers": TWO, "loss": "uld"}, "does not go with `teachers`"),
         (
-            {"teachers": [TWO[0], {"server": "http://x", "server_model": "m"}]},
-            "by weight need dense rows, got a dense",
+            {"teachers": [TWO[0], FAR], "loss": "reverse_kl"},
+            "reverse_kl needs the probability of each token in the mixture of several teachers, but a cache or a",
+        ),
+        (
+            {"teachers": [TWO[0], FAR], "teachers_by": "column", "loss": "adaptive_kl"},
+            "adaptive_kl needs dense teacher rows, but the teacher 'far' gives sparse ones",
+        ),
+        (
+            {"teachers": [TWO[0], FAR], "teachers_by": "column", "distill_temperature": 2.0},
+            "lists probabilities at temperature 1",
         ),
         ({"teachers_by": "column"}, "`teachers_by` is given, but no `teachers`"),
         ({"teacher_server": "http://x"}, "needs both, `teacher_server` and `teacher_server_model`"),
@@ -231,15 +327,50 @@ def test_a_bad_config_is_refused(tmp_path, options, message):
         config(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (None, r"The training data has text\. Add it, or set `teacher_column`"),
+        (["two", "thre", "two", "two"], r"Row 1 of the training data: Unknown .* 'thre'\. Did you mean 'three'"),
+        (
+            ["two", "two", "two", None],
+            "Row 3 of the training data: the column 'teacher' is None, which names no teach",
+        ),
+        ([0, 1, -1, 0], "Row 2 of the training data: The column 'teacher' names teacher -1, but there are 2: two, th"),
+        ([0, 2, 1, 0], "Row 1 of the training data: The column 'teacher' names teacher 2, but there are 2"),
+        ([0.0, 1.0, 0.5, 1.0], r"Row 0 of the training data: the column 'teacher' is 0\.0, which names no teacher"),
+        ([True, False, True, True], "Row 0 of the training data: the column 'teacher' is True, which names no"),
+    ],
+    ids=["missing", "typo", "null", "negative", "beyond", "fraction", "bool"],
+)
+def test_routes_are_checked_before_anything_is_trained(folders, values, message):
+    entries = [{"model": str(folders / name)} for name in ("two", "three")]
+    options = {"teachers": entries, "teachers_by": "column"}
+    content = {"text": FOUR} if values is None else {"text": FOUR, "teacher": values}
+    with pytest.raises(ValueError, match=message):
+        make(folders / "out", data=Dataset.from_dict(content), **options)
+    good = Dataset.from_dict({"text": FOUR, "teacher": [0, 1, 0, 1]})
+    for evaluated, what in ((Dataset.from_dict(content), ""), ({"own": Dataset.from_dict(content)}, " 'own'")):
+        with pytest.raises(ValueError, match=message.replace("training data", f"evaluation data{what}")):
+            DistillationTrainer(
+                tiny_llama(1), None, config(folders / "out", **options), good, byte_tokenizer(), eval_dataset=evaluated
+            )
+    routed = RoutedTeachers({name: LiveTeacher(tiny_llama(2), Accelerator(cpu=True)) for name in ("two", "three")})
+    with pytest.raises(ValueError, match=message):
+        make(folders / "out", teacher=routed, data=Dataset.from_dict(content))
+    streamed = Dataset.from_dict(content).to_iterable_dataset()
+    trainer = make(folders / "out", data=streamed, **options)
+    at_batch = message.split(": ")[-1].replace(
+        "The training data has text", "A row of the batch has input_ids, labels"
+    )
+    with pytest.raises(ValueError, match=at_batch):
+        trainer.train()
+
+
 def test_what_only_the_models_and_the_data_show_is_refused(folders):
     entries = [{"model": str(folders / name)} for name in ("two", "three")]
     with pytest.raises(ValueError, match="Two teachers are named: `teacher`"):
         make(folders / "out", teacher=tiny_llama(2), teachers=entries)
-    with pytest.raises(ValueError, match="needs the column 'teacher' in the data"):
-        without_teacher_argument(folders / "out", teachers=entries, teachers_by="column")
-    data = Dataset.from_dict({"text": FOUR, "teacher": ["two", "thre", "two", "two"]})
-    with pytest.raises(ValueError, match=r"Unknown teacher in the column 'teacher' 'thre'\. Did you mean 'three'"):
-        without_teacher_argument(folders / "out", data=data, teachers=entries, teachers_by="column")
     tiny_llama(4, vocab_size=300).save_pretrained(folders / "large")
     larger = byte_tokenizer()
     larger.add_tokens(["<extra>"])

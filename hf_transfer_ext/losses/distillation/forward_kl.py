@@ -15,8 +15,9 @@ def forward_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: f
 
     .. math:: \sum_v p_v (\log p_v - \log q_v), \quad q = \text{student}, p = \text{teacher}
 
-    When to use it: first, on fixed data: it works with every kind of teacher, caches and other tokenizers' groups
-    included. A student that is too small for all of its teacher spreads out and may write unlikely text.
+    When to use it: first, on fixed data: it works with every kind of teacher, caches, other tokenizers' groups and
+    mixtures of models and caches included. A student that is too small for all of its teacher spreads out and may
+    write unlikely text.
 
     Args:
         temperature: > 0, divides both logits. The result is *not* multiplied by temperature**2.

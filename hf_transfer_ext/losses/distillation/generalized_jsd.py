@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, mixture, weighted
+from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, mixture, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
@@ -11,7 +11,7 @@ def slope(log_q: Rows, log_p: Rows, *, beta: float = 0.5) -> tuple[PerRow, Rows]
     return beta * weighted(p, log_p - log_m).sum(-1) + s.sum(-1), s
 
 
-@fused_by(slope, forms=ALL_FORMS)
+@fused_by(slope, forms=SUM_FORMS)
 def generalized_jsd(
     student_logits: Logits, teacher_logits: Logits, *, beta: float = 0.5, temperature: float = 1.0
 ) -> PerToken:

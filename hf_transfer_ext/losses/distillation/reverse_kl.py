@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
@@ -9,7 +9,7 @@ def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
     return s.sum(-1), s
 
 
-@fused_by(slope, forms=ALL_FORMS)
+@fused_by(slope, forms=SUM_FORMS)
 def reverse_kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
     r"""KL(student || teacher) for each token, summed over the vocabulary: the student keeps within the teacher.
 

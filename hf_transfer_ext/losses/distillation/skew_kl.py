@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, mixture, weighted
+from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, mixture, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
@@ -13,7 +13,7 @@ def slope(log_q: Rows, log_p: Rows, *, skew: float = 0.1) -> tuple[PerRow, Rows]
     return weighted(p, log_p - m.log()).sum(-1), s
 
 
-@fused_by(slope, forms=ALL_FORMS)
+@fused_by(slope, forms=SUM_FORMS)
 def skew_kl(
     student_logits: Logits, teacher_logits: Logits, *, skew: float = 0.1, temperature: float = 1.0
 ) -> PerToken:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, mixture, weighted
+from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, mixture, weighted
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
@@ -14,7 +14,7 @@ def slope(log_q: Rows, log_p: Rows, *, skew: float = 0.1) -> tuple[PerRow, Rows]
     return value, s.sub_(torch.where(q > 0, q * q / m, 0.0), alpha=skew)
 
 
-@fused_by(slope, forms=ALL_FORMS)
+@fused_by(slope, forms=SUM_FORMS)
 def skew_reverse_kl(
     student_logits: Logits, teacher_logits: Logits, *, skew: float = 0.1, temperature: float = 1.0
 ) -> PerToken:

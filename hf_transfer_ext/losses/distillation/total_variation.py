@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by
+from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
@@ -10,7 +10,7 @@ def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
     return 0.5 * difference.abs().sum(-1), difference.sign_().mul_(q).mul_(0.5)
 
 
-@fused_by(slope, forms=ALL_FORMS)
+@fused_by(slope, forms=SUM_FORMS)
 def total_variation(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0) -> PerToken:
     r"""Total variation distance for each token, half the L1 distance of the two distributions; symmetric.
 
