@@ -21,8 +21,8 @@ from trl import SFTTrainer
 
 from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.trainers.distillation import DistillationTrainer as OurTrainer
+from hf_transfer_ext.trainers.distillation_config import MAPPINGS, DistillationSettings, choose_precision
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig as OurConfig
-from hf_transfer_ext.trainers.distillation_config import DistillationSettings, choose_precision
 from hf_transfer_ext.trainers.trl_names import converted, translated
 
 with warnings.catch_warnings():  # that the modules are experimental: their configurations alone are used
@@ -53,7 +53,7 @@ class DistillationConfig(_OurSettings, TRLDistillationConfig):
     The student writes all texts (`max_completion_length`), the loss is reverse KL (`beta=1`), the learning rate 1e-6.
     """
 
-    _VALID_DICT_FIELDS = [*TRLDistillationConfig._VALID_DICT_FIELDS, *_OurSettings._DICT_FIELDS]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TRLDistillationConfig._VALID_DICT_FIELDS, *MAPPINGS]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         choose_precision(self)
@@ -72,7 +72,7 @@ class GKDConfig(_OurSettings, TRLGKDConfig):  # type: ignore[misc]
     disable_dropout: bool = TRLGKDConfig.disable_dropout
     max_new_tokens: int = TRLGKDConfig.max_new_tokens
 
-    _VALID_DICT_FIELDS = [*TRLGKDConfig._VALID_DICT_FIELDS, *_OurSettings._DICT_FIELDS]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TRLGKDConfig._VALID_DICT_FIELDS, *MAPPINGS]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         choose_precision(self)
@@ -90,7 +90,7 @@ class GOLDConfig(_OurSettings, TRLGOLDConfig):  # type: ignore[misc]
 
     disable_dropout: bool = TRLGOLDConfig.disable_dropout
 
-    _VALID_DICT_FIELDS = [*TRLGOLDConfig._VALID_DICT_FIELDS, *_OurSettings._DICT_FIELDS]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TRLGOLDConfig._VALID_DICT_FIELDS, *MAPPINGS]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         choose_precision(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -29,6 +29,19 @@ from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
 from hf_transfer_ext.trainers.task_config import check_task
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 from hf_transfer_ext.trainers.trl_names import answers_trl_names
+
+#: Fields of `DistillationSettings` whose value may be a mapping as JSON, as a command line gives it.
+MAPPINGS = (
+    "task_options",
+    "loss_options",
+    "teacher_model_init_kwargs",
+    "teacher_cache_options",
+    "hidden_options",
+    "teacher_server_options",
+    "on_policy_options",
+    "generation_options",
+    "rollout_engine_options",
+)
 
 
 @dataclass
@@ -120,19 +133,6 @@ class DistillationSettings(OnPolicyOptions):
     layer_map: list[Any] | str | None = "uniform"
     hidden_embeddings: bool = False
 
-    #: Fields whose value may be a mapping as JSON, as a command line gives it.
-    _DICT_FIELDS: ClassVar[tuple[str, ...]] = (
-        "task_options",
-        "loss_options",
-        "teacher_model_init_kwargs",
-        "teacher_cache_options",
-        "hidden_options",
-        "teacher_server_options",
-        "on_policy_options",
-        "generation_options",
-        "rollout_engine_options",
-    )
-
 
 @answers_trl_names
 @dataclass
@@ -146,7 +146,7 @@ class DistillationConfig(DistillationSettings, SFTConfig):
     emulating them is several times slower than float32.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *DistillationSettings._DICT_FIELDS]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *MAPPINGS]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         choose_precision(self)
