@@ -9,6 +9,7 @@ stand beside them. `docs/coming-from.md` lists what becomes of each setting.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ with warnings.catch_warnings():  # that the modules are experimental: their conf
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDConfig as TRLGKDConfig
     from trl.experimental.gold import GOLDConfig as TRLGOLDConfig
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "GKDConfig", "GKDTrainer", "GOLDConfig", "GOLDTrainer"]
 
@@ -155,7 +158,7 @@ class DistillationTrainer(OurTrainer):
         **ours: Any,
     ) -> None:
         args = _configuration(args, TRLDistillationConfig, DistillationConfig, model)
-        template = args.chat_template_kwargs
+        template = getattr(args, "chat_template_kwargs", None)
         super().__init__(
             model,
             teacher_model,
@@ -170,6 +173,16 @@ class DistillationTrainer(OurTrainer):
             tools=tools,
             **ours,
         )
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        default: Any = TRLDistillationConfig.max_completion_length
+        if self._context is not None and args.max_new_tokens == default and self._context < 2 * default:
+            args.max_new_tokens = max(1, self._context // 2)
+            logger.warning(
+                "`max_completion_length` is %d by default; the models take %d tokens, half of which is used.",
+                default, self._context,
+            )  # fmt: skip
+        return super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
 
 
 def _prompts_alone(dataset: Any, template: dict[str, Any] | None) -> Any:
@@ -196,15 +209,15 @@ def _prompts_alone(dataset: Any, template: dict[str, Any] | None) -> Any:
 
 
 class _CutsData(SFTTrainer):
-    """The rows of the data are cut to `data_length`, their end kept, and what is written comes on top of it."""
+    """Rows of the data are cut to `data_length`; what is written comes on top of it, within the models' context."""
 
     data_length: int | None = None
     _context: int | None
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        limits = [limit for limit in (self.data_length, self._context) if limit is not None]
+        room = None if self._context is None else self._context - args.max_new_tokens
         cut = copy.copy(args)
-        cut.max_length = min(limits, default=None)
+        cut.max_length = min((limit for limit in (self.data_length, room) if limit is not None), default=None)
         return super()._prepare_dataset(dataset, processing_class, cut, *rest, **kwargs)
 
 

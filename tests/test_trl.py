@@ -204,6 +204,18 @@ def test_a_step_on_the_data_is_trls(models, ours, theirs, settings):
     assert trained(*ours, data, lmbda=0.0, **settings) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_step_of_the_cross_tokenizer_loss_is_trls(models):
+    """With TRL's `bayesian` merging, ends of texts, and rows of one length; TRL averages within each text."""
+    settings = {
+        "lmbda": 0.0, "use_uld_loss": True, "teacher_tokenizer_name_or_path": str(models / "teacher"),
+        "uld_token_merge_strategy": "bayesian", "uld_skip_student_eos": False, "uld_skip_teacher_eos": False,
+        "uld_crossentropy_weight": 0.1, "uld_distillation_weight": 0.7,
+    }  # fmt: skip
+    data = {"messages": [MESSAGES[1]] * 4}
+    expected = trained(TRLGOLDTrainer, TRLGOLDConfig, data, **settings)
+    assert trained(GOLDTrainer, GOLDConfig, data, **settings) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("beta, temperature", [(0.0, 1.0), (0.3, 0.7), (1.0, 1.0)])
 def test_a_step_on_written_texts_is_trls(models, beta, temperature):
     """With `top_k=1` both write the same texts."""
@@ -279,7 +291,7 @@ def test_settings_that_change_after_the_configuration_are_followed(models):
     assert trainer.args.teacher_model_init_kwargs == {"attn_implementation": "eager", "dtype": "float32"}
 
 
-def test_prompts_are_as_long_as_the_models_take_them(models):
+def test_prompts_are_as_long_as_the_models_take_them(models, caplog):
     """Beyond 512 tokens, where a default `max_length` of 1024 would leave no room for 512 new ones."""
     student, teacher = tiny_llama(1, max_position_embeddings=2048), tiny_llama(2, max_position_embeddings=2048)
     tokenizer = byte_tokenizer(CHAT_TEMPLATE)
@@ -290,6 +302,11 @@ def test_prompts_are_as_long_as_the_models_take_them(models):
     with pytest.raises(ValueError, match="a prompt has 1600 tokens, which leaves no room"):
         DistillationTrainer(copy.deepcopy(student), teacher, DistillationConfig(str(models / "out"), **SETTINGS),
                             Dataset.from_dict({"prompt": ["x" * 1600] * 4}), processing_class=tokenizer)  # fmt: skip
+    # models with less room than TRL's default of 512 new tokens
+    prompts = Dataset.from_dict({"prompt": ["x" * 200] * 4})
+    small = DistillationTrainer(tiny_llama(1), tiny_llama(2), DistillationConfig(str(models / "out"), **SETTINGS),
+                                prompts, processing_class=tokenizer)  # fmt: skip
+    assert small.args.max_new_tokens == 256 and "the models take 512 tokens, half of which is used" in caplog.text
     # GKD cuts what stands before the answer to `max_length`, and what is written comes on top of it
     rows = [[{"role": "user", "content": "x" * 1500}, {"role": "assistant", "content": "a"}]] * 4
     args = GKDConfig(str(models / "out"), lmbda=1.0, **SETTINGS)

@@ -176,7 +176,7 @@ def translated(args: TrainingArguments, kind: type) -> tuple[dict[str, Any], dic
     _writing(found, script, theirs)
     if theirs.get("use_uld_loss"):
         _cross_tokenizer(found, theirs)
-        unused |= {name: why for name, (value, why) in OF_ULD.items() if theirs[name] != value}
+        unused |= {name: why for name, (value, why) in OF_ULD.items() if theirs.get(name, value) != value}
     else:
         loss, options = divergence_of_beta(theirs["beta"])
         if found.put("beta", "loss", loss) and options:
