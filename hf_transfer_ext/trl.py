@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from trl import DistillationConfig as TRLDistillationConfig
 from trl import SFTTrainer
 
+from hf_transfer_ext.hub.record import RunRecord
 from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.trainers.distillation import DistillationTrainer as OurTrainer
 from hf_transfer_ext.trainers.distillation_config import MAPPINGS, DistillationSettings, choose_precision
@@ -159,13 +160,15 @@ class DistillationTrainer(OurTrainer):
     ) -> None:
         args = _configuration(args, TRLDistillationConfig, DistillationConfig, model)
         template = getattr(args, "chat_template_kwargs", None)
+        args = converted(_without(args, *_FOLLOWED), OurConfig)
+        columns = ["prompt"] if args.on_policy_share == 1 else ["prompt", "completion"]
         super().__init__(
             model,
             teacher_model,
-            converted(_without(args, *_FOLLOWED), OurConfig),
-            _prompts_alone(train_dataset, template),
+            args,
+            _read(train_dataset, columns, template),
             processing_class,
-            eval_dataset=_prompts_alone(eval_dataset, template),
+            eval_dataset=_read(eval_dataset, columns, template),
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
@@ -185,26 +188,26 @@ class DistillationTrainer(OurTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
 
 
-def _prompts_alone(dataset: Any, template: dict[str, Any] | None) -> Any:
-    """The column `prompt`, with the arguments of the chat template for each row.
+def _read(dataset: Any, columns: list[str], template: dict[str, Any] | None) -> Any:
+    """These columns of the rows, with the arguments of the chat template for each row.
 
     Raises:
-        ValueError: There is none.
+        ValueError: One is missing, or the rows hold images.
     """
     if isinstance(dataset, Mapping):
-        return {name: _prompts_alone(one, template) for name, one in dataset.items()}
+        return {name: _read(one, columns, template) for name, one in dataset.items()}
     if dataset is None:
         return None
-    columns = dataset.column_names or list(next(iter(dataset), ()))
-    if "prompt" not in columns:
+    found = dataset.column_names or list(next(iter(dataset), ()))
+    if not set(columns) <= set(found):
         raise ValueError(
-            "TRL's DistillationTrainer writes after the column `prompt`, but the rows have "
-            f"{', '.join(map(repr, columns))}. Rename the column, or train with GKDTrainer, which takes `messages`."
+            f"TRL's DistillationTrainer writes after the column `prompt`. Needed: {', '.join(columns)}; the rows have "
+            f"{', '.join(found)}. Rename columns, or train with GKDTrainer, which takes `messages`."
         )
-    images = [name for name in ("image", "images") if name in columns]
+    images = [name for name in ("image", "images") if name in found]
     if images:
         raise ValueError(f"The rows have a column {images[0]!r}, but texts are written after prompts of text here.")
-    dataset = dataset.select_columns(["prompt"])
+    dataset = dataset.select_columns(columns)
     return dataset.map(lambda row: {"chat_template_kwargs": template}) if template else dataset
 
 
@@ -221,7 +224,15 @@ class _CutsData(SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, cut, *rest, **kwargs)
 
 
-class GKDTrainer(OurTrainer, _CutsData):  # type: ignore[misc]
+class _ReadsAnswers(OurTrainer, _CutsData):  # type: ignore[misc]
+    """A trainer on rows with answers; its record says to which length they were cut."""
+
+    def describe(self, record: RunRecord) -> None:
+        super().describe(record)
+        record.config["data_length"] = self.data_length
+
+
+class GKDTrainer(_ReadsAnswers):
     """TRL's `GKDTrainer`: the student writes a share of the batches, after the conversations up to their last answer.
 
     Args:
@@ -267,7 +278,7 @@ class GKDTrainer(OurTrainer, _CutsData):  # type: ignore[misc]
         )
 
 
-class GOLDTrainer(OurTrainer, _CutsData):  # type: ignore[misc]
+class GOLDTrainer(_ReadsAnswers):
     """TRL's `GOLDTrainer`: as `GKDTrainer`, with `use_uld_loss` for a teacher of another tokenizer.
 
     Args:

@@ -280,6 +280,13 @@ def test_our_settings_stand_beside_trls(models):
         GKDConfig(str(models / "out"), beta=0.0, loss="skew_kl", **SETTINGS)
 
 
+def test_a_share_of_ours_reads_the_completions(models):
+    args = DistillationConfig(str(models / "out"), on_policy_share=0.0, max_completion_length=8, **SETTINGS)
+    data = Dataset.from_dict({"prompt": [row[:1] for row in MESSAGES], "completion": [row[1:] for row in MESSAGES]})
+    trainer = DistillationTrainer(str(models / "student"), str(models / "teacher"), args, data)
+    assert "rollout_tokens" not in logged(trainer)
+
+
 def test_settings_that_change_after_the_configuration_are_followed(models):
     """TRL's own script sets `teacher_model_init_kwargs` so, with a revision that is None."""
     args = DistillationConfig(str(models / "out"), max_completion_length=8, **SETTINGS)
@@ -313,6 +320,7 @@ def test_prompts_are_as_long_as_the_models_take_them(models, caplog):
     trainer = GKDTrainer(student, teacher, args, train_dataset=Dataset.from_dict({"messages": rows}),
                          processing_class=tokenizer)  # fmt: skip
     assert all(len(ids) == 1024 for ids in trainer.train_dataset["input_ids"])
+    assert trainer.record().config["data_length"] == 1024
     assert logged(short(trainer))["num_tokens"] > 4 * 1010
 
 
