@@ -2,7 +2,7 @@
 
 `from trl import DistillationConfig, DistillationTrainer`, `from trl.experimental.gkd import GKDConfig, GKDTrainer` and
 `from trl.experimental.gold import GOLDConfig, GOLDTrainer` become `from hf_transfer_ext.trl import ...`. Names and
-defaults of the configurations are those of the installed TRL; our own settings (`teacher_cache`, `hidden_loss`, ...)
+defaults of the configurations are those of the installed TRL; our own settings (`teachers`, `hidden_loss`, ...)
 stand beside them. `docs/coming-from.md` lists what becomes of each setting.
 """
 
