@@ -18,6 +18,10 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, str] = {
     "DistillationConfig": "hf_transfer_ext.trainers.distillation_config",
     "DistillationTrainer": "hf_transfer_ext.trainers.distillation",
+    "GKDConfig": "hf_transfer_ext.trl",
+    "GKDTrainer": "hf_transfer_ext.trl",
+    "GOLDConfig": "hf_transfer_ext.trl",
+    "GOLDTrainer": "hf_transfer_ext.trl",
     "TaskDistillationTrainer": "hf_transfer_ext.trainers.task_distillation",
     "TransferConfig": "hf_transfer_ext.adapters.transfer.trainer",
     "TransferTrainer": "hf_transfer_ext.adapters.transfer.trainer",

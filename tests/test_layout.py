@@ -98,7 +98,7 @@ def problems_of(path: Path, registries: list[Registry], has_unit: Callable[[Any]
 #: Rooms from the ground up: each may import from those before it, and from none behind it.
 FLOORS = [
     "registry", "tensors", "files", "reading", "measurement", "launch", "progress", "settings", "recipe",
-    "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers",
+    "weights", "data", "hub", "models", "losses", "teachers", "students", "trainers", "trl",
     "evals", "adapters", "merging", "edits", "testing", "recipes", "export", "reproduce",
     "catalogue", "doctor", "cli", "__main__", "moved",
 ]  # fmt: skip

@@ -86,7 +86,7 @@ from hf_transfer_ext.trainers.several_teachers import (
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 from hf_transfer_ext.trainers.token_losses import loss_inside_the_head
 from hf_transfer_ext.trainers.trained_along import TrainsAlong
-from hf_transfer_ext.trainers.trl_names import converted
+from hf_transfer_ext.trainers.trl_names import converted, script_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,11 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         teacher_model: Any = None,
         **kwargs: Any,
     ) -> None:
+        if teacher_model is not None and script_of(args) is None:
+            logger.warning(
+                "`teacher_model` is TRL's name for `teacher`. The other settings and their defaults are our own here; "
+                "a script for TRL finds TRL's in `hf_transfer_ext.trl`."
+            )
         args = DistillationConfig() if args is None else converted(args, DistillationConfig)
         if args.task != CAUSAL_LM:
             raise ValueError(f"`task` is {args.task!r}, which TaskDistillationTrainer trains. Use that trainer.")

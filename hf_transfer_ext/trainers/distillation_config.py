@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
@@ -27,16 +29,25 @@ from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_o
 from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
 from hf_transfer_ext.trainers.task_config import check_task
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
-from hf_transfer_ext.trainers.trl_names import takes_trl_names
+from hf_transfer_ext.trainers.trl_names import answers_trl_names
+
+#: Fields of `DistillationSettings` whose value may be a mapping as JSON, as a command line gives it.
+MAPPINGS = (
+    "task_options",
+    "loss_options",
+    "teacher_model_init_kwargs",
+    "teacher_cache_options",
+    "hidden_options",
+    "teacher_server_options",
+    "on_policy_options",
+    "generation_options",
+    "rollout_engine_options",
+)
 
 
-@takes_trl_names
 @dataclass
-class DistillationConfig(OnPolicyOptions, SFTConfig):
-    """`SFTConfig` with a teacher and a loss; `OnPolicyOptions` let the student write the texts.
-
-    What it inherits is listed in `trainers/inherited.py`: obeyed, refused, or without meaning here. TRL's names of
-    settings (`beta`, `temperature`, `teacher_model_revision`, ...) are taken as keywords; see `trainers/trl_names.py`.
+class DistillationSettings(OnPolicyOptions):
+    """The fields that a distillation adds to those of its trainer: a teacher and a loss.
 
     Args:
         task: What the models do: "causal_lm" of `DistillationTrainer`, or a name of `TASKS`, which
@@ -91,9 +102,6 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         layer_map: Which layer of the student learns from which of the teacher: "uniform", "last", "skip", or pairs of
             layers that count from 0, `[[0, 1], [-1, -1]]` (`losses.layer_map`).
         hidden_embeddings: Compare the embeddings, too.
-
-    `bf16` left alone is on where the hardware computes in bfloat16; on a CPU without such instructions it is off, as
-    emulating them is several times slower than float32.
     """
 
     task: str = CAUSAL_LM
@@ -125,26 +133,29 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
     hidden_loss: str | None = None
     hidden_options: dict[str, Any] | str | None = field(default_factory=dict)
     hidden_weight: float = 1.0
-    layer_map: str | list[Any] = "uniform"
+    layer_map: list[Any] | str | None = "uniform"
     hidden_embeddings: bool = False
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012
-        *SFTConfig._VALID_DICT_FIELDS,
-        "task_options",
-        "loss_options",
-        "teacher_model_init_kwargs",
-        "teacher_cache_options",
-        "hidden_options",
-        "teacher_server_options",
-        "on_policy_options",
-        "generation_options",
-        "rollout_engine_options",
-    ]
+
+@answers_trl_names
+@dataclass
+class DistillationConfig(DistillationSettings, SFTConfig):
+    """`SFTConfig` with a teacher and a loss; `OnPolicyOptions` let the student write the texts.
+
+    What it inherits is listed in `trainers/inherited.py`: obeyed, refused, or without meaning here. Scripts for TRL's
+    distillation trainers find their names and defaults in `hf_transfer_ext.trl`.
+
+    `bf16` left alone is on where the hardware computes in bfloat16; on a CPU without such instructions it is off, as
+    emulating them is several times slower than float32.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *MAPPINGS]  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
-            self.use_cpu, self.bf16 = True, cpu_computes_in_bf16()
+        choose_precision(self)
         super().__post_init__()
+        self.teachers = from_json_list(self.teachers)
+        self.layer_map = "uniform" if self.layer_map is None else from_json_list(self.layer_map)
         require_reporters(self.report_to)
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
         self.task_options: dict[str, Any] = dict(self.task_options or {})  # type: ignore[arg-type]
@@ -267,7 +278,10 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         if isinstance(self.layer_map, str):
             if self.layer_map not in LAYER_MAPS:
                 raise ValueError(unknown_name("layer map", self.layer_map, LAYER_MAPS))
-        elif not all(len(pair) == 2 and all(type(layer) is int for layer in pair) for pair in self.layer_map):
+        elif not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(layer) is int for layer in pair)
+            for pair in self.layer_map or [()]
+        ):
             raise ValueError(f"`layer_map` has to be a name or pairs of layers [[0, 1], ...], got {self.layer_map}.")
         if self.teachers or self.teacher_server:
             raise ValueError(
@@ -324,6 +338,26 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         if self.teacher_server:
             return {"this teacher": "sparse"}
         return {"this teacher": "dense"} if self.teacher_adapter or self.teacher_model_name_or_path else {}
+
+
+def choose_precision(args: TrainingArguments) -> None:
+    """Where `bf16` is left alone on a machine without an accelerator: bfloat16 only if its CPU computes in it."""
+    if args.bf16 is None and not args.fp16 and not torch.accelerator.is_available():
+        args.use_cpu, args.bf16 = True, cpu_computes_in_bf16()
+
+
+def from_json_list(value: Any) -> Any:
+    """A list that a command line gave as JSON, `'[{"model": "a"}]'`; everything else as it is.
+
+    Raises:
+        ValueError: The text starts like a list and is not valid JSON.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"A list has to be valid JSON, got {value!r}: {error}.") from error
 
 
 def cpu_computes_in_bf16() -> bool:

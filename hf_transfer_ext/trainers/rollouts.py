@@ -376,7 +376,8 @@ def with_prompts(dataset: Any, args: Any) -> Any:
         if holds_prompts_alone(dataset):
             raise ValueError(
                 "The data hold prompts without completions, so there is nothing to learn from: let the student write "
-                "them with `on_policy`, or add a column `completion`."
+                "them with `on_policy`, or add a column `completion`. (The trainer of `hf_transfer_ext.trl`, which is "
+                "TRL's, lets the student write by default.)"
             )
         return dataset
     columns = set(dataset.column_names or ())

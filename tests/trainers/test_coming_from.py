@@ -6,17 +6,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import hf_transfer_ext
-from hf_transfer_ext import DistillationConfig, DistillationTrainer
+from hf_transfer_ext import DistillationConfig, DistillationTrainer, trl
 from hf_transfer_ext.catalogue import registries
 from hf_transfer_ext.cli import COMMANDS
 from hf_transfer_ext.recipes.distill import DistillArguments
-from hf_transfer_ext.trainers.trl_names import TRL_NAMES
+from hf_transfer_ext.trainers.trl_names import TRL_NAMES, converted
 
 PAGE = (Path(hf_transfer_ext.__file__).parent.parent / "docs" / "coming-from.md").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
-    if line.startswith("| ") and not line.startswith("| TRL |")
+    if line.startswith("| ") and line.count("|") == 4 and not line.startswith("| TRL |")
 ]
 
 
@@ -37,6 +37,22 @@ def test_every_method_that_is_recommended_exists():
                  "hidden_cosine", "sampled_reverse_kl", "distillm", "distillm_2", "minillm"):  # fmt: skip
         assert f"`{name}`" in PAGE and name in methods
     assert "cache-teacher" in PAGE and "cache-teacher" in COMMANDS
+
+
+def test_the_defaults_of_the_page_are_those_of_the_configurations(tmp_path):
+    kinds = (DistillationConfig, trl.DistillationConfig, trl.GKDConfig, trl.GOLDConfig)
+    configs = [converted(kind(str(tmp_path), use_cpu=True, bf16=False), DistillationConfig) for kind in kinds]
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in PAGE.splitlines() if line.count("|") == 6}
+    for row, name in (("`learning_rate`", "learning_rate"), ("most tokens written", "max_new_tokens")):
+        assert [float(cell) for cell in cells[row]] == [getattr(config, name) for config in configs]
+    temperatures = [(config.sampling_temperature, config.distill_temperature) for config in configs]
+    assert [
+        tuple(map(float, cell.split(","))) for cell in cells["temperature of sampling, of the loss"]
+    ] == temperatures
+    assert [float(cell) for cell in cells["`top_p`"]] == [one.generation_options.get("top_p", 1) for one in configs]
+    assert [cell.strip() for cell in cells["`disable_dropout`"]] == [str(one.disable_dropout) for one in configs]
+    assert [one.truncation_mode for one in configs] == ["keep_start", "keep_start", "keep_end", "keep_end"]
+    assert [one.max_length for one in configs] == [1024, None, 1024, 1024]
 
 
 def test_no_setting_of_trl_is_left_out():

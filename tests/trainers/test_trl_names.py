@@ -1,15 +1,15 @@
-"""Scripts for TRL's trainers run with their imports changed."""
+"""Configurations of TRL in the words of ours; `tests/test_trl.py` runs the scripts."""
 
 import logging
+from dataclasses import fields
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from tiny import byte_tokenizer, tiny_llama
 from transformers import TrainingArguments
 from trl import DistillationConfig as TRLDistillationConfig
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.gold import GOLDConfig
 
@@ -40,54 +40,6 @@ def loss_of(trainer):
     return trainer.state.log_history[0]["loss"]
 
 
-def test_a_script_for_the_distillation_trainer_of_trl(models, caplog):
-    # from trl import DistillationConfig, DistillationTrainer
-    args = DistillationConfig(
-        output_dir=str(models / "out"), teacher_model_revision=None, teacher_model_init_kwargs={"dtype": "float32"},
-        model_init_kwargs={"attn_implementation": "eager"}, temperature=2.0, beta=0.5, max_completion_length=64,
-        disable_dropout=True, **SETTINGS,
-    )  # fmt: skip
-    assert (args.on_policy, args.on_policy_share, args.max_new_tokens) == ("gkd", 1.0, 64)  # the student writes all
-    caplog.set_level(logging.WARNING)
-    trainer = DistillationTrainer(
-        model=str(models / "student"), teacher_model=str(models / "teacher"), args=args,
-        train_dataset=Dataset.from_dict(ROWS), eval_dataset=Dataset.from_dict(ROWS),
-        peft_config=LoraConfig(r=2, target_modules="all-linear"),
-    )  # fmt: skip
-    assert trainer.model.config._attn_implementation == "eager" and hasattr(trainer.model, "peft_config")
-    assert (trainer.args.loss, trainer.args.loss_options) == ("generalized_jsd", {"beta": 0.5})
-    assert trainer.args.distill_temperature == trainer.args.sampling_temperature == 2.0
-    assert trainer.args.max_length == 512 and "the models take 512 tokens" in caplog.text  # TRL's default is 1024
-    assert loss_of(trainer) > 0 and trainer.evaluate()["eval_loss"] > 0
-    assert trainer.state.log_history[0]["rollout_tokens"] <= 64
-    prompts = DistillationTrainer(
-        model=str(models / "student"), teacher_model=str(models / "teacher"),
-        args=DistillationConfig(str(models / "out"), max_completion_length=8, temperature=1.0, beta=1.0, **SETTINGS),
-        train_dataset=Dataset.from_dict({"prompt": ROWS["prompt"]}),
-    )  # fmt: skip
-    assert loss_of(prompts) > 0 and prompts.state.log_history[0]["rollout_tokens"] <= 8
-
-
-@pytest.mark.parametrize("lmbda", [0.0, 1.0])
-def test_a_script_for_the_gkd_trainer_of_trl(models, lmbda, caplog):
-    # from trl.experimental.gkd import GKDConfig, GKDTrainer
-    caplog.set_level(logging.WARNING)
-    args = DistillationConfig(
-        str(models / "out"), lmbda=lmbda, beta=0.0, temperature=0.9, max_new_tokens=16, **SETTINGS
-    )
-    # its temperature is that of sampling alone
-    assert (args.distill_temperature, args.sampling_temperature) == (1.0, 0.9 if lmbda else 1.0)
-    assert ("`lmbda` is 0 and no text is written: max_new_tokens, sampling_temp" in caplog.text) == (lmbda == 0)
-    messages = [[{"role": "user", "content": "gold?"}, {"role": "assistant", "content": "a metal"}]] * 4
-    chat = byte_tokenizer("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
-    trainer = DistillationTrainer(
-        model=tiny_llama(1), teacher_model=tiny_llama(2), args=args, processing_class=chat,
-        train_dataset=Dataset.from_dict({"messages": messages}),
-    )  # fmt: skip
-    assert trainer.args.loss == "forward_kl"
-    assert loss_of(trainer) > 0
-
-
 @pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments])
 def test_a_plain_configuration_is_converted(models, kind):
     args = kind(str(models / "out"), **SETTINGS)
@@ -105,22 +57,36 @@ def test_configurations_of_trl_are_converted_or_refused(tmp_path):
     args = converted(TRLDistillationConfig(str(tmp_path), temperature=2.0, **SETTINGS), DistillationConfig)
     assert args.loss == "reverse_kl" and args.distill_temperature == 2.0  # beta is 1 by default there
     assert (args.on_policy_share, args.max_new_tokens, args.sampling_temperature) == (1.0, 512, 2.0)
-    assert args.generation_options == {"repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0}
+    assert args.generation_options == {} and args.max_length is None and args.remove_unused_columns
     args = converted(GKDConfig(str(tmp_path), seq_kd=True, **SETTINGS), DistillationConfig)
     assert (args.loss, args.distill_temperature, args.sampling_temperature) == ("generalized_jsd", 1.0, 0.9)
     assert (args.on_policy, args.on_policy_share, args.teacher_writes) == ("gkd", 0.5, True)
     args = converted(GKDConfig(str(tmp_path), lmbda=0.0, **SETTINGS), DistillationConfig)
-    assert (args.loss, args.on_policy, args.distill_temperature) == ("generalized_jsd", None, 1.0)
-    args = converted(GOLDConfig(str(tmp_path), lmbda=0.3, log_completions=True, **SETTINGS), DistillationConfig)
-    assert (args.on_policy_share, args.max_new_tokens, args.distill_temperature) == (0.3, 128, 0.9)
-    assert args.generation_options == {"top_p": 0.95, "top_k": 0} and args.log_rollouts == ALL_TEXTS
+    assert (args.loss, args.on_policy_share, args.distill_temperature) == ("generalized_jsd", 0.0, 1.0)
+    assert (args.max_length, args.truncation_mode) == (1024, "keep_end")
+    args = converted(GOLDConfig(str(tmp_path), log_completions=True, **SETTINGS), DistillationConfig)
+    assert (args.on_policy_share, args.max_new_tokens, args.distill_temperature) == (0.5, 128, 0.9)
+    assert args.generation_options == {"top_p": 0.95} and args.log_rollouts == ALL_TEXTS
     with pytest.raises(TypeError, match="`args` has to be a DistillationConfig"):
         converted({"output_dir": "out"}, DistillationConfig)
+    with pytest.raises(ValueError, match="a setting that DistillationConfig does not have"):
+        converted(
+            GRPOConfig(str(tmp_path), beta=0.1, **{**SETTINGS, "per_device_train_batch_size": 8}), DistillationConfig
+        )
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}, {}),
+    ({"top_p": 0.9, "generation_kwargs": {"top_p": 1.0}}, {}),
+    ({"top_k": 5, "generation_kwargs": '{"typical_p": 0.9}'}, {"top_k": 5, "typical_p": 0.9}),
+])  # fmt: skip
+def test_values_of_generation_that_change_nothing_are_left_out(tmp_path, given, expected):
+    """So that methods which need the probability of each drawn token accept TRL's defaults."""
+    args = converted(TRLDistillationConfig(str(tmp_path), **given, **SETTINGS), DistillationConfig)
+    assert args.generation_options == expected
 
 
 def test_every_setting_of_trls_configurations_is_known():
-    from dataclasses import fields
-
     known = {field.name for field in fields(DistillationConfig)} | TRL_NAMES
     named = {field.name for kind in (TRLDistillationConfig, GKDConfig, GOLDConfig) for field in fields(kind)}
     assert not named - known
@@ -129,33 +95,42 @@ def test_every_setting_of_trls_configurations_is_known():
 
 def test_settings_without_effect_are_named_with_the_reason(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    DistillationConfig(str(tmp_path), max_completion_length=64, use_vllm=True, generation_batch_size=4, **SETTINGS)
-    for name in ("use_vllm", "generation_batch_size"):
+    args = TRLDistillationConfig(str(tmp_path), use_vllm=True, log_unique_prompts=True, **SETTINGS)
+    converted(args, DistillationConfig)
+    for name in ("use_vllm", "log_unique_prompts"):
         assert f"`{name}` is not used: {NOT_USED[name]}." in caplog.text
+    caplog.clear()
+    for kind in (TRLDistillationConfig, GKDConfig, GOLDConfig):
+        converted(kind(str(tmp_path), **SETTINGS), DistillationConfig)
+    assert "is not used" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ANSWERED)
 def test_settings_that_would_train_something_else_are_answered(tmp_path, name):
     taken, advice = ANSWERED[name]
-    other = {type(None): "x", bool: not taken, int: 2, float: 0.5, str: "other", list: [1]}[type(taken)]
+    other = {type(None): "x", bool: not taken, int: 2, str: "other", list: [1]}[type(taken)]
+    kind = GOLDConfig if hasattr(GOLDConfig, name) or name == "callbacks" else TRLDistillationConfig
+    more = {"use_uld_loss": True} if kind is GOLDConfig else {}
+    args = kind(str(tmp_path), **{name: other}, **more, **SETTINGS)
     with pytest.raises(ValueError) as error:
-        DistillationConfig(str(tmp_path), **{name: other}, **SETTINGS)
+        converted(args, DistillationConfig)
     assert f"`{name}` is {other!r}, a setting of TRL that is not taken: {advice}." == str(error.value)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"lmbda": 0.5, "on_policy_share": 0.5}, "`on_policy_share` is set twice: by itself, and as `lmbda`"),
-    ({"lmbda": 1.5}, r"`on_policy_share` has to lie in \[0, 1\], got 1.5"),
-    ({"beta": 1.5}, "`beta` has to lie between 0 and 1, got 1.5"),
-    ({"beta": 0.5, "loss": "forward_kl"}, "`loss` is set twice: by itself, and as `beta`"),
-    ({"temperature": 2.0, "distill_temperature": 1.0}, "`distill_temperature` is set twice"),
-])  # fmt: skip
-def test_what_cannot_be_done_is_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationConfig(str(tmp_path), **SETTINGS, **options)
+@pytest.mark.parametrize("name", sorted(TRL_NAMES))
+def test_a_name_of_trl_alone_is_refused_with_the_name_to_use(tmp_path, name):
+    """It would bring the setting, and not the defaults of TRL that go with it."""
+    with pytest.raises(ValueError, match=rf"^`{name}` is a setting of TRL.*`hf_transfer_ext\.trl`"):
+        DistillationConfig(str(tmp_path), **{name: 1})
 
 
-def test_arguments_that_cannot_be_obeyed_are_refused(models):
+def test_the_refusal_names_the_setting_of_ours(tmp_path):
+    for name, ours in (("lmbda", "on_policy_share"), ("beta", "loss"), ("top_p", "generation_options")):
+        with pytest.raises(ValueError, match=f"`{ours}` here"):
+            DistillationConfig(str(tmp_path), **{name: 0.5})
+
+
+def test_arguments_that_cannot_be_obeyed_are_refused(models, caplog):
     def start(data=ROWS, **kwargs):
         args = DistillationConfig(str(models / "out"), **SETTINGS)
         return DistillationTrainer(
@@ -164,10 +139,19 @@ def test_arguments_that_cannot_be_obeyed_are_refused(models):
 
     with pytest.raises(ValueError, match="two names of one argument"):
         start(teacher=tiny_llama(2), teacher_model=tiny_llama(2))
-    with pytest.raises(ValueError, match="prompts without completions"):
+    with pytest.raises(ValueError, match=r"prompts without completions.*`hf_transfer_ext\.trl`"):
         start({"prompt": ROWS["prompt"]}, teacher_model=tiny_llama(2))
     with pytest.raises(ValueError, match="`tools` are functions to call while a text is written"):
         start(teacher_model=tiny_llama(2), tools=[print])
+    caplog.set_level(logging.WARNING)
+    start(teacher_model=tiny_llama(2))
+    assert "a script for TRL finds TRL's in `hf_transfer_ext.trl`" in caplog.text
+
+
+@pytest.mark.parametrize("layers", [[], [0, 1], [[0]], [[0, True]], {"a": 1}])
+def test_a_layer_map_that_names_no_pairs_is_refused(tmp_path, layers):
+    with pytest.raises(ValueError, match=r"`layer_map` has to be a name or pairs of layers"):
+        DistillationConfig(str(tmp_path), hidden_loss="hidden_mse", layer_map=layers, **SETTINGS)
 
 
 @pytest.mark.parametrize("beta, expected", [(0.0, "forward_kl"), (1.0, "reverse_kl"), (0.25, "generalized_jsd")])

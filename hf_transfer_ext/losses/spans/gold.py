@@ -14,7 +14,7 @@ def gold(
     student_ids: Int[Tensor, " student_matched"],
     teacher_ids: Int[Tensor, " teacher_matched"],
     *,
-    matched_weight: float = 0.5,
+    matched_weight: float | None = 0.5,
     beta: float = 0.5,
 ) -> Float[Tensor, " spans"]:
     r"""A divergence over the tokens that both vocabularies have, and the sorted distance of all others.
@@ -30,7 +30,8 @@ def gold(
     Args:
         student_ids: Matched tokens in the student's vocabulary.
         teacher_ids: The same tokens in the teacher's.
-        matched_weight: w in [0, 1].
+        matched_weight: w in [0, 1]; None for the share of the teacher's vocabulary that is matched, as TRL has it
+            by default.
         beta: Of `generalized_jsd`.
 
     Returns:
@@ -38,6 +39,8 @@ def gold(
 
     Source: GOLD of TRL, Patiño et al. 2025, https://huggingface.co/docs/trl/gold_trainer
     """
+    if matched_weight is None:
+        matched_weight = len(teacher_ids) / pair.teacher.shape[1]
     if len(student_ids) != len(teacher_ids) or not 0 <= matched_weight <= 1:
         raise ValueError(
             "`student_ids` and `teacher_ids` have to be as many and `matched_weight` in [0, 1], got "

@@ -32,6 +32,15 @@ def test_a_student_that_is_its_teacher_loses_nothing():
     torch.testing.assert_close(gold(pair, every, every).detach(), torch.zeros(3), atol=1e-6, rtol=0)
 
 
+def test_the_weight_can_be_the_matched_share_of_the_teachers_vocabulary():
+    own, other = torch.tensor([0, 2, 5]), torch.tensor([4, 1, 8])
+    pair = span_pair(*STUDENT, *TEACHER)
+    share = 3 / pair.teacher.shape[1]
+    torch.testing.assert_close(
+        gold(pair, own, other, matched_weight=None), gold(pair, own, other, matched_weight=share)
+    )
+
+
 def test_tokens_that_do_not_pair_are_refused():
     with pytest.raises(ValueError, match="got 1, 2 and"):
         gold(span_pair(*STUDENT, *TEACHER), torch.tensor([0]), torch.tensor([0, 1]))
