@@ -38,7 +38,7 @@ def test_scores_give_the_models_own_attention(make, attention):
     attentions = model(IDS, output_attentions=True).attentions
     model.set_attn_implementation(attention)
     logits = model(IDS).logits
-    with layers_viewed(model, [1], attention=True) as found:
+    with layers_viewed(model, [1], attention=[1]) as found:
         torch.testing.assert_close(model(IDS).logits, logits)
     later = torch.ones(4, 4, dtype=torch.bool).triu(1)
     own = found[1].scores().masked_fill(later, -torch.inf).softmax(-1)
@@ -47,6 +47,6 @@ def test_scores_give_the_models_own_attention(make, attention):
 
 
 def test_the_attention_functions_are_restored_after_an_error():
-    with pytest.raises(RuntimeError), layers_viewed(tiny_llama(1), [0], attention=True):
+    with pytest.raises(RuntimeError), layers_viewed(tiny_llama(1), [0], attention=[0]):
         raise RuntimeError
     assert not ALL_ATTENTION_FUNCTIONS._local_mapping
