@@ -92,7 +92,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         kwargs: Everything else that `SFTTrainer` takes (`peft_config`, `quantization_config` of the student, ...).
 
     Logs the parts of the loss, `kd` and `ce` in nats per labeled token and `hidden` (the loss between layers; of
-    several their weighted sum, and `hidden_<name>` of each), and what SFTTrainer logs: `entropy` of the student in
+    several their weighted sum, and each as `hidden_mse`, ...), and what SFTTrainer logs: `entropy` of the student in
     nats, `mean_token_accuracy`, `num_tokens` read so far. All are means over the tokens since the last log line, on
     all processes; in evaluation over the whole set, as `eval_kd`, ... or `eval_<name>_kd`, ... of several sets. There
     `eval_loss` is a mean over tokens as well, the sum of these parts times their weights.

@@ -108,8 +108,8 @@ class BetweenLayers(NamedTuple):
     """What the losses between layers make of a batch.
 
     total: Sum over the items of the batch of all losses, each times its weight; carries the gradient.
-    sums: For logs, without gradient: `hidden`, which is `total`; of several losses also `hidden_<name>` of each,
-        without its weight.
+    sums: For logs, without gradient: `hidden`, which is `total`; of several losses also each without its weight, as
+        `hidden_mse`, `hidden_attention_mse`, ...
     """
 
     total: Float[Tensor, ""]
@@ -176,7 +176,7 @@ class HiddenLosses:
             one = (values * tokens.shares(mask).to(values.device)).sum()
             found.append(loss.weight * one)
             if len(self.losses) > 1:
-                sums[f"hidden_{loss.name}"] = one.detach()
+                sums[f"hidden_{loss.name.removeprefix('hidden_')}"] = one.detach()
         total = torch.stack([one.to(found[0].device) for one in found]).sum()
         return BetweenLayers(total, {"hidden": total.detach(), **sums})
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import check_layer_map
 from hf_transfer_ext.losses.layer_reading import AT_HEADS, OF_STATES, Reading, hidden_options, reading_of
@@ -108,13 +110,25 @@ def _of_entry(entry: Any, where: str) -> dict[str, Any]:
         if name not in allowed:
             raise ValueError(unknown_name(f"option of {entry['name']}", name, allowed or ["(it has none)"]))
         default = keyword_options(loss)[name]
-        if not (isinstance(value, type(default)) or (isinstance(default, float) and _is_number(value))):
+        fits = type(value) is type(default) or (isinstance(default, float) and _is_number(value))
+        if not fits:
             raise ValueError(
-                f"`{name}` of {entry['name']} has to be a {type(default).__name__} such as {default}, got {value!r}."
+                f"`{name}` of {entry['name']} has to be of type {type(default).__name__}, such as {default}, got "
+                f"{value!r}."
             )
     if "layer_map" in entry:
         check_layer_map(entry["layer_map"], f"{where}: `layer_map`")
+    _check_ranges(loss, options)
     return {**entry, "options": dict(options)}
+
+
+def _check_ranges(loss: Any, options: Mapping[str, Any]) -> None:
+    """Let a loss refuse values out of its range, by a call on one token; its `heads` are the dimensions of a state."""
+    text, mask = torch.zeros(1, 1, max(1, options.get("heads", 1))), torch.ones(1, 1, dtype=torch.bool)
+    if reading_of(loss) == "logits":
+        loss(torch.zeros(1, 2), torch.zeros(1, 2), **options)
+    elif reading_of(loss) in ("sequences", "relations"):
+        loss(text, text, mask, **options)
 
 
 def _is_number(value: Any) -> bool:

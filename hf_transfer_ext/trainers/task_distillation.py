@@ -58,7 +58,7 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         kwargs: Everything else that `Trainer` takes.
 
     Logs the parts of the loss, `kd` and `ce`, and `hidden` (the loss between layers; of several their weighted sum,
-    and `hidden_<name>` of each), as means over the items (texts, words, tokens) since the last log line on all
+    and each as `hidden_mse`, ...), as means over the items (texts, words, tokens) since the last log line on all
     processes, and what else the task counts. In evaluation over the whole set, as `eval_kd`, ...; `eval_loss` is the
     sum of these parts times their weights.
     """
