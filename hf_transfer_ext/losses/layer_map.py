@@ -12,7 +12,8 @@ Pairs = list[tuple[int, int]]
 
 
 def uniform(student_layers: int, teacher_layers: int) -> Pairs:
-    """Layer i of S learns from the last layer of the i-th of S equal parts of the teacher: `[[0, 1], [1, 3]]`.
+    """Layer i of S learns from the last layer of the i-th of S equal parts of the teacher; of 2 and 4
+    layers `[[0, 1], [1, 3]]`.
 
     When to use it: the default: each layer of the student stands for a run of the teacher's, and the last ones meet.
 
@@ -22,7 +23,7 @@ def uniform(student_layers: int, teacher_layers: int) -> Pairs:
 
 
 def last(student_layers: int, teacher_layers: int) -> Pairs:
-    """The student's layers learn from the last layers of the teacher: `[[0, 2], [1, 3]]` of 2 and 4.
+    """The student's layers learn from the last layers of the teacher; of 2 and 4 layers `[[0, 2], [1, 3]]`.
 
     When to use it: what counts is what the teacher has made of a text in the end; the student's first layers have to
     do the work of many, so that this is the hardest map to follow.
@@ -33,7 +34,8 @@ def last(student_layers: int, teacher_layers: int) -> Pairs:
 
 
 def skip(student_layers: int, teacher_layers: int) -> Pairs:
-    """Layer i of S learns from the first layer of the i-th of S equal parts of the teacher: `[[0, 0], [1, 2]]`.
+    """Layer i of S learns from the first layer of the i-th of S equal parts of the teacher; of 2 and 4
+    layers `[[0, 0], [1, 2]]`.
 
     When to use it: a student that was cut out of the teacher by taking these layers; beside a loss at the end of the
     network, since the teacher's last layer is not among them.
