@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processes import on_two_ranks
+from recipes.test_distill_task_recipe import minilm
 from safetensors.torch import load_file
 from trainers.tasks.test_seq2seq import t5
 from trainers.tasks.tiny_encoders import config, tiny_bert, tokenizer_of
@@ -20,8 +21,12 @@ from transformers import (
 )
 
 from hf_transfer_ext import TaskDistillationTrainer
+from hf_transfer_ext.data.facts import fact_texts
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_reading import reading_of
+from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.students.inits.uniform_depth import uniform_depth
+from hf_transfer_ext.students.shape import StudentShape
 from hf_transfer_ext.trainers.task_config import TASKS
 from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 
@@ -350,10 +355,38 @@ def test_two_processes_are_one(tmp_path):
         trainer.train()
         return weights(trainer), {n: p.detach() for n, p in trainer.task.between.losses[0].projections.items()}
 
-    one = run(tmp_path / "one", 4)
-    for found in on_two_ranks(lambda _: run(tmp_path / "two", 2), tmp_path):
+    one = run(tmp_path / "one", 6)
+    for found in on_two_ranks(lambda _: run(tmp_path / "two", 3), tmp_path):
         assert_same(one[0], found[0])
         assert_same(one[1], found[1])
+
+
+@pytest.mark.slow
+def test_half_of_minilm_comes_closer_to_the_whole_by_its_layers_too(tmp_path):
+    """A real model and real texts, as TinyBERT learns: the vectors of held-out texts are nearer than without."""
+    for package in ("countryinfo", "mendeleev"):
+        pytest.importorskip(package)
+    path, found = minilm(), []
+    train, test = (
+        Dataset.from_dict({"text": [row["text"] for row in fact_texts(split) if row["source"] != "question"]})
+        for split in ("train", "test")
+    )
+    tokenizer = load_tokenizer(path)
+    for losses in (None, [{"name": "hidden_mse", "embeddings": True}, {"name": "attention_mse", "weight": 0.1}]):
+        teacher = load_model(path, auto_class="AutoModel", dtype="float32")
+        args = config(
+            tmp_path, "sentence_embedding", loss="cosine_distance", hidden_loss=losses, max_steps=60, max_length=32,
+            learning_rate=2e-4, optim="adamw_torch", per_device_train_batch_size=16,
+        )  # fmt: skip
+        student = uniform_depth(teacher, StudentShape(depth=3))
+        trainer = TaskDistillationTrainer(student, teacher, args, train, tokenizer, tokenizer)
+        before = trainer.evaluate(trainer.task.prepared(test))
+        trainer.train()
+        after = trainer.evaluate(trainer.task.prepared(test))
+        found.append(after["eval_kd"])
+        assert after["eval_kd"] < before["eval_kd"] / 2
+        assert losses is None or after["eval_hidden"] < before["eval_hidden"]
+    assert found[1] < 0.99 * found[0]
 
 
 def test_models_that_cannot_be_compared_are_refused(tmp_path):
