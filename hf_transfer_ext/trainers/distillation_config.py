@@ -82,7 +82,9 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
             layers of student and teacher, beside the others. Or several at once, as a list of names and of mappings
             with `name`, `weight`, `layer_map`, `embeddings` and `options` (`trainers.named_hidden_losses`). The
-            teacher has to be a model or an adapter, and to read the student's tokens.
+            teacher has to be a model or an adapter, and to read the student's tokens. Language models and decoders
+            compare the positions that predict a labeled token; encoders all tokens, with a mean over those of a text
+            for each of its items (the text, its words, its masked tokens).
         hidden_options: The options of one loss, such as `{"heads": 8}` of attention_relation.
         hidden_weight: Factor of that loss, or of the sum of several, > 0. Each is a mean over its mapped layers.
         layer_map: Which layer of the student learns from which of the teacher: "uniform", "last", "skip", or pairs of

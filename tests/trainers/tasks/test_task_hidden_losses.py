@@ -9,6 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processes import on_two_ranks
 from recipes.test_distill_task_recipe import minilm
 from safetensors.torch import load_file
+from sharding import shard_on_cpu
 from trainers.tasks.test_seq2seq import t5
 from trainers.tasks.tiny_encoders import config, tiny_bert, tokenizer_of
 from transformers import (
@@ -359,6 +360,27 @@ def test_two_processes_are_one(tmp_path):
     for found in on_two_ranks(lambda _: run(tmp_path / "two", 3), tmp_path):
         assert_same(one[0], found[0])
         assert_same(one[1], found[1])
+
+
+@pytest.mark.slow
+def test_a_sharded_student_and_teacher_equal_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "BertLayer")
+    torch.set_num_threads(1)
+
+    def run(folder, size):
+        trainer = trainer_of(
+            folder, per_device_train_batch_size=size, max_steps=2, learning_rate=0.05, hidden_loss=SEVERAL
+        )
+        trainer.train()
+        return [trainer.state.log_history[1][name] for name in ("loss", "hidden")]
+
+    def rank(_):
+        shard_on_cpu()
+        return run(tmp_path / "two", 3)
+
+    one = run(tmp_path / "one", 6)
+    for found in on_two_ranks(rank, tmp_path):
+        assert found == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow
