@@ -11,15 +11,23 @@ from typing import Any
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.settings import arguments_for
 
-#: Title -> (module, registry in it).
-CATALOGUE = {
+#: Title -> (module, registry in it), or name -> (module, what stands for it there).
+CATALOGUE: dict[str, tuple[str, str] | dict[str, tuple[str, str]]] = {
     "Tasks of distillation": ("hf_transfer_ext.trainers.tasks", "TASKS"),
     "Distillation losses": ("hf_transfer_ext.losses.distillation", "DISTILLATION_LOSSES"),
     "On-policy distillation": ("hf_transfer_ext.trainers.on_policy", "ON_POLICY_METHODS"),
     "Losses across tokenizers": ("hf_transfer_ext.losses.spans", "SPAN_LOSSES"),
     "Losses inside the network": ("hf_transfer_ext.losses.hidden", "HIDDEN_LOSSES"),
+    "Layer maps": ("hf_transfer_ext.losses.layer_map", "LAYER_MAP_FORMS"),
     "Losses between vectors": ("hf_transfer_ext.losses.vectors", "VECTOR_LOSSES"),
+    "Teachers": ("hf_transfer_ext.teachers.combinations", "TEACHER_KINDS"),
     "Teachers combined": ("hf_transfer_ext.teachers.combinations", "COMBINED_TEACHERS"),
+    "Kinds of teacher caches": ("hf_transfer_ext.teachers.cache_kinds", "CACHE_KINDS"),
+    "Parts of distillation methods": {
+        "trust_region": ("hf_transfer_ext.teachers.sampled", "within_trust_region"),
+        "prototypes": ("hf_transfer_ext.losses.prototypes", "Prototypes"),
+        "prototype_alignment": ("hf_transfer_ext.losses.prototypes", "prototype_alignment"),
+    },
     "Student initializations": ("hf_transfer_ext.students", "STUDENT_INITS"),
     "Merge methods": ("hf_transfer_ext.merging.methods", "MERGE_METHODS"),
     "Transfer methods of adapters": ("hf_transfer_ext.adapters.transfer.methods", "TRANSFER_METHODS"),
@@ -40,7 +48,16 @@ CATALOGUE = {
 
 def registries() -> dict[str, Mapping[str, Any]]:
     """Title -> name -> method."""
-    return {title: dict(getattr(import_module(m), name).items()) for title, (m, name) in CATALOGUE.items()}
+
+    def found(place: tuple[str, str]) -> Any:
+        return getattr(import_module(place[0]), place[1])
+
+    return {
+        title: {name: found(place) for name, place in listed.items()}
+        if isinstance(listed, dict)
+        else dict(found(listed).items())
+        for title, listed in CATALOGUE.items()
+    }
 
 
 def summary(method: Any) -> str:
@@ -61,12 +78,17 @@ def when_to_use(method: Any) -> str:
 
 
 def explained(name: str) -> str:
-    """Everything that is written about the methods of this name.
+    """Everything that is written about the methods of this name, or of this name in Python (`ServerTeacher`).
 
     Raises:
         ValueError: There is none.
     """
-    found = [(title, methods[name]) for title, methods in registries().items() if name in methods]
+    found = [
+        (title, method)
+        for title, methods in registries().items()
+        for own, method in methods.items()
+        if name in (own, getattr(method, "__name__", None))
+    ]
     if not found:
         known = {name for methods in registries().values() for name in methods}
         raise ValueError(unknown_name("method", name, known))

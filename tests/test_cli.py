@@ -211,6 +211,35 @@ def test_methods_lists_all_and_explains_one(capsys):
     assert "Source: " in capsys.readouterr().out and "KL(student || teacher)" in explained("reverse_kl")
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("top_and_samples", "unbiased"),
+        ("samples", "Sparse Logit Sampling"),
+        ("server", "Asks a server"),
+        ("ServerTeacher", "Asks a server"),
+        ("confidence", "follow the teachers' confidence"),
+        ("column", "One teacher for each row"),
+        ("uniform", "equal parts of the"),
+        ("pairs", "Pairs of layers as they are listed"),
+        ("trust_region", "lose their influence"),
+        ("prototypes", "A running mean of the features"),
+    ],
+)
+def test_what_is_chosen_by_name_is_found_by_that_name(name, text):
+    assert text in explained(name) and "When to use it: " in explained(name)
+
+
+def test_the_catalogue_has_the_names_that_settings_take():
+    from hf_transfer_ext.teachers.cache import CacheSpec
+    from hf_transfer_ext.trainers import named_teachers
+
+    found = registries()
+    assert tuple(found["Teachers combined"]) == tuple(named_teachers.COMBINATIONS)
+    assert tuple(found["Teachers"]) == tuple(named_teachers._KINDS)
+    assert all(CacheSpec(kind).form == one.form for kind, one in found["Kinds of teacher caches"].items())
+
+
 def test_the_catalogue_says_when_to_use_each_method():
     chosen_by_others = {
         *("Unlearning losses", "Retain losses", "Metrics", "Comparisons of measured models", "Suites", "Attacks"),

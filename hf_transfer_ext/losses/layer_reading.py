@@ -3,7 +3,7 @@
 A loss states it with `@reads(...)`; the trainer captures that, and nothing else:
 
 - "states": `loss(student, teacher, projection, **options)`, the hidden states `(tokens, width)` at the positions that
-  predict a labeled token. The projection, `(teacher_width, width)` or None for equal widths, is trained along.
+  count. The projection, `(teacher_width, width)` or None for equal widths, is trained along.
 - "features": as "states", but what the heads read, whatever the layer map; with `directions`,
   `(tokens, teacher_width)`, as a fourth argument: the row of the teacher's head for the labeled token.
 - "logits": `loss(student, teacher, **options)`, logits of an auxiliary head on what the student's head reads, which is
@@ -16,7 +16,9 @@ A loss states it with `@reads(...)`; the trainer captures that, and nothing else
 - "messages": `loss(student, teacher, task, at_tokens, **options)`, both models cut at one pair of layers, with
   networks that are trained along (`losses.hidden.talking_models.Speaker`).
 
-Each returns one value for each token. Those of the positions that predict a labeled token count.
+Each returns one value for each token. In language models those at the positions that predict a labeled token count,
+in encoders those of all tokens but padding. What is read at the heads ("features", "logits") always counts where a
+labeled token is predicted.
 """
 
 from __future__ import annotations
@@ -29,16 +31,21 @@ from hf_transfer_ext.registry import keyword_options, unknown_name
 Reading = Literal["states", "features", "logits", "sequences", "relations", "scores", "attention", "messages"]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
+READINGS: tuple[Reading, ...] = get_args(Reading)
 #: Readings that are taken at the heads, whatever the layer map.
 AT_HEADS: tuple[Reading, ...] = ("features", "logits")
+#: Readings of hidden states between layers, which embeddings have as well.
+OF_STATES: tuple[Reading, ...] = ("states", "sequences")
+#: Readings of the attention in a layer.
+OF_ATTENTION: tuple[Reading, ...] = ("relations", "scores", "attention")
 
 _READINGS: dict[Callable[..., Any], Reading] = {}
 
 
 def reads(reading: str) -> Callable[[Loss], Loss]:
     """Decorator of a loss inside the network: what it reads of each layer."""
-    if reading not in get_args(Reading):
-        raise ValueError(unknown_name("reading of a layer", reading, get_args(Reading)))
+    if reading not in READINGS:
+        raise ValueError(unknown_name("reading of a layer", reading, READINGS))
 
     def note(loss: Loss) -> Loss:
         _READINGS[loss] = cast(Reading, reading)
@@ -61,7 +68,7 @@ def check_hidden_loss(loss: Callable[..., Any]) -> None:
     if loss not in _READINGS:
         raise ValueError(
             f"The loss {getattr(loss, '__name__', loss)!r} does not state what it reads of a layer. Write "
-            f"`@reads(...)` of losses/layer_reading.py above it, with one of {', '.join(get_args(Reading))}."
+            f"`@reads(...)` of losses/layer_reading.py above it, with one of {', '.join(READINGS)}."
         )
 
 

@@ -15,10 +15,14 @@ class Prototypes(nn.Module):
 
     .. math:: c_k \leftarrow \rho \, c_k + (1 - \rho) \, \frac{1}{n_k} \sum_{i: y_i = k} h_i
 
-    over the classes that occur in a batch, on all processes; the first batch with a class sets its prototype.
+    over the classes that occur in a batch, on all processes; the first batch with a class sets its prototype. Set by
+    `self_training_weight`, `alignment_weight` and `prototype_rate` in `task_options` of token_classification.
 
     Args:
         rate: rho, in [0, 1).
+
+    When to use it: labels in one language or domain, and texts without labels in another: a word there learns from the
+    class of the nearest prototype.
 
     Source: ProKD, Ge et al. 2023, https://arxiv.org/abs/2301.08855
     """
@@ -83,6 +87,9 @@ def prototype_alignment(
         means: m, from `class_means`; carries the gradient.
         others: c; classes that it has not seen yet take no part.
         temperature: tau, > 0.
+
+    When to use it: a model (the teacher, in the paper) whose features of a class are far apart in two languages;
+    `alignment_weight` in `task_options` of token_classification sets it.
 
     Returns:
         Nats per class, >= 0; 0 where no class occurs on both sides.

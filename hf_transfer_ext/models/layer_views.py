@@ -1,6 +1,6 @@
-"""What some layers of a model compute in a forward pass: hidden states, queries, keys and values. Nothing is changed.
+"""What some layers of a decoder or an encoder compute in a forward pass: hidden states, queries, keys and values.
 
-Only the layers that are asked for are kept in memory, whatever wraps the model (DDP, FSDP, PEFT), and with gradient
+Nothing is changed. Only the layers that are asked for are kept in memory, whatever wraps the model (DDP, FSDP, PEFT), and with gradient
 checkpointing. Attention is read where transformers calls it, after rotary embeddings, for every model that goes
 through its attention interface.
 """
@@ -8,7 +8,7 @@ through its attention interface.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_transfer_ext.models.heads import causal_lm_of, head_module
-from hf_transfer_ext.models.views import decoder_layers
 
 #: The number of the embeddings, what the first layer reads, among layers that count from 0.
 EMBEDDINGS = -1
 #: The number of the features, what the head reads.
 FEATURES = -2
+#: Families whose states are `(length, batch, width)` inside the network.
+_LENGTH_FIRST = ("xlnet",)
 
 
 @dataclass
@@ -35,6 +36,7 @@ class LayerView:
         query, key, value: `(batch, heads, length, head width)`, as attention reads them; None where not asked for.
         scaling: Factor of the product of queries and keys.
         softcap: Largest absolute value of attention scores, or None.
+        causal: Whether a token looks only at itself and those before it, as the attention says of itself.
     """
 
     states: Tensor | None = None
@@ -43,6 +45,7 @@ class LayerView:
     value: Tensor | None = None
     scaling: float = 1.0
     softcap: float | None = None
+    causal: bool | None = None
 
     def attended_values(self) -> Tensor:
         """The values that each attention head reads, `(batch, heads, length, head width)`."""
@@ -59,18 +62,57 @@ class LayerView:
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of a decoder or an encoder; of an encoder-decoder, those of its decoder.
+
+    Raises:
+        ValueError: They cannot be told from other parts, or their states are not those of the tokens.
+    """
+    causal = causal_lm_of(model)
+    config, name = causal.config, type(causal).__name__
+    if config.model_type in _LENGTH_FIRST:
+        raise ValueError(f"The layers of {name} cannot be compared: their states are not ordered by text and token.")
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
+    if getattr(config, "is_encoder_decoder", False):
+        found = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+        wanted = "one list of modules"
+    else:
+        count = config.get_text_config().num_hidden_layers
+        wanted = f"one list of {count} modules"
+        for part in (decoder, causal.base_model):
+            found = _outermost_lists(part, count)
+            if found:
+                break
+    if len(found) != 1:
+        raise ValueError(
+            f"{name} has {len(found)} lists of modules that could be its layers, needed is {wanted}. Models whose "
+            "layers share their weights (ALBERT), or are of several kinds, cannot be compared layer by layer."
+        )
+    return found[0]
+
+
+def _outermost_lists(part: nn.Module, count: int) -> list[nn.ModuleList]:
+    """The lists of `count` modules in a part of a model, without those inside another one."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in part.named_modules():  # outer modules come before those in them
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            if not any(name.startswith(f"{outer}.") for outer in found):
+                found[name] = module
+    return list(found.values())
+
+
 @contextmanager
 def layers_viewed(
-    model: nn.Module, layers: Iterable[int], *, attention: bool = False
+    model: nn.Module, layers: Iterable[int], *, attention: Collection[int] = ()
 ) -> Iterator[dict[int, LayerView]]:
-    """Within the block, every forward pass of the model leaves the views of some decoder layers in the dictionary.
+    """Within the block, every forward pass of the model leaves the views of some of its layers in the dictionary.
 
     Args:
         layers: Counted from 0; `EMBEDDINGS` for what the first one reads, `FEATURES` for what the head reads.
-        attention: Keep queries, keys and values, too.
+        attention: Those of them whose queries, keys and values are read, too.
     """
     found: dict[int, LayerView] = {layer: LayerView() for layer in layers}
-    modules = decoder_layers(model)
+    modules = layers_of(model)
     with ExitStack() as stack:
         for layer, view in found.items():
             if layer in (EMBEDDINGS, FEATURES):
@@ -80,9 +122,7 @@ def layers_viewed(
                 handle = modules[layer].register_forward_hook(_keeps_output(view))
             stack.callback(handle.remove)
         if attention:
-            owners = {
-                id(part): view for layer, view in found.items() if layer >= 0 for part in modules[layer].modules()
-            }
+            owners = {id(part): found[layer] for layer in attention for part in modules[layer].modules()}
             stack.enter_context(_attention_viewed(model, owners))
         yield found
 
@@ -119,6 +159,7 @@ def _attention_viewed(model: nn.Module, owners: dict[int, LayerView]) -> Iterato
             scaling = kwargs.get("scaling", args[1] if len(args) > 1 else None)
             view.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
             view.softcap = kwargs.get("softcap")
+            view.causal = getattr(module, "is_causal", None)
         function: Any = given or sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query, key, value, *args, **kwargs)
 

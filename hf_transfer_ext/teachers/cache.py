@@ -38,6 +38,7 @@ from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.progress import steps
 from hf_transfer_ext.reading import parse_json, read_text
 from hf_transfer_ext.registry import unknown_name
+from hf_transfer_ext.teachers.cache_kinds import CACHE_KINDS
 from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
@@ -58,9 +59,7 @@ CAPTURE_TOKENS = 256
 Kind = Literal["top", "top_and_samples", "samples"]
 #: kind -> (default of `top`, default of `samples`, form of the rows)
 KINDS: dict[str, tuple[int, int, Form]] = {
-    "top": (64, 0, "sparse"),
-    "top_and_samples": (32, 8, "sampled"),
-    "samples": (0, 50, "sampled"),
+    name: (kind.default_top, kind.default_samples, kind.form) for name, kind in CACHE_KINDS.items()
 }
 
 

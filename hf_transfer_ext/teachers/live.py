@@ -46,6 +46,8 @@ class LiveTeacher:
         accelerator: The trainer's.
         fused: False to give logits in any case; else hidden states, where the head is one that a loss can apply.
         select: Which rows of hidden states or logits a mask selects; by default those that predict the masked tokens.
+
+    When to use it: the default: the teacher fits beside the student, and every setting goes with it.
     """
 
     form: Form = "dense"
@@ -119,6 +121,9 @@ class AdapterTeacher(LiveTeacher):
         student: A `PeftModel` that holds the student's adapter and the teacher's, unwrapped.
         adapter: The teacher's adapter name, or "base".
         select: As in `LiveTeacher`.
+
+    When to use it: the teacher is a fine-tune of the student's own base, or that base itself, which a student is not
+    to drift away from; there is no memory for a second model.
     """
 
     def __init__(

@@ -69,12 +69,37 @@ def drawn_rows(
     gap = teacher_log_probs.float() - log_probs.float()
     factors = (-log_probs.float()).exp()
     if trust_region is not None:
-        if outliers == "mask":
-            factors = torch.where(gap.abs() <= trust_region, factors, 0.0)
-        else:
-            gap = gap.clamp(-trust_region, trust_region)
+        gap, factors = within_trust_region(gap, factors, trust_region, outliers)
     rows = SampledTokens(drawn[:, None], (log_probs.float() + gap)[:, None], factors[:, None])
     return SampledRows(rows, temperature=temperature)
+
+
+def within_trust_region(
+    gap: PerToken, factors: PerToken, size: float, outliers: Literal["clip", "mask"] = "clip"
+) -> tuple[PerToken, PerToken]:
+    r"""Tokens at which the teacher is further than this from the student lose their influence on the loss.
+
+    .. math:: | \log p_y - \log \mu_y | \le \text{size}
+
+    Set by `trust_region` and `outliers` of sampled_reverse_kl.
+
+    Args:
+        gap: :math:`\log p_y - \log \mu_y` of each token that was drawn, in nats.
+        factors: What each token's term is multiplied by.
+        size: In nats, > 0.
+        outliers: "clip" moves log p to the edge, "mask" leaves the token out of the loss.
+
+    When to use it: the student writes what its teacher has never seen, and single tokens with a probability of nearly
+    0 drown all others; the gradient is biased where it acts, so choose a size that few tokens exceed.
+
+    Returns:
+        gap and factors, with the outliers changed.
+
+    Source: TrOPD (its gradient clipping and masking), 2026, https://arxiv.org/abs/2606.01249
+    """
+    if outliers == "mask":
+        return gap, torch.where(gap.abs() <= size, factors, 0.0)
+    return gap.clamp(-size, size), factors
 
 
 def token_log_probs(

@@ -62,7 +62,7 @@ from hf_transfer_ext.trainers.distillation_models import (
     tokenizer_beside,
 )
 from hf_transfer_ext.trainers.dual_space import DualSpace
-from hf_transfer_ext.trainers.hidden_loss import HiddenLoss
+from hf_transfer_ext.trainers.hidden_loss import HiddenLosses, predicting_tokens
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
 from hf_transfer_ext.trainers.logs import RunningSums
 from hf_transfer_ext.trainers.named_teachers import named_teachers
@@ -106,11 +106,11 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         teacher_model: TRL's name for `teacher`.
         kwargs: Everything else that `SFTTrainer` takes (`peft_config`, `quantization_config` of the student, ...).
 
-    Logs the parts of the loss, `kd` and `ce` in nats per labeled token and `hidden` (the loss between layers), and
-    what SFTTrainer logs: `entropy` of the student in nats, `mean_token_accuracy`, `num_tokens` read so far. All are
-    means over the tokens since the last log line, on all processes; in evaluation over the whole set, as `eval_kd`,
-    ... or `eval_<name>_kd`, ... of several sets. There `eval_loss` is a mean over tokens as well, the sum of these
-    parts times their weights.
+    Logs the parts of the loss, `kd` and `ce` in nats per labeled token and `hidden` (the loss between layers; of
+    several their weighted sum, and each as `hidden_mse`, ...), and what SFTTrainer logs: `entropy` of the student in
+    nats, `mean_token_accuracy`, `num_tokens` read so far. All are means over the tokens since the last log line, on
+    all processes; in evaluation over the whole set, as `eval_kd`, ... or `eval_<name>_kd`, ... of several sets. There
+    `eval_loss` is a mean over tokens as well, the sum of these parts times their weights.
     """
 
     _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
@@ -222,12 +222,13 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         self.teacher = self._teacher_of(teacher, teacher_processing_class) if args.is_taught else None
         if self.teacher is not None:
             logger.info("Memory of the frozen teachers: %s.", shown_bytes(self.frozen_bytes))
-        self.hidden_loss = self._hidden_loss() if args.hidden_loss is not None else None
+        self.hidden_losses = self._hidden_losses() if args.hidden_loss is not None else None
         self.dual_space: DualSpace | None = None
         if isinstance(self.teacher, SpanTeacher) and has_projections(SPAN_LOSSES[args.loss]):
             loss, options = SPAN_LOSSES[args.loss], cast(Any, args.loss_options)
             self.dual_space = DualSpace(loss, options, self.model, self.teacher, args.seed)
-        self.train_along([part for part in (self.hidden_loss, self.dual_space) if part is not None])
+        between = [] if self.hidden_losses is None else self.hidden_losses.losses
+        self.train_along([*between, *([] if self.dual_space is None else [self.dual_space])])
         self.start_rollouts()
 
     @property
@@ -314,7 +315,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
 
     def plan(self) -> str:
         """What is going to be trained, and which memory its frozen teachers take, in words."""
-        lines = plan_of(self, self.args.loss, self.args.hidden_loss)
+        between = [] if self.hidden_losses is None else [one.name for one in self.hidden_losses.losses]
+        lines = plan_of(self, self.args.loss, *between)
         lines.append(f"Memory of the frozen teachers: {shown_bytes(self.frozen_bytes)}")
         if isinstance(self.teacher, SpanTeacher):
             lines.append(f"Vocabularies: {self.teacher.vocabularies}")
@@ -339,8 +341,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         self.add_callback(FlushCallback(cached.cache, self.accelerator))
         return cached
 
-    def _hidden_loss(self) -> HiddenLoss:
-        """The loss between layers, with its projections.
+    def _hidden_losses(self) -> HiddenLosses:
+        """The losses between layers, with their projections.
 
         Raises:
             ValueError: The teacher has no layers to read.
@@ -350,11 +352,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
                 f"`hidden_loss` reads the teacher's layers, but {type(self.teacher).__name__} gives predictions "
                 "alone. Use a model or an adapter as the teacher."
             )
-        args: Any = self.args
-        return HiddenLoss(
-            args.hidden_loss, args.hidden_options, args.layer_map, embeddings=args.hidden_embeddings,
-            student=self.model, teacher=self.teacher.network, seed=args.seed,
-        )  # fmt: skip
+        return HiddenLosses(self.args, self.model, self.teacher.network, causal=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `TrainsAlong`; a checkpoint holds the gate of learned teachers, too."""
@@ -394,7 +392,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         targets, mask = next_token_targets(inputs.pop("labels"))
         weight = self.token_weight(mask, num_items_in_batch)
         written = None if known is None else self.rollout_tokens(known, mask)
-        hidden, teacher = self.hidden_loss, cast(Any, self.teacher)
+        hidden, teacher = self.hidden_losses, cast(Any, self.teacher)
         with nullcontext({}) if hidden is None else hidden.teacher_viewed(teacher.network) as teacher_layers:
             spans = teacher.spans(model, inputs, mask) if isinstance(teacher, SpanTeacher) else None
             says = teacher is not None and spans is None
@@ -443,13 +441,14 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         between = None
         if hidden is not None:
             models = self.accelerator.unwrap_model(model), teacher.network  # DDP follows one forward pass alone
-            between = hidden(student_layers, teacher_layers, inputs, mask, targets[mask], *models)
-            loss = loss + self.args.hidden_weight * weight * between.sum()
+            compared = predicting_tokens(inputs, mask, targets[mask])
+            between = hidden(student_layers, teacher_layers, compared, *models)
+            loss = loss + self.args.hidden_weight * weight * between.total
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         aligned = None if spans is None else spans.student.sizes.sum()
-        self._note(model, inputs, parts, outputs, hidden=between, aligned=aligned)
+        self._note(model, inputs, parts, outputs, aligned=aligned, **({} if between is None else between.sums))
         return (loss, outputs) if return_outputs else loss
 
     def _with_spans(
@@ -503,7 +502,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         }
         if self.args.kd_weight > 0:
             means["kd"] = total["kd"] / tokens
-        means |= {name: total[name] / tokens for name in ("hidden", "aligned") if name in total}
+        means |= {name: value / tokens for name, value in total.items() if name.startswith(("hidden", "aligned"))}
         if "aux_loss" in total:
             means["aux_loss"] = total["aux_loss"] / total["batches"]
         return means

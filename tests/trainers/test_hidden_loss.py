@@ -27,6 +27,12 @@ def deep(seed=2, **config):
     return model
 
 
+def only_loss(trainer):
+    """The only loss between layers of a trainer."""
+    (found,) = trainer.hidden_losses.losses
+    return found
+
+
 def inside(model, ids):
     """Logits, (output, queries, keys, values) of each layer from the layers' own modules, and what the head reads."""
     found, inputs = [], []
@@ -125,7 +131,7 @@ def test_one_step_is_the_step_of_the_formula(tmp_path, name, options, attention)
     assert_same(weights(trainer), expected, atol=1e-5)
     assert logged(trainer, "hidden")[0] == pytest.approx(between, rel=1e-3)
     assert logged(trainer, "loss")[0] == pytest.approx(loss, rel=1e-4)
-    assert trainer.hidden_loss.pairs == ([(-2, -2)] if name in ("feature_norm_direction", "dual_head") else PAIRS)
+    assert only_loss(trainer).pairs == ([(-2, -2)] if name in ("feature_norm_direction", "dual_head") else PAIRS)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in ALL])
@@ -154,7 +160,7 @@ def test_only_mapped_layers_and_the_embeddings_are_learned_from(tmp_path):
         tmp_path / "b", teacher=deep(), kd_weight=0.0, hidden_loss="hidden_mse", layer_map=[[0, -1]],
         hidden_embeddings=True,
     )  # fmt: skip
-    assert alone.hidden_loss.pairs == [(-1, -1), (0, 3)]
+    assert only_loss(alone).pairs == [(-1, -1), (0, 3)]
     assert logged(alone, "hidden")[0] != pytest.approx(logged(trainer, "hidden")[0], rel=1e-3)
 
 
@@ -167,7 +173,7 @@ def test_projections_are_trained_logged_saved_beside_checkpoints_and_resumed(tmp
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.5}
     whole = narrow_trained(tmp_path / "whole", **options)
     start = narrow_trained(tmp_path / "start", max_steps=1, learning_rate=0.0, max_grad_norm=0.0)
-    projections, first = whole.hidden_loss.projections, start.hidden_loss.projections
+    projections, first = only_loss(whole).projections, only_loss(start).projections
     assert set(projections) == {"student_0_teacher_1", "student_1_teacher_3"}
     assert all(p.shape == (32, 16) and not torch.equal(p, first[n]) for n, p in projections.items())
     assert logged(whole, "hidden")[-1] < logged(whole, "hidden")[0]
@@ -176,7 +182,7 @@ def test_projections_are_trained_logged_saved_beside_checkpoints_and_resumed(tmp
     assert set(load_file(checkpoint / PARTS_FILE)) == {f"0.projections.{name}" for name in projections}
     resumed = resumed_from(tmp_path / "whole", checkpoint, options)
     assert_same(weights(resumed), weights(whole), atol=0.0)
-    assert all(torch.equal(p, projections[n]) for n, p in resumed.hidden_loss.projections.items())
+    assert all(torch.equal(p, projections[n]) for n, p in only_loss(resumed).projections.items())
 
     final = save_whole(whole, tmp_path / "final")
     whole.save_model(str(tmp_path / "saved"))
@@ -202,13 +208,13 @@ def test_a_step_of_the_projection_is_the_step_of_the_formula(tmp_path):
     still = narrow_trained(tmp_path / "a", learning_rate=0.0, weight_decay=0.0, **options)
     moved = narrow_trained(tmp_path / "b", learning_rate=0.5, weight_decay=0.0, **options)
     ids = torch.tensor([[*byte_tokenizer()("gold is a metal")["input_ids"], 257]])
-    projection = still.hidden_loss.projections["student_1_teacher_3"].detach().clone().requires_grad_()
+    projection = only_loss(still).projections["student_1_teacher_3"].detach().clone().requires_grad_()
     hidden_mse(
         inside(student, ids)[1][1][0][0, :-1], inside(teacher, ids)[1][3][0][0, :-1], projection
     ).mean().backward()
     wanted = projection.detach() - 0.5 * projection.grad
     torch.testing.assert_close(
-        moved.hidden_loss.projections["student_1_teacher_3"].detach(), wanted, atol=1e-5, rtol=1e-4
+        only_loss(moved).projections["student_1_teacher_3"].detach(), wanted, atol=1e-5, rtol=1e-4
     )
 
 
@@ -219,11 +225,11 @@ def test_two_processes_are_one(tmp_path):
 
     def rank(_):
         trainer = narrow_trained(tmp_path / "two", per_device_train_batch_size=2, **options)
-        return weights(trainer), {n: p.detach() for n, p in trainer.hidden_loss.projections.items()}
+        return weights(trainer), {n: p.detach() for n, p in only_loss(trainer).projections.items()}
 
     for found, projections in on_two_ranks(rank, tmp_path):
         assert_same(weights(one), found, atol=1e-5)
-        assert_same({n: p.detach() for n, p in one.hidden_loss.projections.items()}, projections, atol=1e-5)
+        assert_same({n: p.detach() for n, p in only_loss(one).projections.items()}, projections, atol=1e-5)
 
 
 def test_adapters_learn_and_teach(tmp_path):
@@ -257,8 +263,11 @@ def test_an_adapter_learns_through_checkpointed_layers_and_only_mapped_ones_are_
             tmp_path / str(checkpointing), student, deep(), hidden_loss=name, kd_weight=0.0,
             gradient_checkpointing=checkpointing, **mapped,
         )  # fmt: skip
-        own = trainer.hidden_loss.forward
-        trainer.hidden_loss.forward = lambda *args, own=own: (seen.append((set(args[0]), set(args[1]))), own(*args))[1]
+        own = only_loss(trainer).forward
+        only_loss(trainer).forward = lambda *args, own=own: (
+            seen.append((set(args[0]), set(args[1]))),
+            own(*args),
+        )[1]
         trainer.train()
         found.append(weights(trainer))
         assert logged(trainer, "grad_norm")[0] > 0

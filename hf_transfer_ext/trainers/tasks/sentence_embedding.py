@@ -104,11 +104,17 @@ class sentence_embedding(DistillationTask):
         both = [*firsts, *seconds] if seconds and seconds[0] else firsts
         return {**self.padded(both), "labels": torch.tensor([row["labels"] for row in rows])}
 
+    def items_of_texts(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " texts"]:
+        """A row is one item: each of its texts is as much of it."""
+        texts = len(batch["input_ids"])
+        return torch.full((texts,), len(batch["labels"]) / texts, device=batch["input_ids"].device)
+
     # ---- Losses ----
 
     def losses(self, model: Any, teacher: Any, batch: Mapping[str, Tensor], weight: Tensor) -> TaskLoss:
         theirs = self._reference(model, teacher, batch)
-        outputs = model(**self.inputs(model, batch))
+        with self.viewed("student", model):
+            outputs = model(**self.inputs(model, batch))
         own = self._vectors(outputs, batch)
         total, sums = own.new_zeros(()), {}
         if theirs is not None:

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
+from hf_transfer_ext.losses.layer_reading import OF_ATTENTION, Reading
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.tensors import IGNORE_INDEX
 from hf_transfer_ext.trainers.token_losses import TokenTask
@@ -16,7 +18,7 @@ class seq2seq(TokenTask):
 
     .. math:: L = \text{kd\_weight} \, D(p_T, q_S) + \text{ce\_weight} \, CE(y, q_S)
 
-    as a mean over the target tokens.
+    as a mean over the target tokens. `hidden_loss` compares the layers of the decoders at these tokens.
 
     Rows have `source` and `target`. Both models read the student's tokens, and start their decoders with one token.
     `task_options`: `prefix`, put in front of every source ("summarize: "); `max_target_length`, by default
@@ -30,6 +32,10 @@ class seq2seq(TokenTask):
 
     needs: ClassVar[tuple[str, ...]] = ("source", "target")
     has_answers: ClassVar[bool] = True
+    unread: ClassVar[Mapping[Reading, str]] = {
+        **TokenTask.unread,
+        **dict.fromkeys(OF_ATTENTION, "a layer of its decoder has two attentions, to the target and to the source"),
+    }
     options: ClassVar[Mapping[str, Any]] = {"prefix": "", "max_target_length": None}
 
     def __init__(self, args: Any, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizer: Any = None) -> None:
@@ -73,6 +79,10 @@ class seq2seq(TokenTask):
         shifted = labels.roll(1, dims=1)
         shifted[:, 0] = _start_of(self._decoder)
         return shifted.masked_fill(shifted == IGNORE_INDEX, self._decoder.config.pad_token_id or 0)
+
+    def tokens_read(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "texts length"]:
+        """Of the decoder, whose layers are compared."""
+        return self.items(batch)
 
     def input_names(self, reader: Any) -> Sequence[str]:
         return [*reader.model_input_names, "decoder_input_ids"]

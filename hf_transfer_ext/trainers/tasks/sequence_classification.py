@@ -100,7 +100,8 @@ class sequence_classification(DistillationTask):
 
     def losses(self, model: Any, teacher: Any, batch: Mapping[str, Tensor], weight: Tensor) -> TaskLoss:
         theirs = self.taught(model, teacher, batch)
-        outputs = model(**self.inputs(model, batch))
+        with self.viewed("student", model):
+            outputs = model(**self.inputs(model, batch))
         logits, labels = outputs.logits, batch["labels"]
         reference = None if theirs is None else self._in_order(theirs.logits).to(logits.device)
         found = class_losses(logits, reference, labels, weight, self.problem, self.loss, self.args)

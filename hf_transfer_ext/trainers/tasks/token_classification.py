@@ -156,7 +156,8 @@ class token_classification(DistillationTask):
     def losses(self, model: Any, teacher: Any, batch: Mapping[str, Tensor], weight: Tensor) -> TaskLoss:
         reference = self._reference(model, teacher, batch)
         learns = self._uses_prototypes and model.training
-        outputs = model(**self.inputs(model, batch), **({"output_hidden_states": True} if learns else {}))
+        with self.viewed("student", model):
+            outputs = model(**self.inputs(model, batch), **({"output_hidden_states": True} if learns else {}))
         logits = at_words(outputs.logits, batch["starts"], batch["words"])
         labels = batch["labels"][batch["words"]]
         found = class_losses(logits, reference, labels, weight, SINGLE, self.loss, self.args)

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hf_transfer_ext.data.images import undecoded
+from hf_transfer_ext.losses.layer_reading import READINGS
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.models.loading import load_processor, require_processor
 from hf_transfer_ext.teachers.live import OPTIONAL_INPUTS
@@ -56,6 +57,9 @@ class vision_language(TokenTask):
     has_answers: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {"image_folder": None, "freeze_vision": False}
     select: ClassVar[Any] = staticmethod(predicting_rows)
+    unread: ClassVar[Mapping[Any, str]] = dict.fromkeys(
+        READINGS, "an image may be other tokens for the teacher, and layers are compared token by token"
+    )
 
     def __init__(self, args: Any, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizer: Any = None) -> None:
         super().__init__(args, student, teacher, tokenizer)

@@ -152,7 +152,7 @@ def test_names_of_the_data_set_meet_those_of_the_model(tmp_path):
         ({"packing": True}, "`packing` is True, but it is about the next tokens"),
         ({"on_policy": "gkd"}, "`on_policy` is 'gkd', but `task` is"),
         ({"teacher_cache": "cache"}, "it stores distributions of next tokens"),
-        ({"hidden_loss": "hidden_mse"}, "layers are compared where a decoder"),
+        ({"hidden_loss": "dual_head"}, "it reads a head over a vocabulary"),
         ({"task_options": {"margin": 1}}, "Unknown option of the task"),
         ({"loss_options": {"beta": 0.3}}, "Unknown option of forward_kl"),
         ({"task": "causal_lm", "task_options": {"margin": 1}}, "the task causal_lm has none"),
