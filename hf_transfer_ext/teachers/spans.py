@@ -19,7 +19,7 @@ from hf_transfer_ext.losses.rows import DenseRows
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.models.plumbing import pad_token_id
-from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies
+from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies, special_tokens
 from hf_transfer_ext.teachers.documents import Document, documents_of, require_text_alone
 from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.tensors import Mask
@@ -45,30 +45,33 @@ class Respelled:
 
 
 class Respelling:
-    """Spells the student's tokens anew in the teacher's, with the groups of tokens that stand for the same bytes.
+    """Retokenizes the student's tokens in the teacher's, with the groups of tokens that stand for the same bytes.
 
-    Special tokens are translated where the teacher has one of the same role (bos, eos) or the same text, and left out
-    elsewhere. A BOS that the teacher's tokenizer puts in front is put in front here, too. A character that is cut at
-    the end of a row belongs to no group.
+    A special token of the student becomes the teacher's special token of the same text, or else of the same role
+    (bos, eos). Where the teacher has neither, tokens in `all_special_ids` are left out, and others (often
+    `<|im_start|>`) are read as their text. Only ids that are special for the student count: the text of a special
+    token that a user typed stays text for the teacher. A BOS that the teacher's tokenizer puts in front is put in
+    front here, too. A character that is cut at the end of a row belongs to no group.
+
+    Args:
+        student: The student's tokenizer.
+        teacher: The teacher's.
+        teacher_rows: Rows of the teacher's head; special tokens beyond them, which the model does not know, count as
+            missing. None: it has a row for every token.
 
     Raises:
         ValueError: The tokens of a tokenizer do not stand for bytes.
     """
 
-    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_rows: int | None = None
+    ) -> None:
         self.tokenizer = teacher
         self.own, self.other = TokenBytes(student), TokenBytes(teacher)
-        by_text = {str(token): i for i, token in teacher.added_tokens_decoder.items() if i in teacher.all_special_ids}
-        self.special: dict[int, int] = {}
-        for token in student.all_special_ids:
-            text = student.convert_ids_to_tokens(token)
-            if text in by_text:
-                self.special[token] = by_text[text]
-        for role in ("bos", "eos"):
-            own, other = (getattr(one, f"{role}_token_id") for one in (student, teacher))
-            if own is not None and other is not None:
-                self.special.setdefault(own, other)
+        self.special = special_tokens(self.own, self.other, ("bos", "eos"), teacher_rows)
         self.prefix = _prefix(teacher)
+        alone = teacher("a", add_special_tokens=False)["input_ids"]
+        self._writes_space = b"".join(self.other[token] for token in alone) == b" a"
         self._of_text = lru_cache(maxsize=10_000)(self._respell)
 
     def __call__(self, ids: np.ndarray) -> Respelled:
@@ -81,16 +84,16 @@ class Respelling:
             found += self.prefix
         own, other, problem, i = [], [], "", 0
         while i < len(ids):
-            if not self.own[ids[i]]:
+            if self._is_special(ids[i]):
                 if ids[i] in self.special:
                     own.append((i, i + 1))
                     other.append((len(found), len(found) + 1))
                     found.append(self.special[ids[i]])
                 i += 1
                 continue
-            end = next((j for j in range(i, len(ids)) if not self.own[ids[j]]), len(ids))
+            end = next((j for j in range(i, len(ids)) if self._is_special(ids[j])), len(ids))
             first, last, text = self._readable(ids, i, end)
-            spelled = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            spelled = self._spelled(text, after=found[-1] if len(found) > len(self.prefix) else None)
             try:
                 groups = align(ids[first:last], spelled, self.own, self.other)
             except ValueError as error:
@@ -101,6 +104,25 @@ class Respelling:
             found += spelled
             i = end
         return Respelled(tuple(found), tuple(own), tuple(other), problem)
+
+    def _is_special(self, token: int) -> bool:
+        return token in self.special or not self.own[token]
+
+    def _spelled(self, text: str, *, after: int | None) -> list[int]:
+        """The teacher's tokens of a text without special tokens.
+
+        Args:
+            after: The teacher's special token in front of the text, where there is more in front than its BOS: some
+                tokenizers write a space at the start of a text alone, and none after a special token.
+        """
+        plain: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        mark = self.other.special.get(after) if after is not None and self._writes_space else None
+        if mark is None or any(special in text for special in self.other.special.values()):
+            return plain
+        joined: list[int] = self.tokenizer(mark + text, add_special_tokens=False)["input_ids"]
+        meant = text.encode()
+        inside = joined[1:] if joined[:1] == [after] else []
+        return inside if b"".join(self.other[token] for token in inside) in (meant, b" " + meant) else plain
 
     def _readable(self, ids: Sequence[int], first: int, end: int) -> tuple[int, int, str]:
         """The part of some tokens that is valid UTF-8, without characters that are cut at its ends, and its text."""
@@ -167,7 +189,7 @@ class SpanTeacher:
         student_rows: int,
     ) -> None:
         self.live, self.model = teacher, teacher.model
-        self.respelling = Respelling(student_tokenizer, teacher_tokenizer)
+        self.respelling = Respelling(student_tokenizer, teacher_tokenizer, head_rows(teacher.model))
         self.pad = pad_token_id(teacher_tokenizer)
         self.limit = context_length(causal_lm_of(teacher.model))
         #: The share of tokens that both vocabularies have; its text says it in words.
