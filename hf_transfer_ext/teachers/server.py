@@ -102,6 +102,7 @@ class ServerTeacher:
         self._key = api_key
         self._open = urllib.request.build_opener(_NoRedirect).open
         self._style: str | None = None  # "prompt_logprobs" or "echo", once an answer has shown it
+        self._lists_enough = False  # once an answer has shown that its limit is not below `top`
         self._verified = not check_tokenizer or self._tokenizes_alike()
 
     @property
@@ -185,8 +186,10 @@ class ServerTeacher:
         return listed
 
     def _rows(self, document: Document) -> SparseRows:
-        listed = self._whole(document.ids.tolist())
+        ids = document.ids.tolist()
+        listed = self._whole(ids)
         rows = [self._likeliest(listed[position + 1]) for position in document.positions.tolist()]
+        self._check_limit(ids, listed)
         log_probs = torch.tensor([[value for _, value in row] for row in rows])
         tail = (1 - log_probs.double().exp().sum(1)).clamp(min=0).float()
         if self.top >= self.vocab_size:  # what rounding leaves over belongs to no token
@@ -195,10 +198,7 @@ class ServerTeacher:
 
     def _likeliest(self, entries: Mapping[int, float]) -> list[tuple[int, float]]:
         if len(entries) < self.top:
-            raise ValueError(
-                f"The server at {self.url} was asked for {self.top} tokens at each position and gave {len(entries)}: "
-                f"its limit is lower. Set `top={len(entries)}`, or raise the limit (`--max-logprobs` of vLLM)."
-            )
+            raise ValueError(self._too_few(len(entries)))
         found = sorted(entries.items(), key=lambda entry: -entry[1])[: self.top]
         if max(token for token, _ in found) >= self.vocab_size or any(math.isnan(value) for _, value in found):
             raise ValueError(
@@ -206,6 +206,27 @@ class ServerTeacher:
                 f"{self.vocab_size}: the model on the server has another tokenizer."
             )
         return found
+
+    def _check_limit(self, ids: list[int], listed: list[dict[int, float]]) -> None:
+        """Refuse a server whose limit is one below `top`, which its lists can hide: they add the text's own token."""
+        for token, entries in zip(ids[1:], listed[1:], strict=True):
+            own_is_last = entries.get(token, math.inf) <= min(entries.values(), default=math.inf)
+            if len(entries) > self.top or (len(entries) == self.top and not own_is_last):
+                self._lists_enough = True
+        if self._lists_enough or self.top >= self.vocab_size:
+            return
+        # After the first token follows one that is not among the likeliest, so that the others in its list are.
+        other = next(token for token in range(self.vocab_size) if token not in listed[1])
+        found = len(self._whole([ids[0], other])[1].keys() - {other})
+        if found < self.top:
+            raise ValueError(self._too_few(found))
+        self._lists_enough = True
+
+    def _too_few(self, found: int) -> str:
+        return (
+            f"The server at {self.url} was asked for {self.top} tokens at each position and gave {found}: its limit "
+            f"is lower. Set `top={found}`, or raise the limit (`--max-logprobs` of vLLM)."
+        )
 
     def _listed(self, ids: list[int]) -> list[dict[int, float]]:
         """For each token of a prompt, the tokens that the server lists there; none for the first one."""

@@ -1,6 +1,8 @@
 import json
+import shutil
 
 import pytest
+import yaml
 from datasets import Dataset
 from tiny import byte_tokenizer, tiny_llama
 from trainers.test_cached_distillation import trained_without_teacher
@@ -9,6 +11,7 @@ from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.publish import push
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.hub.teacher_cache import pull_cache
+from hf_transfer_ext.recipes import distill
 from hf_transfer_ext.recipes.cache_teacher import main
 from hf_transfer_ext.teachers.cache import TeacherCache
 
@@ -30,6 +33,34 @@ def test_what_the_command_stores_is_what_the_trainer_looks_for(tmp_path, teacher
         tmp_path / "out", data=Dataset.from_list(ROWS), teacher_cache=teacher[2], max_length=64
     )
     assert trainer.state.global_step == 1 and trainer.teacher.teacher is None
+
+
+def distilled(folder, **teacher):
+    """A run of the recipe with a student of its own, from the teacher and its cache."""
+    config = {
+        "output_dir": str(folder / "out"), "overwrite": True, "teacher": {**teacher, "cache": str(folder / "cache")},
+        "student": str(folder / "student"), "dataset": str(folder / "rows.jsonl"), "test_split": None,
+        "max_steps": 1, "max_length": 64, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    distill.main(["--config", str(folder / "config.yaml")])
+
+
+def test_the_recipe_takes_the_cache_of_the_revision_that_both_name(tmp_path, teacher, hub):
+    tiny_llama(1).save_pretrained(tmp_path / "student")
+    byte_tokenizer().save_pretrained(tmp_path / "student")
+    first = hub.seed("tester/teacher", teacher[0], revision="v1")
+    hub.seed("tester/teacher", {**hub.files("tester/teacher", "v1"), "NOTES.md": "newer"})
+    assert main(["tester/teacher", *teacher[1:], "--max-length", "64", "--revision", "v1"]) == 0
+    assert TeacherCache(teacher[2]).fingerprint["revision"] == first
+    distilled(tmp_path, name="tester/teacher", revision="v1")
+    distilled(tmp_path, name="tester/teacher", revision=first)
+    distilled(tmp_path, name=teacher[0])  # the same weights on the disk
+    with pytest.raises(ValueError, match=f"revision is '{first}', needed is"):
+        distilled(tmp_path, name="tester/teacher")  # another commit
+    shutil.rmtree(teacher[2])
+    main([*teacher, "--max-length", "64", "--revision", "v1"])
+    distilled(tmp_path, name=teacher[0], revision="v1")
 
 
 def test_settings_that_do_not_fit_the_teacher_are_refused(teacher):
