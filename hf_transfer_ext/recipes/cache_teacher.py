@@ -5,7 +5,6 @@ Several processes share the work: `accelerate launch -m hf_transfer_ext.recipes.
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 from hf_transfer_ext.data.text import load_text_dataset
@@ -13,14 +12,11 @@ from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_cache
 from hf_transfer_ext.hub.record import RunRecord
-from hf_transfer_ext.models.heads import head_rows
+from hf_transfer_ext.recipes.caching import refuse_unfit, tokenized_as_in_training
 from hf_transfer_ext.recipes.run import load_named, run_recipe
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, cache_server
-from hf_transfer_ext.trainers.distillation import DistillationTrainer
-from hf_transfer_ext.trainers.distillation_config import DistillationConfig
-from hf_transfer_ext.trainers.named_teachers import check_server_options
 from hf_transfer_ext.trainers.several_teachers import server_teacher
 from hf_transfer_ext.weights.ranks import is_first_rank
 
@@ -87,57 +83,22 @@ def cache_for_distillation(
     """
     settings = dict(locals())
     is_server = teacher.startswith(("http://", "https://"))
-    _check(settings, is_server)
+    refuse_unfit(settings, is_server=is_server)
     spec = CacheSpec(**{n: settings[n] for n in CacheSpec.__dataclass_fields__ if settings[n] is not None})
-    own = {"columns": columns, "config_name": dataset_config, "revision": dataset_revision}
-    data = load_text_dataset(dataset, split=split, **own)
+    source: Any = {"columns": columns, "config_name": dataset_config, "revision": dataset_revision}
+    data = load_text_dataset(dataset, split=split, **source)
     model, tokenizer = load_named(str(student) if is_server else teacher, revision=revision, dtype=dtype)
-    rows_before = head_rows(model)
-    names = ("max_length", "completion_only_loss", "assistant_only_loss", "chat_template_path", "drop_unlabelled")
-    with tempfile.TemporaryDirectory() as scratch:
-        plain: Any = {"output_dir": scratch, "kd_weight": 0.0, "ce_weight": 1.0, "report_to": "none"}
-        args = DistillationConfig(**plain, **{name: settings[name] for name in names})
-        trainer = DistillationTrainer(model, None, args, data, processing_class=tokenizer)
-        if head_rows(model) != rows_before:
-            raise ValueError(
-                f"The tokens of `chat_template_path` {chat_template_path!r} make the head grow from {rows_before} to "
-                f"{head_rows(model)} rows, which nobody trained. Name a .jinja file with the template alone."
-            )
-        rows: Any = trainer.train_dataset
-        shared = {"batch_size": batch_size, "accelerator": trainer.accelerator}
-        if is_server:
-            options = {**(server_options or {}), **({"top": top} if top else {})}
-            cache = cache_server(
-                server_teacher(teacher, str(server_model), tokenizer, options), rows, folder, **shared
-            )
-        else:
-            cache = cache_teacher(model, rows, folder, tokenizer=tokenizer, spec=spec, revision=revision, **shared)
-    if trainer.is_world_process_zero():
+    rows, accelerator = tokenized_as_in_training(model, tokenizer, data, settings)
+    how: Any = {"batch_size": batch_size, "accelerator": accelerator}
+    if is_server:
+        options = {**(server_options or {}), **({"top": top} if top else {})}
+        cache = cache_server(server_teacher(teacher, str(server_model), tokenizer, options), rows, folder, **how)
+    else:
+        cache = cache_teacher(model, rows, folder, tokenizer=tokenizer, spec=spec, revision=revision, **how)
+    if accelerator.is_main_process:
         record = RunRecord("caching", PROGRAM, settings, recipe_sha256=sha256_of(__file__))
         finish_cache(cache.folder, record, settings, is_server=is_server)
     return cache
-
-
-def _check(settings: dict[str, Any], is_server: bool) -> None:
-    """Refuse settings that the kind of teacher does not have, before anything is loaded."""
-    student, model, options = (settings[name] for name in ("student", "server_model", "server_options"))
-    if [student is not None, model is not None, is_server or options is None] != [is_server, is_server, True]:
-        raise ValueError(
-            "A server needs `student` (for its tokenizer) and `server_model`, and may have `server_options`; a folder "
-            f"or a Hub id has none of them. Got teacher {settings['teacher']!r}, student {student!r}, "
-            f"server_model {model!r} and server_options {options!r}."
-        )
-    others = {"samples": None, "temperature": 1, "tau": 1, "revision": None}
-    given = [name for name, plain in others.items() if settings[name] != plain]
-    if is_server and (given or settings["kind"] not in (None, "top")):
-        raise ValueError(
-            "A server lists its likeliest tokens at temperature 1: `kind` can only be top, and `samples`, "
-            f"`temperature`, `tau` and `revision` have to be left out; got kind {settings['kind']!r} and "
-            f"{', '.join(given) or 'none of these'}."
-        )
-    check_server_options(options or {})
-    if "top" in (options or {}):
-        raise ValueError("`server_options` hold `top`, which is an option of its own. Move it out.")
 
 
 def main(argv: list[str] | None = None) -> int:
