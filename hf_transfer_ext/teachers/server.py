@@ -49,6 +49,11 @@ Answer = TypeVar("Answer")
 PROBE = "The quick brown fox, 1984:\n\n    naïve Zürich 東京 🙂 unbelievably"
 #: The environment variable with the key of a server; in settings or on a command line it would be written down.
 KEY_VARIABLE = "TEACHER_API_KEY"
+#: Which tokenizer has to be the server's.
+WHOSE_TOKENIZER = (
+    "Losses that compare tokens need a student with the server's tokenizer; `loss: alm` compares texts, and needs the "
+    "server's tokenizer as `teacher_processing_class`."
+)
 #: The longest pause between two attempts, in seconds.
 LONGEST_PAUSE = 60.0
 
@@ -59,7 +64,7 @@ class ServerTeacher:
     Args:
         url: Address up to and without `/v1`, such as "http://localhost:8000".
         model: The model's name on the server.
-        tokenizer: The student's, which has to be the server's own as well.
+        tokenizer: That of the texts, which has to be the server's own as well.
         top: Tokens asked for at each position, >= 1. Servers limit it (vLLM: `--max-logprobs`, 20 by default).
         api_key: Sent as a bearer token.
         timeout: Seconds that one answer may take.
@@ -139,8 +144,14 @@ class ServerTeacher:
             OSError: The server does not answer, after all attempts.
             ValueError: It does not tell the probability of the tokens that it was sent.
         """
-        found = [value for values in self._each(documents_of(inputs, mask), self._own_tokens) for value in values]
-        return torch.tensor(found, device=inputs["input_ids"].device)
+        return self.own_log_probs(documents_of(inputs, mask)).to(inputs["input_ids"].device)
+
+    def own_log_probs(self, documents: Iterable[Document]) -> Float[Tensor, " tokens"]:
+        """The server's log-probability of each text's own tokens after its `positions`, one text after the other.
+
+        Raises: as `token_log_probs`.
+        """
+        return torch.tensor([value for values in self._each(documents, self._own_tokens) for value in values])
 
     def _own_tokens(self, document: Document) -> list[float]:
         ids = document.ids.tolist()
@@ -273,14 +284,14 @@ class ServerTeacher:
             plain = all(t.isascii() and t.isprintable() and t.strip() for t in (own, text))
             if plain and own.strip() != text.strip():
                 raise ValueError(
-                    f"Token {token} is {text!r} for the server at {self.url} and {own!r} for the tokenizer: the model "
-                    f"{self.model!r} has another tokenizer than the student."
+                    f"Token {token} is {text!r} for the server at {self.url} and {own!r} for the tokenizer here: the "
+                    f"model {self.model!r} has another tokenizer. {WHOSE_TOKENIZER}"
                 )
 
     def _not_verified(self) -> str:
         return (
             f"The server at {self.url} shows neither `/tokenize` nor the text of tokens, so its tokenizer cannot be "
-            "compared with the student's. If you know that they are the same, set `check_tokenizer=False`."
+            "compared with the one here. If you know that they are the same, set `check_tokenizer=False`."
         )
 
     def _tokenizes_alike(self) -> bool:
@@ -299,8 +310,9 @@ class ServerTeacher:
             return False
         if found != own:
             raise ValueError(
-                f"The server at {self.url} splits a text into {len(found)} tokens, {found[:6]} ..., the student's "
-                f"tokenizer into {len(own)}, {own[:6]} ...: the model {self.model!r} has another tokenizer."
+                f"The server at {self.url} splits a text into {len(found)} tokens, {found[:6]} ..., the tokenizer "
+                f"here into {len(own)}, {own[:6]} ...: the model {self.model!r} has another tokenizer. "
+                f"{WHOSE_TOKENIZER}"
             )
         return True
 

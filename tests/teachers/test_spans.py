@@ -1,6 +1,7 @@
 """A text in the tokens of another tokenizer: special tokens by role, cut characters left out, odd texts covered."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from teachers.test_alignment import ADVERSARIAL
+from teachers.test_server import server  # noqa: F401
 from tiny import tiny_llama
 from tiny_tokenizers import byte_fallback, byte_level, unigram
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from hf_transfer_ext.losses.span_pair import merged_predictions
 from hf_transfer_ext.teachers.live import LiveTeacher
-from hf_transfer_ext.teachers.spans import Respelling, SpanTeacher
+from hf_transfer_ext.teachers.server import ServerTeacher
+from hf_transfer_ext.teachers.spans import Respelling, ServedSpanTeacher, SpanTeacher
 
 
 @pytest.mark.parametrize("text", ADVERSARIAL)
@@ -81,6 +85,23 @@ def test_only_labeled_spans_count_and_a_batch_without_any_runs():
     assert (ids[0, some.places + 1] == some.student.targets).all()
     with pytest.raises(ValueError, match="reads `input_ids` alone, but the student reads pixel"):
         teacher.spans(tiny_llama(1), {**inputs, "pixel_values": ids}, mask)
+
+
+def test_a_server_that_calls_a_token_impossible_or_certain_gives_finite_likelihoods(server):  # noqa: F811
+    own, other = byte_level(), byte_fallback()
+    server.tokenizer = other
+    asked = ServerTeacher(server.url, "big", other, top=1)
+    said = iter([[-math.inf, 0.0, *[-0.5] * 99]])
+    asked._each = lambda documents, ask: [next(said)[: len(document.positions)] for document in documents]
+    teacher = ServedSpanTeacher(asked, own, len(own))
+    ids = torch.tensor([own("The capital of France is Paris.")["input_ids"]])
+    inputs, mask = {"input_ids": ids}, torch.ones(1, ids.shape[1] - 1, dtype=torch.bool)
+    found = teacher.spans(tiny_llama(1), inputs, mask)
+    logits = found.rows(slice(None))
+    _, likelihoods = merged_predictions(logits, found.teacher.targets, found.teacher.sizes)
+    wanted = torch.cat([torch.tensor([-1e3, 0.0]), torch.full((len(logits) - 2,), -0.5)])
+    torch.testing.assert_close(likelihoods, torch.stack([w.sum() for w in wanted.split(found.teacher.sizes.tolist())]),
+                               atol=1e-3, rtol=0)  # fmt: skip
 
 
 def chat(tokenizer, words=("user\n", "Say hi."), end="<eos>"):
