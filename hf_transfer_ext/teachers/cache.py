@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 #: A higher number makes older caches unreadable.
 FORMAT = 1
-#: Rows wait in memory until they fill a file of this size, or for this long.
+#: Rows are held in memory until they fill a file of this size, or for this long.
 SHARD_BYTES = 32_000_000
 FLUSH_SECONDS = 300.0
 #: Age of a half-written file at which no process can still be writing it: it was left by one that was killed.
@@ -111,7 +111,7 @@ class CacheSpec:
         return KINDS[self.kind][2]
 
     def check_vocabulary(self, size: int) -> None:
-        """Refuse more likeliest tokens than the teacher has."""
+        """Refuse a `top` larger than the teacher's vocabulary."""
         if int(self.top or 0) > size:
             raise ValueError(
                 f"`top` is {self.top}, but the teacher has {size} vocabulary entries. Choose {size} or less."
@@ -130,11 +130,11 @@ class CacheSpec:
 def fingerprint_of(
     teacher: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec, *, revision: str | None = None
 ) -> dict[str, Any]:
-    """What a cache has to agree on with the training that reads it.
+    """The fields in which a cache has to match the training that reads it.
 
     Args:
         teacher: Its frozen tensors are hashed as a whole (about 1 s per GB), for a name says little: two fine-tunes
-            may lie in one folder in turn.
+            may be in one folder one after the other.
         revision: Of the teacher, where its config does not tell the commit that it was loaded from.
     """
     causal = causal_lm_of(teacher)
@@ -160,7 +160,7 @@ def weights_digest(model: nn.Module) -> str:
         if value.is_meta:
             raise ValueError(
                 f"The teacher's tensor {name!r} is not in memory (offloaded, or not loaded), so its cache cannot be "
-                "told from another one's. Fill the cache on a device that holds the whole teacher."
+                "distinguished from another one's. Fill the cache on a device that holds the whole teacher."
             )
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -468,7 +468,7 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits in memory as one file, atomically.
+        """Write the rows in memory as one file, atomically.
 
         The file's name is a digest of what it holds: a flush that is interrupted and repeated leaves one file.
         """
@@ -610,7 +610,7 @@ class CachedTeacher:
 
 
 def planned_spec(folder: str | Path, temperature: float, options: Mapping[str, Any] | None = None) -> CacheSpec:
-    """What a cache is going to store: `options`; without them what the one in the folder does, or the defaults.
+    """What a cache will store: `options`; without them what the cache in the folder stores, or the defaults.
 
     Raises:
         ValueError: An option is unknown or out of its range.
@@ -703,7 +703,7 @@ def cache_teacher(
     revision: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> TeacherCache:
-    """Store a teacher's rows for a whole data set. Texts that are in the folder already are passed over.
+    """Store a teacher's rows for a whole data set. Texts that are in the folder already are skipped.
 
     Under `accelerate launch` each process takes its share of the rows; all may write into one folder. After a kill,
     the same call goes on.

@@ -1,9 +1,9 @@
 """A teacher behind an OpenAI-compatible server (vLLM and the like): the likeliest tokens of each position, by HTTP.
 
 The server is sent token ids and answers with the log-probabilities of its prompt: `prompt_logprobs` as vLLM has them,
-or `echo` with `logprobs` and tokens named by id. What it lists is all there is to know: rows are sparse, at
-temperature 1, with the mass of all other tokens as the tail. `cache_server` stores them, so that each text is asked
-for once.
+or `echo` with `logprobs` and tokens named by id. Nothing else of the teacher is known: rows are
+sparse, at temperature 1, with the mass of all other tokens as the tail. `cache_server` stores them, so that each text
+is requested once.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ServerTeacher:
         url: Address up to and without `/v1`, such as "http://localhost:8000".
         model: The model's name on the server.
         tokenizer: That of the texts, which has to be the server's own as well.
-        top: Tokens asked for at each position, >= 1. Servers limit it (vLLM: `--max-logprobs`, 20 by default).
+        top: Tokens requested at each position, >= 1. Servers limit it (vLLM: `--max-logprobs`, 20 by default).
         api_key: Sent as a bearer token.
         timeout: Seconds that one answer may take.
         retries: Further attempts after a failed one (no connection, a busy or broken server, an answer that is cut).
@@ -116,7 +116,7 @@ class ServerTeacher:
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a cache of this teacher is known by; a server does not show its weights, so its model's name stands."""
+        """Fields that identify this teacher in a cache; its model's name stands for the hidden weights."""
         spec = CacheSpec("top", self.top)
         tokenizer = tokenizer_digest(self.tokenizer)
         return {
@@ -177,17 +177,17 @@ class ServerTeacher:
         documents = list(documents)
         yield from zip(documents, self._each(documents, self._rows), strict=True)
 
-    def _each(self, documents: Iterable[Document], asked: Callable[[Document], Answer]) -> Iterator[Answer]:
-        """What `asked` gives for each document, in order, several at a time."""
+    def _each(self, documents: Iterable[Document], ask: Callable[[Document], Answer]) -> Iterator[Answer]:
+        """What `ask` returns for each document, in order, several at a time."""
         documents = list(documents)
         if self._style is None and documents:  # one request alone: all others know then how to ask
-            yield asked(documents[0])
+            yield ask(documents[0])
             documents = documents[1:]
         with ThreadPoolExecutor(self.parallel) as pool:
-            yield from pool.map(asked, documents)
+            yield from pool.map(ask, documents)
 
     def _whole(self, ids: list[int]) -> list[dict[int, float]]:
-        """What the server lists for each token of a prompt, refused where some are missing."""
+        """The entries that the server lists for each token of a prompt; raises where tokens are missing."""
         listed = self._listed(ids)
         if len(listed) != len(ids):
             raise ValueError(
@@ -241,16 +241,16 @@ class ServerTeacher:
 
     def _listed(self, ids: list[int]) -> list[dict[int, float]]:
         """For each token of a prompt, the tokens that the server lists there; none for the first one."""
-        asked: dict[str, Any] = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0}
+        body: dict[str, Any] = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0}
         if self._style != "echo":
-            answer = self._answer("/v1/completions", {**asked, "prompt_logprobs": self.top})
+            answer = self._answer("/v1/completions", {**body, "prompt_logprobs": self.top})
             listed = _choice(answer).get("prompt_logprobs", answer.get("prompt_logprobs"))
             if isinstance(listed, list):
                 self._style = "prompt_logprobs"
                 self._check_texts(listed)
                 return [{int(token): _log_prob(entry) for token, entry in (row or {}).items()} for row in listed]
         more = {"echo": True, "logprobs": self.top, "return_tokens_as_token_ids": True}
-        found = _choice(self._answer("/v1/completions", {**asked, **more})).get("logprobs") or {}
+        found = _choice(self._answer("/v1/completions", {**body, **more})).get("logprobs") or {}
         listed = found.get("top_logprobs")
         if not isinstance(listed, list):
             raise ValueError(
@@ -300,9 +300,9 @@ class ServerTeacher:
         Raises:
             ValueError: It splits it otherwise.
         """
-        asked = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
+        body = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
         try:
-            found = self._answer("/tokenize", asked).get("tokens")
+            found = self._answer("/tokenize", body).get("tokens")
         except ValueError:  # no such address
             return False
         own = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
@@ -316,8 +316,8 @@ class ServerTeacher:
             )
         return True
 
-    def _answer(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """What the server says, after as many attempts as it takes."""
+    def _answer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's answer, after up to `retries` further attempts."""
         wait, problem = self.pause, ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -325,7 +325,7 @@ class ServerTeacher:
                 time.sleep(wait * random.uniform(0.8, 1.2))
                 wait = min(2 * wait, LONGEST_PAUSE)
             try:
-                return self._once(path, asked)
+                return self._once(path, body)
             except _Busy as error:
                 problem = f"The server at {self.url} {error}."
                 wait = max(wait, error.wait)
@@ -334,11 +334,11 @@ class ServerTeacher:
             "again when the server is back, and it goes on from there."
         )
 
-    def _once(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _once(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url + path, json.dumps(asked).encode(), headers)
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
             with self._open(request, timeout=self.timeout) as reply:
                 answer = json.loads(reply.read())
@@ -402,7 +402,7 @@ def cache_server(
     Args:
         dataset: Tokenized rows, as `documents_of_row` reads them.
         folder: A new folder, or a cache of the same server model and `top`.
-        batch_size: Texts between two looks at what is missing; `server.parallel` of them are asked for at a time.
+        batch_size: Texts between two checks of what is missing; `server.parallel` of them are requested at a time.
 
     Raises:
         OSError: The server does not answer any more. What was captured is stored, and the same call goes on.

@@ -79,7 +79,7 @@ class Respelling:
         self._of_text = lru_cache(maxsize=10_000)(self._respell)
 
     def __call__(self, ids: np.ndarray) -> Respelled:
-        """The text of some tokens; the same one is spelled once."""
+        """The text of some tokens in the teacher's; each text is retokenized once."""
         return self._of_text(tuple(ids.tolist()))
 
     def _respell(self, ids: tuple[int, ...]) -> Respelled:
@@ -144,7 +144,7 @@ class Respelling:
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts in front of each text."""
+    """The tokens that a tokenizer puts in front of each text."""
     whole, plain = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
     return whole[: starts[0]] if starts else []
