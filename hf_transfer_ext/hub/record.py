@@ -338,7 +338,8 @@ def describe_input(
     elif is_absolute_path(str(name_or_path)) or place.path.count("/") > 1 or str(path).startswith("."):
         raise FileNotFoundError(f"There is no {role} at {str(name_or_path)!r}. Fix the path, or give a Hub id.")
     else:
-        described, cached = _on_hub(place, role, getattr(model, "config", None))
+        config = None if hasattr(model, "peft_config") else getattr(model, "config", None)  # of the adapter's base
+        described, cached = _on_hub(place, role, config)
         path = cached or path
     if role != "dataset":
         _read_card_and_config(described, path if path.exists() else described.place, described.revision)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Groups = Sequence[tuple[int, int]]
+Loss = TypeVar("Loss", bound=Callable)
+
+#: Span losses that read likelihoods alone; `reads_likelihoods` adds to them.
+_OF_LIKELIHOODS: set[Callable] = set()
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,17 @@ class SpanPair:
     teacher: Float[Tensor, "spans teacher_vocab"]
     student_spans: Float[Tensor, " spans"]
     teacher_spans: Float[Tensor, " spans"]
+
+
+def reads_likelihoods(loss: Loss) -> Loss:
+    """Decorator of a span loss that reads `student_spans` and `teacher_spans` alone: a server can teach by it."""
+    _OF_LIKELIHOODS.add(loss)
+    return loss
+
+
+def needs_likelihoods_alone(loss: Callable) -> bool:
+    """Whether a span loss reads nothing of the teacher but the likelihoods of spans."""
+    return loss in _OF_LIKELIHOODS
 
 
 def span_pair(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 from hf_transfer_ext.models.chat_template import guard_chat_templates
 from hf_transfer_ext.reading import check_patterns, field_of, one_line, read_json
 from hf_transfer_ext.tensors import dtype_by_name
-from hf_transfer_ext.weights.repository import adapters_in, base_of_adapter, file_of, local_folder, place_of
+from hf_transfer_ext.weights.repository import adapters_in, base_of_adapter, commit_of, file_of, local_folder, place_of
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
@@ -86,12 +86,14 @@ def load_model(
     several = adapters_in(name)
     if several:
         return _load_adapters(several, dtype, {**kwargs, "auto_class": auto_class})
-    place = place_of(name, revision)
+    place, commit = place_of(name, revision), commit_of(name, revision=revision)
     inside = {"subfolder": place.subfolder} if place.subfolder else {}
     try:
-        return getattr(transformers, auto_class).from_pretrained(
-            place.path, revision=place.revision or "main", dtype=dtype_of(dtype), **inside, **kwargs
+        model = getattr(transformers, auto_class).from_pretrained(
+            place.path, revision=commit or place.revision or "main", dtype=dtype_of(dtype), **inside, **kwargs
         )
+        model.config._commit_hash = commit
+        return model
     except RecursionError as error:
         raise ValueError(f"The config.json of model {str(name)!r} is nested too deeply.") from error
     except ValueError as error:

@@ -5,8 +5,6 @@ Several processes share the work: `accelerate launch -m hf_transfer_ext.recipes.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from typing import Any
 
 from hf_transfer_ext.data.text import load_text_dataset
@@ -14,12 +12,12 @@ from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_cache
 from hf_transfer_ext.hub.record import RunRecord
+from hf_transfer_ext.recipes.caching import refuse_unfit, tokenized_as_in_training
 from hf_transfer_ext.recipes.run import load_named, run_recipe
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
-from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher, cache_server
-from hf_transfer_ext.trainers.distillation import DistillationTrainer
-from hf_transfer_ext.trainers.distillation_config import DistillationConfig
+from hf_transfer_ext.teachers.server import KEY_VARIABLE, cache_server
+from hf_transfer_ext.trainers.several_teachers import server_teacher
 from hf_transfer_ext.weights.ranks import is_first_rank
 
 PROGRAM = "hf-transfer-ext cache-teacher"
@@ -34,19 +32,26 @@ def cache_for_distillation(
     top: int | None = None,
     samples: int | None = None,
     temperature: float = 1.0,
+    tau: float = 1.0,
     split: str = "train",
+    columns: dict[str, Any] | None = None,
     dataset_config: str | None = None,
     dataset_revision: str | None = None,
     max_length: int | None = 1024,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    chat_template_path: str | None = None,
+    drop_unlabelled: bool = False,
     revision: str | None = None,
     dtype: str = "auto",
     batch_size: int = 8,
     student: str | None = None,
     server_model: str | None = None,
+    server_options: dict[str, Any] | None = None,
 ) -> TeacherCache:
     """Tokenize a data set as the distillation trainer does, and store the teacher's rows for it.
 
-    Training with `teacher_cache=FOLDER` and the same data, `max_length` and masks then needs no teacher.
+    Training with `teacher_cache=FOLDER` and the same data, `max_length`, template and masks then needs no teacher.
 
     Args:
         teacher: Folder, Hub id, or address of an OpenAI-compatible server (http://...).
@@ -56,48 +61,41 @@ def cache_for_distillation(
         top: Likeliest tokens; of a server, 20 by default.
         samples: Draws from the others.
         temperature: The distill_temperature of the training.
+        tau: Draws have probability proportional to p**tau.
         split: Split of the data set.
+        columns: Role -> column of the data set, such as {text: body}.
         dataset_config: Configuration of a Hub data set.
         dataset_revision: Hub revision of the data set.
         max_length: Longest text in tokens; longer ones are cut.
+        completion_only_loss: Of the training: whether only completions count; by default where there are any.
+        assistant_only_loss: Of the training: whether only the assistant's turns count.
+        chat_template_path: Of the training: a .jinja file, or a tokenizer whose template is taken.
+        drop_unlabelled: Leave out texts in which nothing counts.
         revision: Hub revision of the teacher.
         dtype: Of the teacher's weights: auto, float32, bfloat16, ...
         batch_size: Texts that the teacher reads at once.
         student: With a server: folder or Hub id of the student, whose tokenizer the server's has to be.
         server_model: With a server: the model's name on it.
+        server_options: With a server: {timeout, retries, pause, parallel, check_tokenizer}, as in ServerTeacher.
 
     Raises:
         ValueError: A setting does not fit the teacher.
     """
+    settings = dict(locals())
     is_server = teacher.startswith(("http://", "https://"))
-    if [student is not None, server_model is not None] != [is_server, is_server]:
-        raise ValueError(
-            "A server needs `student` (for its tokenizer) and `server_model`; a teacher from a folder or the Hub "
-            f"needs neither. Got teacher {teacher!r}, student {student!r} and server_model {server_model!r}."
-        )
-    if is_server and (kind not in (None, "top") or samples or temperature != 1 or revision):
-        raise ValueError(
-            "A server lists its likeliest tokens at temperature 1: `kind` can only be top, `samples` and `revision` "
-            f"have to be left out; got {kind!r}, {samples}, temperature {temperature}, revision {revision!r}."
-        )
-    settings = {name: value for name, value in locals().items() if name != "is_server"}
-    chosen = {name: settings[name] for name in ("kind", "top", "samples", "temperature")}
-    spec = CacheSpec(**{name: value for name, value in chosen.items() if value is not None})
-    data = load_text_dataset(dataset, split=split, config_name=dataset_config, revision=dataset_revision)
+    refuse_unfit(settings, is_server=is_server)
+    spec = CacheSpec(**{n: settings[n] for n in CacheSpec.__dataclass_fields__ if settings[n] is not None})
+    source: Any = {"columns": columns, "config_name": dataset_config, "revision": dataset_revision}
+    data = load_text_dataset(dataset, split=split, **source)
     model, tokenizer = load_named(str(student) if is_server else teacher, revision=revision, dtype=dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        own: Any = {"output_dir": scratch, "kd_weight": 0.0, "ce_weight": 1.0, "report_to": "none"}
-        args = DistillationConfig(max_length=max_length, **own)
-        trainer = DistillationTrainer(model, None, args, data, processing_class=tokenizer)
-        rows: Any = trainer.train_dataset
-        shared = {"batch_size": batch_size, "accelerator": trainer.accelerator}
-        if is_server:
-            served: Any = {"top": top or 20, "api_key": os.environ.get(KEY_VARIABLE)}
-            server = ServerTeacher(teacher, str(server_model), tokenizer, **served)
-            cache = cache_server(server, rows, folder, **shared)
-        else:
-            cache = cache_teacher(model, rows, folder, tokenizer=tokenizer, spec=spec, revision=revision, **shared)
-    if trainer.is_world_process_zero():
+    rows, accelerator = tokenized_as_in_training(model, tokenizer, data, settings)
+    how: Any = {"batch_size": batch_size, "accelerator": accelerator}
+    if is_server:
+        options = {**(server_options or {}), **({"top": top} if top else {})}
+        cache = cache_server(server_teacher(teacher, str(server_model), tokenizer, options), rows, folder, **how)
+    else:
+        cache = cache_teacher(model, rows, folder, tokenizer=tokenizer, spec=spec, revision=revision, **how)
+    if accelerator.is_main_process:
         record = RunRecord("caching", PROGRAM, settings, recipe_sha256=sha256_of(__file__))
         finish_cache(cache.folder, record, settings, is_server=is_server)
     return cache

@@ -14,17 +14,11 @@ from hf_transfer_ext.evals.language import measure_gain, measure_language_model
 from hf_transfer_ext.files import require_free_space
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.recipe import parse_recipe, setting
+from hf_transfer_ext.recipes.distill_data import data_of, rows_of_student
 from hf_transfer_ext.recipes.distill_task import distilled_task
 from hf_transfer_ext.recipes.run import TRAINER_GROUPS, run_recipe
 from hf_transfer_ext.recipes.student import StudentArguments, load_student, make_student, refuse_unused
-from hf_transfer_ext.recipes.teacher import (
-    data_of,
-    describe,
-    prepared_teacher,
-    rows_of_student,
-    settle_teacher,
-    teacher_paths,
-)
+from hf_transfer_ext.recipes.teacher import describe, prepared_teacher, settle_teacher, teacher_paths
 from hf_transfer_ext.recipes.training import output_of, start_training
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig

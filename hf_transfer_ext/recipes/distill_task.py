@@ -13,9 +13,9 @@ from hf_transfer_ext.files import written_aside
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import is_sharded
+from hf_transfer_ext.recipes.distill_data import rows_of_student
 from hf_transfer_ext.recipes.run import load_named, model_path
 from hf_transfer_ext.recipes.student import load_student, make_student
-from hf_transfer_ext.recipes.teacher import rows_of_student
 from hf_transfer_ext.recipes.training import start_training
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig, forget_loading, without_teacher
 from hf_transfer_ext.trainers.distillation_models import teacher_loading

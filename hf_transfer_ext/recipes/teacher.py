@@ -1,11 +1,10 @@
-"""Data and teachers of the distillation recipe: one model, or several, a server, a complete cache."""
+"""Teachers of the distillation recipe: one model, or several, a server, a complete cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
 
-from hf_transfer_ext.data.text import load_train_and_test
 from hf_transfer_ext.evals.language import as_example
 from hf_transfer_ext.hub.record import RunRecord, describe_dataset, describe_input
 from hf_transfer_ext.hub.teacher_cache import ON_HUB
@@ -15,7 +14,6 @@ from hf_transfer_ext.students.vocabulary import trim_vocabulary
 from hf_transfer_ext.teachers.spans import SpanTeacher
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig, forget_loading
 from hf_transfer_ext.trainers.distillation_models import teacher_loading
-from hf_transfer_ext.trainers.rollouts import holds_prompts_alone
 from hf_transfer_ext.trainers.taught import taught
 
 
@@ -80,45 +78,6 @@ def prepared_teacher(job: Any, args: DistillationConfig, run: TrainingRun, data:
             changes = {"max_steps": job.teach_steps, "learning_rate": job.teach_learning_rate}
             teacher = taught(teacher, tokenizer, data, args, folder=run.work / "teacher", **changes)
     return teacher, tokenizer
-
-
-def data_of(job: Any, args: DistillationConfig) -> tuple[Any, Any]:
-    """The training data and the held-out data of a distillation.
-
-    Raises:
-        ValueError: The data hold prompts without completions, and a stage learns from completions.
-    """
-    source: dict[str, Any] = {"config_name": job.dataset_config, "revision": job.dataset_revision}
-    source |= {"streaming": job.streaming, "prompts_alone": args.on_policy is not None}
-    data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, columns=job.columns, **source)
-    for name in ("teach_steps", "trim_vocabulary", "learngene_steps", "compare_with_ce"):
-        if holds_prompts_alone(data) and getattr(job, name):
-            raise ValueError(
-                f"`{name}` is {getattr(job, name)!r}, which needs whole texts, but {job.dataset!r} holds prompts "
-                f"without completions, after which the student writes. Leave `{name}` out, or add completions."
-            )
-    return data, test
-
-
-def rows_of_student(job: Any, args: DistillationConfig, data: Any) -> Any:
-    """The rows that the student learns from: all, or `train_rows` of them, drawn with the seed.
-
-    Raises:
-        ValueError: There are not as many, or they are streamed.
-    """
-    if job.train_rows is None:
-        return data
-    if job.streaming:
-        raise ValueError(
-            "`train_rows` draws from all rows, but `streaming` reads them one after the other. Leave one of them out, "
-            "or set `train_split` to a slice such as `train[:100]`."
-        )
-    if not 1 <= job.train_rows <= len(data):
-        raise ValueError(
-            f"`train_rows` is {job.train_rows}, but {job.dataset!r} has {len(data)} rows in {job.train_split!r}. Give "
-            "a number from 1 to that, or leave it out."
-        )
-    return data.shuffle(seed=args.seed).select(range(job.train_rows))
 
 
 def describe(trainer: Any, args: Any, record: RunRecord) -> None:

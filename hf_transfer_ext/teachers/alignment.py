@@ -29,7 +29,10 @@ def _byte_of_symbol() -> dict[str, int]:
 
 
 class TokenBytes:
-    """The bytes that each token of a tokenizer stands for; b"" for special tokens.
+    """The bytes that each token of a tokenizer stands for.
+
+    Those in `all_special_ids` (bos, eos, pad, ...) stand for none. Other special tokens, often `<|im_start|>`, stand
+    for the bytes of their own text; `special` tells them from tokens that ordinary text becomes.
 
     Args:
         tokenizer: A fast one, byte-level or with `▁` for spaces and `<0x..>` for bytes.
@@ -54,7 +57,10 @@ class TokenBytes:
                 "stand for the bytes of a text, as those of byte-level and SentencePiece tokenizers do: they cannot "
                 "be aligned with another tokenizer's."
             )
-        self._special = set(tokenizer.all_special_ids)
+        self._without_text = set(tokenizer.all_special_ids)
+        marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        #: Every special token and its text: those in `all_special_ids`, and those that were added as special.
+        self.special = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(self._without_text | marked)}
         self._added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
         self._found: dict[int, bytes] = {}
 
@@ -64,7 +70,7 @@ class TokenBytes:
         return self._found[token]
 
     def _bytes(self, token: int) -> bytes:
-        if token in self._special:
+        if token in self._without_text:
             return b""
         if token in self._added:
             return self._added[token].encode()
@@ -160,29 +166,55 @@ class VocabularyAlignment:
         )
 
 
-def align_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> VocabularyAlignment:
-    """Match tokens by their bytes; special ones by their role (bos, eos, pad, unk). Each matches at most once.
+def special_tokens(
+    student: TokenBytes, teacher: TokenBytes, roles: Sequence[str], teacher_rows: int | None = None
+) -> dict[int, int]:
+    """Each special token of the student -> the teacher's of the same text, or else of the same role.
 
-    Tokens that one side lacks, added ones among them, are simply not matched.
+    Tokens with a role come first. Two tokens of the student may lead to one of the teacher.
+
+    Args:
+        roles: Which roles count, of bos, eos, pad and unk.
+        teacher_rows: Tokens from this id on are unknown to the teacher's model. None: it knows all of its tokenizer's.
     """
-    own, other = _tokens_by_meaning(student), _tokens_by_meaning(teacher)
-    pairs = sorted((own[meaning], other[meaning]) for meaning in own.keys() & other.keys())
+    known = {text: i for i, text in teacher.special.items() if teacher_rows is None or i < teacher_rows}
+    by_text = {i: known[text] for i, text in student.special.items() if text in known}
+    by_role: dict[int, int] = {}
+    for role in roles:
+        own, other = (getattr(one.tokenizer, f"{role}_token_id") for one in (student, teacher))
+        if own is not None and (found := by_text.get(own, other)) is not None:
+            by_role.setdefault(own, found)
+    return by_role | by_text
+
+
+def align_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> VocabularyAlignment:
+    """Match tokens by what they mean. Each matches at most once.
+
+    Special tokens match by their text, or else by their role (bos, eos, pad, unk); all others by their bytes. Tokens
+    that one side lacks, added ones among them, are not matched.
+    """
+    own, other = TokenBytes(student), TokenBytes(teacher)
+    pairs: dict[int, int] = {}
+    for token, same in special_tokens(own, other, ("bos", "eos", "pad", "unk")).items():
+        if same not in pairs.values():
+            pairs[token] = same
+    taken = set(pairs.values())
+    ours, theirs = _tokens_by_bytes(own), _tokens_by_bytes(other)
+    for meaning in ours.keys() & theirs.keys():
+        if ours[meaning] not in pairs and theirs[meaning] not in taken:
+            pairs[ours[meaning]] = theirs[meaning]
+    found = sorted(pairs.items())
     return VocabularyAlignment(
-        torch.tensor([one for one, _ in pairs], dtype=torch.long),
-        torch.tensor([two for _, two in pairs], dtype=torch.long),
+        torch.tensor([one for one, _ in found], dtype=torch.long),
+        torch.tensor([two for _, two in found], dtype=torch.long),
         len(student.get_vocab()),
         len(teacher.get_vocab()),
     )
 
 
-def _tokens_by_meaning(tokenizer: PreTrainedTokenizerBase) -> dict[Any, int]:
-    known = TokenBytes(tokenizer)
-    found: dict[Any, int] = {}
-    for token in sorted(tokenizer.get_vocab().values()):
+def _tokens_by_bytes(known: TokenBytes) -> dict[bytes, int]:
+    found: dict[bytes, int] = {}
+    for token in sorted(known.tokenizer.get_vocab().values()):
         if known[token]:
             found.setdefault(known[token], token)
-    for role in ("bos", "eos", "pad", "unk"):
-        special: int | None = getattr(tokenizer, f"{role}_token_id", None)
-        if special is not None and special not in found.values():
-            found[role] = special
     return found

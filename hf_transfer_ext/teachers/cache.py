@@ -15,12 +15,13 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 #: A higher number makes older caches unreadable.
 FORMAT = 1
-#: Rows wait in memory until they fill a file of this size, or for this long.
+#: Rows are held in memory until they fill a file of this size, or for this long.
 SHARD_BYTES = 32_000_000
 FLUSH_SECONDS = 300.0
 #: Age of a half-written file at which no process can still be writing it: it was left by one that was killed.
@@ -56,7 +57,9 @@ STALE_SECONDS = 3600.0
 #: Tokens whose logits exist at once while rows are captured.
 CAPTURE_TOKENS = 256
 
-Kind = Literal["top", "top_and_samples", "samples"]
+#: What a commit of a Hub repository looks like, and a branch or a tag does not.
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
 #: kind -> (default of `top`, default of `samples`, form of the rows)
 KINDS: dict[str, tuple[int, int, Form]] = {
     name: (kind.default_top, kind.default_samples, kind.form) for name, kind in CACHE_KINDS.items()
@@ -94,9 +97,9 @@ class CacheSpec:
                     f"`{name}` of a cache of kind {self.kind!r} has to be {'>= 1' if default else '0'}, got {chosen}."
                 )
             object.__setattr__(self, name, chosen)
-        if not (self.temperature > 0 and math.isfinite(self.temperature)) or not self.tau > 0:
+        if not (0 < self.temperature < math.inf and 0 < self.tau < math.inf):
             raise ValueError(
-                f"`temperature` and `tau` of a cache have to be > 0, got {self.temperature} and {self.tau}."
+                f"`temperature` and `tau` of a cache have to be finite and > 0, got {self.temperature} and {self.tau}."
             )
         if self.kind == "top" and self.tau != 1:
             raise ValueError(f"`tau` is {self.tau}, but a cache of kind 'top' draws nothing. Leave it at 1.")
@@ -107,7 +110,7 @@ class CacheSpec:
         return KINDS[self.kind][2]
 
     def check_vocabulary(self, size: int) -> None:
-        """Refuse more likeliest tokens than the teacher has."""
+        """Refuse a `top` larger than the teacher's vocabulary."""
         if int(self.top or 0) > size:
             raise ValueError(
                 f"`top` is {self.top}, but the teacher has {size} vocabulary entries. Choose {size} or less."
@@ -126,12 +129,12 @@ class CacheSpec:
 def fingerprint_of(
     teacher: nn.Module, tokenizer: PreTrainedTokenizerBase, spec: CacheSpec, *, revision: str | None = None
 ) -> dict[str, Any]:
-    """What a cache has to agree on with the training that reads it.
+    """The fields in which a cache has to match the training that reads it.
 
     Args:
         teacher: Its frozen tensors are hashed as a whole (about 1 s per GB), for a name says little: two fine-tunes
-            may lie in one folder in turn.
-        revision: Of the teacher on the Hub; None: as its config has it.
+            may be in one folder one after the other.
+        revision: Of the teacher, where its config does not tell the commit that it was loaded from.
     """
     causal = causal_lm_of(teacher)
     spec.check_vocabulary(head_rows(teacher))
@@ -140,7 +143,7 @@ def fingerprint_of(
     return {
         "format": FORMAT,
         "teacher": Path(causal.config.name_or_path).name or type(causal).__name__,
-        "revision": revision or getattr(causal.config, "_commit_hash", None),
+        "revision": getattr(causal.config, "_commit_hash", None) or revision,
         "weights": weights_digest(teacher),
         "tokenizer": tokenizer_digest(tokenizer),
         "vocab_size": head_rows(teacher),
@@ -156,7 +159,7 @@ def weights_digest(model: nn.Module) -> str:
         if value.is_meta:
             raise ValueError(
                 f"The teacher's tensor {name!r} is not in memory (offloaded, or not loaded), so its cache cannot be "
-                "told from another one's. Fill the cache on a device that holds the whole teacher."
+                "distinguished from another one's. Fill the cache on a device that holds the whole teacher."
             )
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -219,17 +222,17 @@ def _stored(rows: SparseRows | SampledRows, positions: np.ndarray, spec: CacheSp
         tokens, top = rows.top.ids.shape
         return _Rows(
             positions.astype(np.int32),
-            np.full(tokens, top, dtype=np.uint16),
+            np.full(tokens, top, dtype=_counting(top)),
             rows.top.tail.log().cpu().numpy(),
             rows.top.ids.cpu().numpy().astype(id_type).reshape(-1),
             rows.top.log_probs.half().cpu().numpy().reshape(-1),
             np.zeros(0, dtype=np.uint8),
         )
-    top, listed = int(spec.top or 0), rows.listed
+    top, samples, listed = int(spec.top or 0), int(spec.samples or 0), rows.listed
     ids, log_probs = listed.ids.cpu().numpy(), listed.log_probs.cpu().numpy()
     factors = listed.factors.cpu().numpy()
     with np.errstate(divide="ignore"):
-        mass = np.log(factors[:, top] * int(spec.samples or 1)) + spec.tau * log_probs[:, top]
+        mass = np.log(factors[:, top] * samples) + spec.tau * log_probs[:, top]
     order = np.argsort(ids[:, top:], axis=1, kind="stable") + top  # equal draws side by side
     ids = np.concatenate([ids[:, :top], np.take_along_axis(ids, order, 1)], 1)
     log_probs = np.concatenate([log_probs[:, :top], np.take_along_axis(log_probs, order, 1)], 1)
@@ -243,12 +246,17 @@ def _stored(rows: SparseRows | SampledRows, positions: np.ndarray, spec: CacheSp
         counts[row, top + first] = np.diff(np.append(first, ids.shape[1] - top))
     return _Rows(
         positions.astype(np.int32),
-        keep.sum(1).astype(np.uint16),
+        keep.sum(1).astype(_counting(ids.shape[1])),
         mass.astype(np.float32),
         ids[keep].astype(id_type),
         log_probs[keep].astype(np.float16),
-        counts[keep].astype(np.uint16 if int(spec.samples or 0) > 255 else np.uint8),
+        counts[keep].astype(np.uint8 if samples < 1 << 8 else _counting(samples)),
     )
+
+
+def _counting(largest: int) -> Any:
+    """The type in which lengths and counts up to `largest` are stored."""
+    return np.uint16 if largest < 1 << 16 else np.uint32
 
 
 def _opened(stored: _Rows, spec: CacheSpec, device: torch.device) -> SparseRows | SampledRows:
@@ -288,7 +296,7 @@ class TeacherCache:
 
     Args:
         folder: Made where it is missing and `fingerprint` is given.
-        fingerprint: What the cache has to be of (`fingerprint_of`). None: whatever it is of.
+        fingerprint: What the cache has to be of (`fingerprint_of`). None: anything.
 
     Raises:
         FileNotFoundError: There is no cache in the folder, and no fingerprint to make one for.
@@ -459,7 +467,7 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits in memory as one file, atomically.
+        """Write the rows in memory as one file, atomically.
 
         The file's name is a digest of what it holds: a flush that is interrupted and repeated leaves one file.
         """
@@ -509,14 +517,16 @@ def require_same_fingerprint(found: Mapping[str, Any], wanted: Mapping[str, Any]
         ValueError: They differ; the message shows both.
     """
     differ = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-    if differ == ["teacher"]:  # the same weights in a folder of another name
+    # The same weights in a folder of another name, or under a branch's name or none, are the same teacher; at another
+    # commit their configuration may differ.
+    commits = all(_COMMIT.fullmatch(str(one.get("revision"))) for one in (found, wanted))
+    if not {*differ} - ({"teacher"} if commits else {"teacher", "revision"}):
         return
-    if differ:
-        lines = "; ".join(f"{name} is {found.get(name)!r}, needed is {wanted.get(name)!r}" for name in differ)
-        raise ValueError(
-            f"The teacher cache {str(folder)!r} (fingerprint {digest_of(found)}) is not of this teacher and setting "
-            f"(fingerprint {digest_of(wanted)}): {lines}. Name another folder, or change the setting back."
-        )
+    lines = "; ".join(f"{name} is {found.get(name)!r}, needed is {wanted.get(name)!r}" for name in differ)
+    raise ValueError(
+        f"The teacher cache {str(folder)!r} (fingerprint {digest_of(found)}) is not of this teacher and setting "
+        f"(fingerprint {digest_of(wanted)}): {lines}. Name another folder, or change the setting back."
+    )
 
 
 class CachedTeacher:
@@ -599,15 +609,19 @@ class CachedTeacher:
 
 
 def planned_spec(folder: str | Path, temperature: float, options: Mapping[str, Any] | None = None) -> CacheSpec:
-    """What a cache is going to store: `options`; without them what the one in the folder does, or the defaults.
+    """What a cache will store: `options`; without them what the cache in the folder stores, or the defaults.
 
     Raises:
         ValueError: An option is unknown or out of its range.
     """
     known = [name for name in CacheSpec.__dataclass_fields__ if name != "temperature"]
-    for name in options or ():
+    for name, value in (options or {}).items():
         if name not in known:
             raise ValueError(unknown_name("option of a teacher cache", name, known))
+        if name in ("top", "samples") and value is not None and type(value) is not int:
+            raise ValueError(f"`{name}` of a teacher cache has to be a whole number, got {value!r}.")
+        if name == "tau" and type(value) not in (int, float):
+            raise ValueError(f"`tau` of a teacher cache has to be a number, got {value!r}.")
     folder = cache_folder(folder)
     if options or not (Path(folder) / FINGERPRINT_FILE).is_file():
         return CacheSpec(**{**(options or {}), "temperature": temperature})
@@ -694,7 +708,7 @@ def cache_teacher(
     revision: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> TeacherCache:
-    """Store a teacher's rows for a whole data set. Texts that are in the folder already are passed over.
+    """Store a teacher's rows for a whole data set. Texts that are in the folder already are skipped.
 
     Under `accelerate launch` each process takes its share of the rows; all may write into one folder. After a kill,
     the same call goes on.

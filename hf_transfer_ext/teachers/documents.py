@@ -105,16 +105,17 @@ def documents_of_row(row: Mapping[str, Any]) -> list[Document]:
     """The documents of a tokenized row, several where it is packed (`seq_lengths`), with the tokens to predict.
 
     Args:
-        row: `input_ids`, and perhaps `labels` (-100: not learned), a 0/1 `completion_mask` or `assistant_masks`, and
-            `seq_lengths`.
+        row: `input_ids`, and perhaps `labels` (-100: not learned) or, without labels, a 0/1 `completion_mask` or
+            `assistant_masks`; and `seq_lengths`.
     """
     ids = np.asarray(row["input_ids"], dtype=np.int64)
     learned = np.ones(len(ids), dtype=bool)
-    if row.get("labels") is not None:
+    if row.get("labels") is not None:  # a trainer has made them of the masks that it obeys
         learned &= np.asarray(row["labels"]) != IGNORE_INDEX
-    for name in ("completion_mask", "assistant_masks"):
-        if row.get(name) is not None:
-            learned &= np.asarray(row[name]).astype(bool)
+    else:
+        for name in ("completion_mask", "assistant_masks"):
+            if row.get(name) is not None:
+                learned &= np.asarray(row[name]).astype(bool)
     cuts = np.cumsum(row.get("seq_lengths") or [len(ids)])[:-1]
     pieces = zip(np.split(ids, cuts), np.split(learned, cuts), strict=True)
     found = [Document(text, np.flatnonzero(predicted[1:])) for text, predicted in pieces]

@@ -1,9 +1,9 @@
 """A teacher behind an OpenAI-compatible server (vLLM and the like): the likeliest tokens of each position, by HTTP.
 
 The server is sent token ids and answers with the log-probabilities of its prompt: `prompt_logprobs` as vLLM has them,
-or `echo` with `logprobs` and tokens named by id. What it lists is all there is to know: rows are sparse, at
-temperature 1, with the mass of all other tokens as the tail. `cache_server` stores them, so that each text is asked
-for once.
+or `echo` with `logprobs` and tokens named by id. Nothing else of the teacher is known: rows are
+sparse, at temperature 1, with the mass of all other tokens as the tail. `cache_server` stores them, so that each text
+is requested once.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ Answer = TypeVar("Answer")
 PROBE = "The quick brown fox, 1984:\n\n    naïve Zürich 東京 🙂 unbelievably"
 #: The environment variable with the key of a server; in settings or on a command line it would be written down.
 KEY_VARIABLE = "TEACHER_API_KEY"
+#: Which tokenizer has to be the server's.
+WHOSE_TOKENIZER = (
+    "Losses that compare tokens need a student with the server's tokenizer; `loss: alm` compares texts, and needs the "
+    "server's tokenizer as `teacher_processing_class`."
+)
 #: The longest pause between two attempts, in seconds.
 LONGEST_PAUSE = 60.0
 
@@ -59,8 +64,8 @@ class ServerTeacher:
     Args:
         url: Address up to and without `/v1`, such as "http://localhost:8000".
         model: The model's name on the server.
-        tokenizer: The student's, which has to be the server's own as well.
-        top: Tokens asked for at each position, >= 1. Servers limit it (vLLM: `--max-logprobs`, 20 by default).
+        tokenizer: That of the texts, which has to be the server's own as well.
+        top: Tokens requested at each position, >= 1. Servers limit it (vLLM: `--max-logprobs`, 20 by default).
         api_key: Sent as a bearer token.
         timeout: Seconds that one answer may take.
         retries: Further attempts after a failed one (no connection, a busy or broken server, an answer that is cut).
@@ -102,6 +107,7 @@ class ServerTeacher:
         self._key = api_key
         self._open = urllib.request.build_opener(_NoRedirect).open
         self._style: str | None = None  # "prompt_logprobs" or "echo", once an answer has shown it
+        self._lists_enough = False  # once an answer has shown that its limit is not below `top`
         self._verified = not check_tokenizer or self._tokenizes_alike()
 
     @property
@@ -110,7 +116,7 @@ class ServerTeacher:
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a cache of this teacher is known by; a server does not show its weights, so its model's name stands."""
+        """Fields that identify this teacher in a cache; its model's name stands for the hidden weights."""
         spec = CacheSpec("top", self.top)
         tokenizer = tokenizer_digest(self.tokenizer)
         return {
@@ -138,8 +144,14 @@ class ServerTeacher:
             OSError: The server does not answer, after all attempts.
             ValueError: It does not tell the probability of the tokens that it was sent.
         """
-        found = [value for values in self._each(documents_of(inputs, mask), self._own_tokens) for value in values]
-        return torch.tensor(found, device=inputs["input_ids"].device)
+        return self.own_log_probs(documents_of(inputs, mask)).to(inputs["input_ids"].device)
+
+    def own_log_probs(self, documents: Iterable[Document]) -> Float[Tensor, " tokens"]:
+        """The server's log-probability of each text's own tokens after its `positions`, one text after the other.
+
+        Raises: as `token_log_probs`.
+        """
+        return torch.tensor([value for values in self._each(documents, self._own_tokens) for value in values])
 
     def _own_tokens(self, document: Document) -> list[float]:
         ids = document.ids.tolist()
@@ -165,17 +177,17 @@ class ServerTeacher:
         documents = list(documents)
         yield from zip(documents, self._each(documents, self._rows), strict=True)
 
-    def _each(self, documents: Iterable[Document], asked: Callable[[Document], Answer]) -> Iterator[Answer]:
-        """What `asked` gives for each document, in order, several at a time."""
+    def _each(self, documents: Iterable[Document], ask: Callable[[Document], Answer]) -> Iterator[Answer]:
+        """What `ask` returns for each document, in order, several at a time."""
         documents = list(documents)
         if self._style is None and documents:  # one request alone: all others know then how to ask
-            yield asked(documents[0])
+            yield ask(documents[0])
             documents = documents[1:]
         with ThreadPoolExecutor(self.parallel) as pool:
-            yield from pool.map(asked, documents)
+            yield from pool.map(ask, documents)
 
     def _whole(self, ids: list[int]) -> list[dict[int, float]]:
-        """What the server lists for each token of a prompt, refused where some are missing."""
+        """The entries that the server lists for each token of a prompt; raises where tokens are missing."""
         listed = self._listed(ids)
         if len(listed) != len(ids):
             raise ValueError(
@@ -185,8 +197,10 @@ class ServerTeacher:
         return listed
 
     def _rows(self, document: Document) -> SparseRows:
-        listed = self._whole(document.ids.tolist())
+        ids = document.ids.tolist()
+        listed = self._whole(ids)
         rows = [self._likeliest(listed[position + 1]) for position in document.positions.tolist()]
+        self._check_limit(ids, listed)
         log_probs = torch.tensor([[value for _, value in row] for row in rows])
         tail = (1 - log_probs.double().exp().sum(1)).clamp(min=0).float()
         if self.top >= self.vocab_size:  # what rounding leaves over belongs to no token
@@ -195,10 +209,7 @@ class ServerTeacher:
 
     def _likeliest(self, entries: Mapping[int, float]) -> list[tuple[int, float]]:
         if len(entries) < self.top:
-            raise ValueError(
-                f"The server at {self.url} was asked for {self.top} tokens at each position and gave {len(entries)}: "
-                f"its limit is lower. Set `top={len(entries)}`, or raise the limit (`--max-logprobs` of vLLM)."
-            )
+            raise ValueError(self._too_few(len(entries)))
         found = sorted(entries.items(), key=lambda entry: -entry[1])[: self.top]
         if max(token for token, _ in found) >= self.vocab_size or any(math.isnan(value) for _, value in found):
             raise ValueError(
@@ -207,18 +218,39 @@ class ServerTeacher:
             )
         return found
 
+    def _check_limit(self, ids: list[int], listed: list[dict[int, float]]) -> None:
+        """Refuse a server whose limit is one below `top`, which its lists can hide: they add the text's own token."""
+        for token, entries in zip(ids[1:], listed[1:], strict=True):
+            own_is_last = entries.get(token, math.inf) <= min(entries.values(), default=math.inf)
+            if len(entries) > self.top or (len(entries) == self.top and not own_is_last):
+                self._lists_enough = True
+        if self._lists_enough or self.top >= self.vocab_size:
+            return
+        # After the first token follows one that is not among the likeliest, so that the others in its list are.
+        other = next(token for token in range(self.vocab_size) if token not in listed[1])
+        found = len(self._whole([ids[0], other])[1].keys() - {other})
+        if found < self.top:
+            raise ValueError(self._too_few(found))
+        self._lists_enough = True
+
+    def _too_few(self, found: int) -> str:
+        return (
+            f"The server at {self.url} was asked for {self.top} tokens at each position and gave {found}: its limit "
+            f"is lower. Set `top={found}`, or raise the limit (`--max-logprobs` of vLLM)."
+        )
+
     def _listed(self, ids: list[int]) -> list[dict[int, float]]:
         """For each token of a prompt, the tokens that the server lists there; none for the first one."""
-        asked: dict[str, Any] = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0}
+        body: dict[str, Any] = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0}
         if self._style != "echo":
-            answer = self._answer("/v1/completions", {**asked, "prompt_logprobs": self.top})
+            answer = self._answer("/v1/completions", {**body, "prompt_logprobs": self.top})
             listed = _choice(answer).get("prompt_logprobs", answer.get("prompt_logprobs"))
             if isinstance(listed, list):
                 self._style = "prompt_logprobs"
                 self._check_texts(listed)
                 return [{int(token): _log_prob(entry) for token, entry in (row or {}).items()} for row in listed]
         more = {"echo": True, "logprobs": self.top, "return_tokens_as_token_ids": True}
-        found = _choice(self._answer("/v1/completions", {**asked, **more})).get("logprobs") or {}
+        found = _choice(self._answer("/v1/completions", {**body, **more})).get("logprobs") or {}
         listed = found.get("top_logprobs")
         if not isinstance(listed, list):
             raise ValueError(
@@ -252,14 +284,14 @@ class ServerTeacher:
             plain = all(t.isascii() and t.isprintable() and t.strip() for t in (own, text))
             if plain and own.strip() != text.strip():
                 raise ValueError(
-                    f"Token {token} is {text!r} for the server at {self.url} and {own!r} for the tokenizer: the model "
-                    f"{self.model!r} has another tokenizer than the student."
+                    f"Token {token} is {text!r} for the server at {self.url} and {own!r} for the tokenizer here: the "
+                    f"model {self.model!r} has another tokenizer. {WHOSE_TOKENIZER}"
                 )
 
     def _not_verified(self) -> str:
         return (
             f"The server at {self.url} shows neither `/tokenize` nor the text of tokens, so its tokenizer cannot be "
-            "compared with the student's. If you know that they are the same, set `check_tokenizer=False`."
+            "compared with the one here. If you know that they are the same, set `check_tokenizer=False`."
         )
 
     def _tokenizes_alike(self) -> bool:
@@ -268,9 +300,9 @@ class ServerTeacher:
         Raises:
             ValueError: It splits it otherwise.
         """
-        asked = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
+        body = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}
         try:
-            found = self._answer("/tokenize", asked).get("tokens")
+            found = self._answer("/tokenize", body).get("tokens")
         except ValueError:  # no such address
             return False
         own = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
@@ -278,13 +310,14 @@ class ServerTeacher:
             return False
         if found != own:
             raise ValueError(
-                f"The server at {self.url} splits a text into {len(found)} tokens, {found[:6]} ..., the student's "
-                f"tokenizer into {len(own)}, {own[:6]} ...: the model {self.model!r} has another tokenizer."
+                f"The server at {self.url} splits a text into {len(found)} tokens, {found[:6]} ..., the tokenizer "
+                f"here into {len(own)}, {own[:6]} ...: the model {self.model!r} has another tokenizer. "
+                f"{WHOSE_TOKENIZER}"
             )
         return True
 
-    def _answer(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """What the server says, after as many attempts as it takes."""
+    def _answer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's answer, after up to `retries` further attempts."""
         wait, problem = self.pause, ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -292,7 +325,7 @@ class ServerTeacher:
                 time.sleep(wait * random.uniform(0.8, 1.2))
                 wait = min(2 * wait, LONGEST_PAUSE)
             try:
-                return self._once(path, asked)
+                return self._once(path, body)
             except _Busy as error:
                 problem = f"The server at {self.url} {error}."
                 wait = max(wait, error.wait)
@@ -301,11 +334,11 @@ class ServerTeacher:
             "again when the server is back, and it goes on from there."
         )
 
-    def _once(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _once(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url + path, json.dumps(asked).encode(), headers)
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
             with self._open(request, timeout=self.timeout) as reply:
                 answer = json.loads(reply.read())
@@ -369,7 +402,7 @@ def cache_server(
     Args:
         dataset: Tokenized rows, as `documents_of_row` reads them.
         folder: A new folder, or a cache of the same server model and `top`.
-        batch_size: Texts between two looks at what is missing; `server.parallel` of them are asked for at a time.
+        batch_size: Texts between two checks of what is missing; `server.parallel` of them are requested at a time.
 
     Raises:
         OSError: The server does not answer any more. What was captured is stored, and the same call goes on.

@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_transfer_ext.losses.fused_spans import SpanTokens
-from hf_transfer_ext.losses.rows import DenseRows
+from hf_transfer_ext.losses.rows import DenseRows, LogitRows
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.models.plumbing import pad_token_id
-from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies
+from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies, special_tokens
 from hf_transfer_ext.teachers.documents import Document, documents_of, require_text_alone
 from hf_transfer_ext.teachers.live import LiveTeacher
+from hf_transfer_ext.teachers.server import ServerTeacher
 from hf_transfer_ext.tensors import Mask
 
 logger = logging.getLogger(__name__)
+
+#: A server's 0 is taken as this, in nats, so that sums over tokens stay finite.
+LEAST_LOG_PROB = -1e3
 
 
 @dataclass(frozen=True)
@@ -45,34 +49,37 @@ class Respelled:
 
 
 class Respelling:
-    """Spells the student's tokens anew in the teacher's, with the groups of tokens that stand for the same bytes.
+    """Retokenizes the student's tokens in the teacher's, with the groups of tokens that stand for the same bytes.
 
-    Special tokens are translated where the teacher has one of the same role (bos, eos) or the same text, and left out
-    elsewhere. A BOS that the teacher's tokenizer puts in front is put in front here, too. A character that is cut at
-    the end of a row belongs to no group.
+    A special token of the student becomes the teacher's special token of the same text, or else of the same role
+    (bos, eos). Where the teacher has neither, tokens in `all_special_ids` are left out, and others (often
+    `<|im_start|>`) are read as their text. Only ids that are special for the student count: the text of a special
+    token that a user typed stays text for the teacher. A BOS that the teacher's tokenizer puts in front is put in
+    front here, too. A character that is cut at the end of a row belongs to no group.
+
+    Args:
+        student: The student's tokenizer.
+        teacher: The teacher's.
+        teacher_rows: Rows of the teacher's head; special tokens beyond them, which the model does not know, count as
+            missing. None: it has a row for every token.
 
     Raises:
         ValueError: The tokens of a tokenizer do not stand for bytes.
     """
 
-    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_rows: int | None = None
+    ) -> None:
         self.tokenizer = teacher
         self.own, self.other = TokenBytes(student), TokenBytes(teacher)
-        by_text = {str(token): i for i, token in teacher.added_tokens_decoder.items() if i in teacher.all_special_ids}
-        self.special: dict[int, int] = {}
-        for token in student.all_special_ids:
-            text = student.convert_ids_to_tokens(token)
-            if text in by_text:
-                self.special[token] = by_text[text]
-        for role in ("bos", "eos"):
-            own, other = (getattr(one, f"{role}_token_id") for one in (student, teacher))
-            if own is not None and other is not None:
-                self.special.setdefault(own, other)
+        self.special = special_tokens(self.own, self.other, ("bos", "eos"), teacher_rows)
         self.prefix = _prefix(teacher)
+        alone = teacher("a", add_special_tokens=False)["input_ids"]
+        self._writes_space = b"".join(self.other[token] for token in alone) == b" a"
         self._of_text = lru_cache(maxsize=10_000)(self._respell)
 
     def __call__(self, ids: np.ndarray) -> Respelled:
-        """The text of some tokens; the same one is spelled once."""
+        """The text of some tokens in the teacher's; each text is retokenized once."""
         return self._of_text(tuple(ids.tolist()))
 
     def _respell(self, ids: tuple[int, ...]) -> Respelled:
@@ -81,16 +88,16 @@ class Respelling:
             found += self.prefix
         own, other, problem, i = [], [], "", 0
         while i < len(ids):
-            if not self.own[ids[i]]:
+            if self._is_special(ids[i]):
                 if ids[i] in self.special:
                     own.append((i, i + 1))
                     other.append((len(found), len(found) + 1))
                     found.append(self.special[ids[i]])
                 i += 1
                 continue
-            end = next((j for j in range(i, len(ids)) if not self.own[ids[j]]), len(ids))
+            end = next((j for j in range(i, len(ids)) if self._is_special(ids[j])), len(ids))
             first, last, text = self._readable(ids, i, end)
-            spelled = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            spelled = self._spelled(text, after=found[-1] if len(found) > len(self.prefix) else None)
             try:
                 groups = align(ids[first:last], spelled, self.own, self.other)
             except ValueError as error:
@@ -101,6 +108,25 @@ class Respelling:
             found += spelled
             i = end
         return Respelled(tuple(found), tuple(own), tuple(other), problem)
+
+    def _is_special(self, token: int) -> bool:
+        return token in self.special or not self.own[token]
+
+    def _spelled(self, text: str, *, after: int | None) -> list[int]:
+        """The teacher's tokens of a text without special tokens.
+
+        Args:
+            after: The teacher's special token in front of the text, where there is more in front than its BOS: some
+                tokenizers write a space at the start of a text alone, and none after a special token.
+        """
+        plain: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        mark = self.other.special.get(after) if after is not None and self._writes_space else None
+        if mark is None or any(special in text for special in self.other.special.values()):
+            return plain
+        joined: list[int] = self.tokenizer(mark + text, add_special_tokens=False)["input_ids"]
+        meant = text.encode()
+        inside = joined[1:] if joined[:1] == [after] else []
+        return inside if b"".join(self.other[token] for token in inside) in (meant, b" " + meant) else plain
 
     def _readable(self, ids: Sequence[int], first: int, end: int) -> tuple[int, int, str]:
         """The part of some tokens that is valid UTF-8, without characters that are cut at its ends, and its text."""
@@ -118,7 +144,7 @@ class Respelling:
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts in front of each text."""
+    """The tokens that a tokenizer puts in front of each text."""
     whole, plain = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
     return whole[: starts[0]] if starts else []
@@ -132,7 +158,7 @@ class SpanSignal:
         places: Positions that predict the student's tokens of the spans, in the batch counted row after row.
         student: The student's tokens of the spans.
         rows: The teacher's rows at the positions that predict its tokens of the spans.
-        teacher: The teacher's tokens of the spans.
+        teacher: The teacher's tokens of the spans, as entries of its rows.
         read: The teacher's tokens at these positions.
         texts: The text of each span, increasing.
     """
@@ -167,14 +193,22 @@ class SpanTeacher:
         student_rows: int,
     ) -> None:
         self.live, self.model = teacher, teacher.model
-        self.respelling = Respelling(student_tokenizer, teacher_tokenizer)
         self.pad = pad_token_id(teacher_tokenizer)
-        self.limit = context_length(causal_lm_of(teacher.model))
+        limit, rows = context_length(causal_lm_of(teacher.model)), head_rows(teacher.model)
+        self._align(student_tokenizer, teacher_tokenizer, student_rows, rows, limit)
+
+    def _align(
+        self,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        student_rows: int,
+        teacher_rows: int,
+        limit: int | None,
+    ) -> None:
+        self.respelling, self.limit = Respelling(student, teacher, teacher_rows), limit
         #: The share of tokens that both vocabularies have; its text says it in words.
-        self.vocabularies = align_vocabularies(student_tokenizer, teacher_tokenizer)
-        kept = (self.vocabularies.student_ids < student_rows) & (
-            self.vocabularies.teacher_ids < head_rows(teacher.model)
-        )
+        self.vocabularies = align_vocabularies(student, teacher)
+        kept = (self.vocabularies.student_ids < student_rows) & (self.vocabularies.teacher_ids < teacher_rows)
         #: Ids of matched tokens, the student's and the teacher's.
         self.matched = self.vocabularies.student_ids[kept], self.vocabularies.teacher_ids[kept]
         self._warned = False
@@ -195,12 +229,8 @@ class SpanTeacher:
         spelled = [self.respelling(document.ids) for document in documents]
         chosen = [self._counting(*pair) for pair in zip(documents, spelled, strict=True)]
         self._warn_once(spelled)
-        device = inputs["input_ids"].device
         texts = [one.ids[: self.limit] for one in spelled]
-        longest = max((len(text) for text in texts), default=2)
-        ids = torch.full((max(len(texts), 1), max(longest, 2)), self.pad, dtype=torch.long)
-        attended, needed = torch.zeros_like(ids), torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
-        attended[:, 0] = 1  # a batch without any text runs on padding, as all processes have to
+        predicting: list[list[int]] = [[] for _ in texts]
         places: list[int] = []
         targets: list[int] = []
         other_targets: list[int] = []
@@ -209,26 +239,44 @@ class SpanTeacher:
         other_read: list[int] = []
         of_text: list[int] = []
         for i, (document, one, text) in enumerate(zip(documents, spelled, texts, strict=True)):
-            ids[i, : len(text)] = torch.tensor(text)
-            attended[i, : len(text)] = 1
             for g in chosen[i]:
                 (a, b), (c, d) = one.own[g], one.other[g]
                 places += document.places[a - 1 : b - 1].tolist()
                 targets += document.ids[a:b].tolist()
                 other_targets += text[c:d]
-                needed[i, c - 1 : d - 1] = True
+                predicting[i] += range(c - 1, d - 1)
                 sizes.append(b - a)
                 other_sizes.append(d - c)
                 other_read += text[c - 1 : d - 1]
                 of_text.append(i)
-        read = {"input_ids": ids.to(device), "attention_mask": attended.to(device)}
-        rows: Any = self.live.signal(student, read, needed.to(device)).rows
+        device = inputs["input_ids"].device
         tensors = [
             torch.tensor(values, dtype=torch.long, device=device)
             for values in (places, targets, sizes, other_targets, other_sizes, other_read, of_text)
         ]
-        own, other = SpanTokens(*tensors[1:3]), SpanTokens(*tensors[3:5])
-        return SpanSignal(tensors[0], own, rows, other, *tensors[5:])
+        rows, named = self._rows(student, texts, predicting, tensors[3])
+        return SpanSignal(tensors[0], SpanTokens(*tensors[1:3]), rows, SpanTokens(named, tensors[4]), *tensors[5:])
+
+    def _rows(
+        self, student: nn.Module, texts: list[tuple[int, ...]], predicting: list[list[int]], targets: Tensor
+    ) -> tuple[DenseRows, Tensor]:
+        """The teacher's rows at some positions of its texts, and which entry of each is the token that comes.
+
+        Args:
+            predicting: For each text, positions that predict a token of a span, increasing.
+            targets: These tokens, one text after the other.
+        """
+        longest = max((len(text) for text in texts), default=2)
+        ids = torch.full((max(len(texts), 1), max(longest, 2)), self.pad, dtype=torch.long)
+        attended, needed = torch.zeros_like(ids), torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+        attended[:, 0] = 1  # a batch without any text runs on padding, as all processes have to
+        for i, text in enumerate(texts):
+            ids[i, : len(text)] = torch.tensor(text)
+            attended[i, : len(text)] = 1
+            needed[i, predicting[i]] = True
+        read = {"input_ids": ids.to(targets.device), "attention_mask": attended.to(targets.device)}
+        rows: Any = self.live.signal(student, read, needed.to(targets.device)).rows
+        return rows, targets
 
     def _counting(self, document: Document, spelled: Respelled) -> list[int]:
         labeled = np.zeros(len(document.ids) + 1, dtype=bool)
@@ -249,3 +297,30 @@ class SpanTeacher:
                 "%s The share of labeled tokens that are taught is logged as `aligned`.",
                 problems[0],
             )
+
+
+class ServedSpanTeacher(SpanTeacher):
+    """Asks a server for the likelihood of each span, in the tokens of its own model.
+
+    It knows nothing but the tokens that come: the rows of its signal have two entries, the token that comes and all
+    others together. Losses that read more than likelihoods cannot use it.
+
+    Args:
+        server: With the tokenizer of its own model.
+        student_tokenizer: Of the student.
+        student_rows: Vocabulary entries of the student's head.
+    """
+
+    def __init__(self, server: ServerTeacher, student_tokenizer: PreTrainedTokenizerBase, student_rows: int) -> None:
+        self.server = server
+        self._align(student_tokenizer, server.tokenizer, student_rows, server.vocab_size, None)
+
+    def _rows(
+        self, student: nn.Module, texts: list[tuple[int, ...]], predicting: list[list[int]], targets: Tensor
+    ) -> tuple[DenseRows, Tensor]:
+        read = [
+            Document(np.array(text), np.array(where)) for text, where in zip(texts, predicting, strict=True) if where
+        ]
+        log_probs = self.server.own_log_probs(read).double().clamp(min=LEAST_LOG_PROB, max=0.0)
+        entries = torch.stack([log_probs, torch.log(-torch.expm1(log_probs))], 1)
+        return LogitRows(entries.float().to(targets.device)), torch.zeros_like(targets)

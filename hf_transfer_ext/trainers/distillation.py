@@ -43,7 +43,7 @@ from hf_transfer_ext.teachers.several import (
     teacher_forms,
 )
 from hf_transfer_ext.teachers.signal import Teacher
-from hf_transfer_ext.teachers.spans import SpanSignal, SpanTeacher
+from hf_transfer_ext.teachers.spans import ServedSpanTeacher, SpanSignal, SpanTeacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.distillation_models import (
@@ -81,6 +81,7 @@ from hf_transfer_ext.trainers.several_teachers import (
     combined,
     routes_of,
     server_teacher,
+    span_server,
     started,
 )
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
@@ -290,13 +291,18 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         return frozen_bytes({"teacher": self.teacher}) if self.teacher is not None else {}
 
     def _span_teacher(self, live: LiveTeacher | None, tokenizer: Any) -> SpanTeacher:
-        if live is None or isinstance(live, AdapterTeacher):
+        args: Any = self.args
+        own: Any = self.processing_class
+        if args.teacher_server is not None:
+            server = span_server(args, tokenizer)
+            found: SpanTeacher = ServedSpanTeacher(server, own, head_rows(self.model))
+        elif live is None or isinstance(live, AdapterTeacher):
             raise ValueError(
                 f"`loss: {self.args.loss}` compares spans of text with a teacher model that has another tokenizer. "
                 "Name it by `teacher_model_name_or_path`, or give the model with `teacher_processing_class`."
             )
-        own: Any = self.processing_class
-        found = SpanTeacher(live, own, tokenizer, head_rows(self.model))
+        else:
+            found = SpanTeacher(live, own, tokenizer, head_rows(self.model))
         logger.info("Vocabularies of student and teacher: %s.", found.vocabularies)
         return found
 

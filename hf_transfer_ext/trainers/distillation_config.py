@@ -14,7 +14,13 @@ from trl import SFTConfig
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.slopes import Form, own_options, require_form
-from hf_transfer_ext.losses.spans import SPAN_LOSSES, SpanPair, has_projections, takes_vocabularies
+from hf_transfer_ext.losses.spans import (
+    SPAN_LOSSES,
+    SpanPair,
+    has_projections,
+    needs_likelihoods_alone,
+    takes_vocabularies,
+)
 from hf_transfer_ext.losses.spans.dskd import SpaceSide
 from hf_transfer_ext.models.heads import LMHead
 from hf_transfer_ext.registry import keyword_options, unknown_name
@@ -277,7 +283,13 @@ class DistillationConfig(DistillationSettings, SFTConfig):
             )
         if has_projections(SPAN_LOSSES[self.loss]) and self.torch_compile:
             raise ValueError(f"{self.loss} reads layers by hooks, which `torch_compile` does not see. Switch it off.")
-        for name in ("teacher_cache", "teacher_adapter", "teacher_server", "teachers", "hidden_loss"):
+        if self.teacher_server and not needs_likelihoods_alone(SPAN_LOSSES[self.loss]):
+            possible = [name for name in SPAN_LOSSES if needs_likelihoods_alone(SPAN_LOSSES[name])]
+            raise ValueError(
+                f"`loss: {self.loss}` compares whole distributions with a teacher model, but `teacher_server` lists "
+                f"a few tokens alone. From a server of another tokenizer, take {' or '.join(possible)}."
+            )
+        for name in ("teacher_cache", "teacher_adapter", "teachers", "hidden_loss"):
             if getattr(self, name):
                 raise ValueError(
                     f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "

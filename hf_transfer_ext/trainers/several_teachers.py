@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
+from hf_transfer_ext.reading import one_line
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.cache import open_cache
 from hf_transfer_ext.teachers.learned import LearnedTeachers
@@ -33,6 +34,29 @@ def server_teacher(
 ) -> ServerTeacher:
     """A teacher on a server; its key is read from the environment variable `TEACHER_API_KEY`."""
     return ServerTeacher(url, model, tokenizer, api_key=os.environ.get(KEY_VARIABLE), **options)
+
+
+def span_server(args: Any, tokenizer: PreTrainedTokenizerBase | None) -> ServerTeacher:
+    """A teacher on a server that reads texts in tokens of its own.
+
+    Args:
+        args: `DistillationConfig`.
+        tokenizer: Of the server's model; None: loaded by the model's name there, if that is a folder or a Hub id.
+
+    Raises:
+        ValueError: There is no tokenizer of that name.
+    """
+    if tokenizer is None:
+        try:
+            tokenizer = load_tokenizer(args.teacher_server_model)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`loss: {args.loss}` with a server needs the tokenizer of its model, but the name there, "
+                f"{args.teacher_server_model!r}, is not a folder or Hub id with one ({one_line(error)}). Pass it as "
+                "`teacher_processing_class`."
+            ) from error
+    options = {"top": 1, **args.teacher_server_options}  # the text's own tokens are listed in any case
+    return server_teacher(args.teacher_server, args.teacher_server_model, tokenizer, options)
 
 
 def started(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator: Accelerator, args: Any) -> Teacher:

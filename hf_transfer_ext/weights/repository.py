@@ -16,6 +16,7 @@ _HUB_NAME = re.compile(
     r"(?P<repo>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[^@:+\s]+))?(?::(?P<subfolder>[^@:\\\s]+))?"
     r"(?:@(?P<revision_last>[^@:+\s]+))?"
 )
+_SNAPSHOT = re.compile(r"/snapshots/(?P<commit>[0-9a-f]{40})/")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,16 @@ def file_of(folder_or_repo: str | Path, name: str, *, revision: str | None = Non
         return Path(hf_hub_download(place.path, place.inside(name), revision=place.revision))
     except (HfHubHTTPError, HFValidationError, OSError, connection_error()):
         return None
+
+
+def commit_of(name: str | Path, *, revision: str | None = None) -> str | None:
+    """The commit that `repo[@revision][:subfolder]` on the Hub is at; None for a local path.
+
+    None, too, where neither the Hub nor the cache can provide its `config.json`.
+    """
+    config = None if os.path.lexists(name) else file_of(name, "config.json", revision=revision)
+    found = None if config is None else _SNAPSHOT.search(config.as_posix())
+    return found["commit"] if found else None
 
 
 def adapters_in(folder: str | Path) -> list[Path]:

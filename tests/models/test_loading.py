@@ -10,6 +10,7 @@ from transformers import Gemma3TextConfig, GPT2Config, Qwen2Config
 
 from hf_transfer_ext.evals.adapters import with_adapters
 from hf_transfer_ext.evals.text.text_models import sentence_encoder
+from hf_transfer_ext.hub.record import describe_input
 from hf_transfer_ext.models.loading import context_length, dtype_of, load_model, load_tokenizer
 from hf_transfer_ext.weights.opened import open_model
 from hf_transfer_ext.weights.reference import ModelReference
@@ -35,7 +36,10 @@ def same(model, other):
 def test_a_model_by_path_by_id_and_by_revision(hub, folder, tmp_path):
     first = hub.seed("tester/model", folder)
     tiny_llama(1).save_pretrained(tmp_path / "other")
-    hub.seed("tester/model", tmp_path / "other")
+    latest = hub.seed("tester/model", tmp_path / "other")
+    commits = [(folder, None, None), ("tester/model", None, latest), ("tester/model", first, first)]
+    for name, revision, commit in commits:
+        assert load_model(name, revision=revision).config._commit_hash == commit
     assert same(load_model(folder), tiny_llama())
     assert same(load_model("tester/model"), tiny_llama(1))
     old = load_model("tester/model", revision=first, dtype="bfloat16")
@@ -97,6 +101,8 @@ def test_an_adapter_comes_on_its_own_base(hub, folder, tmp_path, where):
         "snapshot": lambda: load_model(local_folder("tester/adapter", revision=commit)),
     }[where]()
     assert isinstance(loaded, PeftModel) and same(loaded, adapted)
+    if where == "id":  # its own commit, and not that of its base, which its config names
+        assert describe_input("tester/adapter", commit, model=loaded).revision == commit
 
 
 def test_an_adapter_that_cannot_be_loaded_says_why(folder, tmp_path):

@@ -8,8 +8,9 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from teachers.test_server import server  # noqa: F401
 from tiny import byte_tokenizer, tiny_llama
-from tiny_tokenizers import byte_level
+from tiny_tokenizers import byte_fallback, byte_level
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer
 from hf_transfer_ext.hub.record import read_record
@@ -240,6 +241,19 @@ def test_a_complete_cache_needs_no_teacher(setup):
     assert [i.role for i in read_record(setup / "out").inputs] == ["dataset", "student"]
     second = load_model(setup / "out").state_dict()
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_a_server_of_another_tokenizer_teaches_likelihoods(setup, server):  # noqa: F811
+    server.model, server.tokenizer = tiny_llama(2, vocab_size=len(byte_fallback())), byte_fallback()
+    byte_fallback().save_pretrained(setup / "big")
+    config = yaml.safe_load((setup / "config.yaml").read_text())
+    served = {"server": server.url, "server_model": str(setup / "big")}
+    (setup / "config.yaml").write_text(yaml.safe_dump({**config, "teacher": served, "loss": "alm"}))
+    measured = run(setup, *own_student(setup))
+    assert list(measured) == ["student before", "student"]
+    record = read_record(setup / "out")
+    assert any("different tokenizers" in one for one in record.not_measured)
+    assert "tokens match exactly" in record.config["vocabulary_alignment"]
 
 
 def test_several_teachers_and_a_hidden_loss_from_the_file(setup):

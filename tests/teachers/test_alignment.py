@@ -3,8 +3,9 @@
 import pytest
 import torch
 from tiny_tokenizers import byte_fallback, byte_level, unigram, wordpiece
+from transformers import AddedToken
 
-from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies
+from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies, special_tokens
 
 ADVERSARIAL = [
     "The capital of France is Paris.",
@@ -90,3 +91,24 @@ def test_vocabularies_match_by_bytes_and_special_tokens_by_role():
     assert torch.equal(more.student_ids, found.student_ids) and more.student_size == found.student_size + 1
     same = align_vocabularies(own, own)
     assert torch.equal(same.student_ids, same.teacher_ids)
+
+
+def test_special_tokens_match_by_their_text_first_and_by_their_role_where_one_side_has_no_such_token():
+    own, other = byte_level(), byte_fallback()
+    own.add_special_tokens({"extra_special_tokens": ["<tool>"]})  # listed on one side, and only added on the other
+    for tokenizer in (own, other):
+        tokenizer.add_tokens([AddedToken("<|im_end|>", special=True, normalized=False)])
+    own.eos_token, other.unk_token = "<|im_end|>", "<unused0>"
+    found = align_vocabularies(own, other)
+    pairs = {
+        str(own.convert_ids_to_tokens(one)): str(other.convert_ids_to_tokens(two))
+        for one, two in zip(found.student_ids.tolist(), found.teacher_ids.tolist(), strict=True)
+    }
+    for text in ("<turn>", "<tool>", "<eos>", "<|im_end|>", "<bos>", "<unk>", "<unused0>"):
+        assert pairs[text] == text
+    assert len(set(pairs.values())) == len(pairs)
+    other = byte_fallback()  # without <|im_end|>: the token that ends the student's turns is the teacher's eos
+    found = align_vocabularies(own, other)
+    pairs = dict(zip(found.student_ids.tolist(), found.teacher_ids.tolist(), strict=True))
+    assert pairs[own.eos_token_id] == other.eos_token_id and own.convert_tokens_to_ids("<eos>") not in pairs
+    assert special_tokens(TokenBytes(own), TokenBytes(other), ("eos",))[own.eos_token_id] == other.eos_token_id

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from hf_transfer_ext.teachers.cache import (
     cache_teacher,
     fingerprint_of,
     open_cache,
+    planned_spec,
     weights_digest,
 )
 from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone
@@ -178,7 +180,6 @@ def test_a_cache_of_something_else_is_refused_with_both_fingerprints(tmp_path):
     other = byte_level()
     cases = {
         "weights is": fingerprint_of(frozen(5), byte_tokenizer(), SPECS[0]),
-        "revision is None, needed is 'abc'": fingerprint_of(frozen(), byte_tokenizer(), SPECS[0], revision="abc"),
         "tokenizer is": fingerprint_of(frozen(), other, SPECS[0]),
         "top is 5, needed is 6": fingerprint_of(frozen(), byte_tokenizer(), CacheSpec("top", 6)),
         "temperature is 1.0, needed is 2.0": fingerprint_of(
@@ -197,21 +198,62 @@ def test_a_cache_of_something_else_is_refused_with_both_fingerprints(tmp_path):
         open_cache(tmp_path / "none", None, other, temperature=1.0)
 
 
+def test_the_same_weights_are_the_same_teacher_except_at_another_commit(tmp_path):
+    def at(commit, revision=None):
+        model = frozen()
+        model.config._commit_hash = commit
+        return fingerprint_of(model, byte_tokenizer(), SPECS[0], revision=revision)
+
+    assert at("a" * 40, "v1")["revision"] == "a" * 40 and at(None, "v1")["revision"] == "v1"
+    TeacherCache(tmp_path / "c", at("a" * 40))
+    for other in (at("a" * 40, "v1"), at(None, "v1"), at(None)):
+        assert TeacherCache(tmp_path / "c", other).fingerprint["revision"] == "a" * 40
+    with pytest.raises(ValueError, match=r"revision is 'aaa.*, needed is 'bbb"):
+        TeacherCache(tmp_path / "c", at("b" * 40))
+
+
+def test_more_entries_and_draws_than_sixteen_bits_hold_are_stored(tmp_path):
+    logits = torch.zeros(2, 70_001).index_fill(1, torch.tensor([3]), 20.0)
+    for spec in (CacheSpec("top", 70_000), CacheSpec("samples", samples=70_000), CacheSpec(top=66_000, samples=2)):
+        cache = TeacherCache(tmp_path / spec.kind, {**fingerprint_of(frozen(), byte_tokenizer(), CacheSpec()),
+                                                    **asdict(spec), "vocab_size": 70_001})  # fmt: skip
+        document = Document(np.array([1, 2, 3]), np.array([0, 1]))
+        rows = spec.rows(logits, torch.Generator().manual_seed(0))
+        cache.add(document, rows)
+        cache.flush()
+        found = TeacherCache(tmp_path / spec.kind).rows([document], torch.device("cpu"))
+        listed, mass = (found.top, found.top.tail) if spec.kind == "top" else (found.listed, 0)
+        factors = 1 if spec.kind == "top" else listed.factors
+        assert listed.ids.shape[1] >= (1 if spec.kind == "samples" else 66_000)
+        torch.testing.assert_close((factors * listed.log_probs.exp()).sum(1) + mass, torch.ones(2), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"tau": float("inf")}, "`temperature` and `tau` of a cache have to be finite and > 0"),
         ({"kind": "topp"}, "Unknown kind of teacher cache 'topp'. Did you mean 'top'"),
         ({"kind": "top", "top": 0}, "`top` of a cache of kind 'top' has to be >= 1, got 0"),
         ({"kind": "top", "samples": 3}, "`samples` of a cache of kind 'top' has to be 0, got 3"),
         ({"kind": "samples", "top": 3}, "`top` of a cache of kind 'samples' has to be 0, got 3"),
-        ({"temperature": 0.0}, "`temperature` and `tau` of a cache have to be > 0, got 0.0"),
-        ({"tau": -1.0}, "`temperature` and `tau` of a cache have to be > 0"),
+        ({"temperature": 0.0}, "`temperature` and `tau` of a cache have to be finite and > 0, got 0.0"),
+        ({"tau": -1.0}, "`temperature` and `tau` of a cache have to be finite and > 0"),
         ({"kind": "top", "tau": 0.5}, "a cache of kind 'top' draws nothing"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CacheSpec(**options)
+
+
+def test_options_of_another_type_are_refused(tmp_path):
+    for options, message in (
+        ({"top": "8"}, "`top` of a teacher cache has to be a whole number, got '8'"),
+        ({"samples": 8.5}, "`samples` of a teacher cache has to be a whole number, got 8.5"),
+        ({"tau": "1"}, "`tau` of a teacher cache has to be a number, got '1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planned_spec(tmp_path, 1.0, options)
 
 
 def test_more_tokens_than_the_vocabulary_has_and_unfrozen_teachers_are_refused(tmp_path):

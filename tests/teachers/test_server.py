@@ -180,6 +180,24 @@ def test_servers_that_cannot_teach_are_refused(server, tmp_path):
         filled(server, tmp_path / "a")
 
 
+@pytest.mark.parametrize("style", ["prompt_logprobs", "echo"])
+def test_a_limit_just_below_top_is_seen_though_the_texts_own_token_fills_the_lists(server, style):
+    server.style, server.limit = style, 5
+    by_rank = server.model(torch.tensor([[65]])).logits[0, 0].argsort(descending=True).tolist()
+    texts = {rank: documents_of_row({"input_ids": [65, by_rank[rank]]}) for rank in (3, 4, 5, 6, 200)}
+    for text in texts.values():
+        with pytest.raises(ValueError, match=r"asked for 6 tokens at each position and gave 5.*Set `top=5`"):
+            list(teacher(server).document_rows(text))
+    server.limit = 20
+    for rank, more in ((5, 1), (4, 0), (6, 0)):  # a sixth token leaves open what the limit is: it is looked at
+        asked, before = teacher(server), len(server.requests)
+        list(asked.document_rows(texts[rank]))
+        used = len(server.requests) - before
+        assert used == 1 + more + (style == "echo")
+        list(asked.document_rows(texts[5]))
+        assert len(server.requests) == before + used + 1
+
+
 def test_another_tokenizer_is_refused(server, tmp_path):
     server.tokenizer = byte_level()
     with pytest.raises(ValueError, match=r"splits a text into \d+ tokens.*has another tokenizer"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from teachers.test_alignment import ADVERSARIAL
+from teachers.test_server import server  # noqa: F401
 from tiny import tiny_llama
 from tiny_tokenizers import byte_fallback, byte_level, wordpiece
 from trainers.test_distillation import assert_same, config, logged, weights
@@ -152,12 +153,61 @@ def test_the_padding_token_that_one_side_lacks_is_fine(tmp_path):
         ({"loss": "uld", "teacher_adapter": "base"}, "does not go with `teacher_adapter`"),
         ({"loss": "uld", "float32_logits": False}, "`float32_logits` is off, which has no effect with `loss: uld`"),
         ({"loss": "forward_kl", "fused": False, "float32_logits": False}, "has no effect with `fused=False`"),
+        (
+            {"loss": "uld", "teacher_server": "http://127.0.0.1:9", "teacher_server_model": "big"},
+            "compares whole distributions with a teacher model, but `teacher_server` lists a few tokens alone",
+        ),
         ({"loss": "uld", "hidden_loss": "hidden_mse"}, "does not go with `hidden_loss`"),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def start_served(folder, server, tokenizer=byte_fallback, data=None, **options):  # noqa: F811
+    settings = {"teacher_server": server.url, "teacher_server_model": "big", "loss": "alm", "max_length": 128}
+    settings["teacher_server_options"] = {"retries": 1, "pause": 0.0}
+    trainer = DistillationTrainer(
+        student(), None, config(folder, **{**settings, **options}), data or Dataset.from_dict({"text": TEXTS}),
+        processing_class=byte_level(), teacher_processing_class=tokenizer and tokenizer(),
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda *a: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    return trainer
+
+
+@pytest.mark.parametrize("style", ["prompt_logprobs", "echo"])
+def test_a_server_of_another_tokenizer_teaches_likelihoods_as_the_model_itself_does(tmp_path, server, style):  # noqa: F811
+    server.model, server.tokenizer, server.style = teacher(), byte_fallback(), style
+    options = {"max_steps": 2, "loss_options": {"tau": 5.0}}
+    served = start_served(tmp_path / "served", server, **options)
+    served.train()
+    live = trained(tmp_path / "live", loss="alm", **options)
+    assert_same(weights(served), weights(live), atol=1e-5)
+    assert logged(served, "kd") == pytest.approx(logged(live, "kd"), abs=1e-4)
+    assert logged(served, "aligned") == logged(live, "aligned")
+    asked = [body for path, body, _ in server.requests if path == "/v1/completions"]
+    assert asked[0]["prompt"] == byte_fallback()(TEXTS[0])["input_ids"] + [byte_fallback().eos_token_id]
+    assert {body.get("prompt_logprobs", body.get("logprobs")) for body in asked} == {1}
+
+
+def test_a_student_writes_and_a_server_of_another_tokenizer_reads(tmp_path, server):  # noqa: F811
+    server.model, server.tokenizer = teacher(), byte_fallback()
+    on_policy = {"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6}
+    served = start_served(tmp_path, server, data=Dataset.from_dict({"prompt": TEXTS}), **on_policy)
+    served.train()
+    assert served.state.global_step == 1 and logged(served, "kd")[0] > 0
+
+
+def test_a_server_whose_tokenizer_is_unknown_or_another_one_is_refused(tmp_path, server):  # noqa: F811
+    server.model, server.tokenizer = teacher(), byte_fallback()
+    with pytest.raises(ValueError, match=r"the name there, 'big', is not a folder or Hub id with one.*Pass it as"):
+        start_served(tmp_path, server, tokenizer=None)
+    with pytest.raises(ValueError, match=r"has another tokenizer.*`loss: alm` compares texts, and needs the server's"):
+        start_served(tmp_path, server, tokenizer=byte_level)
+    byte_fallback().save_pretrained(tmp_path / "big")
+    found = start_served(tmp_path, server, tokenizer=None, teacher_server_model=str(tmp_path / "big"))
+    assert "tokens match exactly" in str(found.teacher.vocabularies) and not any(found.frozen_bytes.values())
 
 
 def test_tokenizers_that_cannot_be_aligned_or_are_missing_are_refused(tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-from hf_transfer_ext.losses.span_pair import SpanPair, span_pair
+from hf_transfer_ext.losses.span_pair import SpanPair, needs_likelihoods_alone, span_pair
 from hf_transfer_ext.losses.spans.alm import alm
 from hf_transfer_ext.losses.spans.dskd import dskd
 from hf_transfer_ext.losses.spans.gold import gold
@@ -25,4 +25,12 @@ def has_projections(loss: Callable[..., Any]) -> bool:
     return "projections" in signature(loss).parameters
 
 
-__all__ = ["SPAN_LOSSES", "SpanPair", "has_projections", "span_pair", "takes_vocabularies", *SPAN_LOSSES]
+__all__ = [
+    "SPAN_LOSSES",
+    "SpanPair",
+    "has_projections",
+    "needs_likelihoods_alone",
+    "span_pair",
+    "takes_vocabularies",
+    *SPAN_LOSSES,
+]

@@ -4,17 +4,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.losses.span_pair import SpanPair
+from hf_transfer_ext.losses.span_pair import SpanPair, reads_likelihoods
 
 
+@reads_likelihoods
 def alm(pair: SpanPair, *, tau: float = 100.0, epsilon: float = 1e-6) -> Float[Tensor, " spans"]:
     r"""Approximate likelihood matching: cross entropy of whether each span comes as it does.
 
     .. math:: -a \log b - (1 - a) \log(1 - b), \quad a = e^{l_T / \tau - \epsilon}, b = e^{l_S / \tau - \epsilon}
 
-    with the log-likelihoods l of the span. It needs one number for each span, and no vocabulary at all.
+    with the log-likelihoods l of the span. It needs one number for each span, and no vocabulary at all: the teacher
+    may be a model, or run on a server (`teacher_server`).
 
-    When to use it: the vocabularies differ, and teacher likelihoods are all there is.
+    When to use it: the vocabularies differ, and the likelihoods of texts are all that a teacher on a server tells.
 
     Args:
         tau: > 0; a large one weighs unlikely spans as much as likely ones.
