@@ -23,6 +23,7 @@ from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.logs import require_reporters
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
+from hf_transfer_ext.trainers.number_checks import check_numbers, check_option_numbers
 from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
 from hf_transfer_ext.trainers.task_config import check_task
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
@@ -139,9 +140,11 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
     ]
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu, self.bf16 = True, cpu_computes_in_bf16()
         super().__post_init__()
+        check_option_numbers(self)
         require_reporters(self.report_to)
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
         self.task_options: dict[str, Any] = dict(self.task_options or {})  # type: ignore[arg-type]
