@@ -44,7 +44,9 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         task_options: The task's own options (`hf-transfer-ext methods TASK`).
         loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...; with a teacher of another
             tokenizer, one of `SPAN_LOSSES`: uld, gold, alm, dskd. These are summed over the spans of text that are
-            groups of tokens on both sides, and divided by the labeled tokens, as every other loss.
+            groups of tokens on both sides, and divided by the labeled tokens, as every other loss. Left out, it is
+            that of the `on_policy` method (reverse_kl of sampled_reverse_kl and minillm, skew_kl of distillm_2), else
+            forward_kl.
         loss_options: The divergence's own options, such as `{"beta": 0.3}` of generalized_jsd.
         distill_temperature: Divides both models' logits in the divergence, > 0. It is not a sampling temperature, and
             the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
@@ -96,7 +98,7 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
 
     task: str = CAUSAL_LM
     task_options: dict[str, Any] | str | None = field(default_factory=dict)
-    loss: str = "forward_kl"
+    loss: str = None  # type: ignore[assignment]  # filled in by __post_init__
     loss_options: dict[str, Any] | str | None = field(default_factory=dict)
     distill_temperature: float = 1.0
     kd_weight: float = 1.0
@@ -144,6 +146,7 @@ class DistillationConfig(OnPolicyOptions, SFTConfig):
         if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu, self.bf16 = True, cpu_computes_in_bf16()
         super().__post_init__()
+        self.loss = self.loss or self.default_loss()
         check_option_numbers(self)
         require_reporters(self.report_to)
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
