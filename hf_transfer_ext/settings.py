@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import sys
 import textwrap
@@ -16,9 +17,10 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from numbers import Real
 from typing import Any
 
 import yaml
@@ -454,6 +456,47 @@ def _kinds(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [kind for part in typing.get_args(hint) for kind in _kinds(part)]
     return [hint]
+
+
+def require_numbers(
+    values: Mapping[str, Any], owner: Callable, *, taken: Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, Any]:
+    """Those of `values` that `owner` annotates as numbers; a whole number written as 8.0 becomes 8.
+
+    For settings that arrive from Python, where a text is a mistake and not a number to be read. Nothing is known about
+    an `owner` whose annotations cannot be resolved (a function of other code).
+
+    Args:
+        owner: A dataclass, or the function or class whose arguments they are.
+        taken: Setting -> further values that mean something.
+
+    Raises:
+        ValueError: A text, a truth value, NaN, infinity, or a fraction where a whole number is needed; with its name.
+    """
+    arguments = owner if is_dataclass(owner) or not isinstance(owner, type) else owner.__init__  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(arguments)
+    except NameError:
+        return {}
+    found = {}
+    for name, value in values.items():
+        kinds = _kinds(hints.get(name, Any))
+        if int in kinds or float in kinds:
+            found[name] = value if value in (taken or {}).get(name, ()) else _as_number(name, value, kinds)
+    return found
+
+
+def _as_number(name: str, value: Any, kinds: Sequence[Any]) -> Any:
+    others = tuple(kind for kind in kinds if isinstance(kind, type) and kind not in (int, float))
+    if isinstance(value, others):
+        return value
+    is_whole = float not in kinds
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (is_whole and int(value) != value):
+        names = ["None" if kind is type(None) else kind.__name__ for kind in others]
+        needed = " or ".join(["a whole number" if is_whole else "a finite number", *names])
+        raise ValueError(f"`{name}` has to be {needed}, got {type(value).__name__} {value!r}.")
+    return int(value) if is_whole else value
 
 
 def _is_ours(kind: type) -> bool:

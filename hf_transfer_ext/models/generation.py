@@ -6,12 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.models.plumbing import pad_token_id
@@ -183,6 +191,34 @@ class TeacherMixture(LogitsProcessor):
         return log_q, log_p
 
 
+class Continuations(NamedTuple):
+    """What was written after some prompts.
+
+    texts: The tokens of each continuation, at least one, without padding.
+    tokens: All of them as generated; what stands after the end of a row says nothing.
+    ended: Whether a stop token or a stop string ended it, and not `max_new_tokens`.
+    """
+
+    texts: list[list[int]]
+    tokens: Int[Tensor, "batch length"]
+    ended: list[bool]
+
+
+class _Ends(StoppingCriteria):
+    """Notes at which length each row first meets one of `criteria`: padding after it is no token of the text."""
+
+    def __init__(self, criteria: Sequence[StoppingCriteria], prompts: Int[Tensor, "batch length"]) -> None:
+        self.criteria, self.start = criteria, prompts.shape[1]
+        #: Tokens of each row up to its end; 0 while it goes on.
+        self.lengths = prompts.new_zeros(len(prompts))
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        for criterion in self.criteria:
+            ends = criterion(input_ids, scores, **kwargs) & (self.lengths == 0)
+            self.lengths[ends] = input_ids.shape[1] - self.start
+        return self.lengths > 0
+
+
 @torch.no_grad()
 def continuations(
     model: Any,
@@ -194,8 +230,10 @@ def continuations(
     temperature: float,
     seed: int,
     processors: Sequence[LogitsProcessor] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Any = None,
     **options: Any,
-) -> tuple[list[list[int]], Int[Tensor, "batch length"]]:
+) -> Continuations:
     """Sample a continuation of each prompt with a cache of keys and values; the random state is restored afterward.
 
     Defaults of the model's own generation config (top_p, a repetition penalty, ...) are left out: tokens are drawn
@@ -205,10 +243,9 @@ def continuations(
         stop_ids: Tokens that end a continuation; it includes the one that ended it.
         temperature: > 0.
         seed: Of the draws.
+        stop_strings: Texts that end it, too, with the token that completes one of them.
+        tokenizer: For `stop_strings`.
         options: Of transformers' `GenerationConfig`.
-
-    Returns:
-        The tokens of each continuation, at least one; and all of them as generated, padded on the right.
 
     Raises:
         ValueError: The model's logits are NaN.
@@ -221,6 +258,10 @@ def continuations(
             **options,
         }
     )  # fmt: skip
+    criteria: list[StoppingCriteria] = [EosTokenCriteria(list(stop_ids))] if stop_ids else []
+    if stop_strings:
+        criteria.append(StopStringCriteria(tokenizer, list(stop_strings)))
+    ends = _Ends(criteria, ids)
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _generating_as(model, config):
         torch.manual_seed(seed)
@@ -229,13 +270,11 @@ def continuations(
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([RefuseNaN(), *processors]),
+            stopping_criteria=StoppingCriteriaList([ends]),
         )[:, ids.shape[1] :]
-    return [_until_stop(row, stop_ids) for row in written.tolist()], written
-
-
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
-    return tokens[:end]
+    lengths = ends.lengths.tolist()
+    texts = [row[: length or None] for row, length in zip(written.tolist(), lengths, strict=True)]
+    return Continuations(texts, written, [length > 0 for length in lengths])
 
 
 @contextmanager

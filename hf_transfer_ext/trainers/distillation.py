@@ -111,7 +111,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
     several their weighted sum, and each as `hidden_mse`, ...), and what SFTTrainer logs: `entropy` of the student in
     nats, `mean_token_accuracy`, `num_tokens` read so far. All are means over the tokens since the last log line, on
     all processes; in evaluation over the whole set, as `eval_kd`, ... or `eval_<name>_kd`, ... of several sets. There
-    `eval_loss` is a mean over tokens as well, the sum of these parts times their weights.
+    `eval_loss` is a mean over tokens as well, of what training minimizes: the same parts with the same weights, and
+    those of the `on_policy` method for each token.
     """
 
     _tag_names = ["distillation", "hf_transfer_ext"]  # noqa: RUF012
@@ -142,7 +143,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         if args.task != CAUSAL_LM:
             raise ValueError(f"`task` is {args.task!r}, which TaskDistillationTrainer trains. Use that trainer.")
         refuse_empty(train_dataset)
-        train_dataset, eval_dataset = with_prompts(train_dataset, args), with_prompts(eval_dataset, args)
+        train_dataset = with_prompts(train_dataset, args)
+        eval_dataset = with_prompts(eval_dataset, args, held_out=True)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "`compute_loss_func` cannot be used here: the loss is computed inside the model's head, from `loss`, "
@@ -415,7 +417,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
             "temperature": self.args.distill_temperature,
             "statistics": True,
             **({} if spans is not None else self.args.loss_options),
-            **self.rollout_terms(written),
+            **self.rollout_terms(written, training=model.training),
         }
 
         def losses_of(states: Tensor, head: LMHead | None) -> FusedLoss:
@@ -450,11 +452,13 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
             compared = predicting_tokens(inputs, mask, targets[mask])
             between = hidden(student_layers, teacher_layers, compared, *models)
             loss = loss + self.args.hidden_weight * weight * between.total
+        objective = loss.detach() / weight
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         aligned = None if spans is None else spans.student.sizes.sum()
-        self._note(model, inputs, parts, outputs, aligned=aligned, **({} if between is None else between.sums))
+        layers = {} if between is None else between.sums
+        self._note(model, inputs, parts, outputs, objective=objective, aligned=aligned, **layers)
         return (loss, outputs) if return_outputs else loss
 
     def _with_spans(
@@ -511,6 +515,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         means |= {name: value / tokens for name, value in total.items() if name.startswith(("hidden", "aligned"))}
         if "aux_loss" in total:
             means["aux_loss"] = total["aux_loss"] / total["batches"]
+        if mode == "eval":
+            means["loss"] = total["objective"] / tokens + self.router_aux_loss_coef * means.get("aux_loss", 0.0)
         return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -523,12 +529,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         """Adds the parts of the loss to the metrics of this evaluation set, under its own prefix."""
         self._sums.sums["eval"] = {}
         output: Any = super().evaluation_loop(*args, **kwargs)
-        prefix, means = kwargs.get("metric_key_prefix", "eval"), self._means("eval")
-        if means:
-            loss = self.args.ce_weight * means["ce"] + self.args.kd_weight * means.get("kd", 0.0)
-            loss += self.args.hidden_weight * means.get("hidden", 0.0)
-            means["loss"] = loss + self.router_aux_loss_coef * means["aux_loss"] if "aux_loss" in means else loss
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._means("eval").items()})
         return output
 
 

@@ -30,6 +30,7 @@ from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.logs import require_reporters
 from hf_transfer_ext.trainers.named_hidden_losses import named_hidden_losses
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
+from hf_transfer_ext.trainers.number_checks import check_numbers, check_option_numbers
 from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
 from hf_transfer_ext.trainers.task_config import check_task
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
@@ -59,7 +60,9 @@ class DistillationSettings(OnPolicyOptions):
         task_options: The task's own options (`hf-transfer-ext methods TASK`).
         loss: A name of `DISTILLATION_LOSSES`: forward_kl, reverse_kl, generalized_jsd, ...; with a teacher of another
             tokenizer, one of `SPAN_LOSSES`: uld, gold, alm, dskd. These are summed over the spans of text that are
-            groups of tokens on both sides, and divided by the labeled tokens, as every other loss.
+            groups of tokens on both sides, and divided by the labeled tokens, as every other loss. Left out, it is
+            that of the `on_policy` method (reverse_kl of sampled_reverse_kl and minillm, skew_kl of distillm_2), else
+            forward_kl.
         loss_options: The divergence's own options, such as `{"beta": 0.3}` of generalized_jsd.
         distill_temperature: Divides both models' logits in the divergence, > 0. It is not a sampling temperature, and
             the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
@@ -114,7 +117,7 @@ class DistillationSettings(OnPolicyOptions):
 
     task: str = CAUSAL_LM
     task_options: dict[str, Any] | str | None = field(default_factory=dict)
-    loss: str = "forward_kl"
+    loss: str = None  # type: ignore[assignment]  # filled in by __post_init__
     loss_options: dict[str, Any] | str | None = field(default_factory=dict)
     distill_temperature: float = 1.0
     kd_weight: float = 1.0
@@ -160,10 +163,13 @@ class DistillationConfig(DistillationSettings, SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *MAPPINGS]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         choose_precision(self)
         super().__post_init__()
         self.teachers = from_json_list(self.teachers)
         self.layer_map = "uniform" if self.layer_map is None else from_json_list(self.layer_map)
+        self.loss = self.loss or self.default_loss()
+        check_option_numbers(self)
         require_reporters(self.report_to)
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
         self.task_options: dict[str, Any] = dict(self.task_options or {})  # type: ignore[arg-type]

@@ -5,26 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_transfer_ext.trainers.generation_options import checked_options, distorting
 from hf_transfer_ext.trainers.on_policy import ON_POLICY_METHODS
-from hf_transfer_ext.trainers.rollout_method import RolloutMethod, method_from
+from hf_transfer_ext.trainers.rollout_method import RolloutMethod, method_from, require_writer
 from hf_transfer_ext.trainers.vllm_writer import check_engine
-
-#: Options of generation that cut tokens out of the distribution, or change it, so that the probability of a token is
-#: another one than the student's.
-_DISTORTING = ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
-               "no_repeat_ngram_size", "encoder_repetition_penalty", "bad_words_ids", "suppress_tokens",
-               "min_new_tokens", "min_length")  # fmt: skip
-#: Options of generation that are settings of their own, or would return something else than one text for a prompt.
-_REFUSED = {
-    "max_new_tokens": "set `max_new_tokens` itself",
-    "max_length": "set `max_new_tokens`",
-    "temperature": "set `sampling_temperature`",
-    "do_sample": "texts are sampled, as the methods assume",
-    "num_beams": "texts are sampled, as the methods assume",
-    "num_return_sequences": "repeat the prompts in the data",
-    "return_dict_in_generate": "it is for callers of `generate`",
-    "output_scores": "it is for callers of `generate`",
-}
 
 
 @dataclass
@@ -34,18 +18,22 @@ class OnPolicyOptions:
     Args:
         on_policy: A name of `ON_POLICY_METHODS` (gkd, ...); None trains on the data as they are.
         on_policy_options: The method's own options.
-        on_policy_share: Share of the batches that the student writes, in [0, 1]; None for the method's default.
+        on_policy_share: Share of the batches that the student writes, in [0, 1]; None for the method's default. At 1,
+            `ce_weight` and `teacher_writes` would have no effect where the student writes alone, and are refused.
         teacher_writes: Where the student does not write, the teacher does, instead of the data set.
         max_new_tokens: Most tokens that are written after a prompt.
         sampling_temperature: Divides the writer's logits when tokens are drawn, > 0. The divergence has its own,
             `distill_temperature`.
         generation_options: Further options of transformers' `GenerationConfig` (top_p, repetition_penalty, ...).
             Without them tokens are drawn from the whole softmax, whatever the model's own config says.
+            `eos_token_id` replaces the stop tokens of the model and its tokenizer, `stop_strings` end a text as well;
+            what ends a text is its last label.
         rollout_engine: What the student writes with: "transformers", or "vllm" where that is installed. Its engine
             runs beside the training in each process (leave it room with `gpu_memory_utilization`), and is given all
             weights after each step. The teacher always writes with transformers.
         rollout_engine_options: Further arguments of `vllm.LLM`.
-        log_rollouts: Texts of each step that go to `rollouts.jsonl` in `output_dir`.
+        log_rollouts: Texts of each step that go to `rollouts.jsonl` in `output_dir`. A resumed run goes on with that
+            file; a new one renames an older file to `rollouts.1.jsonl` first.
     """
 
     on_policy: str | None = None
@@ -81,13 +69,11 @@ class OnPolicyOptions:
                 "`max_new_tokens` has to be >= 1, `log_rollouts` >= 0 and `sampling_temperature` > 0, got "
                 f"{self.max_new_tokens}, {self.log_rollouts} and {self.sampling_temperature}."
             )
-        for name, advice in _REFUSED.items():
-            if name in self.generation_options:
-                raise ValueError(f"`generation_options` has {name!r}, which is not taken: {advice}.")
-        distorting = [name for name in self.generation_options if name in _DISTORTING]
-        if method.notes_log_probs and distorting:
+        self.generation_options = checked_options(self.generation_options, self.max_new_tokens)
+        changing = distorting(self.generation_options)
+        if method.notes_log_probs and changing:
             raise ValueError(
-                f"`generation_options` has {distorting[0]!r}, but {self.on_policy} needs the probability with which "
+                f"`generation_options` has {changing[0]!r}, but {self.on_policy} needs the probability with which "
                 "each token was drawn: it has to be drawn from the whole softmax. Leave the option out."
             )
         if config.packing or config.padding_free:
@@ -123,12 +109,35 @@ class OnPolicyOptions:
                 f"`max_new_tokens` ({self.max_new_tokens}) leaves no room for a prompt within `max_length` "
                 f"({config.max_length})."
             )
+        if config.teacher_server or config.teachers:
+            require_writer(self, method, "a server" if config.teacher_server else "several teachers")
         check_engine(self, method)
         method.check(self)
+        self._refuse_without_effect(method)
+
+    def default_loss(self) -> str:
+        """`loss` where the config leaves it out."""
+        return "forward_kl" if self.on_policy is None else ON_POLICY_METHODS[self.on_policy].default_loss
 
     def rollout_method(self) -> RolloutMethod:
         """The method with its options."""
         return method_from(ON_POLICY_METHODS[str(self.on_policy)], self.on_policy_options)  # type: ignore[arg-type]
+
+    def _refuse_without_effect(self, method: RolloutMethod) -> None:
+        config: Any = self
+        if not method.student_writes_all(self):
+            return
+        instead = "or choose a method and an `on_policy_share` that leave texts to the data or the teacher"
+        if config.ce_weight > 0:
+            raise ValueError(
+                f"`ce_weight` is {config.ce_weight:g}, but with {self.on_policy} and `on_policy_share` 1 the student "
+                f"writes every text, and cross entropy leaves out what it wrote itself. Set it to 0, {instead}."
+            )
+        if self.teacher_writes:
+            raise ValueError(
+                f"`teacher_writes` is set, but with {self.on_policy} and `on_policy_share` 1 the student writes every "
+                f"text. Leave it out, {instead}."
+            )
 
     def _refuse_without_method(self) -> None:
         plain = OnPolicyOptions()

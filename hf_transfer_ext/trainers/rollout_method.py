@@ -26,6 +26,7 @@ class Rollout:
         source: Who wrote it.
         log_probs: Of each written token under the student, at the sampling temperature, in nats; None if not noted.
         teacher_log_probs: The same under the teacher, at temperature 1; None if not noted.
+        ended: Whether a stop token or stop string ended it, and not its length; False for texts of the data.
     """
 
     ids: list[int]
@@ -33,6 +34,7 @@ class Rollout:
     source: Source
     log_probs: list[float] | None = None
     teacher_log_probs: list[float] | None = None
+    ended: bool = False
 
     @property
     def written(self) -> list[int]:
@@ -63,13 +65,15 @@ class RolloutMethod:
 
     #: `on_policy_share` where the config leaves it out.
     default_share: ClassVar[float]
+    #: `loss` where the config leaves it out.
+    default_loss: ClassVar[str] = "forward_kl"
     #: Whether the teacher is asked for the log-probability of each written token, and for nothing else.
     sampled_tokens: ClassVar[bool] = False
     #: Whether the log-probabilities of written tokens are noted while they are drawn; sampling cannot be truncated
     #: then.
     notes_log_probs: ClassVar[bool] = False
-    #: Who writes the texts of an evaluation on prompts alone.
-    evaluated_on: ClassVar[Source] = "student"
+    #: Whether `after_evaluation` decides something by the cross entropy of held-out texts.
+    reads_evaluations: ClassVar[bool] = False
     #: The teacher's share of each next-token distribution, for the source "mixture".
     teacher_mix: float = 0.0
 
@@ -83,6 +87,10 @@ class RolloutMethod:
     def needs_completions(self, args: Any) -> bool:
         """Whether the data have to hold completions, and not prompts alone."""
         return args.on_policy_share < 1 and not args.teacher_writes
+
+    def student_writes_all(self, args: Any) -> bool:
+        """Whether no batch has a text of the data or the teacher: cross entropy and `teacher_writes` do nothing."""
+        return args.on_policy_share == 1
 
     def sources(self, draw: float, args: Any, progress: float) -> tuple[Source, ...]:
         """Who writes the texts of one batch; each source answers the same prompts.
@@ -101,6 +109,17 @@ class RolloutMethod:
         """
         return {"ce_factors": (~tokens.by_student).float()} if args.ce_weight else {}
 
+    def evaluated_on(self, args: Any, has_completions: bool) -> tuple[Source, ...]:
+        """Who writes the texts of an evaluation batch: by default the data, or the student after prompts alone.
+
+        A method whose training batches always have the same sources is evaluated on those.
+        """
+        return ("data",) if has_completions else ("student",)
+
+    def objective(self, tokens: RolloutTokens, args: Any) -> dict[str, Any]:
+        """As `terms`, in evaluation: without what is there for its gradient alone."""
+        return self.terms(tokens, args)
+
     def trust(self) -> dict[str, Any]:
         """Arguments of `teachers.sampled.drawn_rows`, for methods with `sampled_tokens`."""
         return {}
@@ -112,8 +131,15 @@ class RolloutMethod:
     def note(self, written: list[Rollout]) -> None:
         """Called with the texts that the student just wrote for a training step."""
 
-    def after_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Called with the metrics of each evaluation; returns what is to be logged with them."""
+    def after_evaluation(self, cross_entropy: float) -> dict[str, float]:
+        """Called after each evaluation on the trainer's own sets, if `reads_evaluations`.
+
+        Args:
+            cross_entropy: On the completions of the data, in nats per token; of several sets, the mean of theirs.
+
+        Returns:
+            What is to be logged with the metrics.
+        """
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -122,6 +148,24 @@ class RolloutMethod:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
+
+
+def require_writer(args: Any, method: RolloutMethod, teacher: str) -> None:
+    """Refuse a method or setting that lets the teacher write, for one that cannot.
+
+    Args:
+        teacher: What it is, in words.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if not args.teacher_writes and method.teacher_mix == 0:
+        return
+    instead = "set `teacher_writes` to False" if args.teacher_writes else "choose gkd or sampled_reverse_kl"
+    how = "lets the teacher write" if args.teacher_writes else "lets the teacher write each token with the student"
+    raise ValueError(
+        f"{args.on_policy} {how}, which {teacher} cannot do. Give one model or adapter as the teacher, or {instead}."
+    )
 
 
 def method_options(method: type[RolloutMethod]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ micro-batch and the process alone: a resumed run writes what the uninterrupted o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -30,6 +31,7 @@ from hf_transfer_ext.models.generation import (
     padded_left,
     stop_token_ids,
 )
+from hf_transfer_ext.models.heads import head_rows
 from hf_transfer_ext.models.plumbing import evaluation_mode, gathered_weights, is_sharded, pad_token_id
 from hf_transfer_ext.progress import announce
 from hf_transfer_ext.reading import read_json
@@ -37,7 +39,8 @@ from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.sampled import sampled_signal
 from hf_transfer_ext.teachers.signal import TeacherSignal
 from hf_transfer_ext.tensors import IGNORE_INDEX, Labels, Mask
-from hf_transfer_ext.trainers.rollout_method import Rollout, RolloutMethod, RolloutTokens, Source
+from hf_transfer_ext.trainers.generation_options import check_vocabulary, effective
+from hf_transfer_ext.trainers.rollout_method import Rollout, RolloutMethod, RolloutTokens, Source, require_writer
 from hf_transfer_ext.trainers.vllm_writer import VllmWriter, imported_vllm
 
 logger = logging.getLogger(__name__)
@@ -61,6 +64,8 @@ class WritesRollouts(Trainer):
     rollout_method: RolloutMethod | None = None
     #: The engine that writes in place of transformers; made when the first text is needed.
     _engine: VllmWriter | None = None
+    #: The last step of this run that wrote, and how many of its texts may still go to the file.
+    _log_left: tuple[int, int] = (-1, 0)
 
     def start_rollouts(self) -> None:
         """Called once the model, the data and the teacher stand.
@@ -74,7 +79,6 @@ class WritesRollouts(Trainer):
         self._lengths: list[tuple[int, bool]] = []
         self._evaluated = 0
         self._announced: set[Source] = set()
-        self._log_left = (-1, 0)
         if is_sharded(accelerator=self.accelerator) and not self.accelerator.is_fsdp2:
             raise ValueError(
                 f"Weights are sharded ({self.accelerator.distributed_type.value}), and on-policy distillation gathers "
@@ -85,14 +89,15 @@ class WritesRollouts(Trainer):
             raise ValueError("`on_policy` writes after prompts of text, but the data hold images. Leave it out.")
         if self.args.rollout_engine == "vllm":
             imported_vllm()
-        writes_itself = self.args.teacher_writes or self.rollout_method.teacher_mix > 0
-        if writes_itself and not isinstance(self.teacher, LiveTeacher):
-            raise ValueError(
-                f"{self.args.on_policy} lets the teacher write, which a {type(self.teacher).__name__} cannot do. Give "
-                "a model or an adapter as the teacher, or set `teacher_writes=False`."
-            )
+        if not isinstance(self.teacher, LiveTeacher):
+            require_writer(self.args, self.rollout_method, f"a {type(self.teacher).__name__}")
+        check_vocabulary(self.args.generation_options, head_rows(cast(nn.Module, self.model)))
 
     # ---- Before a step ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._log_left = (-1, 0)
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of an optimizer step with the texts that the method chooses, and the count of their tokens."""
@@ -112,9 +117,8 @@ class WritesRollouts(Trainer):
             seed = seed_of(*key, source, self.accelerator.process_index)
             rows += self.rollouts_from(source, batch, seed)
         method.note([row for row in rows if row.source == "student"])
-        stops = stop_token_ids(self.model, self.processing_class)
         new = [row for row in rows if row.source not in ("data", "replay")]
-        self._lengths += [(len(row.written), row.ids[-1] in stops) for row in new]
+        self._lengths += [(len(row.written), row.ended) for row in new]
         self._log_texts(new)
         return self._collated(rows)
 
@@ -148,14 +152,15 @@ class WritesRollouts(Trainer):
             notes = TeacherMixture(lambda: self.teacher.running(student), mask, method.teacher_mix)
         elif source == "student" and method.notes_log_probs:
             notes = DrawnLogProbs(self.args.sampling_temperature)
+        stops, options = self._stops_and_options(student)
         settings: dict[str, Any] = {
             "pad_id": pad_token_id(tokenizer), "max_new_tokens": self.args.max_new_tokens, "seed": seed,
-            "stop_ids": stop_token_ids(student, tokenizer), "temperature": self.args.sampling_temperature,
-            "processors": [] if notes is None else [notes], **self.args.generation_options,
+            "stop_ids": stops, "temperature": self.args.sampling_temperature, "tokenizer": tokenizer,
+            "processors": [] if notes is None else [notes], **options,
         }  # fmt: skip
         sharded = gathered_weights(student, getattr(self.teacher, "model", None), accelerator=self.accelerator)
         with sharded, self.compute_loss_context_manager(), evaluation_mode(student), writer as model:
-            texts, written = continuations(self.accelerator.unwrap_model(model), prompts, **settings)
+            texts, written, ended = continuations(self.accelerator.unwrap_model(model), prompts, **settings)
         by_student: list[list[float]] | None = None
         by_teacher: list[list[float]] | None = None
         if isinstance(notes, TeacherMixture):
@@ -169,9 +174,15 @@ class WritesRollouts(Trainer):
                 source,
                 None if by_student is None else by_student[i][: len(text)],
                 None if by_teacher is None else by_teacher[i][: len(text)],
+                ended[i],
             )
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
+
+    def _stops_and_options(self, student: Any) -> tuple[list[int], dict[str, Any]]:
+        """The tokens that end a text, and the other options of generation."""
+        options = effective(self.args.generation_options)
+        return options.pop("eos_token_id", None) or stop_token_ids(student, self.processing_class), options
 
     def _announce_writing(self, source: Source, texts: int) -> None:
         """One line before the first texts of each writer; they may take longer than the steps that learn from them."""
@@ -189,16 +200,16 @@ class WritesRollouts(Trainer):
             options = self.args.rollout_engine_options
             self._engine = VllmWriter(student, self.accelerator, self.args.output_dir, options)
         self._engine.load(student, self.state.global_step)
+        stops, options = self._stops_and_options(student)
         texts, log_probs = self._engine.write(
-            prompts, stop_ids=stop_token_ids(student, self.processing_class),
-            max_new_tokens=self.args.max_new_tokens, temperature=self.args.sampling_temperature,
-            seeds=[seed_of(seed, i) for i in range(len(prompts))], log_probs=method.notes_log_probs,
-            **self.args.generation_options,
+            prompts, stop_ids=stops, max_new_tokens=self.args.max_new_tokens,
+            temperature=self.args.sampling_temperature, seeds=[seed_of(seed, i) for i in range(len(prompts))],
+            log_probs=method.notes_log_probs, **options,
         )  # fmt: skip
         return [
             Rollout(
                 prompt + text, [IGNORE_INDEX] * len(prompt) + text, "student",
-                None if log_probs is None else log_probs[i],
+                None if log_probs is None else log_probs[i], ended=text[-1] in stops,
             )
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]  # fmt: skip
@@ -228,11 +239,12 @@ class WritesRollouts(Trainer):
 
         return RolloutTokens(known["by_student"][row], row, at_tokens("log_probs"), at_tokens("teacher_log_probs"))
 
-    def rollout_terms(self, tokens: RolloutTokens | None) -> dict[str, Any]:
+    def rollout_terms(self, tokens: RolloutTokens | None, *, training: bool) -> dict[str, Any]:
         """What the method adds to the arguments of the loss."""
-        if self.rollout_method is None or tokens is None:
+        method = self.rollout_method
+        if method is None or tokens is None:
             return {}
-        return self.rollout_method.terms(tokens, self.args)
+        return method.terms(tokens, self.args) if training else method.objective(tokens, self.args)
 
     def teacher_signal(
         self, model: nn.Module, inputs: dict[str, Any], mask: Mask, targets: Labels, tokens: RolloutTokens | None
@@ -249,23 +261,40 @@ class WritesRollouts(Trainer):
     # ---- Evaluation, logs, checkpoints ----
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Prompts without completions, and methods that need the student's own tokens, are evaluated on new texts."""
+        """A batch of evaluation has the texts that the method is evaluated on; those written for it are new ones."""
         method = self.rollout_method
-        if method is not None and (method.sampled_tokens or not bool((inputs["labels"] != IGNORE_INDEX).any())):
+        if method is not None:
+            has_completions = bool((inputs["labels"] != IGNORE_INDEX).any())
             seed = seed_of(self.args.seed, "evaluation", self._evaluated, self.accelerator.process_index)
             self._evaluated += 1
-            inputs = self._collated(self.rollouts_from(method.evaluated_on, inputs, seed))
+            rows: list[Rollout] = []
+            for source in method.evaluated_on(self.args, has_completions):
+                rows += self.rollouts_from(source, inputs, seed)
+            inputs = self._collated(rows)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = 0
         return super().evaluation_loop(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        found = self.rollout_method.after_evaluation(metrics) if self.rollout_method is not None else {}
-        if found:
-            self.log(found)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Tells the method what an evaluation on all of the trainer's own sets has found."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        method = self.rollout_method
+        if method is None or not method.reads_evaluations or eval_dataset is not None:
+            return metrics  # one set of several, or another one
+        own: Any = self.eval_dataset
+        prefixes = [f"{metric_key_prefix}_{name}" for name in own] if isinstance(own, dict) else [metric_key_prefix]
+        empty = [prefix for prefix in prefixes if f"{prefix}_ce" not in metrics]
+        if empty:
+            raise ValueError(
+                f"{self.args.on_policy} reads the cross entropy of evaluations, but {empty[0]!r} has none: its set "
+                "has no row. Leave it out."
+            )
+        found = method.after_evaluation(sum(metrics[f"{prefix}_ce"] for prefix in prefixes) / len(prefixes))
+        self.log(found)
         return {**metrics, **found}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -281,14 +310,18 @@ class WritesRollouts(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _log_texts(self, rows: Sequence[Rollout]) -> None:
-        step = self.state.global_step
-        left = self._log_left[1] if self._log_left[0] == step else self.args.log_rollouts
+        step, (last, left) = self.state.global_step, self._log_left
+        if step != last:
+            left = self.args.log_rollouts
+        path = Path(self.args.output_dir) / WRITTEN
+        if self.args.log_rollouts and self.is_world_process_zero() and not 0 <= last <= step:
+            start_log(path, step)  # the first texts of a run
         shown = rows[:left]
         self._log_left = (step, left - len(shown))
         if not shown or not self.is_world_process_zero():
             return
         tokenizer: Any = self.processing_class
-        with open(Path(self.args.output_dir) / WRITTEN, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             for row in shown:
                 entry = {
                     "step": step, "source": row.source, "prompt": tokenizer.decode(prompt_of(row)),
@@ -318,6 +351,26 @@ class WritesRollouts(Trainer):
 
     def _state_file(self) -> str:
         return f"rollouts_{self.accelerator.process_index}.json"
+
+
+def start_log(path: Path, step: int) -> None:
+    """Make a run's file of written texts ready: a resumed run goes on with it, a new one leaves an older file aside.
+
+    Args:
+        path: The file, which may not exist yet.
+        step: The first step of the run. If it is not 0, the texts of it and of later steps are dropped, since a
+            resumed run writes them again.
+    """
+    if not path.is_file():
+        return
+    if step == 0:
+        place = next(n for n in itertools.count(1) if not path.with_name(f"{path.stem}.{n}{path.suffix}").exists())
+        aside = path.rename(path.with_name(f"{path.stem}.{place}{path.suffix}"))
+        logger.warning("%s holds texts of an earlier run, and is now %s.", path, aside.name)
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run may have written half of its last one
+    write_text(path, "".join(line for line in whole if json.loads(line)["step"] < step))
 
 
 def seed_of(*parts: Any) -> int:
@@ -362,16 +415,19 @@ def holds_prompts_alone(dataset: Any) -> bool:
     return "prompt" in columns and not columns & LEARNED_COLUMNS
 
 
-def with_prompts(dataset: Any, args: Any) -> Any:
+def with_prompts(dataset: Any, args: Any, *, held_out: bool = False) -> Any:
     """The data in a form that shows where the prompt of each row ends; unchanged where nothing is written.
 
     Conversations become prompt and completion, the last turn. With `assistant_only_loss` the labels show the turns.
 
+    Args:
+        held_out: Whether they are for evaluation.
+
     Raises:
-        ValueError: The rows have no prompt.
+        ValueError: The rows have no prompt, or no completion where one is needed.
     """
     if isinstance(dataset, dict):
-        return {name: with_prompts(one, args) for name, one in dataset.items()}
+        return {name: with_prompts(one, args, held_out=held_out) for name, one in dataset.items()}
     if dataset is None or args.on_policy is None:
         if holds_prompts_alone(dataset):
             raise ValueError(
@@ -389,6 +445,11 @@ def with_prompts(dataset: Any, args: Any) -> Any:
         raise ValueError(
             f"`on_policy` writes after the prompts of the data, but the rows have the columns {', '.join(columns)}. "
             "Give `prompt` (and `completion`), `messages`, or `input_ids` with `labels` that are -100 in the prompt."
+        )
+    if held_out and holds_prompts_alone(dataset) and args.rollout_method().reads_evaluations:
+        raise ValueError(
+            f"The evaluation data hold prompts without completions, but {args.on_policy} reads the cross entropy of "
+            "held-out completions. Add a column `completion`."
         )
     if holds_prompts_alone(dataset) and args.rollout_method().needs_completions(args):
         raise ValueError(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_transfer_ext.models.heads import causal_lm_of
+from hf_transfer_ext.trainers.generation_options import effective
 
 #: Options of generation that vLLM has under the names of transformers.
 SHARED_OPTIONS = ("top_p", "top_k", "min_p", "repetition_penalty")
@@ -31,6 +34,20 @@ OWN_ARGUMENTS = (
     "model", "tokenizer", "skip_tokenizer_init", "load_format", "seed", "tensor_parallel_size",
     "pipeline_parallel_size", "distributed_executor_backend", "logprobs_mode", "quantization",
 )  # fmt: skip
+
+
+def require_vllm() -> None:
+    """Refuse a machine without vLLM, which is not imported yet: that takes long and claims the device.
+
+    Raises:
+        ImportError: With the setting that needs it.
+    """
+    is_there = sys.modules["vllm"] is not None if "vllm" in sys.modules else find_spec("vllm") is not None
+    if not is_there:
+        raise ImportError(
+            "`rollout_engine: vllm` needs vLLM, which is not installed. Install it with `pip install vllm`, or leave "
+            "`rollout_engine` out."
+        )
 
 
 def imported_vllm() -> Any:
@@ -212,7 +229,7 @@ def check_engine(config: Any, method: Any) -> None:
     for name in config.rollout_engine_options:
         if name in OWN_ARGUMENTS:
             raise ValueError(f"`rollout_engine_options` has {name!r}, which follows from the training. Leave it out.")
-    for name in config.generation_options:
+    for name in effective(config.generation_options):
         if name not in SHARED_OPTIONS:
             raise ValueError(
                 f"`generation_options` has {name!r}, which vLLM does not take from here; it takes "
@@ -223,3 +240,4 @@ def check_engine(config: Any, method: Any) -> None:
             f"`rollout_engine` is vllm, but {config.on_policy} draws each token from the teacher's distribution as "
             "well, which an engine that has only the student cannot. Leave `rollout_engine` out."
         )
+    require_vllm()

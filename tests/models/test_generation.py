@@ -1,6 +1,7 @@
 """Continuations as tokens: drawn from the model's softmax, cut at their end, without a trace in the random state."""
 
 from contextlib import nullcontext
+from string import ascii_letters
 
 import pytest
 import torch
@@ -14,24 +15,45 @@ SETTINGS = {"pad_id": 257, "stop_ids": [257], "max_new_tokens": 5, "temperature"
 
 def test_draws_depend_on_the_seed_and_leave_the_random_state():
     state = torch.random.get_rng_state()
-    first, _ = continuations(tiny_llama(1), PROMPTS, **SETTINGS)
+    first, *_ = continuations(tiny_llama(1), PROMPTS, **SETTINGS)
     torch.random.set_rng_state(state)
-    again, written = continuations(tiny_llama(1), PROMPTS, **SETTINGS)
+    again, written, _ = continuations(tiny_llama(1), PROMPTS, **SETTINGS)
     assert first == again and written.shape == (3, 5)
     before = torch.random.get_rng_state()
-    other, _ = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "seed": 4})
+    other, *_ = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "seed": 4})
     assert other != first and torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_continuation_ends_with_the_first_of_its_stop_tokens():
-    free, _ = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "stop_ids": []})
+    free, *_ = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "stop_ids": []})
     stop = free[0][2]
-    found, _ = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "stop_ids": [257, stop]})
+    found, *_ = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "stop_ids": [257, stop]})
     assert found[0] == free[0][: free[0].index(stop) + 1] and all(found)
 
 
+def test_padding_after_another_stop_token_is_no_token_of_the_text():
+    """The padding token is one that the model knows as its end; the text ends with another token."""
+    free = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "stop_ids": []}).texts
+    stop = free[0][1]
+    found = continuations(tiny_llama(1), PROMPTS, **{**SETTINGS, "stop_ids": [stop]})
+    assert found.texts[0] == free[0][: free[0].index(stop) + 1] and 257 not in found.texts[0]
+    assert found.tokens[0, len(found.texts[0])] == 257
+    assert found.ended == [stop in text for text in found.texts] and not all(found.ended)
+
+
+@pytest.mark.parametrize("stop_ids", [[257], []])
+def test_a_stop_string_ends_a_text_with_the_token_that_completes_it(stop_ids):
+    tokenizer = byte_tokenizer()
+    others = sorted(set(range(258)) - set(tokenizer(ascii_letters)["input_ids"]))
+    settings = {**SETTINGS, "stop_ids": stop_ids, "max_new_tokens": 8, "suppress_tokens": others}
+    free = continuations(tiny_llama(1), PROMPTS, **settings).texts
+    stop = tokenizer.decode(free[0][2:4])
+    found = continuations(tiny_llama(1), PROMPTS, **settings, stop_strings=[stop, "never"], tokenizer=tokenizer)
+    assert found.texts == [free[0][:4], *free[1:]] and found.ended == [True, False, False]
+
+
 def test_padding_on_the_left_changes_nothing_for_the_likeliest_tokens():
-    together, _ = continuations(tiny_llama(1), PROMPTS, **SETTINGS, top_k=1)
+    together, *_ = continuations(tiny_llama(1), PROMPTS, **SETTINGS, top_k=1)
     alone = [continuations(tiny_llama(1), [prompt], **SETTINGS, top_k=1)[0][0] for prompt in PROMPTS]
     assert together == alone
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from string import ascii_letters
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def trained(*args, **options):
 
 def written_by(model, prompts, seed, max_new_tokens=6, temperature=1.0):
     """Sequences sampled by plain `generate`, with their labels: ids until the first end, none for the prompt."""
-    texts, _ = continuations(
+    texts, *_ = continuations(
         model.eval(), prompts, pad_id=257, stop_ids=[257], max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed,
     )  # fmt: skip
@@ -146,8 +147,10 @@ def test_the_teacher_writes(tmp_path):
 
 
 def test_cross_entropy_leaves_out_what_the_student_wrote(tmp_path):
-    both = trained(tmp_path / "a", ce_weight=0.7)
-    without = trained(tmp_path / "b", ce_weight=0.0)
+    share = 0.999  # above the draw of the first step, so that the student writes its batch
+    both = trained(tmp_path / "a", ce_weight=0.7, on_policy_share=share)
+    without = trained(tmp_path / "b", ce_weight=0.0, on_policy_share=share)
+    assert logged(both, "rollout_tokens") == logged(without, "rollout_tokens") != []
     assert_same(weights(both), weights(without))
     data = trained(tmp_path / "c", ce_weight=0.7, on_policy_share=0.0)
     plain = trained(tmp_path / "d", ce_weight=0.7, on_policy=None, on_policy_share=None, max_new_tokens=128)
@@ -254,6 +257,57 @@ def test_a_text_that_ends_at_once_is_one_token_and_padding_is_never_learned(tmp_
     assert logged(trainer, "rollout_ended") == [1.0] and logged(trainer, "rollout_tokens") == [1.0]
 
 
+STOPS = [{"eos_token_id": list(range(128))}, {"stop_strings": list(ascii_letters)}]
+
+
+@pytest.mark.parametrize("options", STOPS, ids=["tokens", "strings"])
+@pytest.mark.parametrize("method", ["gkd", "sampled_reverse_kl"])
+def test_a_stop_of_the_user_is_the_last_label_and_its_padding_is_none(tmp_path, options, method):
+    """Half of all tokens are stops; the padding is the student's own end token, which nobody wrote."""
+    settings = {"on_policy": method, "loss": "reverse_kl", "generation_options": options, "max_new_tokens": 30}
+    trainer, tokenizer = trainer_of(tmp_path, **settings), byte_tokenizer()
+    letters = set(tokenizer(ascii_letters)["input_ids"])
+    stops = set(range(128)) if "eos_token_id" in options else {*letters, 257}
+    (batch,) = trainer.get_train_dataloader()
+    (rolled,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    texts = [row.written for row in rows_of(rolled)]
+    assert count == sum(map(len, texts)) and len({len(text) for text in texts}) > 1
+    for text in texts:
+        assert text[-1] in stops and not stops & set(text[:-1])
+    trainer.train()
+    assert logged(trainer, "rollout_ended") == [1.0]
+    assert logged(trainer, "rollout_tokens")[0] == pytest.approx(sum(map(len, texts)) / 4)
+
+
+def test_tokens_that_the_student_does_not_have_are_refused(tmp_path):
+    for options in ({"eos_token_id": 300}, {"bad_words_ids": [[1, 300]]}):
+        with pytest.raises(ValueError, match="has token 300, but the student has 258 vocabulary entries"):
+            trainer_of(tmp_path, generation_options=options)
+
+
+def steps_in(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_new_run_leaves_the_texts_of_an_earlier_one_aside(tmp_path):
+    settings = {"log_rollouts": 1, "max_steps": 2}
+    trainer = trained(tmp_path, **settings)
+    trained(tmp_path, **{**settings, "max_steps": 1})
+    assert steps_in(tmp_path / "rollouts.jsonl") == [0] and steps_in(tmp_path / "rollouts.1.jsonl") == [0, 1]
+    trainer.train()
+    assert steps_in(tmp_path / "rollouts.jsonl") == [0, 1] and steps_in(tmp_path / "rollouts.2.jsonl") == [0]
+
+
+def test_a_resumed_run_goes_on_with_its_texts(tmp_path):
+    settings = {"log_rollouts": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path, **settings)
+    path = tmp_path / "rollouts.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-5])  # killed while it wrote
+    trainer_of(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert path.read_text() == whole and not list(tmp_path.glob("rollouts.*.jsonl"))
+
+
 def test_texts_are_written_to_a_file(tmp_path):
     trained(tmp_path, log_rollouts=2, max_steps=2)
     entries = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
@@ -284,6 +338,62 @@ def test_prompts_alone_are_evaluated_on_texts_of_the_student(tmp_path):
     assert fixed["eval_kd"] == plain["eval_kd"]
 
 
+LOSSES = [
+    {"on_policy": "gkd", "on_policy_share": 0.5, "ce_weight": 0.5},
+    {"on_policy": "gkd", "on_policy_share": 0.5, "ce_weight": 0.5, "data": PROMPTS, "teacher_writes": True},
+    {"on_policy": "sampled_reverse_kl"},
+    {"on_policy": "distillm_2", "on_policy_options": {"beta": 0.3}, "ce_weight": 0.7},
+    {"on_policy": "minillm", "ce_weight": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", LOSSES, ids=lambda one: "-".join(map(str, list(one.values())[:2])))
+def test_the_loss_of_evaluation_is_what_training_minimizes(tmp_path, options):
+    """By hand: every token of the evaluated texts with the weight that the method's formula gives it."""
+    settings = {"kd_weight": 0.6, "per_device_eval_batch_size": 4, **options}
+    trainer, seen = trainer_of(tmp_path, **settings), []
+    collated = trainer._collated
+    trainer._collated = lambda rows: seen.extend(rows) or collated(rows)
+    found = trainer.evaluate()
+    method, ce_weight = options["on_policy"], options.get("ce_weight", 0.0)
+    total, tokens = 0.0, 0
+    for row in seen:
+        ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
+        with torch.no_grad():
+            z, targets, mask = next_token_view(tiny_llama(1)(ids).logits, labels)
+            t = tiny_llama(2)(ids).logits[:, :-1]
+        at = targets.clamp(min=0)[..., None]
+        log_q, log_p = (x.log_softmax(-1).gather(-1, at).squeeze(-1) for x in (z, t))
+        by_student = row.source in ("student", "mixture")
+        ce = 0.0 if by_student else -log_q
+        if method == "sampled_reverse_kl":
+            kd = log_q - log_p
+        elif method == "distillm_2":
+            loss, factor = ("skew_reverse_kl", 0.3) if by_student else ("skew_kl", 1.7)
+            kd = factor * DISTILLATION_LOSSES[loss](z, t)
+        elif method == "minillm":
+            share = log_q.exp() / (0.2 * log_p.exp() + 0.8 * log_q.exp())
+            kd = share * DISTILLATION_LOSSES["reverse_kl"](z, t) if by_student else 0.0
+        else:
+            kd = DISTILLATION_LOSSES["forward_kl"](z, t)
+        total += ((0.6 * kd + ce_weight * ce) * mask).sum().item()
+        tokens += int(mask.sum())
+    sources = {"gkd": {"data"}, "sampled_reverse_kl": {"student"}, "distillm_2": {"data", "student"},
+               "minillm": {"mixture", "data"}}  # fmt: skip
+    assert {row.source for row in seen} == ({"student"} if "data" in options else sources[method])
+    assert found["eval_loss"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("method, loss", [("gkd", "forward_kl"), ("distillm", "forward_kl"),
+                                          ("sampled_reverse_kl", "reverse_kl"), ("minillm", "reverse_kl"),
+                                          ("distillm_2", "skew_kl"), (None, "forward_kl")])  # fmt: skip
+def test_a_loss_left_out_is_that_of_the_method(tmp_path, method, loss):
+    settings = {} if method is None else {"on_policy": method, "on_policy_share": 1.0, "max_new_tokens": 6}
+    assert config(tmp_path, **settings).loss == loss
+    if method not in ("minillm", "distillm_2"):  # which refuse another one
+        assert config(tmp_path, **settings, loss="generalized_jsd").loss == "generalized_jsd"
+
+
 def test_an_adapter_teaches_and_writes(tmp_path):
     torch.manual_seed(3)
     student = get_peft_model(tiny_llama(1), LoraConfig(r=2, init_lora_weights=False))
@@ -301,6 +411,9 @@ def test_the_prompt_is_what_stands_before_the_last_labeled_stretch():
     assert prompt_of(Rollout([1, 2], [1, 2], "data")) == []
 
 
+SERVER = {"teacher_server": "http://localhost", "teacher_server_model": "m"}
+
+
 @pytest.mark.parametrize("options, message", [
     ({"on_policy": "gdk"}, "Did you mean 'gkd'"),
     ({"on_policy_share": 1.5}, r"`on_policy_share` has to lie in \[0, 1\], got 1.5"),
@@ -312,6 +425,13 @@ def test_the_prompt_is_what_stands_before_the_last_labeled_stretch():
     ({"packing": True}, "`packing` and `padding_free` join texts"),
     ({"kd_weight": 0.0, "ce_weight": 1.0}, "nobody teaches"),
     ({"teacher_cache": "cache"}, "writes new ones in each step"),
+    ({"ce_weight": 0.5}, "`ce_weight` is 0.5, but with gkd and `on_policy_share` 1 the student writes every text"),
+    ({"ce_weight": 0.5, "on_policy": "distillm"}, "with distillm and `on_policy_share` 1 the student writes every"),
+    ({"ce_weight": 0.5, "on_policy": "sampled_reverse_kl"}, "with sampled_reverse_kl and `on_policy_share` 1"),
+    ({"teacher_writes": True}, "`teacher_writes` is set, but with gkd and `on_policy_share` 1 the student writes"),
+    ({"teacher_writes": True, "on_policy_share": 0.5, **SERVER}, "gkd lets the teacher write, which a server cannot"),
+    ({"on_policy": "minillm", "loss": "reverse_kl", **SERVER}, r"a server cannot do\. .* choose gkd or sampled_rev"),
+    ({"on_policy": "minillm", "teachers": [{"model": "a"}, {"model": "b"}]}, "which several teachers cannot do"),
     ({"on_policy": None, "on_policy_share": None}, "no text is written during training. Choose a method"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_obeyed_are_refused(tmp_path, options, message):

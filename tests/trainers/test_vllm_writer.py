@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_transfer_ext.models.generation import continuations
 from hf_transfer_ext.trainers.rollouts import WRITTEN
-from hf_transfer_ext.trainers.vllm_writer import VllmWriter, engine_weights
+from hf_transfer_ext.trainers.vllm_writer import VllmWriter, engine_weights, imported_vllm
 
 ENGINE = {"rollout_engine": "vllm", "data": PROMPTS}
 
@@ -79,7 +79,7 @@ class LLM:
         found = []
         for prompt, one in zip(prompts, sampling_params, strict=True):
             ids = prompt["prompt_token_ids"]
-            texts, _ = continuations(
+            texts, *_ = continuations(
                 self.model, [ids], pad_id=257, stop_ids=one.stop_token_ids, max_new_tokens=one.max_tokens,
                 temperature=one.temperature, seed=one.seed, top_p=one.top_p,
             )  # fmt: skip
@@ -180,8 +180,10 @@ def test_what_vllm_cannot_do_is_refused(vllm, tmp_path):
 
 def test_without_vllm_nothing_starts(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="`rollout_engine: vllm` needs vLLM, which is not installed"):
+        config(tmp_path, on_policy="gkd", max_new_tokens=6, rollout_engine="vllm")
     with pytest.raises(ImportError, match="`rollout_engine: vllm` needs vLLM, which cannot be imported"):
-        trainer_of(tmp_path, **ENGINE)
+        imported_vllm()
 
 
 @pytest.mark.parametrize(

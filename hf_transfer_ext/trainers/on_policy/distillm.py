@@ -18,7 +18,8 @@ class distillm(RolloutMethod):
 
     While the buffer is not full, the student writes for :math:`u < \phi`. It holds the `capacity` newest texts.
     :math:`\phi` starts at `on_policy_share`; an evaluation whose cross entropy is at least `tolerance` above the
-    reference raises it by `step`, and becomes the reference. The first evaluation is the first reference.
+    reference raises it by `step`, and becomes the reference. The first evaluation is the first reference. With several
+    evaluation sets, their mean counts.
 
     Args:
         capacity: Texts in the buffer of each process, >= 1.
@@ -34,6 +35,7 @@ class distillm(RolloutMethod):
     """
 
     default_share: ClassVar[float] = 0.0
+    reads_evaluations: ClassVar[bool] = True
 
     def __init__(self, *, capacity: int = 1000, step: float = 0.1, tolerance: float = 0.1) -> None:
         if capacity < 1 or not 0 < step <= 1 or not tolerance >= 0:
@@ -73,14 +75,11 @@ class distillm(RolloutMethod):
         found = random.Random(seed).choices(list(self.buffer), k=count)
         return [Rollout(row.ids, row.labels, "replay") for row in found]
 
-    def after_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
-        loss = metrics.get("eval_ce")
-        if loss is None:
-            return {}
+    def after_evaluation(self, cross_entropy: float) -> dict[str, float]:
         if self.reference is None:
-            self.reference = loss
-        elif loss >= self.reference + self.tolerance:
-            self.raised, self.reference = min(1.0, self.raised + self.step), loss
+            self.reference = cross_entropy
+        elif cross_entropy >= self.reference + self.tolerance:
+            self.raised, self.reference = min(1.0, self.raised + self.step), cross_entropy
         return {"on_policy_raised": self.raised}
 
     def state(self) -> dict[str, Any]:

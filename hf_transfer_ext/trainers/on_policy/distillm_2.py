@@ -32,6 +32,7 @@ class distillm_2(RolloutMethod):
     """
 
     default_share: ClassVar[float] = 1.0
+    default_loss: ClassVar[str] = "skew_kl"
 
     def __init__(self, *, beta: float = 1.0) -> None:
         if not 0 <= beta <= 2:
@@ -53,8 +54,14 @@ class distillm_2(RolloutMethod):
     def needs_completions(self, args: Any) -> bool:
         return not args.teacher_writes
 
+    def student_writes_all(self, args: Any) -> bool:
+        return False
+
     def sources(self, draw: float, args: Any, progress: float) -> tuple[Source, ...]:
         return ("teacher" if args.teacher_writes else "data", "student")
+
+    def evaluated_on(self, args: Any, has_completions: bool) -> tuple[Source, ...]:
+        return self.sources(0.0, args, 0.0)
 
     def terms(self, tokens: RolloutTokens, args: Any) -> dict[str, Any]:
         by_student = tokens.by_student

@@ -37,8 +37,8 @@ class minillm(RolloutMethod):
     """
 
     default_share: ClassVar[float] = 1.0
+    default_loss: ClassVar[str] = "reverse_kl"
     notes_log_probs: ClassVar[bool] = True
-    evaluated_on: ClassVar[Source] = "mixture"
 
     def __init__(self, *, teacher_mix: float = 0.2, discount: float = 0.95) -> None:
         if not 0 < teacher_mix < 1 or not 0 <= discount <= 1:
@@ -59,19 +59,28 @@ class minillm(RolloutMethod):
     def needs_completions(self, args: Any) -> bool:
         return args.ce_weight > 0
 
+    def student_writes_all(self, args: Any) -> bool:
+        return False
+
     def sources(self, draw: float, args: Any, progress: float) -> tuple[Source, ...]:
         return ("mixture", "data") if args.ce_weight else ("mixture",)
+
+    def evaluated_on(self, args: Any, has_completions: bool) -> tuple[Source, ...]:
+        return self.sources(0.0, args, 0.0)
 
     def terms(self, tokens: RolloutTokens, args: Any) -> dict[str, Any]:
         log_q, log_p = tokens.log_probs, tokens.teacher_log_probs
         weights = importance(log_q, log_p, self.teacher_mix)
         returns = mean_returns(log_p - log_q, tokens.row, self.discount)
-        ours = tokens.by_student
         return {
-            "kd_factors": torch.where(ours, weights, 0.0),
+            **self.objective(tokens, args),
             "ce_weight": 1.0,  # of -log q: the policy gradient's, and that of the data
-            "ce_factors": torch.where(ours, args.kd_weight * weights * returns, args.ce_weight),
+            "ce_factors": torch.where(tokens.by_student, args.kd_weight * weights * returns, args.ce_weight),
         }
+
+    def objective(self, tokens: RolloutTokens, args: Any) -> dict[str, Any]:
+        weights = importance(tokens.log_probs, tokens.teacher_log_probs, self.teacher_mix)
+        return {**super().terms(tokens, args), "kd_factors": torch.where(tokens.by_student, weights, 0.0)}
 
 
 def importance(log_q: PerToken, log_p: PerToken, share: float) -> PerToken:

@@ -17,8 +17,8 @@ class sampled_reverse_kl(RolloutMethod):
     now, p the teacher. The expected gradient is that of reverse_kl over the whole vocabulary at the same texts,
     without bias; it varies more. `kd` in the logs is the mean of :math:`-A`, an estimate that can be negative.
 
-    `loss` may be any divergence that is a sum of terms over the vocabulary (`reverse_kl` is meant); each is estimated
-    in the same way, by :math:`f(q_y, p_y) / \mu_y`.
+    `loss` left out is reverse_kl. Where it names another divergence that is a sum of terms over the vocabulary, that
+    one is estimated in the same way, by :math:`f(q_y, p_y) / \mu_y`.
 
     Args:
         trust_region: Largest distance between log p and :math:`\log \mu` that is believed, in nats, > 0; None believes
@@ -35,6 +35,7 @@ class sampled_reverse_kl(RolloutMethod):
     """
 
     default_share: ClassVar[float] = 1.0
+    default_loss: ClassVar[str] = "reverse_kl"
     sampled_tokens: ClassVar[bool] = True
     notes_log_probs: ClassVar[bool] = True
 
@@ -54,6 +55,9 @@ class sampled_reverse_kl(RolloutMethod):
             )
 
     def sources(self, draw: float, args: Any, progress: float) -> tuple[Source, ...]:
+        return ("student",)
+
+    def evaluated_on(self, args: Any, has_completions: bool) -> tuple[Source, ...]:
         return ("student",)
 
     def trust(self) -> dict[str, Any]:

@@ -32,8 +32,9 @@ class sequence_classification(DistillationTask):
 
     .. math:: L = \text{kd\_weight} \, D(p_T, q_S) + \text{ce\_weight} \, CE(y, q_S), \quad \text{a mean over texts}
 
-    Rows have `text`, perhaps `text_pair`, and perhaps `label`: a name or an id; a list of names, or of 0 and 1, of a
-    model with several labels at once; a number of a regression. Rows without a label learn from the teacher alone.
+    Rows have `text`, perhaps `text_pair`, and perhaps `label`: a name or an id; a list of names (an empty one where
+    none applies), or of 0 and 1, of a model with several labels at once; a number of a regression. Rows without a
+    label learn from the teacher alone.
     Labels of both models meet by name. The teacher may have another tokenizer. Several labels at once are a yes or no
     each, averaged over the labels; a regression needs `loss: squared_error`, which also compares logits of classes.
 
@@ -51,6 +52,7 @@ class sequence_classification(DistillationTask):
         config = causal_lm_of(student).config
         self.problem, self.names = problem_of(config), label_names(config)
         self.labels = LabelReader(config, "label")
+        self.lists_numbers = False  # else an empty list is a text to which no label applies
         self.places = None if teacher is None else teacher_places(config, causal_lm_of(teacher).config)
         if self.problem == REGRESSION and teacher is not None and self.loss is not squared_error:
             raise ValueError(
@@ -69,6 +71,8 @@ class sequence_classification(DistillationTask):
     def read_features(self, features: Mapping[str, Any]) -> None:
         if self.problem != REGRESSION:
             self.labels.read_names(names_in(features.get("label")))
+        inner = getattr(getattr(features.get("label"), "feature", None), "dtype", "string")
+        self.lists_numbers = inner not in ("string", "large_string", "null")
 
     def row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         texts = [row["text"]] + ([row["text_pair"]] if row.get("text_pair") is not None else [])
@@ -85,7 +89,7 @@ class sequence_classification(DistillationTask):
             return [float("nan")] * len(self.names)
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"Column 'label' of a model with several labels has to hold lists, got {value!r}.")
-        if any(isinstance(one, str) for one in value):
+        if any(isinstance(one, str) for one in value) or (not value and not self.lists_numbers):
             chosen = {self.labels.id_of(one) for one in value}
             return [float(place in chosen) for place in range(len(self.names))]
         if len(value) != len(self.names) or any(one not in (0, 1) for one in value):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from tiny import byte_tokenizer, tiny_llama
 from trainers.test_distillation import config, logged, weights
-from trainers.test_rollouts import trained, trainer_of
+from trainers.test_rollouts import PROMPTS, trained, trainer_of
 
+from hf_transfer_ext import DistillationTrainer
 from hf_transfer_ext.trainers.on_policy import distillm
 from hf_transfer_ext.trainers.rollout_method import Rollout
 
@@ -34,9 +37,43 @@ def test_the_source_is_that_of_the_published_code(tmp_path, size, progress):
 def test_the_threshold_rises_when_the_held_out_loss_does(tmp_path):
     method, args = distillm(step=0.3, tolerance=0.1), config(tmp_path, **DISTILLM)
     for loss, threshold in ((2.0, 0.5), (2.05, 0.5), (1.0, 0.5), (2.1, 0.8), (2.15, 0.8), (2.3, 1.0), (9.0, 1.0)):
-        method.after_evaluation({"eval_ce": loss})
+        method.after_evaluation(loss)
         assert method.threshold(args) == pytest.approx(threshold)
-    assert method.after_evaluation({"eval_other_ce": 1.0}) == {}
+
+
+def evaluated(folder, sets, **options):
+    trainer = trainer_of(folder, **{**DISTILLM, "on_policy_options": {"step": 0.2, "tolerance": 0.1}, **options})
+    trainer.eval_dataset = sets(trainer.eval_dataset)
+    first = trainer.evaluate()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(3.0)
+    return trainer, first, trainer.evaluate()
+
+
+def test_the_mean_of_several_evaluation_sets_raises_the_threshold(tmp_path):
+    trainer, first, worse = evaluated(tmp_path, lambda own: {"a": own.select([0]), "b": own.select([1, 2])})
+    values = [(found["eval_a_ce"] + found["eval_b_ce"]) / 2 for found in (first, worse)]
+    assert values[1] > values[0] + 0.1 and trainer.rollout_method.reference == pytest.approx(values[1])
+    assert (first["on_policy_raised"], worse["on_policy_raised"]) == (0.0, 0.2)
+    assert logged(trainer, "on_policy_raised") == [0.0, 0.2]
+    alone, *_ = evaluated(tmp_path / "one", lambda own: own)
+    assert alone.rollout_method.raised == 0.2
+
+
+def test_another_set_than_the_trainers_own_does_not_count(tmp_path):
+    trainer, *_ = evaluated(tmp_path, lambda own: own)
+    before = trainer.rollout_method.state()
+    assert "on_policy_raised" not in trainer.evaluate(trainer.eval_dataset)
+    assert trainer.rollout_method.state() == before
+
+
+def test_an_evaluation_on_prompts_alone_is_refused(tmp_path):
+    prompts = Dataset.from_dict(PROMPTS)
+    with pytest.raises(ValueError, match="distillm reads the cross entropy of held-out completions"):
+        DistillationTrainer(
+            tiny_llama(1), tiny_llama(2), config(tmp_path, **DISTILLM, teacher_writes=True), prompts,
+            eval_dataset={"a": prompts}, processing_class=byte_tokenizer(),
+        )  # fmt: skip
 
 
 def test_the_buffer_keeps_the_newest_and_gives_them_back_by_seed():

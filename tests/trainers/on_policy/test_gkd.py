@@ -20,6 +20,6 @@ def test_a_batch_is_the_students_below_the_share(tmp_path, draw, teacher_writes,
 def test_cross_entropy_counts_where_the_student_did_not_write(tmp_path):
     tokens = RolloutTokens(torch.tensor([True, False]), torch.tensor([0, 1]), *torch.zeros(2, 2))
     assert gkd().terms(tokens, config(tmp_path, **WRITES)) == {}
-    found = gkd().terms(tokens, config(tmp_path, **WRITES, ce_weight=0.5))
+    found = gkd().terms(tokens, config(tmp_path, **{**WRITES, "on_policy_share": 0.5}, ce_weight=0.5))
     assert found["ce_factors"].tolist() == [0.0, 1.0]
     assert config(tmp_path, **{**WRITES, "on_policy_share": None}).on_policy_share == 0.5

@@ -85,6 +85,15 @@ def test_several_labels_are_a_yes_or_no_each(tmp_path):
     assert names == {"exact_match", "macro_f1", "teacher_agreement"}
 
 
+def test_an_empty_list_among_names_is_a_text_without_labels(tmp_path):
+    parts = models(problem_type="multi_label_classification")
+    rows = {"text": ["gold", "paris"], "label": [["metal", "city"], []]}
+    assert batch_of(trainer_of(tmp_path, rows, parts, ce_weight=1.0))["labels"].tolist() == [[1, 1, 0], [0, 0, 0]]
+    numbers = {"text": ["gold", "paris"], "label": [[1, 1, 0], []]}
+    with pytest.raises(ValueError, match=r"Row 1: Column 'label' has to hold names of labels, or 0 and 1 .* got \[\]"):
+        trainer_of(tmp_path, numbers, parts, ce_weight=1.0)
+
+
 def test_a_regression_is_compared_by_squares(tmp_path):
     rows = {"text": ["gold", "paris", "tin"], "label": [1.0, None, -2.0]}
     parts = models(labels=["score"])
