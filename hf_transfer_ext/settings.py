@@ -481,13 +481,14 @@ def require_numbers(
     found = {}
     for name, value in values.items():
         kinds = _kinds(hints.get(name, Any))
-        if int in kinds or float in kinds:
+        if (int in kinds or float in kinds) and Any not in kinds:
             found[name] = value if value in (taken or {}).get(name, ()) else _as_number(name, value, kinds)
     return found
 
 
 def _as_number(name: str, value: Any, kinds: Sequence[Any]) -> Any:
-    others = tuple(kind for kind in kinds if isinstance(kind, type) and kind not in (int, float))
+    origins = [typing.get_origin(kind) or kind for kind in kinds]
+    others = tuple(kind for kind in origins if isinstance(kind, type) and kind not in (int, float))
     if isinstance(value, others):
         return value
     is_whole = float not in kinds

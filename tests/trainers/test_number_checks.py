@@ -72,6 +72,17 @@ def test_options_are_checked_by_the_annotations_of_their_owner(tmp_path, setting
         config(tmp_path, **settings)
 
 
+def test_other_types_of_an_annotation_are_taken():
+    def owner(*, steps: int | None = None, weights: float | dict[str, float] | list[float] = 1.0, name: str = ""):
+        return steps, weights, name
+
+    for values in ({"steps": None, "weights": [1.0, 2.0]}, {"steps": 3, "weights": {"a": 1.0}}, {"weights": 2}):
+        assert require_numbers(values, owner) == values
+    assert require_numbers({"name": "a"}, owner) == {}
+    with pytest.raises(ValueError, match=r"^`weights` has to be a finite number or dict or list, got str 'a'"):
+        require_numbers({"weights": "a"}, owner)
+
+
 def test_annotations_that_cannot_be_resolved_say_nothing():
     def foreign(*, beta: "Missing" = 1.0, other: float = 2.0):  # noqa: F821
         return beta, other
