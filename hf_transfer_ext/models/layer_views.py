@@ -1,8 +1,8 @@
 """What some layers of a decoder or an encoder compute in a forward pass: hidden states, queries, keys and values.
 
-Nothing is changed. Only the layers that are asked for are kept in memory, whatever wraps the model (DDP, FSDP, PEFT), and with gradient
-checkpointing. Attention is read where transformers calls it, after rotary embeddings, for every model that goes
-through its attention interface.
+Nothing is changed. Only the layers that are asked for are kept in memory, whatever wraps the model (DDP, FSDP, PEFT),
+and with gradient checkpointing. Attention is read where transformers calls it, after rotary embeddings, for every
+model that goes through its attention interface.
 """
 
 from __future__ import annotations
