@@ -188,6 +188,20 @@ def as_list(words: Sequence[str], name: str = "the setting") -> list[Any]:
     return [part.strip() for word in words for part in word.split(",") if part.strip()]
 
 
+def from_json(value: Any) -> Any:
+    """A list or mapping that came as JSON text, as on a command line; everything else as it is.
+
+    Raises:
+        ValueError: The text starts like a list or a mapping and is not valid JSON.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"A list or a mapping has to be valid JSON, got {value!r:.200}: {error}.") from error
+
+
 def flow(text: str, name: str = "the setting") -> Any:
     """A list or mapping written in one line, as JSON or as YAML."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_transfer_ext.data.text import load_train_and_test
+from hf_transfer_ext.data.text import load_columns, load_train_and_test
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.rollouts import holds_prompts_alone
 
@@ -25,6 +25,16 @@ def data_of(job: Any, args: DistillationConfig) -> tuple[Any, Any]:
                 f"without completions, after which the student writes. Leave `{name}` out, or add completions."
             )
     return data, test
+
+
+def data_of_task(job: Any, args: DistillationConfig) -> tuple[Any, Any, Any]:
+    """The training data of the teacher, those of the student, and `test_rows` of the held-out data, of another task."""
+    source: dict[str, Any] = {"config_name": job.dataset_config, "revision": job.dataset_revision}
+    source |= {"streaming": job.streaming, "columns": job.columns, "load": load_columns}
+    data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, **source)
+    if test is not None:
+        test = test.take(job.test_rows if job.streaming else min(job.test_rows, len(test)))
+    return data, rows_of_student(job, args, data), test
 
 
 def rows_of_student(job: Any, args: DistillationConfig, data: Any) -> Any:

@@ -8,12 +8,11 @@ from typing import Any
 
 from transformers import set_seed
 
-from hf_transfer_ext.data.text import load_columns, load_train_and_test
 from hf_transfer_ext.files import written_aside
 from hf_transfer_ext.hub.record import describe_dataset
 from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.models.plumbing import is_sharded
-from hf_transfer_ext.recipes.distill_data import rows_of_student
+from hf_transfer_ext.recipes.distill_data import data_of_task
 from hf_transfer_ext.recipes.run import load_named, model_path
 from hf_transfer_ext.recipes.student import load_student, make_student
 from hf_transfer_ext.recipes.training import start_training
@@ -40,19 +39,14 @@ def check_job(job: Any, args: DistillationConfig) -> None:
 def distilled_task(job: Any, args: DistillationConfig, argv: list[str] | None, script: str) -> dict[str, list[Any]]:
     """Load teacher and student, train, measure and save the student; with `dry_run`, only print the plan."""
     check_job(job, args)
-    task = TASKS[args.task]
-    if "image_folder" in task.options and Path(job.dataset).exists():  # what paths in the data are relative to
-        folder = Path(job.dataset).parent if Path(job.dataset).is_file() else Path(job.dataset)
+    task, place = TASKS[args.task], Path(job.dataset)
+    if "image_folder" in task.options and place.exists():  # what paths in the data are relative to
+        folder = place.parent if place.is_file() else place
         args.task_options = {"image_folder": str(folder), **dict(args.task_options)}  # type: ignore[arg-type]
     read = (job.student, job.dataset, job.teacher)
     run = start_training("distillation", script, argv, job, args, overwrite=job.overwrite, inputs=read)
     record = run.record
-    source: Any = {"config_name": job.dataset_config, "revision": job.dataset_revision, "streaming": job.streaming}
-    splits: Any = (job.dataset, job.train_split, job.test_split)
-    data, test = load_train_and_test(*splits, load=load_columns, columns=job.columns, **source)
-    of_student = rows_of_student(job, args, data)
-    if test is not None:
-        test = test.take(job.test_rows if job.streaming else min(job.test_rows, len(test)))
+    data, of_student, test = data_of_task(job, args)
     record.inputs.append(describe_dataset(job.dataset, job.dataset_revision))
     with record.stage("load the teacher"):
         how = teacher_loading(args)

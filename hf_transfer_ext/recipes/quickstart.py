@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[Measurement]]:
     shared = ("teacher", "dataset", "student_layers", "teach_steps", "test_rows", "seed")
     same: Any = {name: getattr(job, name) for name in shared} | {"max_steps": job.distill_steps, "overwrite": True}
     same |= {"output_dir": student, "compare_with_ce": False}
-    distill.main(as_words(config=CONFIGS / "distill" / "demo.yaml", **same))
+    distill.main(as_words(config=CONFIGS / "distill" / "quickstart.yaml", **same))
     measure("student", "student")
 
     teacher = root / "student.training" / "teacher" if job.teach_steps > 0 else job.teacher

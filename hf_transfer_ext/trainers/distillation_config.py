@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from hf_transfer_ext.losses.spans import (
 from hf_transfer_ext.losses.spans.dskd import SpaceSide
 from hf_transfer_ext.models.heads import LMHead
 from hf_transfer_ext.registry import keyword_options, unknown_name
+from hf_transfer_ext.settings import from_json
 from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.teachers.several import not_cached_as_one
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
@@ -166,8 +166,8 @@ class DistillationConfig(DistillationSettings, SFTConfig):
         check_numbers(self)
         choose_precision(self)
         super().__post_init__()
-        self.teachers = from_json_list(self.teachers)
-        self.layer_map = "uniform" if self.layer_map is None else from_json_list(self.layer_map)
+        self.teachers = from_json(self.teachers)
+        self.layer_map = "uniform" if self.layer_map is None else from_json(self.layer_map)
         self.loss = self.loss or self.default_loss()
         check_option_numbers(self)
         require_reporters(self.report_to)
@@ -335,20 +335,6 @@ def choose_precision(args: TrainingArguments) -> None:
     """Where `bf16` is left alone on a machine without an accelerator: bfloat16 only if its CPU computes in it."""
     if args.bf16 is None and not args.fp16 and not torch.accelerator.is_available():
         args.use_cpu, args.bf16 = True, cpu_computes_in_bf16()
-
-
-def from_json_list(value: Any) -> Any:
-    """A list that a command line gave as JSON, `'[{"model": "a"}]'`; everything else as it is.
-
-    Raises:
-        ValueError: The text starts like a list and is not valid JSON.
-    """
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"A list has to be valid JSON, got {value!r}: {error}.") from error
 
 
 def cpu_computes_in_bf16() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import check_layer_map
 from hf_transfer_ext.losses.layer_reading import AT_HEADS, OF_STATES, Reading, hidden_options, reading_of
 from hf_transfer_ext.registry import keyword_options, unknown_name
+from hf_transfer_ext.settings import from_json
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def named_hidden_losses(args: Any) -> list[NamedHiddenLoss]:
     Raises:
         ValueError: A loss or an option is unknown, a value is out of its range, or a setting would have no effect.
     """
-    listed, options = _from_json(args.hidden_loss), dict(args.hidden_options or {})
-    mapping = "uniform" if args.layer_map is None else _from_json(args.layer_map)
+    listed, options = from_json(args.hidden_loss), dict(args.hidden_options or {})
+    mapping = "uniform" if args.layer_map is None else from_json(args.layer_map)
     if listed is None:
         defaults = {"hidden_options": {}, "hidden_weight": 1.0, "layer_map": "uniform", "hidden_embeddings": False}
         values = {"hidden_options": options, "layer_map": mapping}
@@ -77,16 +77,6 @@ def named_hidden_losses(args: Any) -> list[NamedHiddenLoss]:
     if len(set(names)) < len(names):
         raise ValueError(f"`hidden_loss` names a loss twice: {', '.join(names)}. Put its layers into one `layer_map`.")
     return _with_defaults(found, mapping, args.hidden_embeddings)
-
-
-def _from_json(value: Any) -> Any:
-    """A list that came as text, as on a command line."""
-    if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"{value!r:.200} is not valid JSON: {error}.") from error
 
 
 def _of_entry(entry: Any, where: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_entries_of_a_list_have_their_own_settings_and_the_others_of_all(tmp_pat
     [
         ({"hidden_loss": []}, "has to be a name, or a list of names"),
         ({"hidden_loss": {"name": "hidden_mse"}}, "has to be a name, or a list of names"),
-        ({"hidden_loss": "[hidden_mse]"}, "is not valid JSON"),
+        ({"hidden_loss": "[hidden_mse]"}, "has to be valid JSON"),
         ({"hidden_loss": [{"weight": 1}]}, "Entry 0 of `hidden_loss` has to be a name or a mapping with `name`"),
         ({"hidden_loss": ["hiden_mse"]}, "Did you mean 'hidden_mse'"),
         ({"hidden_loss": ["hidden_mse", {"name": "minilm", "wieght": 1}]}, "Entry 1 .*Did you mean 'weight'"),
