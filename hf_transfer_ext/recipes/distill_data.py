@@ -28,7 +28,7 @@ def data_of(job: Any, args: DistillationConfig) -> tuple[Any, Any]:
 
 
 def data_of_task(job: Any, args: DistillationConfig) -> tuple[Any, Any, Any]:
-    """The training data of the teacher, those of the student, and `test_rows` of the held-out data, of another task."""
+    """The data of another task: of the teacher, of the student, and `test_rows` of those held out."""
     source: dict[str, Any] = {"config_name": job.dataset_config, "revision": job.dataset_revision}
     source |= {"streaming": job.streaming, "columns": job.columns, "load": load_columns}
     data, test = load_train_and_test(job.dataset, job.train_split, job.test_split, **source)
