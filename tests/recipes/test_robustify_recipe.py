@@ -56,6 +56,7 @@ def test_the_student_comes_back_to_its_teacher(tmp_path):
     assert "was distilled from the unlearned model" in card and "with noise" in card and "No audit was made" in card
 
 
+@pytest.mark.slow
 def test_a_result_is_made_again_and_equal(tmp_path):
     base = write_base(tmp_path / "base", initializer_range=0.3)
     adapter = write_adapter(tmp_path / "adapter", base)

@@ -134,7 +134,13 @@ def test_one_step_is_the_step_of_the_formula(tmp_path, name, options, attention)
     assert only_loss(trainer).pairs == ([(-2, -2)] if name in ("feature_norm_direction", "dual_head") else PAIRS)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in ALL])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("hidden_cosine", "attention_mse", "minilm") else ())
+        for name, _ in ALL
+    ],
+)
 def test_packing_micro_batches_and_full_logits_change_nothing(tmp_path, name):
     options = {"texts": TEXTS[:4], "hidden_loss": name, "kd_weight": 0.0, "shuffle_dataset": False}
     one = trained(tmp_path / "a", teacher=deep(), **options)

@@ -70,10 +70,10 @@ def test_entries_of_a_list_have_their_own_settings_and_the_others_of_all(tmp_pat
         ({"hidden_loss": "hidden_mse", "layer_map": []}, "a name or pairs of layers"),
         ({"hidden_loss": "hidden_mse", "layer_map": {0: 1}}, "a name or pairs of layers"),
         ({"hidden_loss": "hidden_mse", "layer_map": [[0, "1"]]}, "has to name layers by their numbers"),
-        ({"hidden_loss": "hidden_mse", "hidden_weight": float("inf")}, "`hidden_weight` must be > 0, got inf"),
+        ({"hidden_loss": "hidden_mse", "hidden_weight": float("inf")}, "`hidden_weight` has to be a finite number"),
         (
             {"hidden_loss": "attention_relation", "hidden_options": {"heads": "8"}},
-            "`heads` .* has to be of type int, such",
+            "`heads` has to be a whole number, got str",
         ),
         (
             {"hidden_loss": "hidden_mse", "hidden_options": {"relative": 1}},

@@ -273,14 +273,20 @@ def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(tmp_path):
     assert not (tmp_path / "saved" / PARTS_FILE).exists()
 
 
-@pytest.mark.parametrize("name", HIDDEN_LOSSES)
+#: Those that take the longest and read what another one reads, too.
+SLOW = ("hidden_cosine", "attention_mse", "minilm", "token_relationship_graph")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in HIDDEN_LOSSES]
+)
 def test_what_a_task_can_read_it_learns_from_and_all_else_is_refused(tmp_path, name):
     for task in (*TASKS_HERE, "seq2seq", "vision_language"):
         options = {"loss": "squared_error"} if task == "sentence_embedding" else {}
         options |= {
             "hidden_loss": name,
             "kd_weight": 0.0,
-            "learning_rate": 0.005,
+            "learning_rate": 0.002,
             "max_steps": 8,
             "per_device_train_batch_size": 6,
             "optim": "adamw_torch",
