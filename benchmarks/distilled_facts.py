@@ -115,10 +115,14 @@ WRITERS: dict[str, dict[str, Any]] = {
     "teacher": {"on_policy": "gkd", "on_policy_share": 0.0, "teacher_writes": True},
     "student and teacher (gkd)": {"on_policy": "gkd", "on_policy_share": 0.5, "teacher_writes": True},
     "student (gkd)": {"on_policy": "gkd", "on_policy_share": 1.0, "loss": "reverse_kl"},
-    "student (sampled_reverse_kl)": {"on_policy": "sampled_reverse_kl", "learning_rate": POLICY_RATE},
+    "student (sampled_reverse_kl)": {
+        "on_policy": "sampled_reverse_kl",
+        "loss": "reverse_kl",
+        "learning_rate": POLICY_RATE,
+    },
     "student (distillm)": {"on_policy": "distillm", "on_policy_share": 0.5, "loss": "skew_kl"},
     "student (distillm_2)": {"on_policy": "distillm_2", "loss": "skew_kl"},
-    "student (minillm)": {"on_policy": "minillm", "learning_rate": POLICY_RATE},
+    "student (minillm)": {"on_policy": "minillm", "loss": "reverse_kl", "learning_rate": POLICY_RATE},
 }
 #: Of the student of the task before all runs.
 HALFWAY = {"max_steps": 12, "learning_rate": 5e-5, "warmup_steps": 5}
