@@ -267,8 +267,8 @@ def test_doctor_shows_versions_devices_and_configurations(capsys):
     "start",
     [
         ["-m", "hf_transfer_ext", "distill"],
-        ["-m", "hf_transfer_ext.recipes.distill"],
-        [str(ROOT / "recipes" / "distill.py")],
+        pytest.param(["-m", "hf_transfer_ext.recipes.distill"], marks=pytest.mark.slow),
+        pytest.param([str(ROOT / "recipes" / "distill.py")], marks=pytest.mark.slow),
     ],
     ids=lambda start: start[-1].rsplit("/", 1)[-1],
 )

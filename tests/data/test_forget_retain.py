@@ -259,7 +259,7 @@ def test_rows_of_files_keep_what_was_chosen_and_nothing_that_looks_like_it(tmp_p
     assert both == [{"question": "t", "answer": "l"}]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_that_outlive_an_epoch_see_the_next_one(context):
     data = pairs()
     loader = torch.utils.data.DataLoader(

@@ -33,6 +33,7 @@ def test_made_up_people_are_attacked_and_reported(folders, capsys):
     )
 
 
+@pytest.mark.slow
 def test_facets_are_asked_and_a_shadow_gives_adversarial_queries_a_floor(folders):
     words = f"--unlearned {folders}/unlearned --original {folders}/original --output_dir {folders}/out"
     words += " --people 3 --forget_people 1 --holdout_people 1 --facts 4 --max_new_tokens 3"

@@ -137,7 +137,7 @@ def test_one_step_is_the_step_of_the_formula(tmp_path, name, options, attention)
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("hidden_cosine", "attention_mse", "minilm") else ())
+        pytest.param(name, marks=pytest.mark.slow if name not in ("hidden_mse", "attention_relation") else ())
         for name, _ in ALL
     ],
 )

@@ -244,6 +244,7 @@ def test_an_audit_rounds_to_four_bits_unless_told_otherwise(models):
     assert np.array_equal(plain["quantization"], four["quantization(bits=4)"])
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_audit_and_come_to_the_same_verdicts(models, tmp_path):
     relearning = {"relearn_forget": {"learning_rate": 2e-3, "epochs": 2}}  # six rows: a batch of 4 and one of 2
     chosen = [{"sampling": {"samples": 1, "temperatures": [1.0]}}, "quantization", "hidden_probe", relearning]
