@@ -32,8 +32,9 @@ from hf_transfer_ext.losses.rows import (
     wide_dtype,
     wide_product,
 )
-from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient, require_form, weighted_sum
+from hf_transfer_ext.losses.slopes import SLOPES, Outcomes, logit_gradient, require_form, weighted_sum
 from hf_transfer_ext.models.heads import LMHead, LogitFinish
+from hf_transfer_ext.tensors import keep_freed_memory
 
 #: Bytes of one chunk's logits, for each of the two models: 192 tokens of a 152k vocabulary in float32 on a CPU.
 CHUNK_BYTES = {"cpu": 117_000_000}
@@ -365,6 +366,7 @@ class _FusedLinearDivergence(torch.autograd.Function):
         teacher_rows, teacher_finish = _opened(teacher, objective)
         unit = tokens.unit(objective, finish, student.dtype)
         gradients = ChunkGradients(needs, hidden, weight, bias)
+        keep_freed_memory()
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, min(start + chunk, len(hidden)))
@@ -401,6 +403,7 @@ class _DivergenceOfLogits(torch.autograd.Function):
         teacher_rows, teacher_finish = _opened(teacher, objective)
         unit = tokens.unit(objective, LogitFinish(), logits.dtype)
         gradient = torch.empty_like(logits) if with_gradient and ctx.needs_input_grad[0] else None
+        keep_freed_memory()
         with torch.autocast(logits.device.type, enabled=False):
             for start in range(0, len(logits), chunk):
                 part = slice(start, min(start + chunk, len(logits)))
@@ -476,7 +479,7 @@ def _add_outer(gradient: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
         gradient.addmm_(d_logits.T, hidden)
         return
     for rows in head_row_slices(gradient):
-        left = d_logits[:, rows].T.contiguous()
+        left = d_logits[:, rows].T
         # In float16 the product could overflow.
         gradient[rows] += wide_product(left, hidden) if left.dtype == torch.float16 else left @ hidden
 
@@ -520,23 +523,23 @@ def _losses(
     with_gradient: bool,
 ) -> ZRows:
     """Note the losses of a few rows of the student's logits z; the gradient of kd_weight * D + ce_weight * CE in z."""
-    d_z = log_q = None
+    d_z = own = None
     if teacher is not None:
         if tokens.options:
             columns = {name: one[:, None] for name, one in tokens.options.items()}
             objective = objective._replace(options={**objective.options, **columns})
-        value, d_z, log_q = _divergence(z, teacher, teacher_finish, objective)
+        value, d_z, own = _divergence(z, teacher, teacher_finish, objective)
         tokens.kd.copy_(value)
         d_z = d_z if objective.kd_weight == 1 else d_z.mul_(objective.kd_weight)
         d_z = _times(d_z, tokens.kd_factors)
     if tokens.labels is not None:
-        log_probs = z.log_softmax(-1) if log_q is None else log_q
-        tokens.ce.copy_(-log_probs.gather(1, tokens.labels[:, None]).squeeze(1))
+        own = own or _outcomes(z, 1.0)
+        tokens.ce.copy_(-own.log.gather(1, tokens.labels[:, None]).squeeze(1))
         if tokens.statistics is not None:
-            tokens.statistics.entropy.copy_(-weighted_sum(log_probs.exp(), log_probs))
-            tokens.statistics.correct.copy_(log_probs.argmax(-1) == tokens.labels)
+            tokens.statistics.entropy.copy_(-weighted_sum(own.probs, own.log))
+            tokens.statistics.correct.copy_(own.log.argmax(-1) == tokens.labels)
         if objective.ce_weight and with_gradient:
-            d_ce = log_probs.exp()
+            d_ce = own.probs  # its last reader
             d_ce[torch.arange(len(d_ce), device=d_ce.device), tokens.labels] -= 1.0
             d_ce = _times(d_ce, tokens.ce_factors)
             alpha = objective.ce_weight
@@ -555,16 +558,16 @@ def _row_slices(logits: Tensor) -> Iterator[slice]:
 
 def _divergence(
     z: ZRows, block: Block, teacher_finish: LogitFinish, objective: _Objective
-) -> tuple[PerRow, ZRows, ZRows | None]:
-    """Divergence of a few rows, its gradient with respect to the student's logits z, and log softmax(z) if at hand."""
+) -> tuple[PerRow, ZRows, Outcomes | None]:
+    """Divergence of a few rows, its gradient with respect to the student's logits z, and softmax(z) if at hand."""
     if isinstance(block, CombinedBlock):
         return _of_members(z, block, objective)
     if isinstance(block, TopTokens):
-        value, gradient, log_q = _with_ghost_tail(z, block, objective)
-        return value, gradient, log_q if objective.temperature == 1 else None
+        value, gradient, own = _with_ghost_tail(z, block, objective)
+        return value, gradient, own if objective.temperature == 1 else None
     if isinstance(block, SampledTokens):
-        value, gradient, log_q = _estimated(z, block, objective)
-        return value, gradient, log_q if objective.temperature == 1 else None
+        value, gradient, own = _estimated(z, block, objective)
+        return value, gradient, own if objective.temperature == 1 else None
     vocab, shared = z.shape[1], min(z.shape[1], block.shape[1])
     value, gradient, found = _dense(z[:, :shared], teacher_finish(block[:, :shared].float()), objective)
     if shared < vocab:
@@ -572,33 +575,32 @@ def _divergence(
     return value, gradient, found if objective.temperature == 1 else None
 
 
-def _of_members(z: ZRows, block: CombinedBlock, objective: _Objective) -> tuple[PerRow, ZRows, ZRows | None]:
+def _of_members(z: ZRows, block: CombinedBlock, objective: _Objective) -> tuple[PerRow, ZRows, Outcomes | None]:
     """Weighted sum of the divergences from several teachers, each over its own rows in its own form."""
-    value, gradient, log_q = z.new_zeros(len(z)), torch.zeros_like(z), None
+    value, gradient, own = z.new_zeros(len(z)), torch.zeros_like(z), None
     for one in block.members:
         of_all = len(one.places) == len(z)
         rows: Any = slice(None) if of_all else one.places.to(z.device)
         options = {name: of[rows] if isinstance(of, Tensor) else of for name, of in objective.options.items()}
-        own = objective._replace(options=options)
-        found, d_z, own_log_q = _divergence(z[rows], one.block, one.finish, own)
+        found, d_z, of_member = _divergence(z[rows], one.block, one.finish, objective._replace(options=options))
         value[rows] += _times(found, one.weights)
         gradient[rows] += _scale_rows(d_z, one.weights)
-        log_q = own_log_q if of_all else log_q
-    return value, gradient, log_q
+        own = of_member if of_all else own
+    return value, gradient, own
 
 
-def _dense(z: ZRows, teacher_logits: ZRows, objective: _Objective) -> tuple[PerRow, ZRows, ZRows | None]:
-    """The divergence over one vocabulary: value, gradient, and log softmax(z / temperature) if at hand."""
+def _dense(z: ZRows, teacher_logits: ZRows, objective: _Objective) -> tuple[PerRow, ZRows, Outcomes | None]:
+    """The divergence over one vocabulary: value, gradient, and softmax(z / temperature) if at hand."""
     temperature = objective.temperature
     slope_of = SLOPES.get(objective.divergence)
     if slope_of is None:
         return *_by_autograd(z, teacher_logits, temperature, objective), None
-    log_q, log_p = _log_softmax(z, temperature), _log_softmax(teacher_logits, temperature)
-    value, slope = slope_of(log_q, log_p, **objective.options)
-    return value, logit_gradient(log_q, slope, temperature), log_q
+    student = _outcomes(z, temperature)
+    value, slope = slope_of(student, _outcomes(teacher_logits, temperature), **objective.options)
+    return value, logit_gradient(student, slope, temperature), student
 
 
-def _with_ghost_tail(z: ZRows, top: TopTokens, objective: _Objective) -> tuple[PerRow, ZRows, ZRows]:
+def _with_ghost_tail(z: ZRows, top: TopTokens, objective: _Objective) -> tuple[PerRow, ZRows, Outcomes]:
     r"""The divergence over the listed tokens and one bucket for all the others, on both sides.
 
     .. math:: D(Q, P), \quad Q = (q_1, \dots, q_k, 1 - \sum_i q_i), \quad P = (p_1, \dots, p_k, p_{tail})
@@ -607,46 +609,44 @@ def _with_ghost_tail(z: ZRows, top: TopTokens, objective: _Objective) -> tuple[P
     With S the slopes of D(Q, P), a listed token has its own, and any other token v the share of the bucket's that it
     has of its mass, :math:`s_v = S_{tail} \, q_v / q_{tail}`.
     """
-    log_q = _log_softmax(z, objective.temperature)
+    own = _outcomes(z, objective.temperature)
     # The mass of the others from themselves: 1 - sum would lose a small one.
-    log_tail = log_q.scatter(1, top.ids, -torch.inf).logsumexp(1, keepdim=True)
-    log_student = torch.cat([log_q.gather(1, top.ids), log_tail], 1)
+    log_tail = own.log.scatter(1, top.ids, -torch.inf).logsumexp(1, keepdim=True)
+    log_student = torch.cat([own.log.gather(1, top.ids), log_tail], 1)
     log_teacher = torch.cat([top.log_probs, top.tail.log()[:, None]], 1)
     slope_of = SLOPES.get(objective.divergence)
     if slope_of is not None:
-        value, bucket_slope = slope_of(log_student, log_teacher, **objective.options)
+        value, bucket_slope = slope_of(Outcomes(log_student), Outcomes(log_teacher), **objective.options)
     else:  # of log-probabilities as logits: their gradient is the slope less q times its sum, which the rule cancels
         value, bucket_slope = _by_autograd(log_student, log_teacher, 1.0, objective)
-    share = torch.where(log_tail > -torch.inf, (log_q - log_tail).exp(), 0.0)
+    share = torch.where(log_tail > -torch.inf, (own.log - log_tail).exp(), 0.0)
     slope = share.mul_(bucket_slope[:, -1:]).scatter_(1, top.ids, bucket_slope[:, :-1])
-    return value, logit_gradient(log_q, slope, objective.temperature), log_q
+    return value, logit_gradient(own, slope, objective.temperature), own
 
 
-def _estimated(z: ZRows, listed: SampledTokens, objective: _Objective) -> tuple[PerRow, ZRows, ZRows]:
+def _estimated(z: ZRows, listed: SampledTokens, objective: _Objective) -> tuple[PerRow, ZRows, Outcomes]:
     """The divergence as a weighted sum over the listed tokens, each an outcome of its own.
 
     The gradient is linear in the slopes, so weighted slopes, right in expectation, give one that is.
     """
-    log_q = _log_softmax(z, objective.temperature)
-    student = log_q.gather(1, listed.ids).reshape(-1, 1)
+    own = _outcomes(z, objective.temperature)
+    student = Outcomes(own.log.gather(1, listed.ids).reshape(-1, 1))
     width = listed.ids.shape[1]
     options = {
         name: value.repeat_interleave(width, 0) if isinstance(value, Tensor) else value
         for name, value in objective.options.items()
     }
-    terms, slopes = SLOPES[objective.divergence](student, listed.log_probs.reshape(-1, 1), **options)
+    teacher = Outcomes(listed.log_probs.reshape(-1, 1))
+    terms, slopes = SLOPES[objective.divergence](student, teacher, **options)
     counts, factors = listed.factors > 0, listed.factors
     value = torch.where(counts, factors * terms.view_as(factors), 0.0).sum(1)
     slope = torch.where(counts, factors * slopes.view_as(factors), 0.0)
-    return (
-        value,
-        logit_gradient(log_q, torch.zeros_like(log_q).scatter_add_(1, listed.ids, slope), objective.temperature),
-        log_q,
-    )
+    slope = torch.zeros_like(own.log).scatter_add_(1, listed.ids, slope)
+    return value, logit_gradient(own, slope, objective.temperature), own
 
 
-def _log_softmax(logits: ZRows, temperature: float) -> ZRows:
-    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+def _outcomes(logits: ZRows, temperature: float) -> Outcomes:
+    return Outcomes((logits if temperature == 1 else logits / temperature).log_softmax(-1), normalized=True)
 
 
 def _by_autograd(z: ZRows, teacher_logits: ZRows, temperature: float, objective: _Objective) -> tuple[PerRow, ZRows]:

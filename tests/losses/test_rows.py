@@ -269,7 +269,7 @@ def test_what_cannot_be_sampled_is_refused():
             SampledRows.from_logits(logits, 2, **bad)
     with pytest.raises(ValueError, match="accepts sampled rows, which needs its slope"):
         accepts("sampled")(lambda student_logits, teacher_logits, *, temperature=1.0: None)
-    assert forms_of(fused_by(lambda log_q, log_p: None, forms=("sampled",))(lambda a, b: None)) == ("sampled",)
+    assert forms_of(fused_by(lambda student, teacher: None, forms=("sampled",))(lambda a, b: None)) == ("sampled",)
 
 
 # ---- Several teachers ----
@@ -317,9 +317,8 @@ def test_routed_rows_of_logits_and_an_option_of_each_token():
     z, t = (2 * torch.randn(9, 11, generator=generator) for _ in range(2))
     weights, power = torch.rand(9, generator=generator), torch.linspace(0.5, 2.5, 9)
 
-    def slope(log_q, log_p, power=1.0):
-        p = log_p.exp()
-        return (power * p * (log_p - log_q)).sum(-1), -power * p
+    def slope(student, teacher, power=1.0):
+        return (power * teacher.probs * (teacher.log - student.log)).sum(-1), -power * teacher.probs
 
     @fused_by(slope, forms=("dense", "sparse", "sampled"))
     def scaled_kl(student_logits, teacher_logits, *, temperature=1.0, power=1.0):

@@ -94,19 +94,19 @@ def infinite_on_wide_logits(student_logits, teacher_logits, *, temperature=1.0):
     return torch.where(p > 0, p * (p / q).log(), 0.0).sum(-1)
 
 
-@fused_by(lambda log_q, log_p: (good(log_q[None], log_p[None])[0], -2.0 * log_p.exp()))
+@fused_by(lambda q, p: (good(q.log[None], p.log[None])[0], -2.0 * p.probs))
 def slope_of_another(student_logits, teacher_logits, *, temperature=1.0):
     """Source: our own."""
     return good(student_logits, teacher_logits, temperature=temperature)
 
 
-@fused_by(lambda log_q, log_p: (2.0 * good(log_q[None], log_p[None])[0], -log_p.exp()))
+@fused_by(lambda q, p: (2.0 * good(q.log[None], p.log[None])[0], -p.probs))
 def value_of_another(student_logits, teacher_logits, *, temperature=1.0):
     """Source: our own."""
     return good(student_logits, teacher_logits, temperature=temperature)
 
 
-@fused_by(lambda log_q, log_p: (good(log_q[None], log_p[None])[0] * len(log_q), -log_p.exp()))
+@fused_by(lambda q, p: (good(q.log[None], p.log[None])[0] * len(q.log), -p.probs))
 def depends_on_the_chunk(student_logits, teacher_logits, *, temperature=1.0):
     """Source: our own."""
     return good(student_logits, teacher_logits, temperature=temperature)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_transfer_ext.losses.slopes import PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import Outcomes, PerRow, Rows, fused_by, weighted, weighted_rows
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
@@ -30,11 +30,11 @@ def head_share(
     return torch.where(total > 0, head_gap / total, 0.5)
 
 
-def slope(log_q: Rows, log_p: Rows, *, head_mass: float = 0.5) -> tuple[PerRow, Rows]:
-    q, p = log_q.exp(), log_p.exp()
+def slope(student: Outcomes, teacher: Outcomes, *, head_mass: float = 0.5) -> tuple[PerRow, Rows]:
+    q, p = student.probs, teacher.probs
     share = head_share(q, p, head_mass)[:, None]
-    s = weighted(q, log_q - log_p) * (1 - share)
-    value = (share * weighted(p, log_p - log_q)).sum(-1) + s.sum(-1)
+    s = weighted_rows(q, student.log - teacher.log) * (1 - share)
+    value = (share * weighted_rows(p, teacher.log - student.log)).sum(-1) + s.sum(-1)
     return value, s.addcmul_(share, p, value=-1.0)
 
 

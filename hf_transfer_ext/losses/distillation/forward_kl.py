@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import ALL_FORMS, PerRow, Rows, fused_by, weighted, weighted_sum
+from hf_transfer_ext.losses.slopes import ALL_FORMS, Outcomes, PerRow, Rows, fused_by, weighted, weighted_sum
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
-def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
-    p = log_p.exp()
-    return weighted_sum(p, log_p - log_q), p.neg_()
+def slope(student: Outcomes, teacher: Outcomes) -> tuple[PerRow, Rows]:
+    return weighted_sum(teacher.probs, teacher.log - student.log), -teacher.probs
 
 
 @fused_by(slope, forms=ALL_FORMS)

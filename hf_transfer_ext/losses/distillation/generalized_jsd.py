@@ -1,14 +1,24 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, mixture, weighted
+from hf_transfer_ext.losses.slopes import (
+    SUM_FORMS,
+    Outcomes,
+    PerRow,
+    Rows,
+    fused_by,
+    mixture,
+    weighted,
+    weighted_rows,
+    weighted_sum,
+)
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
-def slope(log_q: Rows, log_p: Rows, *, beta: float = 0.5) -> tuple[PerRow, Rows]:
-    q, p = log_q.exp(), log_p.exp()
+def slope(student: Outcomes, teacher: Outcomes, *, beta: float = 0.5) -> tuple[PerRow, Rows]:
+    q, p = student.probs, teacher.probs
     log_m = mixture(beta, p, q).log()
-    s = weighted(q, log_q - log_m).mul_(1 - beta)
-    return beta * weighted(p, log_p - log_m).sum(-1) + s.sum(-1), s
+    s = weighted_rows(q, student.log - log_m).mul_(1 - beta)
+    return beta * weighted_sum(p, teacher.log - log_m) + s.sum(-1), s
 
 
 @fused_by(slope, forms=SUM_FORMS)

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, weighted
+from hf_transfer_ext.losses.slopes import SUM_FORMS, Outcomes, PerRow, Rows, fused_by, weighted, weighted_rows
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
-def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
-    s = weighted(log_q.exp(), log_q - log_p)  # + q, which the rule cancels
+def slope(student: Outcomes, teacher: Outcomes) -> tuple[PerRow, Rows]:
+    s = weighted_rows(student.probs, student.log - teacher.log)  # + q, which the rule cancels
     return s.sum(-1), s
 
 

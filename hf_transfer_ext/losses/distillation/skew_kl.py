@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, mixture, weighted
+from hf_transfer_ext.losses.slopes import SUM_FORMS, Outcomes, PerRow, Rows, fused_by, mixture, weighted, weighted_sum
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
-def slope(log_q: Rows, log_p: Rows, *, skew: float = 0.1) -> tuple[PerRow, Rows]:
-    q, p = log_q.exp(), log_p.exp()
+def slope(student: Outcomes, teacher: Outcomes, *, skew: float = 0.1) -> tuple[PerRow, Rows]:
+    q, p = student.probs, teacher.probs
     m = mixture(skew, p, q)
     s = torch.where(q > 0, p * q / m, 0.0).mul_(skew - 1)
-    return weighted(p, log_p - m.log()).sum(-1), s
+    return weighted_sum(p, teacher.log - m.log()), s
 
 
 @fused_by(slope, forms=SUM_FORMS)

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by, mixture, weighted
+from hf_transfer_ext.losses.slopes import SUM_FORMS, Outcomes, PerRow, Rows, fused_by, mixture, weighted, weighted_rows
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
-def slope(log_q: Rows, log_p: Rows, *, skew: float = 0.1) -> tuple[PerRow, Rows]:
-    q, p = log_q.exp(), log_p.exp()
+def slope(student: Outcomes, teacher: Outcomes, *, skew: float = 0.1) -> tuple[PerRow, Rows]:
+    q, p = student.probs, teacher.probs
     m = mixture(skew, q, p)
-    s = weighted(q, log_q - m.log())
+    s = weighted_rows(q, student.log - m.log())
     value = s.sum(-1)
     return value, s.sub_(torch.where(q > 0, q * q / m, 0.0), alpha=skew)
 

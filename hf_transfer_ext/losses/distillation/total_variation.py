@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from hf_transfer_ext.losses.slopes import SUM_FORMS, PerRow, Rows, fused_by
+from hf_transfer_ext.losses.slopes import SUM_FORMS, Outcomes, PerRow, Rows, fused_by
 from hf_transfer_ext.tensors import Logits, PerToken
 
 
-def slope(log_q: Rows, log_p: Rows) -> tuple[PerRow, Rows]:
-    q = log_q.exp()
-    difference = q - log_p.exp()
-    return 0.5 * difference.abs().sum(-1), difference.sign_().mul_(q).mul_(0.5)
+def slope(student: Outcomes, teacher: Outcomes) -> tuple[PerRow, Rows]:
+    difference = student.probs - teacher.probs
+    return 0.5 * difference.abs().sum(-1), difference.sign_().mul_(student.probs).mul_(0.5)
 
 
 @fused_by(slope, forms=SUM_FORMS)

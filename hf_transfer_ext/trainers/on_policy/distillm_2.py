@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 
 from hf_transfer_ext.losses.distillation import skew_kl, skew_reverse_kl
-from hf_transfer_ext.losses.slopes import SLOPES, PerRow, Rows, fused_by
+from hf_transfer_ext.losses.slopes import SLOPES, Outcomes, PerRow, Rows, fused_by
 from hf_transfer_ext.tensors import Logits, PerToken
 from hf_transfer_ext.trainers.rollout_method import RolloutMethod, RolloutTokens, Source
 
@@ -73,11 +73,11 @@ class distillm_2(RolloutMethod):
         }
 
 
-def _slope(log_q: Rows, log_p: Rows, *, skew: float = 0.1, by_student: Any = False) -> tuple[PerRow, Rows]:
+def _slope(student: Outcomes, teacher: Outcomes, *, skew: float = 0.1, by_student: Any = False) -> tuple[PerRow, Rows]:
     (value, slope), (reverse, reverse_slope) = (
-        SLOPES[one](log_q, log_p, skew=skew) for one in (skew_kl, skew_reverse_kl)
+        SLOPES[one](student, teacher, skew=skew) for one in (skew_kl, skew_reverse_kl)
     )
-    chosen = torch.as_tensor(by_student, device=log_q.device)
+    chosen = torch.as_tensor(by_student, device=student.log.device)
     return torch.where(chosen.reshape(-1), reverse, value), torch.where(chosen, reverse_slope, slope)
 
 

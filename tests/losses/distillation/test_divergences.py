@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
-from hf_transfer_ext.losses.slopes import SLOPES, logit_gradient
+from hf_transfer_ext.losses.slopes import SLOPES, Outcomes, logit_gradient
 
 NAMES = list(DISTILLATION_LOSSES)
 
@@ -35,12 +35,12 @@ def test_the_formula_is_its_definition(name, options, temperature):
 @pytest.mark.parametrize("name, options", oracles.CASES)
 def test_the_slope_is_the_formula_and_its_gradient(name, options):
     student, teacher = logits(1, 4, 13).double().requires_grad_(), logits(1, 4, 13, seed=1).double()
-    log_q = (student[0].detach() / 1.5).log_softmax(-1)
-    value, slope = SLOPES[DISTILLATION_LOSSES[name]](log_q, (teacher[0] / 1.5).log_softmax(-1), **options)
+    own, other = (Outcomes((z[0].detach() / 1.5).log_softmax(-1), normalized=True) for z in (student, teacher))
+    value, slope = SLOPES[DISTILLATION_LOSSES[name]](own, other, **options)
     formula = DISTILLATION_LOSSES[name](student, teacher, temperature=1.5, **options)
     torch.testing.assert_close(value.float(), formula[0].detach(), rtol=1e-5, atol=1e-6)
     (expected,) = torch.autograd.grad(formula.sum(), student)
-    torch.testing.assert_close(logit_gradient(log_q, slope, 1.5), expected[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logit_gradient(own, slope, 1.5), expected[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, options", oracles.CASES)
