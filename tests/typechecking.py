@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -13,14 +13,33 @@ from jaxtyping import _decorator
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
+#: The checks of functions that are defined inside functions, by all that they depend on.
+_checks: dict[Hashable, Callable] = {}
+
+
 def checked(function: Callable) -> Callable:
     """Check a function's annotations at each call, but for the constructors of configs built on `TrainingArguments`.
 
     transformers breaks its own annotations there (its argument parser passes `debug=None`); such configs check their
     values in `__post_init__`.
+
+    jaxtyping passes not the function itself but a stand-in with the same signature and no body. A function inside
+    another is defined at each call of that one, and beartype takes a millisecond, so equal stand-ins share a check.
     """
-    names = inspect.signature(function).parameters
-    return function if "per_device_train_batch_size" in names else _beartype(function)
+    signature = inspect.signature(function)
+    if "per_device_train_batch_size" in signature.parameters:
+        return function
+    if "<locals>" not in function.__qualname__:
+        return _beartype(function)
+    of_parameters = ((p.name, p.kind, p.annotation, type(p.default)) for p in signature.parameters.values())
+    key = (function.__module__, function.__qualname__, *of_parameters, signature.return_annotation)
+    try:
+        check = _checks.get(key)
+    except TypeError:  # an annotation that is not hashable
+        return _beartype(function)
+    if check is None:
+        check = _checks[key] = _beartype(function)
+    return check
 
 
 def _is_type(statement: ast.stmt) -> bool:
