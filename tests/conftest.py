@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hub_server import HubServer
@@ -44,13 +44,19 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORME
     os.environ.pop(name, None)
 
 
-def pytest_collection_finish() -> None:
-    """Leave what was imported and collected out of garbage collections.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave what is imported and collected out of garbage collections: it lives until the end.
 
-    Each `Trainer.train` ends with a full one, which takes half a second over the millions of objects of all tests.
+    Each `Trainer.train` ends with a full collection, which takes half a second over the objects of all tests.
     """
-    gc.collect()
-    gc.freeze()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
