@@ -5,6 +5,7 @@ import sys
 import jaxtyping
 import pytest
 import torch
+from typechecking import checked
 
 from hf_transfer_ext.merging.arithmetic.changes import elect_sign, one_for_zero
 from hf_transfer_ext.merging.arithmetic.noise import Noise
@@ -29,3 +30,19 @@ needs_the_hook = pytest.mark.skipif(
 def test_types_for_type_checkers_are_checked(call):
     with pytest.raises(jaxtyping.TypeCheckError):
         call()
+
+
+def test_equal_functions_inside_functions_share_a_check_and_others_do_not():
+    def stand_in(kind):
+        def read(value): ...
+
+        read.__annotations__ = {"value": kind}
+        return read
+
+    of_int, of_text = checked(stand_in(int)), checked(stand_in(str))
+    assert checked(stand_in(int)) is of_int and checked(stand_in(str)) is of_text
+    of_int(1)
+    of_text("one")
+    for check, wrong in ((of_int, "one"), (of_text, 1)):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            check(wrong)
