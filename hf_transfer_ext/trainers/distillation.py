@@ -213,6 +213,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
                 **kwargs,
             )
         args.model_init_kwargs = obeyed
+        if not hasattr(self, "router_aux_loss_coef"):  # TRL before 1.14 reads it from the settings alone
+            self.router_aux_loss_coef: float = args.router_aux_loss_coef
         refuse_split_sequences(self.accelerator.parallelism_config)  # a launcher may set it, too
         if (
             teaches and args.chat_template_path is not None and not args.is_span_loss
