@@ -356,8 +356,9 @@ class GOLDTrainer(_ReadsAnswers):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._num_generations == 1:
             return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return _RepeatedPrompts(
-            self.train_dataset if train_dataset is None else train_dataset,
+            dataset,
             mini_repeat_count=self._num_generations,
             batch_size=self._prompts_of_a_step,
             shuffle=self.args.train_sampling_strategy == "random",
@@ -371,6 +372,8 @@ class GOLDTrainer(_ReadsAnswers):
 
 class _RepeatedPrompts(RepeatSampler):
     """TRL's order of prompts, in which a resumed run goes on."""
+
+    seed: int
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass over the data the one of this epoch: TRL draws the passes one after another."""
