@@ -11,14 +11,16 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from trl import DistillationConfig as TRLDistillationConfig
 from trl import SFTTrainer
+from trl.trainer.utils import RepeatSampler
 
 from hf_transfer_ext.hub.record import RunRecord
 from hf_transfer_ext.models.loading import load_tokenizer
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["DistillationConfig", "DistillationTrainer", "GKDConfig", "GKDTrainer", "GOLDConfig", "GOLDTrainer"]
 
 #: Settings of TRL that the trainers below follow themselves.
-_FOLLOWED = ("chat_template_kwargs", "teacher_tokenizer_name_or_path")
+_FOLLOWED = ("chat_template_kwargs", "teacher_tokenizer_name_or_path", "num_generations")
 
 
 @dataclass
@@ -225,22 +227,13 @@ class _CutsData(SFTTrainer):
 
 
 class _ReadsAnswers(OurTrainer, _CutsData):  # type: ignore[misc]
-    """A trainer on rows with answers; its record says to which length they were cut."""
+    """A trainer on rows with answers; its record says to which length they were cut.
 
-    def describe(self, record: RunRecord) -> None:
-        super().describe(record)
-        record.config["data_length"] = self.data_length
-
-
-class GKDTrainer(_ReadsAnswers):
-    """TRL's `GKDTrainer`: the student writes a share of the batches, after the conversations up to their last answer.
-
-    Args:
-        teacher_model: A model, a path or a Hub id; None where the config names it.
-        args: `GKDConfig` of this module or of TRL.
-        train_dataset: With a column `messages`, or `prompt` and `completion`.
-        ours: Further arguments of `hf_transfer_ext.DistillationTrainer`.
+    The arguments are those of TRL's GKDTrainer, by name and by position; its GOLDTrainer has all but the last one.
     """
+
+    #: The configuration of TRL, and the one of this module.
+    _kinds: tuple[type, type]
 
     def __init__(
         self,
@@ -260,8 +253,10 @@ class GKDTrainer(_ReadsAnswers):
         **ours: Any,
     ) -> None:
         _refuse_arguments(data_collator=data_collator, formatting_func=formatting_func)
-        args = converted(_configuration(args, TRLGKDConfig, GKDConfig, model), OurConfig)
+        given = _configuration(args, *self._kinds, model)
+        args = converted(_without(given, *_FOLLOWED), OurConfig)
         self.data_length, args.max_length = args.max_length, None
+        self._follow(given, args, teacher_model, ours)
         super().__init__(
             model,
             teacher_model,
@@ -277,9 +272,36 @@ class GKDTrainer(_ReadsAnswers):
             **ours,
         )
 
+    def _follow(self, given: Any, args: Any, teacher_model: Any, ours: dict[str, Any]) -> None:
+        """Read the settings of `given` that `args`, the same in our words, does not have.
+
+        Args:
+            ours: Further arguments of our trainer, to which some of them are added.
+        """
+
+    def describe(self, record: RunRecord) -> None:
+        super().describe(record)
+        record.config["data_length"] = self.data_length
+
+
+class GKDTrainer(_ReadsAnswers):
+    """TRL's `GKDTrainer`: the student writes a share of the batches, after the conversations up to their last answer.
+
+    Args:
+        teacher_model: A model, a path or a Hub id; None where the config names it.
+        args: `GKDConfig` of this module or of TRL.
+        train_dataset: With a column `messages`, or `prompt` and `completion`.
+        ours: Further arguments of `hf_transfer_ext.DistillationTrainer`.
+    """
+
+    _kinds = TRLGKDConfig, GKDConfig
+
 
 class GOLDTrainer(_ReadsAnswers):
     """TRL's `GOLDTrainer`: as `GKDTrainer`, with `use_uld_loss` for a teacher of another tokenizer.
+
+    With `num_generations` n, an optimizer step has n texts for each of its prompts, in the order of TRL's trainer; an
+    epoch ends before a step that could not be filled.
 
     Args:
         teacher_model: A model, a path or a Hub id; None where the config names it.
@@ -288,26 +310,11 @@ class GOLDTrainer(_ReadsAnswers):
         ours: Further arguments of `hf_transfer_ext.DistillationTrainer`.
     """
 
-    def __init__(
-        self,
-        model: Any = None,
-        teacher_model: Any = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_metrics: Any = None,
-        callbacks: Any = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        preprocess_logits_for_metrics: Any = None,
-        peft_config: Any = None,
-        **ours: Any,
-    ) -> None:
-        _refuse_arguments(data_collator=data_collator)
-        given = _configuration(args, TRLGOLDConfig, GOLDConfig, model)
-        args = converted(_without(given, *_FOLLOWED), OurConfig)
-        self.data_length, args.max_length = args.max_length, None
+    _kinds = TRLGOLDConfig, GOLDConfig
+    _num_generations = 1
+
+    def _follow(self, given: Any, args: Any, teacher_model: Any, ours: dict[str, Any]) -> None:
+        self._num_generations = given.num_generations
         name = given.teacher_tokenizer_name_or_path
         if name is not None and ours.get("teacher_processing_class") is None:
             of_teacher = name in (teacher_model, args.teacher_model_name_or_path)
@@ -315,20 +322,65 @@ class GOLDTrainer(_ReadsAnswers):
             ours["teacher_processing_class"] = load_tokenizer(
                 name, revision=revision if of_teacher else None, trust_remote_code=args.trust_remote_code
             )
-        super().__init__(
-            model,
-            teacher_model,
-            args,
-            train_dataset,
-            processing_class,
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
-            **ours,
+
+    def start_rollouts(self) -> None:
+        super().start_rollouts()
+        if self._num_generations > 1:
+            self._require_whole_steps()
+
+    @property
+    def _prompts_of_a_step(self) -> int:
+        texts = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return texts * self.accelerator.num_processes // self._num_generations
+
+    def _require_whole_steps(self) -> None:
+        """Refuse data from which no optimizer step can be made of `num_generations` texts for each prompt."""
+        way, copies = self.args.train_sampling_strategy, self._num_generations
+        if way not in ("random", "sequential"):
+            raise ValueError(
+                f"`num_generations` is {copies}, and the texts of a prompt stay together, but "
+                f"`train_sampling_strategy` is {str(way)!r}. Set it to 'random' or 'sequential'."
+            )
+        if not isinstance(self.train_dataset, Sized):
+            raise ValueError(
+                f"`num_generations` is {copies}, but the data are streamed, and prompts are repeated by their place. "
+                "Load the data, or repeat the prompts in the stream."
+            )
+        if len(self.train_dataset) < self._prompts_of_a_step:
+            raise ValueError(
+                f"An optimizer step has {copies} texts for each of {self._prompts_of_a_step} prompts "
+                f"(`num_generations` {copies}), but the data have {len(self.train_dataset)}. Lower "
+                "`per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._num_generations == 1:
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return _RepeatedPrompts(
+            dataset,
+            mini_repeat_count=self._num_generations,
+            batch_size=self._prompts_of_a_step,
+            shuffle=self.args.train_sampling_strategy == "random",
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+
+    def describe(self, record: RunRecord) -> None:
+        super().describe(record)
+        record.config["num_generations"] = self._num_generations
+
+
+class _RepeatedPrompts(RepeatSampler):
+    """TRL's order of prompts, in which a resumed run goes on."""
+
+    seed: int
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass over the data the one of this epoch: TRL draws the passes one after another."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 def _refuse_arguments(**given: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import json
 import logging
 import re
@@ -357,6 +358,63 @@ def test_arguments_by_position_are_trls(models):
     assert set(trainer.evaluate()) >= {"eval_one_loss", "eval_two_loss"}
 
 
+@pytest.mark.parametrize("ours, theirs", [
+    (DistillationTrainer, TRLDistillationTrainer), (GKDTrainer, TRLGKDTrainer), (GOLDTrainer, TRLGOLDTrainer),
+])  # fmt: skip
+def test_the_arguments_of_a_trainer_begin_with_those_of_trl(ours, theirs):
+    """Names, order and defaults; what follows are our own, which are given by name."""
+    mine, wanted = (list(inspect.signature(kind).parameters.values()) for kind in (ours, theirs))
+    assert [one.name for one in mine[: len(wanted)]] == [one.name for one in wanted]
+    assert [one.default for one in mine[: len(wanted)]] == [one.default for one in wanted]
+    assert mine[-1].kind is inspect.Parameter.VAR_KEYWORD
+
+
+# ---- Several texts for each prompt ----
+
+
+def gold_with_copies(kind=GOLDTrainer, config=GOLDConfig, stream=False, rows=MESSAGES, **settings):
+    data = Dataset.from_dict({"messages": rows})
+    args = config("out", **{**SETTINGS, "lmbda": 1.0, "num_generations": 2, "max_completion_length": 8, **settings})
+    return kind(
+        tiny_llama(1, max_position_embeddings=2048), tiny_llama(2, max_position_embeddings=2048), args,
+        train_dataset=data.to_iterable_dataset() if stream else data, processing_class=byte_tokenizer(CHAT_TEMPLATE),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_prompts_are_repeated_in_the_order_of_trls_trainer(models, accumulation):
+    """Of TRL's passes, each of which reads the prompts of a step once for every micro-batch, one is compared."""
+    settings = {"gradient_accumulation_steps": accumulation, "rows": MESSAGES * 3 + MESSAGES[:1]}
+    theirs = gold_with_copies(TRLGOLDTrainer, TRLGOLDConfig, **settings)._get_train_sampler()
+    ours = gold_with_copies(**settings)._get_train_sampler()
+    size = 4 * accumulation
+    passes = []
+    for epoch in range(3):
+        places = list(theirs)
+        passes.append([place for i in range(0, len(places), size * accumulation) for place in places[i : i + size]])
+        ours.set_epoch(epoch)
+        assert list(ours) == passes[-1] and len(ours) == len(passes[-1]) == 24
+    assert passes[0] != passes[1]
+    ours.set_epoch(1)  # as a run does that is resumed there
+    assert list(ours) == passes[1]
+
+
+def test_each_copy_of_a_prompt_has_a_text_of_its_own(models):
+    trainer = gold_with_copies(max_steps=3, log_rollouts=8)  # 2 steps an epoch
+    trainer.train()
+    rows = [json.loads(line) for line in (models / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    first, second = rows[0:12:2], rows[1:12:2]
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
+    assert all(one["text"] != other["text"] for one, other in zip(first, second, strict=True))
+    order = trainer._get_train_sampler()
+    prompts = [tuple(row["input_ids"]) for row in trainer.train_dataset]
+    written = [prompts.index(next(p for p in prompts if trainer.processing_class.decode(p).startswith(row["prompt"])))
+               for row in rows[:8]]  # fmt: skip
+    assert written == list(order)
+    assert trainer.record().config["num_generations"] == 2
+
+
 @pytest.mark.parametrize("build, message", [
     (lambda: GKDTrainer(tiny_llama(1), args=hf_transfer_ext.DistillationConfig("out", **SETTINGS)),
      "has to be a GKDConfig of `hf_transfer_ext.trl` or of TRL"),
@@ -367,7 +425,10 @@ def test_arguments_by_position_are_trls(models):
     (lambda: DistillationTrainer(tiny_llama(1), tiny_llama(2), DistillationConfig("out", **SETTINGS),
                                  Dataset.from_dict({"prompt": ["a"], "image": ["b"]})), "prompts of text"),
     (lambda: DistillationConfig("out", max_completion_length=None, **SETTINGS), "texts need a limit"),
-    (lambda: GOLDConfig("out", num_generations=2, per_device_train_batch_size=2), "repeat the prompts"),
+    (lambda: gold_with_copies(train_sampling_strategy="group_by_length"), "texts of a prompt stay together"),
+    (lambda: gold_with_copies(stream=True), "the data are streamed, and prompts are repeated by their place"),
+    (lambda: gold_with_copies(gradient_accumulation_steps=8),
+     r"2 texts for each of 16 prompts \(`num_generations` 2\), but the data have 4"),
     (lambda: GOLDConfig("out", use_uld_loss=True, use_extended_uld=False, **SETTINGS), "compared by spans"),
     (lambda: GOLDConfig("out", use_uld_loss=True, uld_student_temperature=2.0, **SETTINGS), "Set both to the same"),
     (lambda: GOLDConfig("out", use_uld_loss=True, uld_use_hybrid_loss=True, beta=1.0, **SETTINGS), "strictly between"),

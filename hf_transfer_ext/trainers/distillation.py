@@ -213,6 +213,8 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
                 **kwargs,
             )
         args.model_init_kwargs = obeyed
+        if not hasattr(self, "router_aux_loss_coef"):  # TRL before 1.14 reads it from the settings alone
+            self.router_aux_loss_coef = args.router_aux_loss_coef
         refuse_split_sequences(self.accelerator.parallelism_config)  # a launcher may set it, too
         if (
             teaches and args.chat_template_path is not None and not args.is_span_loss
@@ -394,6 +396,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         num_items_in_batch: Any = None,
     ) -> Any:
         inputs = {**inputs, "use_cache": False}
+        inputs.pop("_prediction_loss_only", None)  # a note of SFTTrainer to its own loss, before TRL 1.15
         known = inputs.pop(ROLLOUT, None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True

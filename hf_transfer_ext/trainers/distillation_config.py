@@ -165,6 +165,8 @@ class DistillationConfig(DistillationSettings, SFTConfig):
     def __post_init__(self) -> None:
         check_numbers(self)
         choose_precision(self)
+        if self.loss_type in (None, "chunked_nll"):  # TRL before 1.15 has two ways to compute its own cross entropy
+            self.loss_type = "nll"
         super().__post_init__()
         self.teachers = from_json(self.teachers)
         self.layer_map = "uniform" if self.layer_map is None else from_json(self.layer_map)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from hf_transfer_ext.trainers import inherited
 from hf_transfer_ext.trainers.named_hidden_losses import named_hidden_losses
 from hf_transfer_ext.trainers.tasks import TASKS
 
@@ -40,9 +41,9 @@ def check_task(args: Any) -> None:
             raise ValueError(
                 f"`hidden_loss` is {loss.name}, but `task` is {args.task!r}: {task.unread[loss.reading]}."
             )
-    own = {one.name for one in fields(TrainingArguments)}
+    elsewhere = {one.name for one in fields(TrainingArguments)} | inherited.REFUSED.keys() | OBEYED
     for one in fields(SFTConfig):
-        if one.name in own or one.name in OBEYED or not one.init:
+        if one.name in elsewhere or not one.init:
             continue
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         if getattr(args, one.name) != default:

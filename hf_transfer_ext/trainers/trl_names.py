@@ -68,7 +68,7 @@ ANSWERED: dict[str, tuple[Any, str]] = {
     "vllm_structured_outputs_regex": (None, "texts are not held to a pattern here; leave it out"),
     "max_tool_calling_iterations": (None, "no tool is called while a text is written; leave it out"),
     "chat_template_kwargs": (None, "give them for each row, in a column `chat_template_kwargs`"),
-    "num_generations": (1, "repeat the prompts in the data instead"),
+    "num_generations": (1, "take GOLDTrainer of `hf_transfer_ext.trl`, or repeat the prompts in the data"),
     "callbacks": ([], "pass them to the trainer"),
     "teacher_tokenizer_name_or_path": (None, "pass the tokenizer itself, `teacher_processing_class`"),
     "use_extended_uld": (True, "texts are compared by spans, not by the places of tokens; leave it out"),

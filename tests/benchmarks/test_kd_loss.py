@@ -5,6 +5,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import trl
+from packaging.version import Version
 
 from benchmarks import kd_loss, measure
 
@@ -45,6 +47,8 @@ def test_the_table_of_a_toy_run(tmp_path):
 @pytest.mark.parametrize("method", PEERS)
 @pytest.mark.parametrize("divergence", kd_loss.PEER_BETA)
 def test_peers_compute_the_same_loss_and_gradients(method, divergence):
+    if method == "trl chunked" and Version(trl.__version__) < Version("1.15"):
+        pytest.skip("the benchmark calls the tiled loss as TRL has it since 1.15")
     assert max(kd_loss.errors("float32", method, divergence)) < kd_loss.TOLERANCE["float32"]
 
 

@@ -25,6 +25,8 @@ from hf_transfer_ext.trainers.inherited import (
 from hf_transfer_ext.trainers.unlearning import WITHOUT_EFFECT
 
 TEXTS = ["gold is a metal", "paris", "iron", "tin and zinc"]
+#: Settings that older versions of transformers, which `pyproject.toml` accepts, do not have yet.
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 #: A value that is not taken, for each setting of `REFUSED`.
 OTHER = {"label_smoothing_factor": 0.1, "loss_type": "dft", "use_cache": True, "label_names": ["targets"]}
 #: The same for `REFUSED_BY_UNLEARNING`.
@@ -54,7 +56,9 @@ def trainer_of(folder, student=None, teacher=None, **options):
 def test_every_field_is_in_the_table_once():
     table = [*OBEYED, *REFUSED, *WITHOUT_MEANING]
     assert len(table) == len(set(table))
-    assert set(table) == {field.name for field in fields(SFTConfig) if field.init}
+    inherited = {field.name for field in fields(SFTConfig) if field.init}
+    assert inherited <= set(table)
+    assert set(table) - inherited <= NEWER
 
 
 @pytest.mark.parametrize("name", REFUSED)
