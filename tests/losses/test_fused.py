@@ -1,6 +1,9 @@
 """The fused core against the formulas on full logits, and against float64 definitions."""
 
 import math
+import platform
+import subprocess
+import sys
 
 import oracles
 import pytest
@@ -455,3 +458,24 @@ def test_factors_scale_each_tokens_parts_apart(fused):
     loss.backward()
     torch.testing.assert_close(found.loss.double(), loss.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(leaf.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_temporaries_are_used_again_without_page_faults():
+    """In a process of its own, where nothing large was freed before."""
+    script = """
+import resource, torch
+from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
+from hf_transfer_ext.losses.fused import divergence_of_logits
+torch.set_num_threads(1)
+student, teacher = (torch.randn(64, 150_000, requires_grad=one) for one in (True, False))
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    divergence_of_logits(student, teacher, DISTILLATION_LOSSES["forward_kl"], weights=torch.ones(64))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+page_faults()
+print(page_faults(), student.numel() * 4 // resource.getpagesize())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    faults, pages_of_the_gradient = map(int, done.stdout.split())
+    assert faults < 1.5 * pages_of_the_gradient
