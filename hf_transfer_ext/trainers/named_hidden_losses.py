@@ -12,6 +12,7 @@ import torch
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import check_layer_map
 from hf_transfer_ext.losses.layer_reading import AT_HEADS, OF_STATES, Reading, hidden_options, reading_of
+from hf_transfer_ext.models.layer_views import SIDES, Side
 from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.settings import from_json
 
@@ -26,6 +27,8 @@ class NamedHiddenLoss:
         layer_map: As the setting of that name, which is the default.
         embeddings: As `hidden_embeddings`, which is the default of losses that read hidden states.
         options: The loss's own options.
+        side: Of encoder-decoders: "encoder" compares the layers of the encoders, "decoder", the default, those of the
+            decoders. A list may name a loss once for each.
     """
 
     name: str
@@ -33,6 +36,12 @@ class NamedHiddenLoss:
     layer_map: Any = "uniform"
     embeddings: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    side: Side | None = None
+
+    @property
+    def label(self) -> str:
+        """What the loss is called in logs: its name, followed by `_encoder` where it compares encoders."""
+        return f"{self.name}_encoder" if self.side == "encoder" else self.name
 
     @property
     def reading(self) -> Reading:
@@ -73,10 +82,25 @@ def named_hidden_losses(args: Any) -> list[NamedHiddenLoss]:
             "`hidden_loss` has to be a name, or a list of names and of mappings such as {name: hidden_mse, weight: "
             f".5}}, got {listed!r:.200}."
         )
-    names = [one["name"] for one in found]
+    losses = _with_defaults(found, mapping, args.hidden_embeddings)
+    names = [one.label for one in losses]
     if len(set(names)) < len(names):
         raise ValueError(f"`hidden_loss` names a loss twice: {', '.join(names)}. Put its layers into one `layer_map`.")
-    return _with_defaults(found, mapping, args.hidden_embeddings)
+    return losses
+
+
+def refuse_side(losses: list[NamedHiddenLoss], task: str) -> None:
+    """Refuse losses that name a `side`, for a task whose models have one stack of layers.
+
+    Raises:
+        ValueError: One names it.
+    """
+    for one in losses:
+        if one.side is not None:
+            raise ValueError(
+                f"`side` of {one.name} is {one.side!r}, but the models of the task {task} are not encoder-decoders: "
+                "they have one stack of layers. Leave `side` out."
+            )
 
 
 def _of_entry(entry: Any, where: str) -> dict[str, Any]:
@@ -93,6 +117,8 @@ def _of_entry(entry: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: `weight` has to be a number > 0, got {weight!r}. Leave out a loss without weight.")
     if not isinstance(entry.get("embeddings", False), bool):
         raise ValueError(f"{where}: `embeddings` has to be true or false, got {entry['embeddings']!r}.")
+    if entry.get("side") is not None and entry["side"] not in SIDES:
+        raise ValueError(f"{where}: {unknown_name('side', entry['side'], SIDES)}")
     if not isinstance(options, Mapping):
         raise ValueError(f"{where}: `options` has to be a mapping, got {options!r:.200}.")
     for name, value in options.items():
