@@ -16,9 +16,9 @@ A loss states it with `@reads(...)`; the trainer captures that, and nothing else
 - "messages": `loss(student, teacher, task, at_tokens, **options)`, both models cut at one pair of layers, with
   networks that are trained along (`losses.hidden.talking_models.Speaker`).
 
-Each returns one value for each token. In language models those at the positions that predict a labeled token count,
-in encoders those of all tokens but padding. What is read at the heads ("features", "logits") always counts where a
-labeled token is predicted.
+Each returns one value for each token. In language models those at the positions that predict a labeled token count, in
+encoders those of all tokens but padding, in vision-language models those of all tokens that both models read. What is
+read at the heads ("features", "logits") always counts where a labeled token is predicted.
 """
 
 from __future__ import annotations

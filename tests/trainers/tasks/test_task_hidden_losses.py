@@ -11,7 +11,9 @@ from recipes.test_distill_task_recipe import minilm
 from safetensors.torch import load_file
 from sharding import shard_on_cpu
 from trainers.tasks.test_seq2seq import t5
+from trainers.tasks.test_vision_language import ROWS as IMAGE_ROWS
 from trainers.tasks.tiny_encoders import config, tiny_bert, tokenizer_of
+from trainers.tasks.tiny_vision import llava, llava_processor
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -300,6 +302,11 @@ def test_what_a_task_can_read_it_learns_from_and_all_else_is_refused(tmp_path, n
             tokenizer = tokenizer_of("unigram")
             args = config(tmp_path, task, **options)
             trainer = TaskDistillationTrainer(t5(1), t5(2), args, Dataset.from_dict(rows), tokenizer, tokenizer)
+        elif task == "vision_language":
+            args = config(tmp_path, task, **{**options, "max_length": 128})
+            models = llava(1), llava(2, 48)
+            readers = llava_processor(), llava_processor(48)
+            trainer = TaskDistillationTrainer(*models, args, Dataset.from_dict(IMAGE_ROWS), *readers)
         else:
             trainer = trainer_of(tmp_path, task, **options, task_options=TASKS_HERE[task][2].get("task_options", {}))
         before = trainer.evaluate(trainer.train_dataset)
