@@ -36,7 +36,7 @@ from hf_transfer_ext.registry import keyword_options
 from hf_transfer_ext.teachers.documents import Document, documents_of
 from hf_transfer_ext.teachers.live import inputs_for
 from hf_transfer_ext.tensors import Mask, predicting_rows
-from hf_transfer_ext.trainers.conversation import cross_entropy_of, network_shapes, speaker
+from hf_transfer_ext.trainers.conversation import GATE, cross_entropy_of, network_shapes, speaker
 from hf_transfer_ext.trainers.named_hidden_losses import NamedHiddenLoss, named_hidden_losses
 from hf_transfer_ext.trainers.trained_along import TrainedAlong
 
@@ -307,6 +307,8 @@ class HiddenLoss(TrainedAlong):
         for role, width in zip(("student", "teacher"), widths, strict=True):
             for part, shape in network_shapes(role, width, size).items():
                 self.start(part, *shape, generator)
+        if self.options.get("gated", keyword_options(self.loss)["gated"]):
+            self.projections[GATE] = nn.Parameter(torch.zeros(1, 1))
 
     def forward(
         self,

@@ -144,9 +144,8 @@ def test_the_attention_of_encoders_is_the_models_own_with_its_biases(tmp_path, m
             torch.nn.init.normal_(model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     for model in (student, teacher):
         model.set_attn_implementation(attention)
-    trainer = trainer_of(
-        tmp_path, student, teacher, hidden_loss=[{"name": "minilm", "side": "encoder"}], kd_weight=0.0
-    )
+    losses = [{"name": "minilm", "side": "encoder", "weight": 1, "options": {"relative": False}}]
+    trainer = trainer_of(tmp_path, student, teacher, hidden_loss=losses, kd_weight=0.0)
     batch = trainer.data_collator(list(trainer.train_dataset))
     found = trainer.compute_loss(trainer.model, batch).item()
     total, count = 0.0, 0

@@ -136,8 +136,8 @@ def of_attention(own, other, projection):
 BY_HAND = [
     ("hidden_mse", {}, of_states),
     ("attention_mse", {}, of_scores),
-    ("attention_relation", {"heads": 2}, of_relations),
-    ("minilm", {}, of_attention),
+    ("attention_relation", {"heads": 2, "relative": False}, of_relations),
+    ("minilm", {"relative": False}, of_attention),
 ]
 
 
@@ -227,7 +227,7 @@ def test_several_losses_in_a_language_model(tmp_path):
     singles = [
         ({"hidden_loss": "hidden_mse"}, 1.0, "hidden_mse"),
         ({"hidden_loss": "dual_head"}, 0.2, "hidden_dual_head"),
-        ({"hidden_loss": "minilm", "layer_map": [[-1, -1]]}, 1.0, "hidden_minilm"),
+        ({"hidden_loss": "minilm", "layer_map": [[-1, -1]], "hidden_weight": 1.0}, 0.1, "hidden_minilm"),
     ]
     total = 0.0
     for options, weight, name in singles:
@@ -313,7 +313,7 @@ def test_what_a_task_can_read_it_learns_from_and_all_else_is_refused(tmp_path, n
         trainer.train()
         after = trainer.evaluate(trainer.train_dataset)
         assert after["eval_hidden"] < before["eval_hidden"] and trainer.task.views is None
-        assert after["eval_loss"] == pytest.approx(after["eval_hidden"], rel=1e-5)
+        assert after["eval_loss"] == pytest.approx(trainer.args.hidden_weight * after["eval_hidden"], rel=1e-5)
 
 
 def test_adapters_learn_and_teach(tmp_path):

@@ -124,7 +124,7 @@ def of_logits(own, other, at, projections):
 
 FORMULAS = {
     "hidden_mse": (of_states, {"layer_map": [[0, 1]]}),
-    "minilm": (of_attention, {}),
+    "minilm": (of_attention, {"hidden_weight": 1.0, "hidden_options": {"relative": False}}),
     "token_relationship_graph": (of_graph, {"layer_map": [[0, 1]]}),
     "feature_norm_direction": (of_features, {}),
     "dual_head": (of_logits, {}),
