@@ -16,9 +16,9 @@ A loss states it with `@reads(...)`; the trainer captures that, and nothing else
 - "messages": `loss(student, teacher, task, at_tokens, **options)`, both models cut at one pair of layers, with
   networks that are trained along (`losses.hidden.talking_models.Speaker`).
 
-Each returns one value for each token. In language models those at the positions that predict a labeled token count,
-in encoders those of all tokens but padding. What is read at the heads ("features", "logits") always counts where a
-labeled token is predicted.
+Each returns one value for each token. In language models those at the positions that predict a labeled token count, in
+encoders those of all tokens but padding, in vision-language models those of all tokens that both models read. What is
+read at the heads ("features", "logits") always counts where a labeled token is predicted.
 """
 
 from __future__ import annotations
@@ -40,15 +40,21 @@ OF_STATES: tuple[Reading, ...] = ("states", "sequences")
 OF_ATTENTION: tuple[Reading, ...] = ("relations", "scores", "attention")
 
 _READINGS: dict[Callable[..., Any], Reading] = {}
+_WEIGHTS: dict[Callable[..., Any], float] = {}
 
 
-def reads(reading: str) -> Callable[[Loss], Loss]:
-    """Decorator of a loss inside the network: what it reads of each layer."""
+def reads(reading: str, *, weight: float = 1.0) -> Callable[[Loss], Loss]:
+    """Decorator of a loss inside the network: what it reads of each layer.
+
+    Args:
+        weight: Its factor where no setting names one, > 0. A loss whose paper has it alone may be too large beside a
+            divergence.
+    """
     if reading not in READINGS:
         raise ValueError(unknown_name("reading of a layer", reading, READINGS))
 
     def note(loss: Loss) -> Loss:
-        _READINGS[loss] = cast(Reading, reading)
+        _READINGS[loss], _WEIGHTS[loss] = cast(Reading, reading), weight
         return loss
 
     return note
@@ -57,6 +63,11 @@ def reads(reading: str) -> Callable[[Loss], Loss]:
 def reading_of(loss: Callable[..., Any]) -> Reading:
     """What a loss reads of each layer."""
     return _READINGS[loss]
+
+
+def default_weight(loss: Callable[..., Any]) -> float:
+    """The factor of a loss where no setting names one."""
+    return _WEIGHTS[loss]
 
 
 def check_hidden_loss(loss: Callable[..., Any]) -> None:

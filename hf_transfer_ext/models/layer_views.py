@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class LayerView:
         query, key, value: `(batch, heads, length, head width)`, as attention reads them; None where not asked for.
         scaling: Factor of the product of queries and keys.
         softcap: Largest absolute value of attention scores, or None.
+        bias: What is added to attention scores for the distance of two tokens (T5), or None.
         causal: Whether a token looks only at itself and those before it, as the attention says of itself.
     """
 
@@ -45,6 +46,7 @@ class LayerView:
     value: Tensor | None = None
     scaling: float = 1.0
     softcap: float | None = None
+    bias: Tensor | None = None
     causal: bool | None = None
 
     def attended_values(self) -> Tensor:
@@ -59,28 +61,39 @@ class LayerView:
         assert query is not None and key is not None
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ key.transpose(2, 3) * self.scaling
-        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        return scores if self.bias is None else scores + self.bias
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers of a decoder or an encoder; of an encoder-decoder, those of its decoder.
+#: The two stacks of layers of an encoder-decoder. A model with one stack has it as its "decoder".
+Side = Literal["decoder", "encoder"]
+SIDES: tuple[Side, ...] = get_args(Side)
+
+
+def layers_of(model: nn.Module, side: Side = "decoder") -> nn.ModuleList:
+    """The layers of a decoder or an encoder; of a vision-language model, those of its language model.
+
+    Args:
+        side: Whose layers of an encoder-decoder.
 
     Raises:
-        ValueError: They cannot be told from other parts, or their states are not those of the tokens.
+        ValueError: They cannot be told from other parts, their states are not those of the tokens, or there is no
+            encoder beside a decoder.
     """
     causal = causal_lm_of(model)
     config, name = causal.config, type(causal).__name__
     if config.model_type in _LENGTH_FIRST:
         raise ValueError(f"The layers of {name} cannot be compared: their states are not ordered by text and token.")
-    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
+    part = _part_of(model, side)
     if getattr(config, "is_encoder_decoder", False):
-        found = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
-        wanted = "one list of modules"
+        found = [m for m in part.children() if isinstance(m, nn.ModuleList)]
+        name, wanted = f"The {side} of {name}", "one list of modules"
     else:
         count = config.get_text_config().num_hidden_layers
         wanted = f"one list of {count} modules"
-        for part in (decoder, causal.base_model):
-            found = _outermost_lists(part, count)
+        for within in (part, causal.base_model):
+            found = _outermost_lists(within, count)
             if found:
                 break
     if len(found) != 1:
@@ -89,6 +102,27 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
             "layers share their weights (ALBERT), or are of several kinds, cannot be compared layer by layer."
         )
     return found[0]
+
+
+def width_of(model: nn.Module, side: Side = "decoder") -> int:
+    """The width of the hidden states between the layers of `layers_of`."""
+    causal = causal_lm_of(model)
+    is_one = not getattr(causal.config, "is_encoder_decoder", False)
+    config = causal.config if is_one else getattr(_part_of(model, side), "config", causal.config)
+    return int(config.get_text_config().hidden_size)
+
+
+def _part_of(model: nn.Module, side: Side) -> Any:
+    """The module of a model that holds the layers of a side; the model itself, where it does not tell."""
+    causal = causal_lm_of(model)
+    if side == "encoder":
+        if not getattr(causal.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(causal).__name__} has no encoder beside a decoder. Leave `side` out: it has one stack of "
+                "layers."
+            )
+        return causal.get_encoder()
+    return causal.get_decoder() if hasattr(causal, "get_decoder") else causal
 
 
 def _outermost_lists(part: nn.Module, count: int) -> list[nn.ModuleList]:
@@ -103,16 +137,17 @@ def _outermost_lists(part: nn.Module, count: int) -> list[nn.ModuleList]:
 
 @contextmanager
 def layers_viewed(
-    model: nn.Module, layers: Iterable[int], *, attention: Collection[int] = ()
+    model: nn.Module, layers: Iterable[int], *, attention: Collection[int] = (), side: Side = "decoder"
 ) -> Iterator[dict[int, LayerView]]:
     """Within the block, every forward pass of the model leaves the views of some of its layers in the dictionary.
 
     Args:
         layers: Counted from 0; `EMBEDDINGS` for what the first one reads, `FEATURES` for what the head reads.
         attention: Those of them whose queries, keys and values are read, too.
+        side: Whose layers of an encoder-decoder.
     """
     found: dict[int, LayerView] = {layer: LayerView() for layer in layers}
-    modules = layers_of(model)
+    modules = layers_of(model, side)
     with ExitStack() as stack:
         for layer, view in found.items():
             if layer in (EMBEDDINGS, FEATURES):
@@ -158,7 +193,7 @@ def _attention_viewed(model: nn.Module, owners: dict[int, LayerView]) -> Iterato
             view.query, view.key, view.value = query, key, value
             scaling = kwargs.get("scaling", args[1] if len(args) > 1 else None)
             view.scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-            view.softcap = kwargs.get("softcap")
+            view.softcap, view.bias = kwargs.get("softcap"), kwargs.get("position_bias")
             view.causal = getattr(module, "is_causal", None)
         function: Any = given or sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query, key, value, *args, **kwargs)

@@ -19,6 +19,8 @@ from hf_transfer_ext.tensors import Mask, predicting_rows
 
 #: Tokens whose logits exist at once.
 LOGIT_TOKENS = 128
+#: The name of the student's gate among the weights, a single number behind tanh.
+GATE = "student_gate"
 
 
 def network_shapes(role: str, width: int, message_size: int) -> dict[str, tuple[int, int]]:
@@ -62,7 +64,8 @@ def speaker(
             run_to_head(model, found.append, **inputs)
         return found[-1]
 
-    return Speaker(states, encode, decode, upper)
+    gate = torch.tanh(weights[GATE][0, 0]) if role == "student" and GATE in weights else None
+    return Speaker(states, encode, decode, upper, gate)
 
 
 def root_mean_square(states: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length 1"]:

@@ -325,7 +325,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
 
     def plan(self) -> str:
         """What is going to be trained, and which memory its frozen teachers take, in words."""
-        between = [] if self.hidden_losses is None else [one.name for one in self.hidden_losses.losses]
+        between = [] if self.hidden_losses is None else [one.label for one in self.hidden_losses.losses]
         lines = plan_of(self, self.args.loss, *between)
         lines.append(f"Memory of the frozen teachers: {shown_bytes(self.frozen_bytes)}")
         if isinstance(self.teacher, SpanTeacher):

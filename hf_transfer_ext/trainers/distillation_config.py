@@ -28,7 +28,7 @@ from hf_transfer_ext.teachers.cache import planned_spec
 from hf_transfer_ext.teachers.several import not_cached_as_one
 from hf_transfer_ext.trainers.inherited import refuse_without_effect
 from hf_transfer_ext.trainers.logs import require_reporters
-from hf_transfer_ext.trainers.named_hidden_losses import named_hidden_losses
+from hf_transfer_ext.trainers.named_hidden_losses import default_hidden_weight, named_hidden_losses, refuse_side
 from hf_transfer_ext.trainers.named_teachers import COMBINATIONS, check_server_options, named_teachers
 from hf_transfer_ext.trainers.number_checks import check_numbers, check_option_numbers
 from hf_transfer_ext.trainers.on_policy_options import OnPolicyOptions
@@ -104,12 +104,15 @@ class DistillationSettings(OnPolicyOptions):
         teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
             layers of student and teacher, beside the others. Or several at once, as a list of names and of mappings
-            with `name`, `weight`, `layer_map`, `embeddings` and `options` (`trainers.named_hidden_losses`). The
-            teacher has to be a model or an adapter, and to read the student's tokens. Language models and decoders
-            compare the positions that predict a labeled token; encoders all tokens, with a mean over those of a text
-            for each of its items (the text, its words, its masked tokens).
+            with `name`, `weight`, `layer_map`, `embeddings`, `options` and `side`
+            (`trainers.named_hidden_losses`). The teacher has to be a model or an adapter, and to read the student's
+            tokens. Language models and decoders compare the positions that predict a labeled token; encoders and
+            vision-language models all tokens that both models read, with a mean over those of a text for each of its
+            items (the text, its words, its masked tokens, the tokens of its target or answer).
         hidden_options: The options of one loss, such as `{"heads": 8}` of attention_relation.
-        hidden_weight: Factor of that loss, or of the sum of several, > 0. Each is a mean over its mapped layers.
+        hidden_weight: Factor of that loss, or of the sum of several, > 0. Each is a mean over its mapped layers. Left
+            out, it is 0.1 for minilm and attention_relation, which else outweigh the loss beside them, and 1 for the
+            others and for a list, whose entries have these weights of their own.
         layer_map: Which layer of the student learns from which of the teacher: "uniform", "last", "skip", or pairs of
             layers that count from 0, `[[0, 1], [-1, -1]]` (`losses.layer_map`).
         hidden_embeddings: Compare the embeddings, too, in losses that read hidden states.
@@ -143,7 +146,7 @@ class DistillationSettings(OnPolicyOptions):
     teacher_sharpness: float = 0.5
     hidden_loss: list[Any] | str | None = None
     hidden_options: dict[str, Any] | str | None = field(default_factory=dict)
-    hidden_weight: float = 1.0
+    hidden_weight: float | None = None
     layer_map: list[Any] | str | None = "uniform"
     hidden_embeddings: bool = False
 
@@ -171,6 +174,8 @@ class DistillationConfig(DistillationSettings, SFTConfig):
         self.teachers = from_json(self.teachers)
         self.layer_map = "uniform" if self.layer_map is None else from_json(self.layer_map)
         self.loss = self.loss or self.default_loss()
+        if self.hidden_weight is None:
+            self.hidden_weight = default_hidden_weight(self.hidden_loss)
         check_option_numbers(self)
         require_reporters(self.report_to)
         self.loss_options: dict[str, Any] = dict(self.loss_options or {})  # type: ignore[arg-type]
@@ -268,8 +273,11 @@ class DistillationConfig(DistillationSettings, SFTConfig):
 
     def _check_hidden_loss(self) -> None:
         self.hidden_options: dict[str, Any] = dict(self.hidden_options or {})  # type: ignore[arg-type]
-        if not named_hidden_losses(self):
+        losses = named_hidden_losses(self)
+        if not losses:
             return
+        if self.task == CAUSAL_LM:
+            refuse_side(losses, CAUSAL_LM)
         if self.teachers or self.teacher_server:
             raise ValueError(
                 "`hidden_loss` reads the layers of one teacher, a model or an adapter, but "

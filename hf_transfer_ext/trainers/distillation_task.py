@@ -26,7 +26,13 @@ from hf_transfer_ext.models.loading import call_settings_restored, load_tokenize
 from hf_transfer_ext.models.plumbing import accepts, evaluation_mode
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.tensors import predicting_rows
-from hf_transfer_ext.trainers.hidden_loss import BetweenLayers, ComparedTokens, HiddenLosses, Views, tokens_of_texts
+from hf_transfer_ext.trainers.hidden_loss import (
+    BetweenLayers,
+    ComparedTokens,
+    HiddenLosses,
+    ViewsOfSides,
+    tokens_of_texts,
+)
 from hf_transfer_ext.weights.kinds import MODEL_KINDS, ModelKind
 
 logger = logging.getLogger(__name__)
@@ -83,11 +89,13 @@ class DistillationTask(ABC):
     uses_a_head: ClassVar[bool] = False
     #: What losses between layers cannot read of these models -> why (`losses.layer_reading`).
     unread: ClassVar[Mapping[Reading, str]] = {"features": NO_HEAD, "logits": NO_HEAD, "messages": NO_TALK}
+    #: The same of an encoder beside a decoder, for `side: encoder`; None where there is not one.
+    unread_in_encoder: ClassVar[Mapping[Reading, str] | None] = None
     #: Set by the trainer: whether batches are for evaluation, and whether the student's whole output is asked for.
     evaluates: bool = False
     wants_outputs: bool = False
     #: What the layers of "student" and "teacher" compute in this batch; None where no loss compares them.
-    views: dict[str, Views] | None = None
+    views: dict[str, ViewsOfSides] | None = None
     #: Which rows of hidden states, or logits, a mask of positions selects.
     select: ClassVar[Any] = staticmethod(predicting_rows)
 
@@ -336,16 +344,21 @@ class DistillationTask(ABC):
                     f"`hidden_loss` is set, but the task {type(self).__name__} does not run its {role} within "
                     "`viewed`, so that its layers are not read."
                 )
-        return self.between(self.views["student"], self.views["teacher"], self.compared_tokens(batch), model, teacher)
+        encoder = self.compared_in_encoder(batch) if self.between.reads("encoder") else None
+        views = self.views["student"], self.views["teacher"]
+        return self.between(*views, self.compared_tokens(batch), model, teacher, encoder=encoder)
 
     def compared_tokens(self, batch: Mapping[str, Tensor]) -> ComparedTokens:
         """The tokens whose layers are compared: all but padding, each text with the weight of its items."""
         return tokens_of_texts(batch, self.tokens_read(batch), self.items_of_texts(batch))
 
+    def compared_in_encoder(self, batch: Mapping[str, Tensor]) -> ComparedTokens:
+        """The tokens whose layers `side: encoder` compares: all that the encoder reads, weighted as above."""
+        return tokens_of_texts(batch, tokens_but_padding(batch), self.items_of_texts(batch))
+
     def tokens_read(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "texts length"]:
-        """True at the tokens of a batch that are not padding."""
-        ids = batch["input_ids"]
-        return batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+        """True at the tokens of a batch that `compared_tokens` compares."""
+        return tokens_but_padding(batch)
 
     def items_of_texts(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " texts"]:
         """The number of items in each text of a batch."""
@@ -389,6 +402,12 @@ class DistillationTask(ABC):
                     waiting = []
             if waiting:
                 yield to(device, self.collate(waiting))
+
+
+def tokens_but_padding(batch: Mapping[str, Tensor]) -> Bool[Tensor, "texts length"]:
+    """True at the tokens of `input_ids` that are not padding."""
+    ids = batch["input_ids"]
+    return batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
 
 
 def to(device: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

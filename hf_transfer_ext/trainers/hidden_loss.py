@@ -5,7 +5,8 @@ The losses themselves are formulas in `losses/hidden/`. Projections are trained 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,13 +21,22 @@ from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import layer_pairs
 from hf_transfer_ext.losses.layer_reading import AT_HEADS, OF_ATTENTION
 from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_module, head_of
-from hf_transfer_ext.models.layer_views import EMBEDDINGS, FEATURES, LayerView, layers_of, layers_viewed
+from hf_transfer_ext.models.layer_views import (
+    EMBEDDINGS,
+    FEATURES,
+    SIDES,
+    LayerView,
+    Side,
+    layers_of,
+    layers_viewed,
+    width_of,
+)
 from hf_transfer_ext.models.plumbing import is_sharded
 from hf_transfer_ext.registry import keyword_options
 from hf_transfer_ext.teachers.documents import Document, documents_of
 from hf_transfer_ext.teachers.live import inputs_for
 from hf_transfer_ext.tensors import Mask, predicting_rows
-from hf_transfer_ext.trainers.conversation import cross_entropy_of, network_shapes, speaker
+from hf_transfer_ext.trainers.conversation import GATE, cross_entropy_of, network_shapes, speaker
 from hf_transfer_ext.trainers.named_hidden_losses import NamedHiddenLoss, named_hidden_losses
 from hf_transfer_ext.trainers.trained_along import TrainedAlong
 
@@ -36,6 +46,8 @@ AUXILIARY_HEAD, AUXILIARY_BIAS = "auxiliary_head", "auxiliary_bias"
 LOGIT_TOKENS = 128
 
 Views = dict[int, LayerView]
+#: The views of a model's layers, for each side that a loss compares.
+ViewsOfSides = dict[Side, Views]
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,8 @@ class ComparedTokens:
         texts: Finds the texts, whose `positions` are the tokens in `compared`.
         items: Number of items of the loss in each row of the batch: a compared token then counts as that number by the
             number of tokens compared in its row. None: it counts as one item.
+        theirs: Where the same tokens, as many and in the same order, stand in the teacher's own batch; None where both
+            models read one batch.
     """
 
     inputs: Mapping[str, Any]
@@ -58,6 +72,12 @@ class ComparedTokens:
     labels: Int[Tensor, " labeled"] | None
     texts: Callable[[], list[Document]]
     items: Float[Tensor, " batch"] | None = None
+    theirs: ComparedTokens | None = None
+
+    @property
+    def of_teacher(self) -> ComparedTokens:
+        """The same tokens as the teacher reads them."""
+        return self if self.theirs is None else self.theirs
 
     def shares(self, mask: Bool[Tensor, "batch length"]) -> Float[Tensor, " tokens"]:
         """What each token of a mask counts as, in items."""
@@ -84,16 +104,18 @@ def tokens_of_texts(
     items: Float[Tensor, " batch"],
     labeled: Bool[Tensor, "batch length"] | None = None,
     labels: Int[Tensor, " labeled"] | None = None,
+    theirs: ComparedTokens | None = None,
 ) -> ComparedTokens:
     """The tokens of a batch with one text in each row, all of which are compared.
 
     The loss of a text is the mean over its tokens, and counts as often as the text has items.
 
     Args:
-        read: True at tokens that are not padding.
+        read: True at the tokens of the texts: not at padding, nor at what the teacher does not read.
         items: Number of items of the loss in each text.
         labeled: True at the tokens that the head predicts, if there is such a head.
         labels: What is predicted there.
+        theirs: Where the same tokens stand in the teacher's own batch.
     """
 
     def texts() -> list[Document]:
@@ -101,7 +123,8 @@ def tokens_of_texts(
         places = [np.flatnonzero(row) + number * length for number, row in enumerate(rows)]
         return [Document(one % length, np.arange(len(one)), one) for one in places if len(one)]
 
-    return ComparedTokens(inputs, read, torch.zeros_like(read) if labeled is None else labeled, labels, texts, items)
+    labeled = torch.zeros_like(read) if labeled is None else labeled
+    return ComparedTokens(inputs, read, labeled, labels, texts, items, theirs)
 
 
 class BetweenLayers(NamedTuple):
@@ -109,7 +132,7 @@ class BetweenLayers(NamedTuple):
 
     total: Sum over the items of the batch of all losses, each times its weight; carries the gradient.
     sums: For logs, without gradient: `hidden`, which is `total`; of several losses also each without its weight, as
-        `hidden_mse`, `hidden_attention_mse`, ...
+        `hidden_mse`, `hidden_attention_mse`, `hidden_mse_encoder`, ...
     """
 
     total: Float[Tensor, ""]
@@ -135,48 +158,66 @@ class HiddenLosses:
             HiddenLoss(one, student=student, teacher=teacher, seed=args.seed, causal=causal) for one in named
         ]
 
+    def reads(self, side: Side) -> bool:
+        """Whether a loss compares the layers of this side."""
+        return any(loss.side == side for loss in self.losses)
+
     def student_viewed(self, model: nn.Module) -> Any:
-        """`layers_viewed` of the student's mapped layers."""
+        """`layers_viewed` of the student's mapped layers, for each side that is compared."""
         return self._viewed(model, 0)
 
     def teacher_viewed(self, model: nn.Module) -> Any:
-        """`layers_viewed` of the teacher's mapped layers."""
+        """`layers_viewed` of the teacher's mapped layers, for each side that is compared."""
         return self._viewed(model, 1)
 
-    def _viewed(self, model: nn.Module, side: int) -> Any:
-        layers = {pair[side] for loss in self.losses for pair in loss.pairs}
-        attention = {pair[side] for loss in self.losses if loss.attends for pair in loss.pairs}
-        return layers_viewed(model, layers, attention=attention)
+    @contextmanager
+    def _viewed(self, model: nn.Module, role: int) -> Iterator[ViewsOfSides]:
+        with ExitStack() as stack:
+            found: ViewsOfSides = {}
+            for side in filter(self.reads, SIDES):
+                losses = [loss for loss in self.losses if loss.side == side]
+                layers = {pair[role] for loss in losses for pair in loss.pairs}
+                attention = {pair[role] for loss in losses if loss.attends for pair in loss.pairs}
+                found[side] = stack.enter_context(layers_viewed(model, layers, attention=attention, side=side))
+            yield found
 
     def __call__(
         self,
-        student: Views,
-        teacher: Views,
+        student: ViewsOfSides,
+        teacher: ViewsOfSides,
         tokens: ComparedTokens,
         student_model: nn.Module,
         teacher_model: nn.Module,
+        *,
+        encoder: ComparedTokens | None = None,
     ) -> BetweenLayers:
         """The losses of a batch, of what the layers computed.
 
         Args:
             student: Carries the gradient.
+            tokens: Those of decoders, or of models with one stack of layers.
             student_model: The student, unwrapped, whose upper layers run again in a conversation.
             teacher_model: The model that runs as the teacher, whose head or upper layers some losses read.
+            encoder: The tokens of encoders beside decoders, where `reads("encoder")`.
 
         Raises:
             ValueError: No gradient flows through the student's layers, or states are not those of the tokens.
         """
-        for views, model in ((student, student_model), (teacher, teacher_model)):
-            for view in views.values():
-                _require_states(view, model, tokens.compared)
+        compared = {"decoder": tokens, "encoder": encoder}
         found, sums = [], {}
         for loss in self.losses:
-            mask = tokens.labeled if loss.reading in AT_HEADS else tokens.compared
-            values = loss(student, teacher, tokens, student_model, teacher_model)
-            one = (values * tokens.shares(mask).to(values.device)).sum()
+            at, own, other = compared[loss.side], student[loss.side], teacher[loss.side]
+            assert at is not None
+            for view in own.values():
+                _require_states(view, student_model, at.compared)
+            for view in other.values():
+                _require_states(view, teacher_model, at.of_teacher.compared)
+            mask = at.labeled if loss.reading in AT_HEADS else at.compared
+            values = loss(own, other, at, student_model, teacher_model)
+            one = (values * at.shares(mask).to(values.device)).sum()
             found.append(loss.weight * one)
             if len(self.losses) > 1:
-                sums[f"hidden_{loss.name.removeprefix('hidden_')}"] = one.detach()
+                sums[f"hidden_{loss.label.removeprefix('hidden_')}"] = one.detach()
         total = torch.stack([one.to(found[0].device) for one in found]).sum()
         return BetweenLayers(total, {"hidden": total.detach(), **sums})
 
@@ -192,6 +233,12 @@ def _require_states(view: LayerView, model: nn.Module, mask: Tensor) -> None:
             f"The layers of {type(causal_lm_of(model)).__name__} give states of shape "
             f"{None if states is None else tuple(states.shape)}, needed is one for each token of a batch of shape "
             f"{tuple(mask.shape)}. Leave `hidden_loss` out, or choose a model that keeps its tokens apart."
+        )
+    if view.query is not None and view.key is not None and view.query.shape[2] != view.key.shape[2]:
+        raise ValueError(
+            f"In a layer of {type(causal_lm_of(model)).__name__} that `layer_map` names, {view.query.shape[2]} tokens "
+            f"attend to {view.key.shape[2]} others, such as parts of an image. Name layers with attention between the "
+            "tokens of a text, or choose a loss on hidden states, such as hidden_mse."
         )
 
 
@@ -223,9 +270,12 @@ class HiddenLoss(TrainedAlong):
             "Use a loss without (`attention_relation`, `token_relationship_graph`), a teacher of the student's width, "
             "or plain DDP.",
         )
-        self.name, self.weight, self.reading = named.name, named.weight, named.reading
+        self.name, self.label, self.weight, self.reading = named.name, named.label, named.weight, named.reading
         self.loss, self.options, self.causal = HIDDEN_LOSSES[named.name], dict(named.options), causal
-        depths, widths = zip(*(_shape(model) for model in (student, teacher)), strict=True)
+        self.side: Side = named.side or "decoder"
+        models = (student, teacher)
+        depths = [len(layers_of(model, self.side)) for model in models]
+        widths = [width_of(model, self.side) for model in models]
         self.pairs = [(FEATURES, FEATURES)] if self.reading in AT_HEADS else _mapped(named.layer_map, *depths)
         if named.embeddings:
             self.pairs = [(EMBEDDINGS, EMBEDDINGS), *self.pairs]
@@ -246,7 +296,7 @@ class HiddenLoss(TrainedAlong):
         """Whether the loss reads attention."""
         return self.reading in OF_ATTENTION
 
-    def _start_conversation(self, name: str, widths: tuple[int, ...], seed: int) -> None:
+    def _start_conversation(self, name: str, widths: Sequence[int], seed: int) -> None:
         if len(self.pairs) != 1:
             raise ValueError(
                 f"{name} cuts both models at one layer, but `layer_map` names {len(self.pairs)} pairs. Name one, such "
@@ -257,6 +307,8 @@ class HiddenLoss(TrainedAlong):
         for role, width in zip(("student", "teacher"), widths, strict=True):
             for part, shape in network_shapes(role, width, size).items():
                 self.start(part, *shape, generator)
+        if self.options.get("gated", keyword_options(self.loss)["gated"]):
+            self.projections[GATE] = nn.Parameter(torch.zeros(1, 1))
 
     def forward(
         self,
@@ -271,7 +323,7 @@ class HiddenLoss(TrainedAlong):
         if self.reading in AT_HEADS:
             head = teacher_head(teacher_model)
         elif self.reading not in ("states", "messages"):
-            texts = _Texts(tokens.texts(), tokens.compared.shape)
+            texts = tuple(_Texts(one.texts(), one.compared.shape) for one in (tokens, tokens.of_teacher))
         values = []
         for pair in self.pairs:
             own, other = student[pair[0]], teacher[pair[1]]
@@ -280,7 +332,7 @@ class HiddenLoss(TrainedAlong):
             elif texts is None:
                 values.append(self._at_tokens(pair, own, other, tokens, head))
             else:
-                values.append(self._in_texts(own, other, texts))
+                values.append(self._in_texts(own, other, *texts))
         found = torch.stack([one.to(values[0].device) for one in values]).mean(0)
         if torch.is_grad_enabled() and not found.requires_grad:
             raise ValueError(
@@ -293,8 +345,11 @@ class HiddenLoss(TrainedAlong):
     def _at_tokens(
         self, pair: tuple[int, int], own: LayerView, other: LayerView, tokens: ComparedTokens, head: LMHead | None
     ) -> Tensor:
-        student = _rows(own.states, tokens.compared if head is None else tokens.labeled)
-        teacher = _rows(other.states, tokens.compared if head is None else tokens.labeled).to(student.device)
+        student, teacher = (
+            _rows(view.states, at.compared if head is None else at.labeled)
+            for view, at in ((own, tokens), (other, tokens.of_teacher))
+        )
+        teacher = teacher.to(student.device)
         key = _key(pair)
         if self.reading == "logits" and head is not None:
             return self._of_logits(student, teacher, head)
@@ -358,26 +413,24 @@ class HiddenLoss(TrainedAlong):
             )
         return bool(found[0])
 
-    def _in_texts(self, own: LayerView, other: LayerView, texts: _Texts) -> Tensor:
+    def _in_texts(self, own: LayerView, other: LayerView, texts: _Texts, theirs: _Texts) -> Tensor:
         options = dict(self.options)
         causal = self.attends and self._is_causal(own, other)
         if "causal" in keyword_options(self.loss):
             options["causal"] = causal
+        models = ((own, texts), (other, theirs))
         if self.reading == "sequences":
-            sides: list[tuple[Tensor, ...]] = [(texts.tokens(own.states), texts.tokens(other.states))]
-        elif self.reading == "scores":
-            scores = [texts.pairs_of_tokens(view.scores(), causal=causal) for view in (own, other)]
-            sides = [(scores[0], scores[1])]
-        elif self.reading == "attention":
-            scores = [texts.pairs_of_tokens(view.scores(), causal=causal) for view in (own, other)]
-            values = [texts.tokens(_joined(view.attended_values())) for view in (own, other)]
-            sides = [(*scores, *values)]
+            calls: list[tuple[Tensor, ...]] = [tuple(at.tokens(view.states) for view, at in models)]
+        elif self.reading in ("scores", "attention"):
+            read = [at.pairs_of_tokens(view.scores(), causal=causal) for view, at in models]
+            if self.reading == "attention":
+                read += [at.tokens(_joined(view.attended_values())) for view, at in models]
+            calls = [tuple(read)]
         else:
             parts = ("query", "key", "value")
-            both = [[texts.tokens(_joined(getattr(view, part))) for part in parts] for view in (own, other)]
-            sides = list(zip(*both, strict=True))
-        mask = texts.mask.to(sides[0][0].device)
-        found = [self.loss(*(one.to(mask.device) for one in side), mask, **options) for side in sides]
+            calls = [tuple(at.tokens(_joined(getattr(view, part))) for view, at in models) for part in parts]
+        mask = texts.mask.to(calls[0][0].device)
+        found = [self.loss(*(one.to(mask.device) for one in call), mask, **options) for call in calls]
         return torch.stack(found).sum(0)[texts.counts.to(mask.device)]
 
 
@@ -426,11 +479,6 @@ def _joined(heads: Tensor | None) -> Tensor:
     """`(batch, heads, length, head width)` -> `(batch, length, width)`."""
     assert heads is not None
     return heads.transpose(1, 2).flatten(2)
-
-
-def _shape(model: nn.Module) -> tuple[int, int]:
-    """(layers, width) of a model."""
-    return len(layers_of(model)), causal_lm_of(model).config.get_text_config().hidden_size
 
 
 def _mapped(mapping: Any, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:

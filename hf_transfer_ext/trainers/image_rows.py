@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from difflib import SequenceMatcher
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -247,3 +250,74 @@ def batch_of(
     for row, (start, one) in enumerate(zip(starts, readings, strict=True)):
         labels[row, start : start + len(one.labels)] = torch.tensor(one.labels)
     return {**batch, "labels": labels}
+
+
+# ---- As two models read it ----
+
+
+class Row(NamedTuple):
+    """The tokens of a row as one model reads them, those of images included and padding left out.
+
+    ids: The tokens.
+    learned: True at the tokens of answers.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def rows_of(batch: Mapping[str, Tensor], prefix: str = "") -> list[Row]:
+    """The rows of a batch, padded on the right.
+
+    Args:
+        prefix: In front of the names of the teacher's tensors, where it reads its own.
+    """
+    ids, labels, masks = (batch[prefix + name].cpu() for name in ("input_ids", "labels", "attention_mask"))
+    learned = labels != IGNORE_INDEX
+    lengths = masks.sum(1).tolist()
+    return [Row(ids[i, :length].tolist(), learned[i, :length].tolist()) for i, length in enumerate(lengths)]
+
+
+def shared_places(own: Row, other: Row, image_tokens: frozenset[int]) -> tuple[list[int], list[int]]:
+    """Where the tokens that both models read stand in the row of each: as many places, in the same order.
+
+    The answers are the same tokens in both. Before and between them, tokens of text are matched in their order (chat
+    templates may differ). The tokens of an image are matched if they are as many and the same for both models, which
+    have to read the image in as many parts.
+
+    Args:
+        image_tokens: Ids of the tokens that stand for images.
+    """
+    if own.ids == other.ids:
+        return list(range(len(own.ids))), list(range(len(own.ids)))
+    answers = ([place for place, learned in enumerate(row.learned) if learned] for row in (own, other))
+    found = list(zip(*answers, strict=True))
+    units, theirs = (_units_of(row, image_tokens) for row in (own, other))
+    for gap in units.keys() & theirs.keys():
+        keys, other_keys = ([key for key, _ in side[gap]] for side in (units, theirs))
+        for start, begin, size in SequenceMatcher(None, keys, other_keys, autojunk=False).get_matching_blocks():
+            pairs = zip(units[gap][start : start + size], theirs[gap][begin : begin + size], strict=True)
+            for (_, places), (_, others) in pairs:
+                found += zip(places, others, strict=True)
+    found.sort()
+    return [place for place, _ in found], [place for _, place in found]
+
+
+def _units_of(row: Row, image_tokens: frozenset[int]) -> dict[int, list[tuple[Hashable, list[int]]]]:
+    """What stands before and between the answers: (what it is matched by, its places) for each token of text and each
+    run of tokens of images, by the number of tokens of answers before it."""
+    tokens = groupby(enumerate(row.ids), lambda one: one[1] in image_tokens)
+    runs = [(is_image, [place for place, _ in group]) for is_image, group in tokens]
+    images, read, answered = sum(is_image for is_image, _ in runs), 0, 0
+    found: dict[int, list[tuple[Hashable, list[int]]]] = defaultdict(list)
+    for is_image, places in runs:
+        if is_image:
+            read += 1
+            found[answered].append((("image", read, images, tuple(row.ids[place] for place in places)), places))
+            continue
+        for place in places:
+            if row.learned[place]:
+                answered += 1
+            else:
+                found[answered].append((row.ids[place], [place]))
+    return found

@@ -11,7 +11,15 @@ import torch
 
 from hf_transfer_ext.losses.hidden import HIDDEN_LOSSES
 from hf_transfer_ext.losses.layer_map import check_layer_map
-from hf_transfer_ext.losses.layer_reading import AT_HEADS, OF_STATES, Reading, hidden_options, reading_of
+from hf_transfer_ext.losses.layer_reading import (
+    AT_HEADS,
+    OF_STATES,
+    Reading,
+    default_weight,
+    hidden_options,
+    reading_of,
+)
+from hf_transfer_ext.models.layer_views import SIDES, Side
 from hf_transfer_ext.registry import keyword_options, unknown_name
 from hf_transfer_ext.settings import from_json
 
@@ -22,10 +30,13 @@ class NamedHiddenLoss:
 
     Args:
         name: A name of `HIDDEN_LOSSES`.
-        weight: Factor of this loss, > 0, beside `hidden_weight`, which is a factor of all.
+        weight: Factor of this loss, > 0, beside `hidden_weight`, which is a factor of all. Left out, it is the loss's
+            own: 0.1 of minilm and attention_relation, 1 of the others.
         layer_map: As the setting of that name, which is the default.
         embeddings: As `hidden_embeddings`, which is the default of losses that read hidden states.
         options: The loss's own options.
+        side: Of encoder-decoders: "encoder" compares the layers of the encoders, "decoder", the default, those of the
+            decoders. A list may name a loss once for each.
     """
 
     name: str
@@ -33,6 +44,12 @@ class NamedHiddenLoss:
     layer_map: Any = "uniform"
     embeddings: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    side: Side | None = None
+
+    @property
+    def label(self) -> str:
+        """What the loss is called in logs: its name, followed by `_encoder` where it compares encoders."""
+        return f"{self.name}_encoder" if self.side == "encoder" else self.name
 
     @property
     def reading(self) -> Reading:
@@ -59,7 +76,7 @@ def named_hidden_losses(args: Any) -> list[NamedHiddenLoss]:
     if not 0 < args.hidden_weight < math.inf:
         raise ValueError(f"`hidden_weight` must be > 0, got {args.hidden_weight}. Leave `hidden_loss` out instead.")
     if isinstance(listed, str):
-        found = [_of_entry({"name": listed, "options": options}, "`hidden_loss`")]
+        found = [_of_entry({"name": listed, "options": options, "weight": 1.0}, "`hidden_loss`")]
     elif isinstance(listed, (list, tuple)) and listed:
         if options:
             raise ValueError(
@@ -73,10 +90,31 @@ def named_hidden_losses(args: Any) -> list[NamedHiddenLoss]:
             "`hidden_loss` has to be a name, or a list of names and of mappings such as {name: hidden_mse, weight: "
             f".5}}, got {listed!r:.200}."
         )
-    names = [one["name"] for one in found]
+    losses = _with_defaults(found, mapping, args.hidden_embeddings)
+    names = [one.label for one in losses]
     if len(set(names)) < len(names):
         raise ValueError(f"`hidden_loss` names a loss twice: {', '.join(names)}. Put its layers into one `layer_map`.")
-    return _with_defaults(found, mapping, args.hidden_embeddings)
+    return losses
+
+
+def default_hidden_weight(hidden_loss: Any) -> float:
+    """`hidden_weight` where it is left out: the own weight of one loss; 1 of a list, whose entries have theirs."""
+    is_one = isinstance(hidden_loss, str) and hidden_loss in HIDDEN_LOSSES
+    return default_weight(HIDDEN_LOSSES[hidden_loss]) if is_one else 1.0
+
+
+def refuse_side(losses: list[NamedHiddenLoss], task: str) -> None:
+    """Refuse losses that name a `side`, for a task whose models have one stack of layers.
+
+    Raises:
+        ValueError: One names it.
+    """
+    for one in losses:
+        if one.side is not None:
+            raise ValueError(
+                f"`side` of {one.name} is {one.side!r}, but the models of the task {task} are not encoder-decoders: "
+                "they have one stack of layers. Leave `side` out."
+            )
 
 
 def _of_entry(entry: Any, where: str) -> dict[str, Any]:
@@ -88,11 +126,13 @@ def _of_entry(entry: Any, where: str) -> dict[str, Any]:
         if key not in known:
             raise ValueError(f"{where}: {unknown_name('setting', key, known)}")
     loss = HIDDEN_LOSSES[entry["name"]]
-    weight, options = entry.get("weight", 1.0), entry.get("options") or {}
+    weight, options = entry.get("weight", default_weight(loss)), entry.get("options") or {}
     if not _is_number(weight) or not 0 < weight < math.inf:
         raise ValueError(f"{where}: `weight` has to be a number > 0, got {weight!r}. Leave out a loss without weight.")
     if not isinstance(entry.get("embeddings", False), bool):
         raise ValueError(f"{where}: `embeddings` has to be true or false, got {entry['embeddings']!r}.")
+    if entry.get("side") is not None and entry["side"] not in SIDES:
+        raise ValueError(f"{where}: {unknown_name('side', entry['side'], SIDES)}")
     if not isinstance(options, Mapping):
         raise ValueError(f"{where}: `options` has to be a mapping, got {options!r:.200}.")
     for name, value in options.items():
@@ -109,7 +149,7 @@ def _of_entry(entry: Any, where: str) -> dict[str, Any]:
     if "layer_map" in entry:
         check_layer_map(entry["layer_map"], f"{where}: `layer_map`")
     _check_ranges(loss, options)
-    return {**entry, "options": dict(options)}
+    return {**entry, "weight": weight, "options": dict(options)}
 
 
 def _check_ranges(loss: Any, options: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hf_transfer_ext.trainers import inherited
-from hf_transfer_ext.trainers.named_hidden_losses import named_hidden_losses
+from hf_transfer_ext.trainers.named_hidden_losses import named_hidden_losses, refuse_side
 from hf_transfer_ext.trainers.tasks import TASKS
 
 #: Settings of texts that these tasks obey, beside those of `TrainingArguments`.
@@ -36,11 +36,13 @@ def check_task(args: Any) -> None:
     for name, why in REFUSED.items():
         if getattr(args, name):
             raise ValueError(f"`{name}` is {getattr(args, name)!r}, but `task` is {args.task!r}: {why}.")
-    for loss in named_hidden_losses(args):
-        if loss.reading in task.unread:
-            raise ValueError(
-                f"`hidden_loss` is {loss.name}, but `task` is {args.task!r}: {task.unread[loss.reading]}."
-            )
+    losses = named_hidden_losses(args)
+    if task.unread_in_encoder is None:
+        refuse_side(losses, args.task)
+    for loss in losses:
+        unread = task.unread_in_encoder if loss.side == "encoder" else task.unread
+        if loss.reading in unread:
+            raise ValueError(f"`hidden_loss` is {loss.name}, but `task` is {args.task!r}: {unread[loss.reading]}.")
     elsewhere = {one.name for one in fields(TrainingArguments)} | inherited.REFUSED.keys() | OBEYED
     for one in fields(SFTConfig):
         if one.name in elsewhere or not one.init:

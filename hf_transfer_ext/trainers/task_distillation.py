@@ -286,7 +286,7 @@ class TaskDistillationTrainer(TrainsAlong, TokenLossNormalization, Trainer):  # 
 
     def plan(self) -> str:
         """What is going to be trained, and which memory its frozen teacher takes, in words."""
-        between = [] if self.task.between is None else [one.name for one in self.task.between.losses]
+        between = [] if self.task.between is None else [one.label for one in self.task.between.losses]
         lines = plan_of(self, self.args.loss, *between)
         lines.append(f"Memory of the frozen teacher: {shown_bytes(self.frozen_bytes)}")
         return "\n".join([*lines, "Nothing was trained or written."])

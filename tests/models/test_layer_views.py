@@ -24,12 +24,16 @@ from transformers import (
     RobertaForTokenClassification,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
     XLNetConfig,
     XLNetModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vision_families import CONFIGS, vision_language
 
-from hf_transfer_ext.models.layer_views import EMBEDDINGS, FEATURES, layers_of, layers_viewed
+from hf_transfer_ext.models.layer_views import EMBEDDINGS, FEATURES, layers_of, layers_viewed, width_of
+from hf_transfer_ext.students.layers import layer_stack
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
@@ -111,7 +115,7 @@ def test_encoders_show_their_hidden_states_and_attention(family):
     assert found[1].causal is False and found[0].query is None
 
 
-def test_the_layers_of_encoder_decoders_are_those_of_their_decoders():
+def test_the_layers_of_encoder_decoders_are_those_of_their_decoders_or_encoders():
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2)
     )
@@ -122,6 +126,27 @@ def test_the_layers_of_encoder_decoders_are_those_of_their_decoders():
         BartConfig(vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=3, **sides)
     )
     assert layers_of(t5) is t5.decoder.block and layers_of(bart) is bart.model.decoder.layers
+    assert layers_of(t5, "encoder") is t5.encoder.block and layers_of(bart, "encoder") is bart.model.encoder.layers
+    shape = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
+        "num_key_value_heads": 2, "layer_types": ["full_attention"] * 2,
+    }  # fmt: skip
+    gemma = T5GemmaForConditionalGeneration(
+        T5GemmaConfig(encoder=shape, decoder={**shape, "hidden_size": 24, "num_hidden_layers": 2}, vocab_size=50)
+    )
+    assert layers_of(gemma, "encoder") is gemma.model.encoder.layers
+    for side, width in (("encoder", 16), ("decoder", 24)):
+        with layers_viewed(gemma, [0], side=side) as found:
+            gemma(input_ids=IDS, decoder_input_ids=IDS)
+        assert found[0].states.shape[2] == width == width_of(gemma, side)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no encoder beside a decoder\. Leave `side` out"):
+        layers_of(tiny_llama(1), "encoder")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_layers_of_vision_language_models_are_those_of_their_language_models(family):
+    model = vision_language(family)
+    assert layers_of(model) is layer_stack(model)[1] and width_of(model) == 32
 
 
 def test_layers_that_cannot_be_compared_are_refused():

@@ -33,7 +33,7 @@ def upper(model, layer, ids):
     return run
 
 
-def manual_step(student, teacher, texts, begun, lr=0.5, hidden_weight=0.3):
+def manual_step(student, teacher, texts, begun, options, lr=0.5, hidden_weight=0.3):
     """One SGD step on cross entropy plus the conversation, text by text."""
     tokenizer, learner = byte_tokenizer(), copy.deepcopy(student).train()
     for model in (learner, teacher):
@@ -58,14 +58,20 @@ def manual_step(student, teacher, texts, begun, lr=0.5, hidden_weight=0.3):
         states = own[PAIR[0]][0], other[PAIR[1]][0].detach()
         models = {"student": (learner, PAIR[0], states[0]), "teacher": (teacher, PAIR[1], states[1])}
         pair = [
-            Speaker(h, network(role, "encoder", h), network(role, "decoder", h), upper(model, layer, ids))
+            Speaker(
+                h,
+                network(role, "encoder", h),
+                network(role, "decoder", h),
+                upper(model, layer, ids),
+                torch.tanh(begun["student_gate"][0, 0]) if role == "student" and "student_gate" in begun else None,
+            )
             for role, (model, layer, h) in models.items()
         ]
 
         def ce(logits, labels=ids[0, 1:]):
             return torch.nn.functional.cross_entropy(logits[0, :-1], labels, reduction="none")
 
-        here = talking_models(*pair, lambda x: ce(learner.lm_head(x)), lambda x: x[0, :-1], **OPTIONS)
+        here = talking_models(*pair, lambda x: ce(learner.lm_head(x)), lambda x: x[0, :-1], **options)
         total, between = total + ce(z).sum() + hidden_weight * here.sum(), between + here.sum().item()
         tokens += ids.shape[1] - 1
     (total / tokens).backward()
@@ -88,13 +94,20 @@ def narrow(seed=1):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_step_is_the_step_of_the_formula(tmp_path, checkpointing):
-    teacher = deep()
-    trainer = make(tmp_path, narrow(), teacher, data=DATA, gradient_checkpointing=checkpointing, **settings())
+@pytest.mark.parametrize("gate", [None, 0.0, 0.4])
+def test_one_step_is_the_step_of_the_formula(tmp_path, checkpointing, gate):
+    teacher, options = deep(), {**OPTIONS, "gated": gate is not None}
+    trainer = make(
+        tmp_path, narrow(), teacher, data=DATA, gradient_checkpointing=checkpointing,
+        **settings(hidden_options=options),
+    )  # fmt: skip
+    if gate is not None:
+        assert only_loss(trainer).projections["student_gate"].item() == 0.0
+        torch.nn.init.constant_(only_loss(trainer).projections["student_gate"], gate)
     begun = {name: p.detach().clone().requires_grad_() for name, p in only_loss(trainer).projections.items()}
-    assert len(begun) == 8 and begun["teacher_decoder_out"].shape == (32, 8)
+    assert len(begun) == (8 if gate is None else 9) and begun["teacher_decoder_out"].shape == (32, 8)
     trainer.train()
-    expected, between = manual_step(narrow(), deep(), TEXTS[:4], begun)
+    expected, between = manual_step(narrow(), deep(), TEXTS[:4], begun, options)
     assert_same(weights(trainer), expected, atol=2e-5)
     found = {name: p.detach() for name, p in only_loss(trainer).projections.items()}
     assert_same(found, {name: p.detach() for name, p in begun.items()}, atol=2e-5)

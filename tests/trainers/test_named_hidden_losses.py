@@ -31,13 +31,32 @@ def test_entries_of_a_list_have_their_own_settings_and_the_others_of_all(tmp_pat
     wanted = [
         NamedHiddenLoss("hidden_mse", 1.0, "skip", True),
         NamedHiddenLoss("hidden_cosine", 2, "last", False),
-        NamedHiddenLoss("attention_relation", 1.0, "skip", False, {"heads": 2}),
+        NamedHiddenLoss("attention_relation", 0.1, "skip", False, {"heads": 2}),
         NamedHiddenLoss("dual_head", 0.1, "uniform", False, {"temperature": 1}),
     ]
     options = {"layer_map": "skip", "hidden_embeddings": True}
     assert named(tmp_path, hidden_loss=entries, **options) == wanted
     assert named(tmp_path, hidden_loss=json.dumps(entries), **options) == wanted  # as on a command line
     assert named(tmp_path, hidden_loss="hidden_mse", layer_map="[[0, 1]]")[0].layer_map == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    "options, of_all, of_each",
+    [
+        ({"hidden_loss": "hidden_mse"}, 1.0, [1.0]),
+        ({"hidden_loss": "minilm"}, 0.1, [1.0]),
+        ({"hidden_loss": "minilm", "hidden_weight": 1.0}, 1.0, [1.0]),
+        ({"hidden_loss": ["minilm", "hidden_mse", {"name": "attention_relation", "weight": 2}]}, 1.0, [0.1, 1.0, 2]),
+        ({"hidden_loss": ["minilm"], "hidden_weight": 0.5}, 0.5, [0.1]),
+        ({"hidden_loss": '["minilm"]'}, 1.0, [0.1]),
+        ({}, 1.0, []),
+    ],
+)
+def test_a_loss_has_its_own_weight_where_none_is_named(tmp_path, options, of_all, of_each):
+    args = config(tmp_path, **options)
+    assert args.hidden_weight == of_all and [one.weight for one in named_hidden_losses(args)] == of_each
+    again = config(tmp_path, **{**options, "hidden_weight": args.hidden_weight})  # as a recipe writes it
+    assert again.hidden_weight == of_all and named_hidden_losses(again) == named_hidden_losses(args)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +74,7 @@ def test_entries_of_a_list_have_their_own_settings_and_the_others_of_all(tmp_pat
         ({"hidden_loss": ["hidden_mse", "hidden_mse"]}, "names a loss twice: hidden_mse, hidden_mse"),
         ({"hidden_loss": ["hidden_mse"], "hidden_options": {"relative": False}}, "Put them into its entries"),
         ({"hidden_loss": [{"name": "hidden_mse", "options": {"heads": 2}}]}, "Unknown option of hidden_mse 'heads'"),
-        ({"hidden_loss": [{"name": "minilm", "options": {"a": 2}}]}, r"\(it has none\)"),
+        ({"hidden_loss": [{"name": "hidden_cosine", "options": {"a": 2}}]}, r"\(it has none\)"),
         ({"hidden_loss": [{"name": "hidden_mse", "options": 3}]}, "`options` has to be a mapping, got 3"),
         ({"hidden_loss": [{"name": "hidden_mse", "layer_map": [0, 1]}]}, "a name or pairs of layers"),
         ({"hidden_loss": [{"name": "hidden_mse", "embeddings": 1}]}, "`embeddings` has to be true or false, got 1"),

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hf_transfer_ext.losses.layer_reading import OF_ATTENTION, Reading
+from hf_transfer_ext.losses.layer_reading import AT_HEADS, OF_ATTENTION, Reading
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.tensors import IGNORE_INDEX
+from hf_transfer_ext.trainers.distillation_task import NO_TALK
 from hf_transfer_ext.trainers.token_losses import TokenTask
 
 
@@ -18,7 +19,9 @@ class seq2seq(TokenTask):
 
     .. math:: L = \text{kd\_weight} \, D(p_T, q_S) + \text{ce\_weight} \, CE(y, q_S)
 
-    as a mean over the target tokens. `hidden_loss` compares the layers of the decoders at these tokens.
+    as a mean over the target tokens. `hidden_loss` compares the layers of the decoders at these tokens, or, with
+    `side: encoder`, those of the encoders at all tokens of the source:
+    `[hidden_mse, {name: hidden_mse, side: encoder}]` compares both. Attention is compared in encoders alone.
 
     Rows have `source` and `target`. Both models read the student's tokens, and start their decoders with one token.
     `task_options`: `prefix`, put in front of every source ("summarize: "); `max_target_length`, by default
@@ -35,6 +38,10 @@ class seq2seq(TokenTask):
     unread: ClassVar[Mapping[Reading, str]] = {
         **TokenTask.unread,
         **dict.fromkeys(OF_ATTENTION, "a layer of its decoder has two attentions, to the target and to the source"),
+    }
+    unread_in_encoder: ClassVar[Mapping[Reading, str] | None] = {
+        **dict.fromkeys(AT_HEADS, "the head reads the decoder, and not the encoder. Leave `side` out"),
+        "messages": NO_TALK,
     }
     options: ClassVar[Mapping[str, Any]] = {"prefix": "", "max_target_length": None}
 

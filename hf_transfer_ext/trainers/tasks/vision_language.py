@@ -7,17 +7,29 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from hf_transfer_ext.data.images import undecoded
-from hf_transfer_ext.losses.layer_reading import READINGS
+from hf_transfer_ext.losses.layer_reading import Reading as Layers
 from hf_transfer_ext.models.heads import causal_lm_of
 from hf_transfer_ext.models.loading import load_processor, require_processor
 from hf_transfer_ext.teachers.live import OPTIONAL_INPUTS
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
-from hf_transfer_ext.trainers.distillation_task import TEACHER, content_of
-from hf_transfer_ext.trainers.image_rows import IMAGES, Reading, batch_of, images_of, messages_of, reading_of
+from hf_transfer_ext.trainers.distillation_task import TEACHER, content_of, tokens_but_padding
+from hf_transfer_ext.trainers.hidden_loss import ComparedTokens, tokens_of_texts
+from hf_transfer_ext.trainers.image_rows import (
+    IMAGES,
+    Reading,
+    batch_of,
+    images_of,
+    messages_of,
+    reading_of,
+    rows_of,
+    shared_places,
+)
 from hf_transfer_ext.trainers.token_losses import TokenTask
 
 logger = logging.getLogger(__name__)
@@ -42,6 +54,11 @@ class vision_language(TokenTask):
     tokens, for the teacher, and the prompts another chat template. The tokens of the answers have to be the same.
     `max_length` counts the tokens of images. It cuts answers; rows whose prompt does not fit are refused.
 
+    `hidden_loss` compares the layers of both language models at the tokens that both read: answers, prompts, and
+    images that are as many tokens, in as many parts, for both. Other images, and what one chat template has alone, are
+    left out, with a warning. Attention to tokens that are left out, or that come later (within an image of Gemma 3,
+    within a prompt of PaliGemma), is not compared.
+
     `task_options`: `image_folder`, which recipes set to the folder of the data; `freeze_vision`, to leave the vision
     tower as it is. A LoRA on "all-linear" layers is put on the language model alone.
 
@@ -57,9 +74,9 @@ class vision_language(TokenTask):
     has_answers: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {"image_folder": None, "freeze_vision": False}
     select: ClassVar[Any] = staticmethod(predicting_rows)
-    unread: ClassVar[Mapping[Any, str]] = dict.fromkeys(
-        READINGS, "an image may be other tokens for the teacher, and layers are compared token by token"
-    )
+    unread: ClassVar[Mapping[Layers, str]] = {
+        "messages": "the teacher answers at each of the student's tokens, and an image may be other tokens for it"
+    }
 
     def __init__(self, args: Any, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizer: Any = None) -> None:
         super().__init__(args, student, teacher, tokenizer)
@@ -69,6 +86,7 @@ class vision_language(TokenTask):
         models = [one for one in (student, teacher) if one is not None]
         self.image_tokens = frozenset[int]().union(*(image_tokens_of(one) for one in models))
         self.vision = vision_tower(student)[0]
+        self._warned_of_left_out = False
 
     @classmethod
     def load_reader(cls, name: Any, **how: Any) -> Any:
@@ -185,6 +203,48 @@ class vision_language(TokenTask):
 
     def teacher_mask(self, batch: Mapping[str, Tensor]) -> Bool[Tensor, "batch seq"]:
         return next_token_targets(batch[(TEACHER if self.reads_apart else "") + "labels"])[1]
+
+    def compared_tokens(self, batch: Mapping[str, Tensor]) -> ComparedTokens:
+        labels, labeled = next_token_targets(batch["labels"])
+        items, own, theirs = self.items_of_texts(batch), tokens_but_padding(batch), None
+        if self.reads_apart:
+            own, other = self._shared_tokens(batch)
+            theirs = tokens_of_texts(batch, other, items, pad(self.teacher_mask(batch), (0, 1)))
+        return tokens_of_texts(batch, own, items, pad(labeled, (0, 1)), labels[labeled], theirs)
+
+    def _shared_tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """True at the tokens that both models read, in the batch of the student and in that of the teacher."""
+        rows, others = rows_of(batch), rows_of(batch, TEACHER)
+        masks = [torch.zeros_like(batch[side + "input_ids"], dtype=torch.bool) for side in ("", TEACHER)]
+        for number, (row, other) in enumerate(zip(rows, others, strict=True)):
+            for mask, places in zip(masks, shared_places(row, other, self.image_tokens), strict=True):
+                mask[number, places] = True
+        self._warn_of_left_out(rows, others, masks)
+        return masks[0], masks[1]
+
+    def _warn_of_left_out(self, *read: Sequence[Any]) -> None:
+        """Say once how many tokens of each model are not compared, and how many of them stand for images."""
+        rows, others, masks = read
+        counts = []
+        for side, mask in zip((rows, others), masks, strict=True):
+            left_out = [
+                token for row, kept in zip(side, mask.tolist(), strict=True)
+                for token, one in zip(row.ids, kept, strict=False) if not one
+            ]  # fmt: skip
+            images = sum(token in self.image_tokens for token in left_out)
+            counts.append((len(left_out), sum(len(row.ids) for row in side), images))
+        if not self._warned_of_left_out and any(left_out for left_out, _, _ in counts):
+            self._warned_of_left_out = True
+            told = "; ".join(
+                f"{left_out} of {total} tokens of the {role} ({images} of them of images)"
+                for role, (left_out, total, images) in zip(("student", "teacher"), counts, strict=True)
+            )
+            logger.warning(
+                "`hidden_loss` leaves out what only one of the models reads. In the first such batch: %s. Images are "
+                "compared where both processors make as many tokens of them, and prompts where the chat templates "
+                "agree.",
+                told,
+            )
 
     def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         return next_token_targets(batch["labels"])[0]

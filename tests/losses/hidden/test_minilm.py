@@ -18,11 +18,18 @@ def kl(p, q):
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
+@pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_and_values_follow_their_definition(causal):
+def test_attention_and_values_follow_their_definition(causal, relative):
     scores = random(2, 2, 3, 3), random(2, 2, 3, 3, seed=1)
     values = random(2, 3, 4, seed=2), random(2, 3, 6, seed=3)
-    found = minilm(*scores, *values, MASK, causal=causal)
+    found = minilm(*scores, *values, MASK, causal=causal, relative=relative)
+
+    def size(part, read):
+        """What the products of values are divided by: their width, and their mean square over the text."""
+        numbers = [x for t in range(3) if read[t] for x in part[t].tolist()]
+        return len(part[0]) ** 0.5 * (sum(x * x for x in numbers) / len(numbers) if relative else 1.0)
+
     for b in range(2):
         for t in range(3):
             seen = [s for s in range(3) if MASK[b, s] and (s <= t or not causal)]
@@ -31,8 +38,7 @@ def test_attention_and_values_follow_their_definition(causal):
                 q, p = (softmax([side[b, a, t, s].item() for s in seen]) for side in scores)
                 want += kl(p, q) / 2
                 q, p = (
-                    softmax([(part[t] @ part[s]).item() / len(part[t]) ** 0.5
-                             for s in seen])
+                    softmax([(part[t] @ part[s]).item() / size(part, MASK[b]) for s in seen])
                     for part in (side[b].unflatten(-1, (2, -1))[:, a] for side in values)
                 )  # fmt: skip
                 want += kl(p, q) / 2

@@ -11,7 +11,9 @@ from recipes.test_distill_task_recipe import minilm
 from safetensors.torch import load_file
 from sharding import shard_on_cpu
 from trainers.tasks.test_seq2seq import t5
+from trainers.tasks.test_vision_language import ROWS as IMAGE_ROWS
 from trainers.tasks.tiny_encoders import config, tiny_bert, tokenizer_of
+from trainers.tasks.tiny_vision import llava, llava_processor
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -134,8 +136,8 @@ def of_attention(own, other, projection):
 BY_HAND = [
     ("hidden_mse", {}, of_states),
     ("attention_mse", {}, of_scores),
-    ("attention_relation", {"heads": 2}, of_relations),
-    ("minilm", {}, of_attention),
+    ("attention_relation", {"heads": 2, "relative": False}, of_relations),
+    ("minilm", {"relative": False}, of_attention),
 ]
 
 
@@ -225,7 +227,7 @@ def test_several_losses_in_a_language_model(tmp_path):
     singles = [
         ({"hidden_loss": "hidden_mse"}, 1.0, "hidden_mse"),
         ({"hidden_loss": "dual_head"}, 0.2, "hidden_dual_head"),
-        ({"hidden_loss": "minilm", "layer_map": [[-1, -1]]}, 1.0, "hidden_minilm"),
+        ({"hidden_loss": "minilm", "layer_map": [[-1, -1]], "hidden_weight": 1.0}, 0.1, "hidden_minilm"),
     ]
     total = 0.0
     for options, weight, name in singles:
@@ -300,13 +302,18 @@ def test_what_a_task_can_read_it_learns_from_and_all_else_is_refused(tmp_path, n
             tokenizer = tokenizer_of("unigram")
             args = config(tmp_path, task, **options)
             trainer = TaskDistillationTrainer(t5(1), t5(2), args, Dataset.from_dict(rows), tokenizer, tokenizer)
+        elif task == "vision_language":
+            args = config(tmp_path, task, **{**options, "max_length": 128})
+            models = llava(1), llava(2, 48)
+            readers = llava_processor(), llava_processor(48)
+            trainer = TaskDistillationTrainer(*models, args, Dataset.from_dict(IMAGE_ROWS), *readers)
         else:
             trainer = trainer_of(tmp_path, task, **options, task_options=TASKS_HERE[task][2].get("task_options", {}))
         before = trainer.evaluate(trainer.train_dataset)
         trainer.train()
         after = trainer.evaluate(trainer.train_dataset)
         assert after["eval_hidden"] < before["eval_hidden"] and trainer.task.views is None
-        assert after["eval_loss"] == pytest.approx(after["eval_hidden"], rel=1e-5)
+        assert after["eval_loss"] == pytest.approx(trainer.args.hidden_weight * after["eval_hidden"], rel=1e-5)
 
 
 def test_adapters_learn_and_teach(tmp_path):
