@@ -10,12 +10,11 @@ multiple-choice questions. Intervals are 95 %, over texts (or questions), of the
 given for each seed.
 
 *Signals.* The signal of the teacher has half of the weight and cross entropy the other half; *cross entropy* alone has
-no teacher. A hidden loss, with a weight of 1, is added to forward KL and compares layers by a uniform map; as in their
-papers, minilm and attention_relation compare the last layers alone, in relations of plain vectors, and dual_head, of
-weight .1, is added to cross entropy and compares plain logits. talking_models, without its gate, cuts both models in
-the middle. The two specialists were fine-tuned like the teacher,
-one on the texts of countries and one on those of elements; *column* sends each text to its specialist. That and a
-teacher of another family need whole texts: six of them, about as many tokens as two packed rows.
+no teacher. A hidden loss, with its default weight and options, is added to forward KL and compares layers by a uniform
+map; as in their papers, minilm and attention_relation compare the last layers alone, and dual_head is added to cross
+entropy. talking_models cuts both models in the middle. The two specialists were fine-tuned like the teacher, one on the
+texts of countries and one on those of elements; *column* sends each text to its specialist. That and a teacher of
+another family need whole texts: six of them, about as many tokens as two packed rows.
 
 *Equal time*: the steps that fit into the time of forward KL's, by the median processor time of five steps with a
 teacher that runs at every step (a cache is complete before the first). A signal within a tenth of that time keeps its
@@ -85,17 +84,13 @@ REFERENCE, ALONE = "forward_kl", "cross entropy"
 #: About as many tokens as in packed rows, which three texts fill.
 UNPACKED = {"packing": False, "per_device_train_batch_size": 3 * ROWS}
 SPECIALISTS = ("countries", "elements")
-#: What a hidden loss needs, or has in its paper, in place of its defaults.
+#: What a hidden loss needs, or has in its paper, besides its defaults.
 HIDDEN_SETTINGS: dict[str, dict[str, Any]] = {
-    "minilm": {"layer_map": [[-1, -1]], "hidden_weight": 1.0, "hidden_options": {"relative": False}},
-    "attention_relation": {
-        "layer_map": [[-1, -1]], "hidden_weight": 1.0, "hidden_options": {"heads": 1, "relative": False},
-    },
-    "talking_models": {"layer_map": [[LAYERS // 2, 9]], "hidden_options": {"gated": False}},
-    "dual_head": {
-        "kd_weight": 0.0, "ce_weight": 1.0, "hidden_weight": 0.1, "hidden_options": {"top": 64, "centered": False},
-    },
-}  # fmt: skip
+    "minilm": {"layer_map": [[-1, -1]]},
+    "attention_relation": {"layer_map": [[-1, -1]]},
+    "talking_models": {"layer_map": [[LAYERS // 2, 9]]},
+    "dual_head": {"kd_weight": 0.0, "ce_weight": 1.0},
+}
 #: Signal -> what it changes of the settings of forward KL.
 SIGNALS: dict[str, dict[str, Any]] = {
     ALONE: {"kd_weight": 0.0, "ce_weight": 1.0},
