@@ -12,8 +12,8 @@ given for each seed.
 *Signals.* The signal of the teacher has half of the weight and cross entropy the other half; *cross entropy* alone has
 no teacher. A hidden loss, with its default weight and options, is added to forward KL and compares layers by a uniform
 map; as in their papers, minilm and attention_relation compare the last layers alone, and dual_head is added to cross
-entropy. talking_models cuts both models in the middle. The two specialists were fine-tuned like the teacher, one on the
-texts of countries and one on those of elements; *column* sends each text to its specialist. That and a teacher of
+entropy. talking_models cuts both models in the middle. The two specialists were fine-tuned like the teacher, one on
+the texts of countries and one on those of elements; *column* sends each text to its specialist. That and a teacher of
 another family need whole texts: six of them, about as many tokens as two packed rows.
 
 *Equal time*: the steps that fit into the time of forward KL's, by the median processor time of five steps with a
