@@ -68,7 +68,8 @@ class DistillationSettings(OnPolicyOptions):
             the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
         kd_weight: Factor of the divergence from the teacher, >= 0.
         ce_weight: Factor of the cross entropy with the labels, >= 0. Both factors are taken as they are.
-        teacher_model_name_or_path: A local folder or Hub id; not needed where the trainer is given a teacher.
+        teacher_model_name_or_path: A local folder or Hub id, of a model or of an adapter on a base model, whose
+            tokenizer is taken where the adapter has none; not needed where the trainer is given a teacher.
         teacher_revision: Hub revision of the teacher.
         teacher_dtype: "auto", "float32", "bfloat16", ...
         teacher_model_init_kwargs: Further arguments of `from_pretrained` for the teacher, such as

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from teachers.test_alignment import ADVERSARIAL
 from teachers.test_server import server  # noqa: F401
 from tiny import tiny_llama
@@ -13,6 +14,7 @@ from trainers.test_distillation import assert_same, config, logged, weights
 
 from hf_transfer_ext import DistillationTrainer
 from hf_transfer_ext.losses.spans import SPAN_LOSSES, span_pair, takes_vocabularies
+from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.teachers.alignment import TokenBytes, align_vocabularies
 
 TEXTS = ["The capital of France is Paris.", "日本の首都は東京です。 🙂🙃", "a    b\t\tc\n\n   d", "naïve café Zürich"]
@@ -118,6 +120,43 @@ def test_packing_and_micro_batches_change_nothing(tmp_path, name):
     assert_same(weights(one), weights(split), atol=1e-5)
 
 
+def adapted(folder):
+    """A teacher with an adapter, saved without a tokenizer of its own, and the model that both are when merged."""
+    teacher().save_pretrained(folder / "base")
+    byte_fallback().save_pretrained(folder / "base")
+    model = get_peft_model(load_model(folder / "base"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(folder / "adapter")
+    return str(folder / "adapter"), load_model(folder / "adapter").merge_and_unload()
+
+
+WRITTEN = {"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize("name", SPAN_LOSSES)
+def test_an_adapter_on_another_model_teaches_as_the_merged_model(tmp_path, name):
+    adapter, merged = adapted(tmp_path)
+    both = {"loss": name, "loss_options": {"tau": 5.0} if name == "alm" else {}}
+    one = trained(tmp_path / "a", teacher=adapter, teacher_tokenizer=None, **both)
+    assert any("lora" in name for name, _ in one.teacher.network.named_parameters())
+    assert_same(weights(one), weights(trained(tmp_path / "b", teacher=merged, **both)), atol=1e-5)
+    base = trained(tmp_path / "c", **both)
+    assert max((a - weights(base)[name]).abs().max() for name, a in weights(one).items()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gold", "alm"])
+def test_an_adapter_on_another_model_judges_what_the_student_writes_as_the_merged_model(tmp_path, name):
+    adapter, merged = adapted(tmp_path)
+    both = {"data": Dataset.from_dict({"prompt": TEXTS}), "loss": name, "max_steps": 2, **WRITTEN}
+    one = trained(tmp_path / "a", teacher=adapter, teacher_tokenizer=None, **both)
+    other = trained(tmp_path / "b", teacher=merged, **both)
+    assert_same(weights(one), weights(other), atol=1e-5)
+    assert logged(one, "rollout_tokens") == logged(other, "rollout_tokens") and min(logged(one, "kd")) > 0
+
+
 def test_odd_texts_cut_rows_and_completions_alone_train(tmp_path):
     texts = [text for text in ADVERSARIAL if text]
     trainer = trained(tmp_path / "a", texts, loss="gold", max_length=9, max_steps=3)
@@ -193,8 +232,7 @@ def test_a_server_of_another_tokenizer_teaches_likelihoods_as_the_model_itself_d
 
 def test_a_student_writes_and_a_server_of_another_tokenizer_reads(tmp_path, server):  # noqa: F811
     server.model, server.tokenizer = teacher(), byte_fallback()
-    on_policy = {"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6}
-    served = start_served(tmp_path, server, data=Dataset.from_dict({"prompt": TEXTS}), **on_policy)
+    served = start_served(tmp_path, server, data=Dataset.from_dict({"prompt": TEXTS}), **WRITTEN)
     served.train()
     assert served.state.global_step == 1 and logged(served, "kd")[0] > 0
 
