@@ -175,15 +175,18 @@ class SpanTeacher:
     """Runs a teacher on the text of each row, in its own tokens.
 
     A span counts where all its tokens on the student's side are labeled, and both models predict its first token.
+    With the student's own tokenizer, spans are single tokens, unless the text is in other tokens than the tokenizer
+    makes of it, as a student may write it.
 
     Args:
-        teacher: The model.
+        teacher: The model, or an adapter on the student's base.
         student_tokenizer: Of the student.
         teacher_tokenizer: Of the teacher.
         student_rows: Vocabulary entries of the student's head.
     """
 
-    form = "spans"
+    #: Whether the model is split across processes, which have to run it together.
+    sharded: bool = False
 
     def __init__(
         self,
@@ -192,9 +195,11 @@ class SpanTeacher:
         teacher_tokenizer: PreTrainedTokenizerBase,
         student_rows: int,
     ) -> None:
-        self.live, self.model = teacher, teacher.model
+        self.live, self.sharded = teacher, teacher.sharded
+        #: The model whose memory is the teacher's own; None of an adapter on the student's base.
+        self.model = getattr(teacher, "model", None)
         self.pad = pad_token_id(teacher_tokenizer)
-        limit, rows = context_length(causal_lm_of(teacher.model)), head_rows(teacher.model)
+        limit, rows = context_length(causal_lm_of(teacher.network)), head_rows(teacher.network)
         self._align(student_tokenizer, teacher_tokenizer, student_rows, rows, limit)
 
     def _align(
@@ -312,7 +317,7 @@ class ServedSpanTeacher(SpanTeacher):
     """
 
     def __init__(self, server: ServerTeacher, student_tokenizer: PreTrainedTokenizerBase, student_rows: int) -> None:
-        self.server = server
+        self.server, self.model = server, None
         self._align(student_tokenizer, server.tokenizer, student_rows, server.vocab_size, None)
 
     def _rows(

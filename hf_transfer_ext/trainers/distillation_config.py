@@ -100,7 +100,8 @@ class DistillationSettings(OnPolicyOptions):
         teachers_by: "weight": the mixture of their probabilities by fixed weights. "confidence": a mixture by their
             entropy at each token. "column": a column of the data names one for each row, and any forms go together.
             "learned": a mixture by a small gate that is trained on the labels along (`teachers.learned`). A mixture
-            that has a cache or a server in it needs `loss: forward_kl`.
+            that has a cache or a server in it needs `loss: forward_kl`. With a span loss, "weight" and "column" alone:
+            each teacher reads the texts in tokens of its own, and the loss is the weighted sum of theirs.
         teacher_column: That column: names of teachers, or their places from 0.
         teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
@@ -239,6 +240,12 @@ class DistillationConfig(DistillationSettings, SFTConfig):
                 raise ValueError(f"`{stated[0]}` is given, but no `teachers`. List them.")
             return
         found = named_teachers(self.teachers, self.teachers_by)
+        readers = [one.name for one in found if one.tokenizer is not None]
+        if readers and not self.is_span_loss:
+            raise ValueError(
+                f"The teacher {readers[0]!r} has a `tokenizer`, but `loss: {self.loss}` compares tokens, and reads "
+                "them as the student does. Leave it out, or choose a span loss."
+            )
         for name, way in (("teacher_column", "column"), ("teacher_sharpness", "confidence")):
             if name in stated and self.teachers_by != way:
                 raise ValueError(f"`{name}` is given, but `teachers_by` is {self.teachers_by!r}. Set it to {way!r}.")
@@ -290,19 +297,29 @@ class DistillationConfig(DistillationSettings, SFTConfig):
             )
         if has_projections(SPAN_LOSSES[self.loss]) and self.torch_compile:
             raise ValueError(f"{self.loss} reads layers by hooks, which `torch_compile` does not see. Switch it off.")
-        if self.teacher_server and not needs_likelihoods_alone(SPAN_LOSSES[self.loss]):
+        entries = [] if self.teachers is None else named_teachers(self.teachers, self.teachers_by)
+        served = ["`teacher_server`"] if self.teacher_server else []
+        served += [f"the teacher {one.name!r}, a server," for one in entries if one.server is not None]
+        if served and not needs_likelihoods_alone(SPAN_LOSSES[self.loss]):
             possible = [name for name in SPAN_LOSSES if needs_likelihoods_alone(SPAN_LOSSES[name])]
             raise ValueError(
-                f"`loss: {self.loss}` compares whole distributions with a teacher model, but `teacher_server` lists "
+                f"`loss: {self.loss}` compares whole distributions with a teacher model, but {served[0]} lists "
                 f"a few tokens alone. From a server of another tokenizer, take {' or '.join(possible)}."
             )
-        for name in ("teacher_cache", "teacher_adapter", "teachers", "hidden_loss"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
-                    f"with `{name}`: its rows, or layers, are those of the student's tokens. Leave it out, or choose "
-                    "a divergence."
-                )
+        if self.teachers is not None and self.teachers_by not in ("weight", "column"):
+            raise ValueError(
+                f"`loss: {self.loss}` lets each teacher read the text in tokens of its own, which does not go with "
+                f"`teachers_by: {self.teachers_by}`: its weights are those of tokens that all teachers predict. "
+                "Combine them by weight or by column, or choose a divergence."
+            )
+        cached = [f"the cache {one.name!r} among `teachers`" for one in entries if one.cache is not None]
+        others = [f"`{name}`" for name in ("teacher_cache", "teacher_adapter", "hidden_loss") if getattr(self, name)]
+        if others or cached:
+            raise ValueError(
+                f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
+                f"with {[*others, *cached][0]}: its rows, or layers, are those of the student's tokens. Leave it out, "
+                "or choose a divergence. An adapter on another model is named by its folder, as a model is."
+            )
 
     @property
     def is_span_loss(self) -> bool:

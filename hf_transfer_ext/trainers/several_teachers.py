@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_transfer_ext.models.heads import head_rows
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.reading import one_line
 from hf_transfer_ext.registry import unknown_name
@@ -20,8 +21,9 @@ from hf_transfer_ext.teachers.cache import open_cache
 from hf_transfer_ext.teachers.learned import LearnedTeachers
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher
-from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers, no_such_place
+from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers, Several, no_such_place
 from hf_transfer_ext.teachers.signal import Teacher
+from hf_transfer_ext.teachers.spans import ServedSpanTeacher, SpanTeacher
 from hf_transfer_ext.trainers.distillation_models import check_length, check_vocabularies
 from hf_transfer_ext.trainers.named_teachers import NamedTeacher, named_teachers
 
@@ -36,27 +38,28 @@ def server_teacher(
     return ServerTeacher(url, model, tokenizer, api_key=os.environ.get(KEY_VARIABLE), **options)
 
 
-def span_server(args: Any, tokenizer: PreTrainedTokenizerBase | None) -> ServerTeacher:
+def span_server(
+    url: str, model: str, tokenizer: PreTrainedTokenizerBase | None, options: Mapping[str, Any], *, setting: str
+) -> ServerTeacher:
     """A teacher on a server that reads texts in tokens of its own.
 
     Args:
-        args: `DistillationConfig`.
         tokenizer: Of the server's model; None: loaded by the model's name there, if that is a folder or a Hub id.
+        setting: What a tokenizer is given by, as a message has it.
 
     Raises:
         ValueError: There is no tokenizer of that name.
     """
     if tokenizer is None:
         try:
-            tokenizer = load_tokenizer(args.teacher_server_model)
+            tokenizer = load_tokenizer(model)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"`loss: {args.loss}` with a server needs the tokenizer of its model, but the name there, "
-                f"{args.teacher_server_model!r}, is not a folder or Hub id with one ({one_line(error)}). Pass it as "
-                "`teacher_processing_class`."
+                "A span loss with a server needs the tokenizer of its model, but the name there, "
+                f"{model!r}, is not a folder or Hub id with one ({one_line(error)}). Pass it as {setting}."
             ) from error
-    options = {"top": 1, **args.teacher_server_options}  # the text's own tokens are listed in any case
-    return server_teacher(args.teacher_server, args.teacher_server_model, tokenizer, options)
+    options = {"top": 1, **options}  # the text's own tokens are listed in any case
+    return server_teacher(url, model, tokenizer, options)
 
 
 def started(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator: Accelerator, args: Any) -> Teacher:
@@ -76,15 +79,42 @@ def started(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator: Acce
         return open_cache(entry.cache, None, tokenizer, temperature=args.distill_temperature)
     if entry.server is not None:
         return server_teacher(entry.server, str(entry.server_model), tokenizer, entry.options)
-    code = {"trust_remote_code": args.trust_remote_code}
-    model = load_model(str(entry.model), revision=entry.revision, dtype=entry.dtype, **{**code, **entry.options})
-    own = load_tokenizer(str(entry.model), revision=entry.revision, **code)
+    model, own = _loaded(entry, args)
     check_vocabularies(student, model, tokenizer, own)
     check_length(f"teacher {entry.name!r}", model, args.max_length)
     return LiveTeacher(model, accelerator, fused=args.fused)
 
 
-def combined(entries: Sequence[NamedTeacher], teachers: Mapping[str, Teacher], args: Any) -> Teacher:
+def _loaded(entry: NamedTeacher, args: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model of an entry, and the tokenizer beside it."""
+    code = {"trust_remote_code": args.trust_remote_code}
+    model = load_model(str(entry.model), revision=entry.revision, dtype=entry.dtype, **{**code, **entry.options})
+    return model, load_tokenizer(str(entry.model), revision=entry.revision, **code)
+
+
+def started_spans(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator: Accelerator, args: Any) -> Any:
+    """The teacher of an entry for a span loss: it reads the text in tokens of its own.
+
+    Arguments as of `started`.
+
+    Raises:
+        ValueError: Its tokenizer is not at hand, or its tokens do not stand for bytes.
+    """
+    rows = head_rows(student)
+    if entry.server is not None:
+        own = None if entry.tokenizer is None else load_tokenizer(entry.tokenizer)
+        how: Any = {"setting": f"`tokenizer` of the teacher {entry.name!r}"}
+        return ServedSpanTeacher(
+            span_server(entry.server, str(entry.server_model), own, entry.options, **how), tokenizer, rows
+        )
+    if entry.adapter is not None:
+        return SpanTeacher(AdapterTeacher(student, entry.adapter, accelerator, fused=args.fused), tokenizer,
+                           tokenizer, rows)  # fmt: skip
+    model, own = _loaded(entry, args)
+    return SpanTeacher(LiveTeacher(model, accelerator, fused=args.fused), tokenizer, own, rows)
+
+
+def combined(entries: Sequence[NamedTeacher], teachers: Mapping[str, Any], args: Any) -> Several:
     """Several teachers as one, as `teachers_by` says.
 
     Raises:
