@@ -40,7 +40,7 @@ from hf_transfer_ext.teachers.several import (
     teacher_forms,
 )
 from hf_transfer_ext.teachers.signal import Teacher
-from hf_transfer_ext.teachers.spans import ServedSpanTeacher, SpanTeacher
+from hf_transfer_ext.teachers.spans import SpanTeacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.distillation_models import (
@@ -77,6 +77,7 @@ from hf_transfer_ext.trainers.several_teachers import (
     combined,
     routes_of,
     server_teacher,
+    span_reader,
     span_server,
     started,
     started_spans,
@@ -270,7 +271,9 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
             options = args.teacher_server_options
             found = server_teacher(args.teacher_server, args.teacher_server_model, own, options)
         if args.teacher_cache is not None:
-            found = self._cached(live, found)
+            found = found if args.is_span_loss else self._cached(live, found)
+            cached: CachedTeacher = getattr(found, "source", found)
+            self.add_callback(FlushCallback(cached.cache, self.accelerator))
         if isinstance(found, RoutedTeachers):
             if args.packing:
                 raise ValueError(
@@ -300,20 +303,27 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
     def _span_teacher(self, live: LiveTeacher | None, tokenizer: Any) -> SpanTeacher:
         args: Any = self.args
         own: Any = self.processing_class
+        if args.teacher_tokenizer is not None:
+            if live is not None or tokenizer is not None:
+                raise ValueError(
+                    "`teacher_tokenizer` is for a server, or a cache without its teacher, but the teacher's tokenizer "
+                    "is given otherwise: beside its model, or as `teacher_processing_class`. Leave one of them out."
+                )
+            tokenizer = load_tokenizer(args.teacher_tokenizer)
+        source: Any = live
         if args.teacher_server is not None:
-            how: Any = {"setting": "`teacher_processing_class`"}
+            setting: Any = {"setting": "`teacher_tokenizer` or `teacher_processing_class`"}
             options = args.teacher_server_options
-            server = span_server(args.teacher_server, args.teacher_server_model, tokenizer, options, **how)
-            found: SpanTeacher = ServedSpanTeacher(server, own, head_rows(self.model))
-        elif live is None or isinstance(live, AdapterTeacher):
+            source = span_server(args.teacher_server, args.teacher_server_model, tokenizer, options, **setting)
+        elif (live is None and args.teacher_cache is None) or isinstance(live, AdapterTeacher):
             raise ValueError(
                 f"`loss: {self.args.loss}` compares spans of text with a teacher model that has another tokenizer. "
                 "Name it by `teacher_model_name_or_path`, or give the model with `teacher_processing_class`; several "
                 "go into `teachers`."
             )
-        else:
-            found = SpanTeacher(live, own, tokenizer, head_rows(self.model))
-        return found
+        elif live is not None and args.teacher_cache is None:
+            return SpanTeacher(live, own, tokenizer, head_rows(self.model))
+        return span_reader(source, args.teacher_cache, tokenizer, self.model, own, args)
 
     def record(self) -> RunRecord:
         """The record of this training so far; with another tokenizer, how much of the vocabularies matches."""
@@ -344,22 +354,17 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
 
     def _cached(self, live: LiveTeacher | None, teacher: Any) -> CachedTeacher:
         if isinstance(teacher, ServerTeacher):
-            asked = CachedTeacher(TeacherCache(str(self.args.teacher_cache), teacher.fingerprint()), teacher)
-            self.add_callback(FlushCallback(asked.cache, self.accelerator))
-            return asked
+            return CachedTeacher(TeacherCache(str(self.args.teacher_cache), teacher.fingerprint()), teacher)
         folder, tokenizer = str(self.args.teacher_cache), cast(Any, self.processing_class)
         how: Any = {"temperature": self.args.distill_temperature, "options": self.args.teacher_cache_options}
         if isinstance(teacher, Several):
-            cached = open_combined_cache(folder, teacher, tokenizer, **how)
-        elif live is None and teacher is not None:
+            return open_combined_cache(folder, teacher, tokenizer, **how)
+        if live is None and teacher is not None:
             raise ValueError(
                 f"`teacher_cache` stores the outputs of models, adapters and servers, got a teacher of type "
                 f"{type(teacher).__name__}. Leave one of them out."
             )
-        else:
-            cached = open_cache(folder, live, tokenizer, **how, revision=self.args.teacher_revision)
-        self.add_callback(FlushCallback(cached.cache, self.accelerator))
-        return cached
+        return open_cache(folder, live, tokenizer, **how, revision=self.args.teacher_revision)
 
     def _hidden_losses(self) -> HiddenLosses:
         """The losses between layers, with their projections.

@@ -89,12 +89,15 @@ class DistillationSettings(OnPolicyOptions):
         teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
             are computed once and added, so that later epochs need no teacher forward; without, it is the teacher, and
             may be on the Hub: `hf://datasets/OWNER/NAME[@REVISION]`. With `teachers` that are models and adapters, by
-            weight or by confidence, their mixture is stored as one teacher.
+            weight or by confidence, their mixture is stored as one teacher. With `loss: alm` it holds the likelihoods
+            of texts in the teacher's own tokens.
         teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
         teacher_server: Address of an OpenAI-compatible server that gives log-probabilities of prompts (vLLM); the key
             is read from the environment variable TEACHER_API_KEY. With `teacher_cache`, each text is asked for once.
         teacher_server_model: The model's name on it.
         teacher_server_options: Arguments of `ServerTeacher` (top, timeout, retries, pause, parallel, check_tokenizer).
+        teacher_tokenizer: Folder or Hub id of the teacher's tokenizer, for `loss: alm` from a server whose model name
+            is not one, or from a cache alone.
         teachers: Several teachers, each a mapping with `model`, `adapter`, `cache` or `server` and perhaps `name`,
             `weight`, ... (`trainers.named_teachers.NamedTeacher`).
         teachers_by: "weight": the mixture of their probabilities by fixed weights. "confidence": a mixture by their
@@ -139,6 +142,7 @@ class DistillationSettings(OnPolicyOptions):
     teacher_server: str | None = None
     teacher_server_model: str | None = None
     teacher_server_options: dict[str, Any] | str | None = field(default_factory=dict)
+    teacher_tokenizer: str | None = None
     teachers: list[Any] | str | None = None
     teachers_by: str = "weight"
     teacher_column: str = "teacher"
@@ -196,6 +200,13 @@ class DistillationConfig(DistillationSettings, SFTConfig):
         if not self.float32_logits and (self.is_span_loss or not self.fused):
             other = f"`loss: {self.loss}`, which reads float32" if self.is_span_loss else "`fused=False`"
             raise ValueError(f"`float32_logits` is off, which has no effect with {other}. Leave one of them out.")
+        if self.teacher_tokenizer is not None and not (
+            self.is_span_loss and (self.teacher_server or self.teacher_cache)
+        ):
+            raise ValueError(
+                "`teacher_tokenizer` is for a span loss with `teacher_server` or `teacher_cache`, which have no "
+                "tokenizer beside them. Leave it out."
+            )
         if self.is_span_loss:
             self._check_span_loss()
         elif self.task == CAUSAL_LM:
@@ -298,10 +309,10 @@ class DistillationConfig(DistillationSettings, SFTConfig):
         if has_projections(SPAN_LOSSES[self.loss]) and self.torch_compile:
             raise ValueError(f"{self.loss} reads layers by hooks, which `torch_compile` does not see. Switch it off.")
         entries = [] if self.teachers is None else named_teachers(self.teachers, self.teachers_by)
+        possible = [name for name in SPAN_LOSSES if needs_likelihoods_alone(SPAN_LOSSES[name])]
         served = ["`teacher_server`"] if self.teacher_server else []
         served += [f"the teacher {one.name!r}, a server," for one in entries if one.server is not None]
-        if served and not needs_likelihoods_alone(SPAN_LOSSES[self.loss]):
-            possible = [name for name in SPAN_LOSSES if needs_likelihoods_alone(SPAN_LOSSES[name])]
+        if served and self.loss not in possible:
             raise ValueError(
                 f"`loss: {self.loss}` compares whole distributions with a teacher model, but {served[0]} lists "
                 f"a few tokens alone. From a server of another tokenizer, take {' or '.join(possible)}."
@@ -313,11 +324,26 @@ class DistillationConfig(DistillationSettings, SFTConfig):
                 "Combine them by weight or by column, or choose a divergence."
             )
         cached = [f"the cache {one.name!r} among `teachers`" for one in entries if one.cache is not None]
-        others = [f"`{name}`" for name in ("teacher_cache", "teacher_adapter", "hidden_loss") if getattr(self, name)]
-        if others or cached:
+        cached += ["`teacher_cache`"] if self.teacher_cache else []
+        if cached and self.loss not in possible:
+            raise ValueError(
+                f"`loss: {self.loss}` compares whole distributions with a teacher model, which does not go with "
+                f"{cached[0]}: a cache would hold the whole vocabulary for each token. Leave it out, or choose "
+                f"{' or '.join(possible)}, which needs the likelihoods of texts alone."
+            )
+        if self.teacher_cache and self.teachers:
+            raise ValueError(not_cached_as_one("teachers with tokens of their own"))
+        options = self.teacher_cache_options
+        if options and options != {"kind": "likelihoods"}:
+            raise ValueError(
+                f"`teacher_cache_options` are {options}, but {self.loss} reads likelihoods of texts alone, and its "
+                "cache is of kind likelihoods. Leave them out."
+            )
+        others = [f"`{name}`" for name in ("teacher_adapter", "hidden_loss") if getattr(self, name)]
+        if others:
             raise ValueError(
                 f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
-                f"with {[*others, *cached][0]}: its rows, or layers, are those of the student's tokens. Leave it out, "
+                f"with {others[0]}: its rows, or layers, are those of the student's tokens. Leave it out, "
                 "or choose a divergence. An adapter on another model is named by its folder, as a model is."
             )
 
@@ -397,7 +423,7 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     plain = between_stages(args)
     plain.kd_weight, plain.ce_weight = 0.0, 1.0
     plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
-    plain.teacher_cache_options = {}
+    plain.teacher_cache_options, plain.teacher_tokenizer = {}, None
     plain.hidden_loss = plain.teacher_server = plain.teachers = plain.on_policy = None
     forget_loading(plain)
     return plain

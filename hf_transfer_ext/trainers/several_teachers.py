@@ -17,13 +17,13 @@ from hf_transfer_ext.models.heads import head_rows
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.reading import one_line
 from hf_transfer_ext.registry import unknown_name
-from hf_transfer_ext.teachers.cache import open_cache
+from hf_transfer_ext.teachers.cache import open_cache, open_likelihoods
 from hf_transfer_ext.teachers.learned import LearnedTeachers
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher
 from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers, Several, no_such_place
 from hf_transfer_ext.teachers.signal import Teacher
-from hf_transfer_ext.teachers.spans import ServedSpanTeacher, SpanTeacher
+from hf_transfer_ext.teachers.spans import LikelihoodTeacher, SpanTeacher
 from hf_transfer_ext.trainers.distillation_models import check_length, check_vocabularies
 from hf_transfer_ext.trainers.named_teachers import NamedTeacher, named_teachers
 
@@ -100,18 +100,49 @@ def started_spans(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator
     Raises:
         ValueError: Its tokenizer is not at hand, or its tokens do not stand for bytes.
     """
-    rows = head_rows(student)
-    if entry.server is not None:
+    if entry.cache is not None or entry.server is not None:
         own = None if entry.tokenizer is None else load_tokenizer(entry.tokenizer)
-        how: Any = {"setting": f"`tokenizer` of the teacher {entry.name!r}"}
-        return ServedSpanTeacher(
-            span_server(entry.server, str(entry.server_model), own, entry.options, **how), tokenizer, rows
-        )
+        source: Any = None
+        if entry.server is not None:
+            how: Any = {"setting": f"`tokenizer` of the teacher {entry.name!r}"}
+            source = span_server(entry.server, str(entry.server_model), own, entry.options, **how)
+        return span_reader(source, entry.cache, own, student, tokenizer, args)
     if entry.adapter is not None:
-        return SpanTeacher(AdapterTeacher(student, entry.adapter, accelerator, fused=args.fused), tokenizer,
-                           tokenizer, rows)  # fmt: skip
+        live: LiveTeacher = AdapterTeacher(student, entry.adapter, accelerator, fused=args.fused)
+        return SpanTeacher(live, tokenizer, tokenizer, head_rows(student))
     model, own = _loaded(entry, args)
-    return SpanTeacher(LiveTeacher(model, accelerator, fused=args.fused), tokenizer, own, rows)
+    return SpanTeacher(LiveTeacher(model, accelerator, fused=args.fused), tokenizer, own, head_rows(student))
+
+
+def span_reader(
+    teacher: LiveTeacher | ServerTeacher | None, folder: str | None, own: Any, student: Any, tokenizer: Any, args: Any
+) -> LikelihoodTeacher:
+    """A teacher that tells the likelihoods of a text in its own tokens: a server, or a cache of any teacher.
+
+    Args:
+        teacher: None: the cache alone.
+        folder: Of the cache; None: each text is asked for anew.
+        own: The teacher's tokenizer; that of a server where it is None.
+        student: The student, unwrapped.
+        tokenizer: The student's.
+        args: `DistillationConfig`.
+
+    Raises:
+        ValueError: The cache is of something else, or the teacher's tokenizer is not known.
+    """
+    if isinstance(teacher, ServerTeacher):
+        own = teacher.tokenizer
+    if own is None:
+        raise ValueError(
+            f"The cache {folder!r} holds likelihoods of texts in the tokens of its teacher, and does not hold the "
+            "tokenizer. Name it by `teacher_tokenizer`, or by `tokenizer` of an entry of `teachers`, or pass it as "
+            "`teacher_processing_class`."
+        )
+    source: Any = teacher
+    if folder is not None:
+        how: Any = {"temperature": args.distill_temperature, "revision": args.teacher_revision}
+        source = open_likelihoods(folder, teacher, own, **how)
+    return LikelihoodTeacher(source, tokenizer, own, head_rows(student))
 
 
 def combined(entries: Sequence[NamedTeacher], teachers: Mapping[str, Any], args: Any) -> Several:

@@ -186,6 +186,25 @@ def test_a_server_and_a_model_teach_likelihoods_together(folders, server):  # no
     assert len({tuple(body["prompt"]) for path, body, _ in server.requests if path == "/v1/completions"}) == 2
 
 
+def test_caches_of_likelihoods_teach_as_their_models(folders):
+    data = Dataset.from_dict({"text": TEXTS, "teacher": ["wide", "near", "wide", "near"]})
+    options = {"loss": "alm", "loss_options": {"tau": 5.0}}
+    for name in ("wide", "near"):
+        cache = str(folders / f"cache-{name}")
+        trained(folders / name, teacher=str(folders / name), teacher_cache=cache, **options)
+    cached = [
+        {"cache": str(folders / f"cache-{name}"), "tokenizer": str(folders / name), "name": name}
+        for name in ("wide", "near")
+    ]
+    live = [entry(folders, name) for name in ("wide", "near")]
+    for more in ({"teachers_by": "column"}, {}):
+        rows = data if more else data.remove_columns("teacher")
+        one = trained(folders / "a", rows, teachers=cached, **options, **more)
+        other = trained(folders / "b", rows, teachers=live, **options, **more)
+        assert_same(weights(one), weights(other), atol=1e-5)
+        assert not any(one.frozen_bytes.values())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
