@@ -7,21 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import Accelerator
-
 from hf_transfer_ext.data.text import load_text_dataset
 from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_cache
 from hf_transfer_ext.hub.record import RunRecord
-from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.recipes.caching import cache_likelihoods, refuse_unfit, tokenized_as_in_training
 from hf_transfer_ext.recipes.run import load_named, run_recipe
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
-from hf_transfer_ext.teachers.live import LiveTeacher
-from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher, cache_server
-from hf_transfer_ext.trainers.several_teachers import server_teacher, span_server
+from hf_transfer_ext.teachers.server import KEY_VARIABLE, cache_server
+from hf_transfer_ext.trainers.several_teachers import server_teacher
 from hf_transfer_ext.weights.ranks import is_first_rank
 
 PROGRAM = "hf-transfer-ext cache-teacher"
@@ -57,14 +53,12 @@ def cache_for_distillation(
     """Tokenize a data set as the distillation trainer does, and store the teacher's rows for it.
 
     Training with `teacher_cache=FOLDER` and the same data, `max_length`, template and masks then needs no teacher.
-    With `kind: likelihoods` the training has `loss: alm`, and names the teacher's tokenizer by `teacher_tokenizer`.
 
     Args:
         teacher: Folder, Hub id, or address of an OpenAI-compatible server (http://...).
         dataset: File, folder or Hub id.
         folder: A new folder, or an unfinished cache of the same teacher, which is continued.
-        kind: top_and_samples (the default), top or samples; likelihoods of the texts in the teacher's own tokens for
-            loss alm. A server can only give top and likelihoods.
+        kind: top_and_samples (the default), top, samples, or likelihoods for loss alm; a server: top or likelihoods.
         top: Likeliest tokens; of a server, 20 by default.
         samples: Draws from the others.
         temperature: The distill_temperature of the training.
@@ -81,12 +75,10 @@ def cache_for_distillation(
         revision: Hub revision of the teacher.
         dtype: Of the teacher's weights: auto, float32, bfloat16, ...
         batch_size: Texts that the teacher reads at once.
-        student: With a server: folder or Hub id of the student, whose tokenizer the server's has to be. With kind
-            likelihoods, of any teacher: the student, whose tokenizer is another one.
+        student: With a server, whose tokenizer it has to have, or with kind likelihoods: folder or Hub id of the student.
         server_model: With a server: the model's name on it.
         server_options: With a server: {timeout, retries, pause, parallel, check_tokenizer}, as in ServerTeacher.
-        teacher_tokenizer: With a server and kind likelihoods: folder or Hub id of the server's tokenizer, by default
-            that of server_model.
+        teacher_tokenizer: With a server and kind likelihoods: its tokenizer, by default that of server_model.
 
     Raises:
         ValueError: A setting does not fit the teacher.
@@ -95,17 +87,13 @@ def cache_for_distillation(
     is_server = teacher.startswith(("http://", "https://"))
     refuse_unfit(settings, is_server=is_server)
     spec = CacheSpec(**{n: settings[n] for n in CacheSpec.__dataclass_fields__ if settings[n] is not None})
-    source: Any = {"columns": columns, "config_name": dataset_config, "revision": dataset_revision}
-    data = load_text_dataset(dataset, split=split, **source)
-    if student is None:
-        model, tokenizer = load_named(teacher, revision=revision, dtype=dtype)
-    else:
-        model, tokenizer = load_named(student)
-    rows, accelerator = tokenized_as_in_training(model, tokenizer, data, settings)
+    source: Any = {"columns": columns, "config_name": dataset_config, "revision": dataset_revision, "split": split}
+    own: Any = {"revision": revision, "dtype": dtype} if student is None else {}  # of the teacher, not of a student
+    model, tokenizer = load_named(student or teacher, **own)
+    rows, accelerator = tokenized_as_in_training(model, tokenizer, load_text_dataset(dataset, **source), settings)
     how: Any = {"batch_size": batch_size, "accelerator": accelerator}
     if kind == "likelihoods":
-        source, own = _teacher_of_likelihoods(settings, accelerator)
-        cache = cache_likelihoods(source, model, tokenizer, own, rows, settings, accelerator)
+        cache = cache_likelihoods(model, tokenizer, rows, settings, accelerator)
     elif is_server:
         options = {**(server_options or {}), **({"top": top} if top else {})}
         cache = cache_server(server_teacher(teacher, str(server_model), tokenizer, options), rows, folder, **how)
@@ -115,20 +103,6 @@ def cache_for_distillation(
         record = RunRecord("caching", PROGRAM, settings, recipe_sha256=sha256_of(__file__))
         finish_cache(cache.folder, record, settings, is_server=is_server)
     return cache
-
-
-def _teacher_of_likelihoods(
-    settings: dict[str, Any], accelerator: Accelerator
-) -> tuple[LiveTeacher | ServerTeacher, Any]:
-    """The teacher that tells likelihoods, and its own tokenizer."""
-    teacher, name = settings["teacher"], settings["teacher_tokenizer"]
-    if settings["server_model"] is not None:
-        own = None if name is None else load_tokenizer(name)
-        options = {**(settings["server_options"] or {}), **({"top": settings["top"]} if settings["top"] else {})}
-        server = span_server(teacher, settings["server_model"], own, options, setting="`teacher_tokenizer`")
-        return server, server.tokenizer
-    model, own = load_named(teacher, revision=settings["revision"], dtype=settings["dtype"])
-    return LiveTeacher(model, accelerator), own
 
 
 def main(argv: list[str] | None = None) -> int:

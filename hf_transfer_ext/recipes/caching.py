@@ -9,13 +9,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from hf_transfer_ext.models.heads import head_rows
+from hf_transfer_ext.models.loading import load_tokenizer
+from hf_transfer_ext.recipes.run import load_named
 from hf_transfer_ext.teachers.cache import TeacherCache, fill_cache, open_likelihoods
 from hf_transfer_ext.teachers.live import LiveTeacher
-from hf_transfer_ext.teachers.server import ServerTeacher
 from hf_transfer_ext.teachers.spans import LikelihoodTeacher
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.named_teachers import check_server_options
+from hf_transfer_ext.trainers.several_teachers import span_server
 
 #: Settings of the training that decide which tokens of a text are taught.
 TOKENIZATION = ("max_length", "completion_only_loss", "assistant_only_loss", "chat_template_path", "drop_unlabelled")
@@ -52,28 +54,30 @@ def refuse_unfit(settings: Mapping[str, Any], *, is_server: bool) -> None:
 
 
 def cache_likelihoods(
-    source: LiveTeacher | ServerTeacher,
-    student: Any,
-    tokenizer: Any,
-    teacher_tokenizer: Any,
-    rows: Any,
-    settings: Mapping[str, Any],
-    accelerator: Accelerator,
+    student: Any, tokenizer: Any, rows: Any, settings: Mapping[str, Any], accelerator: Accelerator
 ) -> TeacherCache:
     """Store the likelihoods of the student's texts in the teacher's tokens, as the span loss `alm` reads them.
 
     Args:
         student, tokenizer: The student's model and tokenizer.
-        teacher_tokenizer: The teacher's.
         rows: The texts in the student's tokens.
-        settings: Holds `folder`, `temperature`, `revision` and `batch_size`.
+        settings: Those of `cache-teacher`, which name the teacher.
     """
-    how: Any = {"temperature": settings["temperature"], "revision": settings["revision"]}
-    cached = open_likelihoods(settings["folder"], source, teacher_tokenizer, **how)
-    reader = LikelihoodTeacher(cached, tokenizer, teacher_tokenizer, head_rows(student))
-    texts = reader.respelled(rows)
-    how = {"batch_size": settings["batch_size"], "accelerator": accelerator}
-    return fill_cache(cached, texts, student=reader.model or student, **how)
+    revision, name, batch_size = (settings[one] for one in ("revision", "teacher_tokenizer", "batch_size"))
+    source: Any = None
+    if settings["server_model"] is not None:
+        own = None if name is None else load_tokenizer(name)
+        options, where = settings["server_options"] or {}, (settings["teacher"], settings["server_model"])
+        source = span_server(*where, own, options, setting="`teacher_tokenizer`")
+        own = source.tokenizer
+    else:
+        model, own = load_named(settings["teacher"], revision=revision, dtype=settings["dtype"])
+        source = LiveTeacher(model, accelerator)
+    how: Any = {"temperature": settings["temperature"], "revision": revision}
+    cached = open_likelihoods(settings["folder"], source, own, **how)
+    reader = LikelihoodTeacher(cached, tokenizer, own, head_rows(student))
+    how = {"batch_size": batch_size, "accelerator": accelerator, "student": reader.model or student}
+    return fill_cache(cached, reader.respelled(rows), **how)
 
 
 def tokenized_as_in_training(

@@ -165,6 +165,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         teacher = one_teacher(teacher if teacher_model is None else teacher_model, args)
         routes = routes_of(teacher, args)
         if routes is not None:
+            self.route_column = routes[0]
             check_routes(train_dataset, *routes)
             check_routes(eval_dataset, *routes, "evaluation data")
         if isinstance(model, (str, Path)):
@@ -394,7 +395,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
         if holds_prompts_alone(dataset):
-            prompts = tokenized_prompts(dataset, processing_class, args, self.chat_template)
+            prompts = tokenized_prompts(dataset, processing_class, args, self.chat_template, self.route_column)
             require_room(prompts, args, self._context)
             return prompts
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **kwargs)

@@ -43,8 +43,8 @@ def trained(folder, data=None, **options):
     return trainer
 
 
-def entry(folder, name, **more):
-    return {"model": str(folder / name), **more}
+def entry(folder, model, **more):
+    return {"model": str(folder / model), **more}
 
 
 def changes(trainer):
@@ -203,6 +203,68 @@ def test_caches_of_likelihoods_teach_as_their_models(folders):
         other = trained(folders / "b", rows, teachers=live, **options, **more)
         assert_same(weights(one), weights(other), atol=1e-5)
         assert not any(one.frozen_bytes.values())
+
+
+PROMPTS = ["The capital of France is", "Gold has the symbol", "Numbers: 0 1 2", "the theme of"]
+
+
+@pytest.mark.parametrize("on_policy", ["gkd", "distillm"])
+@pytest.mark.parametrize("completions", [False, True])
+@pytest.mark.parametrize("name", ["gold", "forward_kl"])
+def test_what_the_student_writes_is_judged_by_the_teacher_that_the_prompts_row_names(
+    folders, name, completions, on_policy
+):
+    tiny_llama(5, vocab_size=len(byte_level())).save_pretrained(folders / "near2")
+    byte_level().save_pretrained(folders / "near2")
+    column = [1, 0, 0, 1]
+    rows = {"prompt": PROMPTS, **({"completion": [" one", " two", " three", " four"]} if completions else {})}
+    data = Dataset.from_dict({**rows, "teacher": column})
+    options = {
+        "loss": name, "on_policy": on_policy, "on_policy_share": 1.0, "max_new_tokens": 5, "max_steps": 2,
+    }  # fmt: skip
+    if on_policy == "distillm" and completions:
+        options["on_policy_share"] = 0.5
+    first = "far" if name == "gold" else "near2"
+    entries = [entry(folders, first), entry(folders, "near")]
+    trainer = start(folders / "a", data, teachers=entries, teachers_by="column", **options)
+    read = {first: [], "near": []}
+    for which, teacher in trainer.teacher.teachers.items():
+        live = getattr(teacher, "live", teacher)
+
+        def signal(student, inputs, mask, which=which, plain=live.signal):
+            read[which] += [tuple(ids[kept.bool()].tolist()) for ids, kept in zip(
+                inputs["input_ids"], inputs["attention_mask"], strict=True)]  # fmt: skip
+            return plain(student, inputs, mask)
+
+        live.signal = signal
+    trainer.train()
+    assert trainer.state.global_step == 2 and min(logged(trainer, "kd")) > 0
+    for which, tokenizer in ((first, TEACHERS[first][0] if first in TEACHERS else byte_level), ("near", byte_level)):
+        prompts = {PROMPTS[i] for i, place in enumerate(column) if [first, "near"][place] == which}
+        texts = [tokenizer().decode(ids, skip_special_tokens=True) for ids in read[which]]
+        assert texts and all(any(text.lstrip().startswith(prompt) for prompt in prompts) for text in texts)
+
+
+@pytest.mark.parametrize("name", ["gold", "alm", "forward_kl"])
+def test_what_the_student_writes_for_one_of_several_teachers_trains_as_with_that_one_alone(folders, name):
+    data = Dataset.from_dict({"prompt": PROMPTS, "teacher": ["near"] * 4})
+    options = {"loss": name, "on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 5, "max_steps": 2}
+    other = "wide" if name != "forward_kl" else "near"
+    entries = [entry(folders, other, name="other"), entry(folders, "near")]
+    routed = trained(folders / "a", data, teachers=entries, teachers_by="column", **options)
+    alone = trained(folders / "b", data.remove_columns("teacher"), teacher=str(folders / "near"), **options)
+    assert_same(weights(routed), weights(alone), atol=1e-6)
+    assert routed.evaluate(routed.train_dataset)["eval_kd"] > 0
+
+
+def test_by_weight_several_teachers_judge_what_the_student_writes(folders):
+    options = {"loss": "gold", "on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 5}
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    entries = [entry(folders, "far", weight=1.0), entry(folders, "wide", weight=3.0)]
+    both = trained(folders / "both", data, teachers=entries, **options)
+    alone = [trained(folders / one, data, teacher=str(folders / one), **options) for one in ("far", "wide")]
+    one, other = (changes(trainer) for trainer in alone)
+    assert_same(changes(both), {key: 0.25 * one[key] + 0.75 * other[key] for key in one}, atol=2e-5)
 
 
 @pytest.mark.parametrize(
