@@ -75,7 +75,7 @@ def cache_for_distillation(
         revision: Hub revision of the teacher.
         dtype: Of the teacher's weights: auto, float32, bfloat16, ...
         batch_size: Texts that the teacher reads at once.
-        student: With a server, whose tokenizer it has to have, or with kind likelihoods: the student's folder or Hub id.
+        student: With a server, whose tokenizer it has to have, or with kind likelihoods: its folder or Hub id.
         server_model: With a server: the model's name on it.
         server_options: With a server: {timeout, retries, pause, parallel, check_tokenizer}, as in ServerTeacher.
         teacher_tokenizer: With a server and kind likelihoods: its tokenizer, by default that of server_model.
