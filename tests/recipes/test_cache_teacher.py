@@ -99,6 +99,9 @@ def test_the_recipe_learns_from_likelihoods_that_the_command_has_stored_as_from_
     assert main([str(folder / "far"), *words]) == 0
     assert "2 texts in" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in (folder / "cache").iterdir()}
+    record = read_record(folder / "cache")
+    assert [item.role for item in record.inputs] == ["teacher", "dataset", "student"]
+    assert [record.call[name] for name in ("teacher", "dataset", "student")] == ["input:0", "input:1", "input:2"]
     assert main([str(folder / "far"), *words]) == 0  # nothing is missing
     shards = [name for name in before if name.startswith("rows-")]
     assert [path.name for path in (folder / "cache").glob("rows-*")] == shards
