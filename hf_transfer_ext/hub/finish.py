@@ -122,13 +122,15 @@ def finish_cache(folder: Path, record: RunRecord, settings: Mapping[str, Any], *
     """
     dataset: Wanted = (settings["dataset"], settings["dataset_revision"], "dataset")
     teacher: Wanted = (settings["teacher"], settings["revision"], "teacher")
+    student: list[Wanted] = [(settings["student"], None, "student")] if settings["student"] is not None else []
     if is_server:
         record.inputs.append(RunInput(str(settings["server_model"]), "teacher"))
     else:
         record.inputs.append(describe_input(*teacher))
         call = {name: value for name, value in settings.items() if name != "folder"}
-        record.call = call_of({**call, "revision": None, "dataset_revision": None}, [teacher, dataset])
+        record.call = call_of({**call, "revision": None, "dataset_revision": None}, [teacher, dataset, *student])
     record.inputs.append(describe_dataset(*dataset[:2]))
+    record.inputs += [describe_input(*one) for one in student]  # whose tokens the texts are in
     if (folder / RECORD_FILE).is_file():
         before = [item for item in read_record(folder).inputs if item.role == "dataset"]
         record.inputs += [item for item in before if item not in record.inputs]

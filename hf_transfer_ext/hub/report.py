@@ -25,7 +25,8 @@ from hf_transfer_ext.hub.teacher_cache import pull_cache
 folder = pull_cache("{THIS_CACHE}")
 ```
 
-`hf-transfer-ext distill --teacher_cache FOLDER`, with the same data and `max_length`, then needs no teacher.""",
+`hf-transfer-ext distill --teacher_cache FOLDER`, with the same data and `max_length`, then needs no teacher. A cache
+of kind likelihoods is for `--loss alm`, and needs the teacher's tokenizer: `--teacher_tokenizer NAME`.""",
 }
 
 

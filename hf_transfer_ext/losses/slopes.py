@@ -38,7 +38,7 @@ Formula = TypeVar("Formula", bound=Callable)
 #: "dense": logits or log-probabilities over the vocabulary. "sparse": some tokens, and the mass of all the others.
 #: "sampled": tokens drawn at random, each weighted so that a sum over them estimates the sum over the vocabulary.
 #: "mixture": several teachers' rows of these forms, mixed by weights (`losses.rows.CombinedRows`).
-Form = Literal["dense", "sparse", "sampled", "mixture"]
+Form = Literal["dense", "sparse", "sampled", "mixture", "likelihood"]
 ALL_FORMS: tuple[Form, ...] = get_args(Form)
 #: The forms that a sum over the vocabulary accepts.
 SUM_FORMS: tuple[Form, ...] = ("dense", "sparse", "sampled")
@@ -122,6 +122,11 @@ def require_form(divergence: Callable, form: Form, teacher: str = "this teacher"
             "among them lists only some tokens, and what one does not list is unknown. Choose forward_kl, whose "
             "gradient is the weighted sum of each teacher's own; or mix models and adapters alone; or give each row "
             "of the data one teacher (`teachers_by: column`)."
+        )
+    if form == "likelihood":
+        raise ValueError(
+            f"{name} needs {' or '.join(forms)} teacher rows, but {teacher} tells the likelihoods of the tokens of a "
+            "text alone. Choose a span loss that reads likelihoods (alm), or a cache of another kind."
         )
     if form not in forms:
         raise ValueError(

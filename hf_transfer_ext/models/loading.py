@@ -51,6 +51,8 @@ def four_bit(compute_dtype: torch.dtype = torch.bfloat16) -> Any:
     )
 
 
+#: One of these is beside every tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 #: For every `from_pretrained`: without it transformers prompts on the terminal, and a piped `y` would run the code.
 NO_REMOTE_CODE = {"trust_remote_code": False}
 
@@ -181,6 +183,9 @@ def checked_adapter(name: str | Path, base: Any, *, revision: str | None = None)
 def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a padding token pads with its end-of-sequence token (masked by attention).
 
+    Args:
+        name: As of `load_model`. For an adapter without tokenizer files, that of its base model is loaded.
+
     Raises:
         FileNotFoundError: There is no tokenizer at `name`. For some model types transformers would create one with an
             empty vocabulary instead, which tokenizes every text to nothing; this is refused as well.
@@ -194,6 +199,9 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged tokenizer.json
         if "trust_remote_code" in str(error):
             raise ValueError(_needs_code("Tokenizer", name)) from error
+        base = None if kwargs.get("local_files_only") else _base_with_tokenizer(name, revision)
+        if base is not None:
+            return load_tokenizer(base[0], revision=base[1], **kwargs)
         raise FileNotFoundError(
             f"Tokenizer {str(name)!r} cannot be loaded: {one_line(error)} Fix the path or the Hub id; "
             "it must contain tokenizer.json and tokenizer_config.json."
@@ -207,6 +215,16 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, **kwargs: A
         tokenizer.pad_token = tokenizer.eos_token
     guard_chat_templates(tokenizer, str(name))
     return tokenizer
+
+
+def _base_with_tokenizer(name: str | Path, revision: str | None) -> tuple[str, str | None] | None:
+    """The base model of an adapter that has no tokenizer files of its own, and the base's revision; else None."""
+    adapter_config = file_of(name, "adapter_config.json", revision=revision)
+    if adapter_config is None or any(file_of(name, one, revision=revision) for one in TOKENIZER_FILES):
+        return None
+    base, base_revision = base_of_adapter(adapter_config)
+    is_adapter = file_of(base, "adapter_config.json", revision=base_revision) is not None  # might lead in circles
+    return None if is_adapter else (base, base_revision)
 
 
 def load_processor(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.command import PUSH_OPTIONS, Publication
 from hf_transfer_ext.hub.finish import finish_cache
 from hf_transfer_ext.hub.record import RunRecord
-from hf_transfer_ext.recipes.caching import refuse_unfit, tokenized_as_in_training
+from hf_transfer_ext.recipes.caching import cache_likelihoods, refuse_unfit, tokenized_as_in_training
 from hf_transfer_ext.recipes.run import load_named, run_recipe
 from hf_transfer_ext.settings import arguments_for
 from hf_transfer_ext.teachers.cache import CacheSpec, TeacherCache, cache_teacher
@@ -48,6 +48,7 @@ def cache_for_distillation(
     student: str | None = None,
     server_model: str | None = None,
     server_options: dict[str, Any] | None = None,
+    teacher_tokenizer: str | None = None,
 ) -> TeacherCache:
     """Tokenize a data set as the distillation trainer does, and store the teacher's rows for it.
 
@@ -57,7 +58,7 @@ def cache_for_distillation(
         teacher: Folder, Hub id, or address of an OpenAI-compatible server (http://...).
         dataset: File, folder or Hub id.
         folder: A new folder, or an unfinished cache of the same teacher, which is continued.
-        kind: top_and_samples (the default), top or samples; a server can only give top.
+        kind: top_and_samples (the default), top, samples, or likelihoods for loss alm; a server: top or likelihoods.
         top: Likeliest tokens; of a server, 20 by default.
         samples: Draws from the others.
         temperature: The distill_temperature of the training.
@@ -74,9 +75,10 @@ def cache_for_distillation(
         revision: Hub revision of the teacher.
         dtype: Of the teacher's weights: auto, float32, bfloat16, ...
         batch_size: Texts that the teacher reads at once.
-        student: With a server: folder or Hub id of the student, whose tokenizer the server's has to be.
+        student: With a server, whose tokenizer it has to have, or with kind likelihoods: its folder or Hub id.
         server_model: With a server: the model's name on it.
         server_options: With a server: {timeout, retries, pause, parallel, check_tokenizer}, as in ServerTeacher.
+        teacher_tokenizer: With a server and kind likelihoods: its tokenizer, by default that of server_model.
 
     Raises:
         ValueError: A setting does not fit the teacher.
@@ -85,12 +87,14 @@ def cache_for_distillation(
     is_server = teacher.startswith(("http://", "https://"))
     refuse_unfit(settings, is_server=is_server)
     spec = CacheSpec(**{n: settings[n] for n in CacheSpec.__dataclass_fields__ if settings[n] is not None})
-    source: Any = {"columns": columns, "config_name": dataset_config, "revision": dataset_revision}
-    data = load_text_dataset(dataset, split=split, **source)
-    model, tokenizer = load_named(str(student) if is_server else teacher, revision=revision, dtype=dtype)
-    rows, accelerator = tokenized_as_in_training(model, tokenizer, data, settings)
+    source: Any = {"columns": columns, "config_name": dataset_config, "revision": dataset_revision, "split": split}
+    own: Any = {"revision": revision, "dtype": dtype} if student is None else {}  # of the teacher, not of a student
+    model, tokenizer = load_named(student or teacher, **own)
+    rows, accelerator = tokenized_as_in_training(model, tokenizer, load_text_dataset(dataset, **source), settings)
     how: Any = {"batch_size": batch_size, "accelerator": accelerator}
-    if is_server:
+    if kind == "likelihoods":
+        cache = cache_likelihoods(model, tokenizer, rows, settings, accelerator)
+    elif is_server:
         options = {**(server_options or {}), **({"top": top} if top else {})}
         cache = cache_server(server_teacher(teacher, str(server_model), tokenizer, options), rows, folder, **how)
     else:

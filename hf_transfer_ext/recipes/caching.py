@@ -9,9 +9,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from hf_transfer_ext.models.heads import head_rows
+from hf_transfer_ext.models.loading import load_tokenizer
+from hf_transfer_ext.recipes.run import load_named
+from hf_transfer_ext.teachers.cache import TeacherCache, fill_cache, open_likelihoods
+from hf_transfer_ext.teachers.live import LiveTeacher
+from hf_transfer_ext.teachers.spans import LikelihoodTeacher
 from hf_transfer_ext.trainers.distillation import DistillationTrainer
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.named_teachers import check_server_options
+from hf_transfer_ext.trainers.several_teachers import span_server
 
 #: Settings of the training that decide which tokens of a text are taught.
 TOKENIZATION = ("max_length", "completion_only_loss", "assistant_only_loss", "chat_template_path", "drop_unlabelled")
@@ -20,23 +26,58 @@ TOKENIZATION = ("max_length", "completion_only_loss", "assistant_only_loss", "ch
 def refuse_unfit(settings: Mapping[str, Any], *, is_server: bool) -> None:
     """Refuse settings that the kind of teacher does not have, before anything is loaded."""
     student, model, options = (settings[name] for name in ("student", "server_model", "server_options"))
-    if [student is not None, model is not None, is_server or options is None] != [is_server, is_server, True]:
+    likelihoods = settings["kind"] == "likelihoods"
+    needed = [is_server or likelihoods, is_server, True]
+    if [student is not None, model is not None, is_server or options is None] != needed:
         raise ValueError(
             "A server needs `student` (for its tokenizer) and `server_model`, and may have `server_options`; a folder "
-            f"or a Hub id has none of them. Got teacher {settings['teacher']!r}, student {student!r}, "
+            "or a Hub id has none of them, except `student` with `kind: likelihoods`, whose texts are those of the "
+            f"student in the teacher's tokens. Got teacher {settings['teacher']!r}, student {student!r}, "
             f"server_model {model!r} and server_options {options!r}."
+        )
+    if settings["teacher_tokenizer"] is not None and not (is_server and likelihoods):
+        raise ValueError(
+            "`teacher_tokenizer` is for a server with `kind: likelihoods`. Leave it out: elsewhere the tokenizer is "
+            "the one beside the teacher, or the student's own."
         )
     others = {"samples": None, "temperature": 1, "tau": 1, "revision": None}
     given = [name for name, plain in others.items() if settings[name] != plain]
-    if is_server and (given or settings["kind"] not in (None, "top")):
+    if is_server and (given or settings["kind"] not in (None, "top", "likelihoods")):
         raise ValueError(
-            "A server lists its likeliest tokens at temperature 1: `kind` can only be top, and `samples`, "
-            f"`temperature`, `tau` and `revision` have to be left out; got kind {settings['kind']!r} and "
+            "A server lists its likeliest tokens at temperature 1: `kind` can only be top (or likelihoods), and "
+            f"`samples`, `temperature`, `tau` and `revision` have to be left out; got kind {settings['kind']!r} and "
             f"{', '.join(given) or 'none of these'}."
         )
     check_server_options(options or {})
     if "top" in (options or {}):
         raise ValueError("`server_options` hold `top`, which is an option of its own. Move it out.")
+
+
+def cache_likelihoods(
+    student: Any, tokenizer: Any, rows: Any, settings: Mapping[str, Any], accelerator: Accelerator
+) -> TeacherCache:
+    """Store the likelihoods of the student's texts in the teacher's tokens, as the span loss `alm` reads them.
+
+    Args:
+        student, tokenizer: The student's model and tokenizer.
+        rows: The texts in the student's tokens.
+        settings: Those of `cache-teacher`, which name the teacher.
+    """
+    revision, name, batch_size = (settings[one] for one in ("revision", "teacher_tokenizer", "batch_size"))
+    source: Any = None
+    if settings["server_model"] is not None:
+        own = None if name is None else load_tokenizer(name)
+        options, where = settings["server_options"] or {}, (settings["teacher"], settings["server_model"])
+        source = span_server(*where, own, options, setting="`teacher_tokenizer`")
+        own = source.tokenizer
+    else:
+        model, own = load_named(settings["teacher"], revision=revision, dtype=settings["dtype"])
+        source = LiveTeacher(model, accelerator)
+    how: Any = {"temperature": settings["temperature"], "revision": revision}
+    cached = open_likelihoods(settings["folder"], source, own, **how)
+    reader = LikelihoodTeacher(cached, tokenizer, own, head_rows(student))
+    how = {"batch_size": batch_size, "accelerator": accelerator, "student": reader.model or student}
+    return fill_cache(cached, reader.respelled(rows), **how)
 
 
 def tokenized_as_in_training(

@@ -23,7 +23,14 @@ TRAINER_GROUPS = {
     "teacher": [
         *("teacher_model_name_or_path", "teacher_revision", "teacher_dtype", "teacher_model_init_kwargs"),
         *("teacher_adapter", "teacher_cache", "teacher_cache_options", "teacher_server", "teacher_server_model"),
-        *("teacher_server_options", "teachers", "teachers_by", "teacher_column", "teacher_sharpness"),
+        *(
+            "teacher_server_options",
+            "teacher_tokenizer",
+            "teachers",
+            "teachers_by",
+            "teacher_column",
+            "teacher_sharpness",
+        ),
     ],
     "student": ["model_init_kwargs", "disable_dropout"],
     "loss": [

@@ -11,7 +11,6 @@ from hf_transfer_ext.hub.teacher_cache import ON_HUB
 from hf_transfer_ext.recipes.run import load_named, model_path
 from hf_transfer_ext.recipes.training import TrainingRun
 from hf_transfer_ext.students.vocabulary import trim_vocabulary
-from hf_transfer_ext.teachers.spans import SpanTeacher
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig, forget_loading
 from hf_transfer_ext.trainers.distillation_models import teacher_loading
 from hf_transfer_ext.trainers.taught import taught
@@ -89,5 +88,5 @@ def describe(trainer: Any, args: Any, record: RunRecord) -> None:
         if str(cache).startswith(ON_HUB):
             record.inputs.append(describe_dataset(str(cache).removeprefix(ON_HUB)))
     trainer.describe(record)
-    if isinstance(trainer.teacher, SpanTeacher):
+    if trainer.span_teachers:
         record.not_measured.append("KL to the teacher: student and teacher have different tokenizers.")

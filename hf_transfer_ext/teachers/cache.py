@@ -21,11 +21,12 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from hf_transfer_ext.hub.teacher_cache import FINGERPRINT_FILE, ON_HUB, SHARDS, 
 from hf_transfer_ext.losses.rows import DenseRows, SampledRows, SampledTokens, SparseRows, TopTokens
 from hf_transfer_ext.losses.slopes import Form
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
+from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.progress import steps
 from hf_transfer_ext.reading import parse_json, read_text
 from hf_transfer_ext.registry import unknown_name
@@ -67,6 +69,27 @@ KINDS: dict[str, tuple[int, int, Form]] = {
 
 
 @dataclass(frozen=True)
+class Likelihoods:
+    """What a teacher says about the tokens of a text themselves, and nothing else.
+
+    Args:
+        log_probs: Of the token that comes after each position, in nats.
+        temperature: They were made at.
+    """
+
+    log_probs: Float[Tensor, " tokens"]
+    temperature: float = 1.0
+    form: ClassVar[Form] = "likelihood"
+
+    def __len__(self) -> int:
+        return len(self.log_probs)
+
+
+#: What a cache stores of a text.
+CacheRows = SparseRows | SampledRows | Likelihoods
+
+
+@dataclass(frozen=True)
 class CacheSpec:
     """What a cache stores of the teacher's distribution at each token.
 
@@ -74,8 +97,10 @@ class CacheSpec:
         kind: "top_and_samples": the likeliest tokens, and weighted draws from the others: unbiased, the default.
             "top": the likeliest tokens and the mass of all others (a *ghost tail*): the smallest error of a single
             row, but a systematic one. "samples": draws alone (random-sampling KD): unbiased, and the smallest file.
-        top: Likeliest tokens, >= 1; 0 for "samples". None: 64, 32 and 0 for the three kinds.
-        samples: Draws, >= 1; 0 for "top". None: 0, 8 and 50 for the three kinds.
+            "likelihoods": the log-probability of the text's own tokens, in those of the teacher's tokenizer, for the
+            span loss `alm`.
+        top: Likeliest tokens, >= 1; 0 for "samples" and "likelihoods". None: 64 for "top", 32 for "top_and_samples".
+        samples: Draws, >= 1; 0 for "top" and "likelihoods". None: 8 for "top_and_samples", 50 for "samples".
         temperature: Of the teacher's softmax, > 0: the `distill_temperature` of the training.
         tau: Draws have probability proportional to p**tau, > 0.
     """
@@ -101,8 +126,8 @@ class CacheSpec:
             raise ValueError(
                 f"`temperature` and `tau` of a cache have to be finite and > 0, got {self.temperature} and {self.tau}."
             )
-        if self.kind == "top" and self.tau != 1:
-            raise ValueError(f"`tau` is {self.tau}, but a cache of kind 'top' draws nothing. Leave it at 1.")
+        if not self.samples and self.tau != 1:
+            raise ValueError(f"`tau` is {self.tau}, but a cache of kind {self.kind!r} draws nothing. Leave it at 1.")
 
     @property
     def form(self) -> Form:
@@ -116,9 +141,21 @@ class CacheSpec:
                 f"`top` is {self.top}, but the teacher has {size} vocabulary entries. Choose {size} or less."
             )
 
-    def rows(self, logits: Tensor, generator: torch.Generator | None = None) -> SparseRows | SampledRows:
-        """`(tokens, vocab)` logits -> the rows that are stored."""
+    def rows(
+        self, logits: Tensor, generator: torch.Generator | None = None, *, targets: Tensor | None = None
+    ) -> CacheRows:
+        """`(tokens, vocab)` logits -> the rows that are stored.
+
+        Args:
+            generator: Of the draws.
+            targets: The tokens that come, which kind "likelihoods" alone reads, and needs.
+        """
         top, samples = int(self.top or 0), int(self.samples or 0)
+        if self.form == "likelihood":
+            if targets is None:
+                raise ValueError("A cache of kind 'likelihoods' needs the `targets` that come at each row.")
+            log_probs = (logits.float() / self.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            return Likelihoods(log_probs, self.temperature)
         if self.form == "sparse":
             return SparseRows.from_logits(logits, top, temperature=self.temperature)
         return SampledRows.from_logits(
@@ -179,7 +216,8 @@ class _Rows:
     Args:
         positions: Position in its document of each row.
         lengths: Entries of each row.
-        mass: Logarithm of the mass outside the list: of the tail, or of p**tau over all tokens that can be drawn.
+        mass: Logarithm of the mass outside the list: of the tail, or of p**tau over all tokens that can be drawn. Of
+            kind "likelihoods", whose rows have no entries, the log-probability of the text's own token.
         ids, log_probs: Of each entry; log-probabilities in float16.
         counts: How often an entry was drawn; 0 for one that is always listed. Empty for kind "top".
     """
@@ -216,8 +254,22 @@ class _Rows:
         )
 
 
-def _stored(rows: SparseRows | SampledRows, positions: np.ndarray, spec: CacheSpec, vocab_size: int) -> _Rows:
+def _empty(vocab_size: int) -> dict[str, np.ndarray]:
+    """The columns of no row, by name."""
+    ids = np.uint16 if vocab_size <= 1 << 16 else np.int32
+    types = (np.int32, np.uint16, np.float32, ids, np.float16, np.uint8)
+    return {name: np.zeros(0, dtype) for name, dtype in zip(_Rows.__dataclass_fields__, types, strict=True)}
+
+
+def _stored(rows: CacheRows, positions: np.ndarray, spec: CacheSpec, vocab_size: int) -> _Rows:
     id_type = np.uint16 if vocab_size <= 1 << 16 else np.int32
+    if isinstance(rows, Likelihoods):
+        own: dict[str, Any] = {
+            "positions": positions.astype(np.int32),
+            "lengths": np.zeros(len(rows), np.uint16),
+            "mass": rows.log_probs.detach().float().cpu().numpy(),
+        }
+        return _Rows(**{**_empty(vocab_size), **own})
     if isinstance(rows, SparseRows):
         tokens, top = rows.top.ids.shape
         return _Rows(
@@ -391,9 +443,9 @@ class TeacherCache:
         per_entry = slice(*place.entries)
         slices = {name: per_row for name in ("positions", "lengths", "mass")}
         slices |= {name: per_entry for name in ("ids", "log_probs")}
-        found = {name: file.get_slice(name)[part] for name, part in slices.items()}
-        counts = np.zeros(0, np.uint8) if self.spec.form == "sparse" else file.get_slice("counts")[per_entry]
-        return _Rows(**found, counts=counts)
+        slices |= {"counts": per_entry} if self.spec.form == "sampled" else {}
+        found = {name: file.get_slice(name)[part] for name, part in slices.items() if part.start < part.stop}
+        return _Rows(**{**_empty(self.fingerprint["vocab_size"]), **found})
 
     def _find(self, document: Document) -> _Rows | None:
         for rows in self._waiting.get(document.key, ()):
@@ -410,17 +462,24 @@ class TeacherCache:
         Raises:
             ValueError: A document is not in the cache.
         """
-        found = []
+        return _opened(self._joined(documents), self.spec, device)
+
+    def own_log_probs(self, documents: Iterable[Document]) -> Float[Tensor, " tokens"]:
+        """The log-probabilities of the tokens after the positions of some documents, in nats, of kind "likelihoods".
+
+        Raises:
+            ValueError: A document is not in the cache.
+        """
+        return torch.from_numpy(self._joined(documents).mass.copy())
+
+    def _joined(self, documents: Iterable[Document]) -> _Rows:
+        found = [_Rows(**_empty(self.fingerprint["vocab_size"]))]
         for document in documents:
             rows = self._find(document)
             if rows is None:
                 raise ValueError(self.absence(document))
             found.append(rows)
-        if not found:
-            ids = np.uint16 if self.fingerprint["vocab_size"] <= 1 << 16 else np.int32
-            empty = [np.zeros(0, dtype) for dtype in (np.int32, np.uint16, np.float32, ids, np.float16, np.uint8)]
-            return _opened(_Rows(*empty), self.spec, device)
-        return _opened(_Rows.joined(found), self.spec, device)
+        return _Rows.joined(found)
 
     def absence(self, document: Document) -> str:
         """Why a document cannot be answered."""
@@ -437,7 +496,7 @@ class TeacherCache:
             "teacher, too, and what is missing is added."
         )
 
-    def add(self, document: Document, *parts: SparseRows | SampledRows) -> None:
+    def add(self, document: Document, *parts: CacheRows) -> None:
         """Store the rows of a document, in one or several parts.
 
         They can be read at once, and by other processes after `flush`.
@@ -563,12 +622,16 @@ class CachedTeacher:
         """The stored rows at the student's labeled tokens; see `Teacher.signal`."""
         require_text_alone(inputs, "A teacher cache")
         documents = documents_of(inputs, mask)
+        self.add_missing(student, documents, inputs["input_ids"].device)
+        return TeacherSignal(self.cache.rows(documents, inputs["input_ids"].device))
+
+    def add_missing(self, student: nn.Module, documents: Iterable[Document], device: torch.device) -> None:
+        """Run the teacher on those of some documents that the cache does not hold; see `capture`."""
         missing = [document for document in documents if document not in self.cache]
         if missing and self.cache.refresh():  # another process may have written them
             missing = [document for document in missing if document not in self.cache]
         if missing:
-            self.capture(student, missing, inputs["input_ids"].device)
-        return TeacherSignal(self.cache.rows(documents, inputs["input_ids"].device))
+            self.capture(student, missing, device)
 
     def capture(self, student: nn.Module, documents: list[Document], device: torch.device) -> None:
         """Run the teacher on some documents, each on its own in a padded batch, and store its rows.
@@ -580,6 +643,12 @@ class CachedTeacher:
             raise ValueError(self.cache.absence(documents[0]))
         if hasattr(self.teacher, "document_rows"):  # a server, which lists the likeliest tokens itself
             self.forwards += 1
+            if self.form == "likelihood":
+                counts = [len(document.positions) for document in documents]
+                told = self.teacher.own_log_probs(documents).split(counts)  # type: ignore[attr-defined]
+                for document, log_probs in zip(documents, told, strict=True):
+                    self.cache.add(document, Likelihoods(log_probs))
+                return
             for document, found in self.teacher.document_rows(documents):
                 self.cache.add(document, found)
             return
@@ -600,10 +669,13 @@ class CachedTeacher:
             # Draws depend on the text alone, whatever the order, the batch and the number of processes.
             generator = torch.Generator(device=device).manual_seed(int.from_bytes(document.key[:7], "little"))
             parts, end = [], start + len(document.positions)
+            targets = torch.from_numpy(document.ids[document.positions + 1])
             for first in range(start, end, CAPTURE_TOKENS):
-                block = read(slice(first, min(first + CAPTURE_TOKENS, end)))
+                part = slice(first, min(first + CAPTURE_TOKENS, end))
+                block = read(part)
                 assert isinstance(block, Tensor)
-                parts.append(self.cache.spec.rows(rows.finish(block.float()), generator))
+                come = targets[part.start - start : part.stop - start].to(block.device)
+                parts.append(self.cache.spec.rows(rows.finish(block.float()), generator, targets=come))
             self.cache.add(document, *parts)
             start = end
 
@@ -663,6 +735,39 @@ def open_cache(
             wanted["adapter"] = teacher.adapter
         return CachedTeacher(TeacherCache(folder, wanted), teacher)
     cache = TeacherCache(folder)
+    wanted = {**cache.fingerprint, **asdict(spec), "tokenizer": tokenizer_digest(tokenizer)}
+    require_same_fingerprint(cache.fingerprint, wanted, cache.folder)
+    return CachedTeacher(cache)
+
+
+def open_likelihoods(
+    folder: str | Path,
+    teacher: LiveTeacher | Any | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    temperature: float = 1.0,
+    revision: str | None = None,
+) -> CachedTeacher:
+    """A teacher with tokens of its own behind a cache of kind "likelihoods", or the cache alone.
+
+    Args:
+        folder: As of `open_cache`.
+        teacher: A live one, or a server; None: likelihoods are read, and a missing text is an error.
+        tokenizer: The teacher's.
+        temperature: Of the loss.
+
+    Raises: as `open_cache`.
+    """
+    spec = CacheSpec("likelihoods", temperature=temperature)
+    if teacher is not None:
+        refuse_hub_folder(folder)
+        if isinstance(teacher, LiveTeacher):
+            found = fingerprint_of(teacher.network, tokenizer, spec, revision=revision)
+            found["context"] = context_length(causal_lm_of(teacher.network))  # what is behind it has no rows
+        else:
+            found = {**teacher.fingerprint(), **asdict(spec), "context": None}
+        return CachedTeacher(TeacherCache(folder, found), teacher)
+    cache = TeacherCache(cache_folder(folder))
     wanted = {**cache.fingerprint, **asdict(spec), "tokenizer": tokenizer_digest(tokenizer)}
     require_same_fingerprint(cache.fingerprint, wanted, cache.folder)
     return CachedTeacher(cache)

@@ -51,5 +51,21 @@ class samples:
     form: ClassVar[Form] = "sampled"
 
 
+class likelihoods:
+    """The log-probability of each of the text's own tokens, in the tokens of the teacher's tokenizer: 10 bytes each.
+
+    A text is found by the teacher's tokens, and stored as a whole, whatever is labeled in it: a student with any
+    tokenizer reads the same cache.
+
+    When to use it: `loss: alm`, whose teacher may have another tokenizer. Other losses need more of the teacher.
+
+    Source: this package's own.
+    """
+
+    default_top: ClassVar[int] = 0
+    default_samples: ClassVar[int] = 0
+    form: ClassVar[Form] = "likelihood"
+
+
 #: The kinds by name.
-CACHE_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (top, top_and_samples, samples)}
+CACHE_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (top, top_and_samples, samples, likelihoods)}

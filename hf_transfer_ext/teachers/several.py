@@ -6,6 +6,9 @@ Any `Teacher` takes part: models, adapters of one base, the base with adapters o
 models and adapters is one distribution over the vocabulary, which every divergence accepts and a cache can store. With
 a cache or a server among them it is a weighted sum of each teacher's own divergence, which has the gradient of the
 mixture for forward_kl alone (`losses.rows.CombinedRows`); other divergences are refused.
+
+Teachers with tokenizers of their own (`SpanTeacher`) are combined by weight or by a column as well: each teaches the
+spans of its own tokens (`taught_spans`).
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -47,6 +50,7 @@ from hf_transfer_ext.teachers.cache import (
 )
 from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.signal import Teacher, TeacherSignal
+from hf_transfer_ext.teachers.spans import SpanSignal, SpanTeacher
 from hf_transfer_ext.tensors import Mask
 
 #: Tokens whose distributions are read at once.
@@ -96,10 +100,10 @@ class MixtureRows(DenseRows):
 class Several(ABC):
     """What all combinations share: the teachers' names, and the forms of their rows."""
 
-    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+    def __init__(self, teachers: Mapping[str, Teacher | SpanTeacher]) -> None:
         if not teachers:
             raise ValueError("Several teachers are needed, got none.")
-        self.teachers = dict(teachers)
+        self.teachers: dict[str, Any] = dict(teachers)
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -128,7 +132,7 @@ class Several(ABC):
         return [_own_rows(name, one.signal(student, inputs, mask)) for name, one in self.teachers.items()]
 
 
-def teacher_forms(teacher: Teacher) -> tuple[Form, ...]:
+def teacher_forms(teacher: Any) -> tuple[Form, ...]:
     """The forms of a teacher's rows: several, where teachers are combined."""
     return teacher.forms if isinstance(teacher, Several) else (teacher.form,)
 
@@ -155,7 +159,8 @@ class MixedTeachers(Several):
     Args:
         teachers: Name -> teacher. With a cache or a server among them the divergence has to be forward_kl, whose
             gradient is the weighted sum of each teacher's own: nothing is assumed of the tokens that one does not
-            list. A list of all tokens gives the gradient of the model itself.
+            list. A list of all tokens gives the gradient of the model itself. With teachers of other tokenizers it is
+            the weighted sum of each teacher's span loss.
         weights: Name -> share, > 0; divided by their sum. None: equal ones.
         temperature: The `distill_temperature` of the training.
 
@@ -163,7 +168,11 @@ class MixedTeachers(Several):
     """
 
     def __init__(
-        self, teachers: Mapping[str, Teacher], weights: Mapping[str, float] | None = None, *, temperature: float = 1.0
+        self,
+        teachers: Mapping[str, Teacher | SpanTeacher],
+        weights: Mapping[str, float] | None = None,
+        *,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(teachers)
         weights = weights if weights is not None else dict.fromkeys(teachers, 1.0)
@@ -316,7 +325,7 @@ class RoutedTeachers(Several):
     which.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher], *, column: str = "teacher") -> None:
+    def __init__(self, teachers: Mapping[str, Teacher | SpanTeacher], *, column: str = "teacher") -> None:
         super().__init__(teachers)
         self.column = column
 
@@ -328,6 +337,25 @@ class RoutedTeachers(Several):
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The chosen teacher's rows at the student's labeled tokens; see `Teacher.signal`.
+
+        Raises: as `chosen`.
+        """
+        members, places = [], []
+        for name, teacher, rows in self.chosen(inputs, mask):
+            own = {
+                key: value[rows.to(value.device)]
+                if isinstance(value, Tensor) and value.dim() and len(value) == len(mask)
+                else value
+                for key, value in inputs.items()
+            }
+            members.append(_own_rows(name, teacher.signal(student, own, mask[rows])))
+            places.append((mask & rows[:, None])[mask].nonzero()[:, 0])
+        return TeacherSignal(CombinedRows.routed(members, places))
+
+    def chosen(self, inputs: dict[str, Any], mask: Mask) -> Iterator[tuple[str, Any, Bool[Tensor, " batch"]]]:
+        """Each teacher that a row with labeled tokens names, and the rows that name it.
+
+        Takes the column out of `inputs`.
 
         Raises:
             ValueError: The batch lacks the column, or it names a teacher that does not exist.
@@ -342,21 +370,50 @@ class RoutedTeachers(Several):
         unknown = [route for route in routes.tolist() if not 0 <= route < len(self.teachers)]
         if unknown:
             raise ValueError(no_such_place(unknown[0], self.column, list(self.teachers)))
-        members, places = [], []
-        for i, (name, teacher) in enumerate(self.teachers.items()):
-            chosen = (routes == i).to(mask.device)
-            of_chosen = mask & chosen[:, None]
-            if not bool(of_chosen.any()):
-                continue
-            own = {
-                key: value[chosen.to(value.device)]
-                if isinstance(value, Tensor) and value.dim() and len(value) == len(mask)
-                else value
-                for key, value in inputs.items()
-            }
-            members.append(_own_rows(name, teacher.signal(student, own, mask[chosen])))
-            places.append(of_chosen[mask].nonzero()[:, 0])
-        return TeacherSignal(CombinedRows.routed(members, places))
+        rows = [(routes == place).to(mask.device) for place in range(len(self.teachers))]
+        for (name, teacher), own in zip(self.teachers.items(), rows, strict=True):
+            if bool(mask[own].any()):
+                yield name, teacher, own
+
+
+@dataclass(frozen=True)
+class TaughtSpans:
+    """What one teacher with a tokenizer of its own says about a batch.
+
+    Args:
+        name: The teacher's.
+        share: Factor of its loss, > 0.
+    """
+
+    name: str
+    teacher: SpanTeacher
+    share: float
+    signal: SpanSignal
+
+
+def taught_spans(
+    teacher: SpanTeacher | MixedTeachers | RoutedTeachers, student: nn.Module, inputs: dict[str, Any], mask: Mask
+) -> list[TaughtSpans]:
+    """The labeled spans of a batch, of each teacher in its own tokens.
+
+    Mixed teachers all teach every text, by their shares; of routed ones each teaches its own rows, and the others do
+    not run for them.
+
+    Args:
+        student, inputs, mask: As in `Teacher.signal`.
+
+    Raises:
+        ValueError: The student reads more than text, or a row names no teacher.
+    """
+    if isinstance(teacher, SpanTeacher):
+        return [TaughtSpans("teacher", teacher, 1.0, teacher.spans(student, inputs, mask))]
+    if isinstance(teacher, RoutedTeachers):
+        return [
+            TaughtSpans(name, one, 1.0, one.spans(student, inputs, mask & rows[:, None]))
+            for name, one, rows in teacher.chosen(inputs, mask)
+        ]
+    members = zip(teacher.teachers.items(), teacher.shares, strict=True)
+    return [TaughtSpans(name, one, share, one.spans(student, inputs, mask)) for (name, one), share in members]
 
 
 def no_such_place(value: int, column: str, names: Sequence[str]) -> str:

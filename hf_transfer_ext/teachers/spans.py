@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,8 @@ from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.models.loading import context_length
 from hf_transfer_ext.models.plumbing import pad_token_id
 from hf_transfer_ext.teachers.alignment import TokenBytes, align, align_vocabularies, special_tokens
-from hf_transfer_ext.teachers.documents import Document, documents_of, require_text_alone
+from hf_transfer_ext.teachers.cache import CachedTeacher
+from hf_transfer_ext.teachers.documents import Document, documents_of, documents_of_row, require_text_alone
 from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.server import ServerTeacher
 from hf_transfer_ext.tensors import Mask
@@ -175,15 +176,18 @@ class SpanTeacher:
     """Runs a teacher on the text of each row, in its own tokens.
 
     A span counts where all its tokens on the student's side are labeled, and both models predict its first token.
+    With the student's own tokenizer, spans are single tokens, unless the text is in other tokens than the tokenizer
+    makes of it, as a student may write it.
 
     Args:
-        teacher: The model.
+        teacher: The model, or an adapter on the student's base.
         student_tokenizer: Of the student.
         teacher_tokenizer: Of the teacher.
         student_rows: Vocabulary entries of the student's head.
     """
 
-    form = "spans"
+    #: Whether the model is split across processes, which have to run it together.
+    sharded: bool = False
 
     def __init__(
         self,
@@ -192,9 +196,11 @@ class SpanTeacher:
         teacher_tokenizer: PreTrainedTokenizerBase,
         student_rows: int,
     ) -> None:
-        self.live, self.model = teacher, teacher.model
+        self.live, self.sharded = teacher, teacher.sharded
+        #: The model whose memory is the teacher's own; None of an adapter on the student's base.
+        self.model = getattr(teacher, "model", None)
         self.pad = pad_token_id(teacher_tokenizer)
-        limit, rows = context_length(causal_lm_of(teacher.model)), head_rows(teacher.model)
+        limit, rows = context_length(causal_lm_of(teacher.network)), head_rows(teacher.network)
         self._align(student_tokenizer, teacher_tokenizer, student_rows, rows, limit)
 
     def _align(
@@ -299,21 +305,43 @@ class SpanTeacher:
             )
 
 
-class ServedSpanTeacher(SpanTeacher):
-    """Asks a server for the likelihood of each span, in the tokens of its own model.
+class LikelihoodTeacher(SpanTeacher):
+    """Asks a server, or a cache, for the likelihood of each span, in the tokens of the teacher's own tokenizer.
 
     It knows nothing but the tokens that come: the rows of its signal have two entries, the token that comes and all
     others together. Losses that read more than likelihoods cannot use it.
 
     Args:
-        server: With the tokenizer of its own model.
+        source: A server with the tokenizer of its own model, or a cache of kind "likelihoods". The cache runs its
+            teacher on a text that it does not hold, once for the whole of it, and stores that.
         student_tokenizer: Of the student.
+        teacher_tokenizer: Of the teacher.
         student_rows: Vocabulary entries of the student's head.
     """
 
-    def __init__(self, server: ServerTeacher, student_tokenizer: PreTrainedTokenizerBase, student_rows: int) -> None:
-        self.server = server
-        self._align(student_tokenizer, server.tokenizer, student_rows, server.vocab_size, None)
+    def __init__(
+        self,
+        source: ServerTeacher | CachedTeacher,
+        student_tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        student_rows: int,
+    ) -> None:
+        self.source = source
+        self.temperature, live = 1.0, None
+        known: Mapping[str, Any] = {"context": None}
+        if isinstance(source, CachedTeacher):
+            known, self.temperature, live = source.cache.fingerprint, source.cache.spec.temperature, source.teacher
+        self.model = live.model if isinstance(live, LiveTeacher) else None
+        rows = source.vocab_size if isinstance(source, ServerTeacher) else known["vocab_size"]
+        self._align(student_tokenizer, teacher_tokenizer, student_rows, rows, known["context"])
+
+    def respelled(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, list[int]]]:
+        """The texts of tokenized rows of the student in the teacher's tokens, as a cache is filled from them."""
+        for row in rows:
+            for document in documents_of_row(row):
+                ids = self.respelling(document.ids).ids[: self.limit]
+                if len(ids) > 1:
+                    yield {"input_ids": list(ids)}
 
     def _rows(
         self, student: nn.Module, texts: list[tuple[int, ...]], predicting: list[list[int]], targets: Tensor
@@ -321,6 +349,13 @@ class ServedSpanTeacher(SpanTeacher):
         read = [
             Document(np.array(text), np.array(where)) for text, where in zip(texts, predicting, strict=True) if where
         ]
-        log_probs = self.server.own_log_probs(read).double().clamp(min=LEAST_LOG_PROB, max=0.0)
+        if isinstance(self.source, CachedTeacher):
+            whole = [Document(one.ids, np.arange(len(one.ids) - 1)) for one in read]
+            self.source.add_missing(self.model or student, whole, targets.device)
+            told = self.source.cache.own_log_probs(read)
+        else:
+            told = self.source.own_log_probs(read)
+        log_probs = told.double().clamp(min=LEAST_LOG_PROB, max=0.0)
         entries = torch.stack([log_probs, torch.log(-torch.expm1(log_probs))], 1)
-        return LogitRows(entries.float().to(targets.device)), torch.zeros_like(targets)
+        # Logits whose softmax at the temperature of the loss has these two probabilities.
+        return LogitRows((self.temperature * entries).float().to(targets.device)), torch.zeros_like(targets)

@@ -22,11 +22,8 @@ from trl import SFTTrainer
 from hf_transfer_ext.hub.record import RunRecord
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES, forward_kl
 from hf_transfer_ext.losses.fused import FusedLoss, divergence_of_logits, fused_divergence
-from hf_transfer_ext.losses.fused_spans import fused_spans
 from hf_transfer_ext.losses.slopes import require_form
-from hf_transfer_ext.losses.spans import SPAN_LOSSES, has_projections, takes_vocabularies
-from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_of, head_rows
-from hf_transfer_ext.models.layer_views import FEATURES
+from hf_transfer_ext.models.heads import LMHead, causal_lm_of, head_rows
 from hf_transfer_ext.models.loading import context_length, load_model, load_tokenizer
 from hf_transfer_ext.models.plumbing import head_is_understood
 from hf_transfer_ext.teachers.cache import CachedTeacher, FlushCallback, TeacherCache, open_cache
@@ -43,7 +40,7 @@ from hf_transfer_ext.teachers.several import (
     teacher_forms,
 )
 from hf_transfer_ext.teachers.signal import Teacher
-from hf_transfer_ext.teachers.spans import ServedSpanTeacher, SpanSignal, SpanTeacher
+from hf_transfer_ext.teachers.spans import SpanTeacher
 from hf_transfer_ext.tensors import next_token_targets, predicting_rows
 from hf_transfer_ext.trainers.distillation_config import DistillationConfig
 from hf_transfer_ext.trainers.distillation_models import (
@@ -61,7 +58,6 @@ from hf_transfer_ext.trainers.distillation_models import (
     teacher_loading,
     tokenizer_beside,
 )
-from hf_transfer_ext.trainers.dual_space import DualSpace
 from hf_transfer_ext.trainers.hidden_loss import HiddenLosses, predicting_tokens
 from hf_transfer_ext.trainers.inherited import refuse_split_sequences
 from hf_transfer_ext.trainers.logs import RunningSums
@@ -81,9 +77,12 @@ from hf_transfer_ext.trainers.several_teachers import (
     combined,
     routes_of,
     server_teacher,
+    span_reader,
     span_server,
     started,
+    started_spans,
 )
+from hf_transfer_ext.trainers.span_losses import SpanLosses, span_teachers
 from hf_transfer_ext.trainers.tasks import CAUSAL_LM
 from hf_transfer_ext.trainers.token_losses import loss_inside_the_head
 from hf_transfer_ext.trainers.trained_along import TrainsAlong
@@ -166,6 +165,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         teacher = one_teacher(teacher if teacher_model is None else teacher_model, args)
         routes = routes_of(teacher, args)
         if routes is not None:
+            self.route_column = routes[0]
             check_routes(train_dataset, *routes)
             check_routes(eval_dataset, *routes, "evaluation data")
         if isinstance(model, (str, Path)):
@@ -223,17 +223,15 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         self.divergence = forward_kl if args.is_span_loss else DISTILLATION_LOSSES[args.loss]
         self._fused = None if args.fused else False  # None until the first batch shows whether the head allows it
         self._taught_by = teacher
-        self.teacher: Teacher | SpanTeacher | None = None
+        self.teacher: Any = None
         self.teacher = self._teacher_of(teacher, teacher_processing_class) if args.is_taught else None
         if self.teacher is not None:
             logger.info("Memory of the frozen teachers: %s.", shown_bytes(self.frozen_bytes))
         self.hidden_losses = self._hidden_losses() if args.hidden_loss is not None else None
-        self.dual_space: DualSpace | None = None
-        if isinstance(self.teacher, SpanTeacher) and has_projections(SPAN_LOSSES[args.loss]):
-            loss, options = SPAN_LOSSES[args.loss], cast(Any, args.loss_options)
-            self.dual_space = DualSpace(loss, options, self.model, self.teacher, args.seed)
+        self.span_losses = SpanLosses(self.args, self.model, self.teacher) if self.span_teachers else None
         between = [] if self.hidden_losses is None else self.hidden_losses.losses
-        self.train_along([*between, *([] if self.dual_space is None else [self.dual_space])])
+        spaces = [] if self.span_losses is None else self.span_losses.dual_spaces.values()
+        self.train_along([*between, *spaces])
         self.start_rollouts()
 
     @property
@@ -249,7 +247,12 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         several = {f"teacher-{place}": model for place, model in enumerate(models, 1) if isinstance(model, nn.Module)}
         return {"student": self.model, **named, **several}
 
-    def _teacher_of(self, teacher: Any, tokenizer: Any) -> Teacher | SpanTeacher:
+    @property
+    def span_teachers(self) -> dict[str, SpanTeacher]:
+        """The teachers that read the text in tokens of their own, by name."""
+        return span_teachers(self.teacher)
+
+    def _teacher_of(self, teacher: Any, tokenizer: Any) -> Teacher | SpanTeacher | Several:
         args: Any = self.args
         own: Any = self.processing_class
         live: LiveTeacher | None = None
@@ -258,27 +261,33 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         elif isinstance(teacher, nn.Module):
             refuse_shared_weights(self.model, teacher)
             live = LiveTeacher(teacher, self.accelerator, fused=self.args.fused)
-        if self.args.is_span_loss:
-            return self._span_teacher(live, tokenizer)
-        found: Teacher = live or teacher
-        if args.teacher_server is not None:
+        found: Any = live or teacher
+        if args.teachers is not None:
+            entries, start = named_teachers(args.teachers, args.teachers_by), started
+            if args.is_span_loss:
+                start = started_spans
+            members = {one.name: start(one, self.model, own, self.accelerator, args) for one in entries}
+            found = combined(entries, members, args)
+        elif args.is_span_loss:
+            found = self._span_teacher(live, tokenizer)
+        elif args.teacher_server is not None:
             options = args.teacher_server_options
             found = server_teacher(args.teacher_server, args.teacher_server_model, own, options)
-        elif args.teachers is not None:
-            entries = named_teachers(args.teachers, args.teachers_by)
-            found = combined(
-                entries, {one.name: started(one, self.model, own, self.accelerator, args) for one in entries}, args
-            )
         if args.teacher_cache is not None:
-            found = self._cached(live, found)
+            found = found if args.is_span_loss else self._cached(live, found)
+            cached: CachedTeacher = getattr(found, "source", found)
+            self.add_callback(FlushCallback(cached.cache, self.accelerator))
         if isinstance(found, RoutedTeachers):
             if args.packing:
                 raise ValueError(
                     "`packing` puts several rows into one, which no single teacher is for. Switch it off."
                 )
             self.data_collator = KeepsRoutes(self.data_collator, found.column, list(found.teachers))
-        for form in teacher_forms(found):
-            require_form(self.divergence, form)
+        if not args.is_span_loss:
+            for form in teacher_forms(found):
+                require_form(self.divergence, form)
+        for one in span_teachers(found).values():
+            logger.info("Vocabularies of student and teacher: %s.", one.vocabularies)
         return found
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -297,18 +306,27 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
     def _span_teacher(self, live: LiveTeacher | None, tokenizer: Any) -> SpanTeacher:
         args: Any = self.args
         own: Any = self.processing_class
+        if args.teacher_tokenizer is not None:
+            if live is not None or tokenizer is not None:
+                raise ValueError(
+                    "`teacher_tokenizer` is for a server, or a cache without its teacher, but the teacher's tokenizer "
+                    "is given otherwise: beside its model, or as `teacher_processing_class`. Leave one of them out."
+                )
+            tokenizer = load_tokenizer(args.teacher_tokenizer)
+        source: Any = live
         if args.teacher_server is not None:
-            server = span_server(args, tokenizer)
-            found: SpanTeacher = ServedSpanTeacher(server, own, head_rows(self.model))
-        elif live is None or isinstance(live, AdapterTeacher):
+            setting: Any = {"setting": "`teacher_tokenizer` or `teacher_processing_class`"}
+            options = args.teacher_server_options
+            source = span_server(args.teacher_server, args.teacher_server_model, tokenizer, options, **setting)
+        elif (live is None and args.teacher_cache is None) or isinstance(live, AdapterTeacher):
             raise ValueError(
                 f"`loss: {self.args.loss}` compares spans of text with a teacher model that has another tokenizer. "
-                "Name it by `teacher_model_name_or_path`, or give the model with `teacher_processing_class`."
+                "Name it by `teacher_model_name_or_path`, or give the model with `teacher_processing_class`; several "
+                "go into `teachers`."
             )
-        else:
-            found = SpanTeacher(live, own, tokenizer, head_rows(self.model))
-        logger.info("Vocabularies of student and teacher: %s.", found.vocabularies)
-        return found
+        elif live is not None and args.teacher_cache is None:
+            return SpanTeacher(live, own, tokenizer, head_rows(self.model))
+        return span_reader(source, args.teacher_cache, tokenizer, self.model, own, args)
 
     def record(self) -> RunRecord:
         """The record of this training so far; with another tokenizer, how much of the vocabularies matches."""
@@ -318,38 +336,38 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
 
     def describe(self, record: RunRecord) -> None:
         """Add to a record what the settings alone do not say about the teacher."""
-        if isinstance(self.teacher, SpanTeacher):
-            record.config["vocabulary_alignment"] = str(self.teacher.vocabularies)
+        if self.span_teachers:
+            record.config["vocabulary_alignment"] = self._alignments()
         if any(self.frozen_bytes.values()):
             record.config["frozen_teacher_bytes"] = self.frozen_bytes
+
+    def _alignments(self) -> str:
+        """How much of the vocabularies of student and teachers matches, in words."""
+        found = {name: str(one.vocabularies) for name, one in self.span_teachers.items()}
+        return found["teacher"] if [*found] == ["teacher"] else "; ".join(f"{n}: {text}" for n, text in found.items())
 
     def plan(self) -> str:
         """What is going to be trained, and which memory its frozen teachers take, in words."""
         between = [] if self.hidden_losses is None else [one.label for one in self.hidden_losses.losses]
         lines = plan_of(self, self.args.loss, *between)
         lines.append(f"Memory of the frozen teachers: {shown_bytes(self.frozen_bytes)}")
-        if isinstance(self.teacher, SpanTeacher):
-            lines.append(f"Vocabularies: {self.teacher.vocabularies}")
+        if self.span_teachers:
+            lines.append(f"Vocabularies: {self._alignments()}")
         return "\n".join([*lines, "Nothing was trained or written."])
 
     def _cached(self, live: LiveTeacher | None, teacher: Any) -> CachedTeacher:
         if isinstance(teacher, ServerTeacher):
-            asked = CachedTeacher(TeacherCache(str(self.args.teacher_cache), teacher.fingerprint()), teacher)
-            self.add_callback(FlushCallback(asked.cache, self.accelerator))
-            return asked
+            return CachedTeacher(TeacherCache(str(self.args.teacher_cache), teacher.fingerprint()), teacher)
         folder, tokenizer = str(self.args.teacher_cache), cast(Any, self.processing_class)
         how: Any = {"temperature": self.args.distill_temperature, "options": self.args.teacher_cache_options}
         if isinstance(teacher, Several):
-            cached = open_combined_cache(folder, teacher, tokenizer, **how)
-        elif live is None and teacher is not None:
+            return open_combined_cache(folder, teacher, tokenizer, **how)
+        if live is None and teacher is not None:
             raise ValueError(
                 f"`teacher_cache` stores the outputs of models, adapters and servers, got a teacher of type "
                 f"{type(teacher).__name__}. Leave one of them out."
             )
-        else:
-            cached = open_cache(folder, live, tokenizer, **how, revision=self.args.teacher_revision)
-        self.add_callback(FlushCallback(cached.cache, self.accelerator))
-        return cached
+        return open_cache(folder, live, tokenizer, **how, revision=self.args.teacher_revision)
 
     def _hidden_losses(self) -> HiddenLosses:
         """The losses between layers, with their projections.
@@ -379,7 +397,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
         if holds_prompts_alone(dataset):
-            prompts = tokenized_prompts(dataset, processing_class, args, self.chat_template)
+            prompts = tokenized_prompts(dataset, processing_class, args, self.chat_template, self.route_column)
             require_room(prompts, args, self._context)
             return prompts
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **kwargs)
@@ -405,7 +423,7 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         written = None if known is None else self.rollout_tokens(known, mask)
         hidden, teacher = self.hidden_losses, cast(Any, self.teacher)
         with nullcontext({}) if hidden is None else hidden.teacher_viewed(teacher.network) as teacher_layers:
-            spans = teacher.spans(model, inputs, mask) if isinstance(teacher, SpanTeacher) else None
+            spans = None if self.span_losses is None else self.span_losses.spans(model, inputs, mask)
             says = teacher is not None and spans is None
             signal = self.teacher_signal(model, inputs, mask, targets, written) if says else None
         if signal is not None and signal.mask is not None and signal.targets is not None:
@@ -429,18 +447,14 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
                 parts = divergence_of_logits(rows, **terms)
             else:
                 parts = fused_divergence(rows, head, float32_logits=self.args.float32_logits, **terms)
-            if self.dual_space is not None and spans is not None:
-                read = student_layers[FEATURES].states
-                found = self.dual_space(
-                    model, read, head or head_of(model), spans, inputs, self.args.kd_weight * weight,
-                    self.args.distill_temperature,
-                )  # fmt: skip
-                return parts._replace(loss=parts.loss + found.loss, divergence=found.values)
-            return parts if spans is None else self._with_spans(parts, states, head, spans, inputs, weight)
+            if self.span_losses is None or spans is None:
+                return parts
+            found = self.span_losses(model, states, student_layers, head, spans, inputs, weight)
+            return parts._replace(loss=parts.loss + found.loss, divergence=found.values)
 
         if self._fused is None:
             self._fused = head_is_understood(model)
-        viewed: Any = hidden or self.dual_space
+        viewed: Any = hidden or self.span_losses
         with nullcontext({}) if viewed is None else viewed.student_viewed(model) as student_layers:
             if self._fused and not return_outputs:
                 outputs, parts = loss_inside_the_head(model, inputs, losses_of)
@@ -459,32 +473,13 @@ class DistillationTrainer(WritesRollouts, TrainsAlong, TokenLossNormalization, S
         if self.aux_loss_enabled:  # a mean of its micro-batch, as in SFTTrainer
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        aligned = None if spans is None else spans.student.sizes.sum()
+        aligned = None
+        if spans is not None:
+            counts = (one.share * one.signal.student.sizes.sum() for one in spans)
+            aligned = sum(counts, torch.zeros((), device=mask.device))
         layers = {} if between is None else between.sums
         self._note(model, inputs, parts, outputs, objective=objective, aligned=aligned, **layers)
         return (loss, outputs) if return_outputs else loss
-
-    def _with_spans(
-        self, parts: FusedLoss, states: Tensor, head: LMHead | None, spans: SpanSignal, inputs: Any, weight: Tensor
-    ) -> FusedLoss:
-        """The parts of the loss, with a span loss in place of the divergence: a sum over spans for each batch."""
-        length = inputs["input_ids"].shape[1]
-        rows = states[:, -length:].flatten(0, 1)[spans.places.to(states.device)]
-        options = {**self.args.loss_options, **self._vocabularies(states.device)}
-        found = fused_spans(
-            rows, head, spans.student, spans.rows, spans.teacher, SPAN_LOSSES[self.args.loss],
-            weights=self.args.kd_weight * weight.expand(len(spans.student.sizes)),
-            temperature=self.args.distill_temperature, **options,
-        )  # fmt: skip
-        return parts._replace(loss=parts.loss + found.loss, divergence=found.values)
-
-    def _vocabularies(self, device: torch.device) -> dict[str, Tensor]:
-        """The matched tokens of both vocabularies, for span losses that take them."""
-        if not takes_vocabularies(SPAN_LOSSES[self.args.loss]):
-            return {}
-        assert isinstance(self.teacher, SpanTeacher)
-        own, other = (ids.to(device) for ids in self.teacher.matched)
-        return {"student_ids": own, "teacher_ids": other}
 
     def _note(
         self, model: nn.Module, inputs: dict[str, Any], parts: FusedLoss, outputs: Any, **more: Tensor | None

@@ -68,7 +68,8 @@ class DistillationSettings(OnPolicyOptions):
             the loss is not multiplied by its square: put that into `kd_weight` to follow Hinton et al.
         kd_weight: Factor of the divergence from the teacher, >= 0.
         ce_weight: Factor of the cross entropy with the labels, >= 0. Both factors are taken as they are.
-        teacher_model_name_or_path: A local folder or Hub id; not needed where the trainer is given a teacher.
+        teacher_model_name_or_path: A local folder or Hub id, of a model or of an adapter on a base model, whose
+            tokenizer is taken where the adapter has none; not needed where the trainer is given a teacher.
         teacher_revision: Hub revision of the teacher.
         teacher_dtype: "auto", "float32", "bfloat16", ...
         teacher_model_init_kwargs: Further arguments of `from_pretrained` for the teacher, such as
@@ -88,18 +89,22 @@ class DistillationSettings(OnPolicyOptions):
         teacher_cache: Folder of stored teacher outputs (`teachers.cache`). With a teacher, rows that are missing in it
             are computed once and added, so that later epochs need no teacher forward; without, it is the teacher, and
             may be on the Hub: `hf://datasets/OWNER/NAME[@REVISION]`. With `teachers` that are models and adapters, by
-            weight or by confidence, their mixture is stored as one teacher.
+            weight or by confidence, their mixture is stored as one teacher. With `loss: alm` it holds the likelihoods
+            of texts in the teacher's own tokens.
         teacher_cache_options: Arguments of `CacheSpec` (kind, top, samples, tau) for a new cache.
         teacher_server: Address of an OpenAI-compatible server that gives log-probabilities of prompts (vLLM); the key
             is read from the environment variable TEACHER_API_KEY. With `teacher_cache`, each text is asked for once.
         teacher_server_model: The model's name on it.
         teacher_server_options: Arguments of `ServerTeacher` (top, timeout, retries, pause, parallel, check_tokenizer).
+        teacher_tokenizer: Folder or Hub id of the teacher's tokenizer, for `loss: alm` from a server whose model name
+            is not one, or from a cache alone.
         teachers: Several teachers, each a mapping with `model`, `adapter`, `cache` or `server` and perhaps `name`,
             `weight`, ... (`trainers.named_teachers.NamedTeacher`).
         teachers_by: "weight": the mixture of their probabilities by fixed weights. "confidence": a mixture by their
             entropy at each token. "column": a column of the data names one for each row, and any forms go together.
             "learned": a mixture by a small gate that is trained on the labels along (`teachers.learned`). A mixture
-            that has a cache or a server in it needs `loss: forward_kl`.
+            that has a cache or a server in it needs `loss: forward_kl`. With a span loss, "weight" and "column" alone:
+            each teacher reads the texts in tokens of its own, and the loss is the weighted sum of theirs.
         teacher_column: That column: names of teachers, or their places from 0.
         teacher_sharpness: Of "confidence", in nats, > 0: a small one takes the surest teacher alone.
         hidden_loss: A name of `HIDDEN_LOSSES` (hidden_mse, hidden_cosine, attention_relation, ...): a loss between
@@ -140,6 +145,7 @@ class DistillationSettings(OnPolicyOptions):
     teacher_server: str | None = None
     teacher_server_model: str | None = None
     teacher_server_options: dict[str, Any] | str | None = field(default_factory=dict)
+    teacher_tokenizer: str | None = None
     teachers: list[Any] | str | None = None
     teachers_by: str = "weight"
     teacher_column: str = "teacher"
@@ -201,6 +207,13 @@ class DistillationConfig(DistillationSettings, SFTConfig):
         if not self.float32_logits and (self.is_span_loss or not self.fused):
             other = f"`loss: {self.loss}`, which reads float32" if self.is_span_loss else "`fused=False`"
             raise ValueError(f"`float32_logits` is off, which has no effect with {other}. Leave one of them out.")
+        if self.teacher_tokenizer is not None and not (
+            self.is_span_loss and (self.teacher_server or self.teacher_cache)
+        ):
+            raise ValueError(
+                "`teacher_tokenizer` is for a span loss with `teacher_server` or `teacher_cache`, which have no "
+                "tokenizer beside them. Leave it out."
+            )
         if self.is_span_loss:
             self._check_span_loss()
         elif self.task == CAUSAL_LM:
@@ -245,6 +258,12 @@ class DistillationConfig(DistillationSettings, SFTConfig):
                 raise ValueError(f"`{stated[0]}` is given, but no `teachers`. List them.")
             return
         found = named_teachers(self.teachers, self.teachers_by)
+        readers = [one.name for one in found if one.tokenizer is not None]
+        if readers and not self.is_span_loss:
+            raise ValueError(
+                f"The teacher {readers[0]!r} has a `tokenizer`, but `loss: {self.loss}` compares tokens, and reads "
+                "them as the student does. Leave it out, or choose a span loss."
+            )
         for name, way in (("teacher_column", "column"), ("teacher_sharpness", "confidence")):
             if name in stated and self.teachers_by != way:
                 raise ValueError(f"`{name}` is given, but `teachers_by` is {self.teachers_by!r}. Set it to {way!r}.")
@@ -299,19 +318,44 @@ class DistillationConfig(DistillationSettings, SFTConfig):
             )
         if has_projections(SPAN_LOSSES[self.loss]) and self.torch_compile:
             raise ValueError(f"{self.loss} reads layers by hooks, which `torch_compile` does not see. Switch it off.")
-        if self.teacher_server and not needs_likelihoods_alone(SPAN_LOSSES[self.loss]):
-            possible = [name for name in SPAN_LOSSES if needs_likelihoods_alone(SPAN_LOSSES[name])]
+        entries = [] if self.teachers is None else named_teachers(self.teachers, self.teachers_by)
+        possible = [name for name in SPAN_LOSSES if needs_likelihoods_alone(SPAN_LOSSES[name])]
+        served = ["`teacher_server`"] if self.teacher_server else []
+        served += [f"the teacher {one.name!r}, a server," for one in entries if one.server is not None]
+        if served and self.loss not in possible:
             raise ValueError(
-                f"`loss: {self.loss}` compares whole distributions with a teacher model, but `teacher_server` lists "
+                f"`loss: {self.loss}` compares whole distributions with a teacher model, but {served[0]} lists "
                 f"a few tokens alone. From a server of another tokenizer, take {' or '.join(possible)}."
             )
-        for name in ("teacher_cache", "teacher_adapter", "teachers", "hidden_loss"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
-                    f"with `{name}`: its rows, or layers, are those of the student's tokens. Leave it out, or choose "
-                    "a divergence."
-                )
+        if self.teachers is not None and self.teachers_by not in ("weight", "column"):
+            raise ValueError(
+                f"`loss: {self.loss}` lets each teacher read the text in tokens of its own, which does not go with "
+                f"`teachers_by: {self.teachers_by}`: its weights are those of tokens that all teachers predict. "
+                "Combine them by weight or by column, or choose a divergence."
+            )
+        cached = [f"the cache {one.name!r} among `teachers`" for one in entries if one.cache is not None]
+        cached += ["`teacher_cache`"] if self.teacher_cache else []
+        if cached and self.loss not in possible:
+            raise ValueError(
+                f"`loss: {self.loss}` compares whole distributions with a teacher model, which does not go with "
+                f"{cached[0]}: a cache would hold the whole vocabulary for each token. Leave it out, or choose "
+                f"{' or '.join(possible)}, which needs the likelihoods of texts alone."
+            )
+        if self.teacher_cache and self.teachers:
+            raise ValueError(not_cached_as_one("teachers with tokens of their own"))
+        options = self.teacher_cache_options
+        if options and options != {"kind": "likelihoods"}:
+            raise ValueError(
+                f"`teacher_cache_options` are {options}, but {self.loss} reads likelihoods of texts alone, and its "
+                "cache is of kind likelihoods. Leave them out."
+            )
+        others = [f"`{name}`" for name in ("teacher_adapter", "hidden_loss") if getattr(self, name)]
+        if others:
+            raise ValueError(
+                f"`loss: {self.loss}` lets a teacher model read the text in tokens of its own, which does not go "
+                f"with {others[0]}: its rows, or layers, are those of the student's tokens. Leave it out, "
+                "or choose a divergence. An adapter on another model is named by its folder, as a model is."
+            )
 
     @property
     def is_span_loss(self) -> bool:
@@ -389,7 +433,7 @@ def without_teacher(args: DistillationConfig) -> DistillationConfig:
     plain = between_stages(args)
     plain.kd_weight, plain.ce_weight = 0.0, 1.0
     plain.teacher_model_name_or_path = plain.teacher_adapter = plain.teacher_cache = None
-    plain.teacher_cache_options = {}
+    plain.teacher_cache_options, plain.teacher_tokenizer = {}, None
     plain.hidden_loss = plain.teacher_server = plain.teachers = plain.on_policy = None
     forget_loading(plain)
     return plain

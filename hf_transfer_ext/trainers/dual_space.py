@@ -40,6 +40,11 @@ class DualSpace(TrainedAlong):
     ) -> None:
         super().__init__("loss", "Choose gold, uld or alm, or plain DDP.")
         self.loss, self.options = loss, dict(options)
+        if teacher.model is None:
+            raise ValueError(
+                f"{loss.__name__} adds the teacher's embeddings to its hidden states, but an adapter on the student's "
+                "base has none that stay as they are. Give a model of its own as the teacher, or choose gold."
+            )
         self.teacher_model = [teacher.model]  # in a list, so that it is no part of this module
         self.matched = teacher.matched
         heads = [head_module(model) for model in (student, teacher.model)]

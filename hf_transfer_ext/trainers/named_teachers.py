@@ -24,6 +24,7 @@ _OF_KIND = {
     "dtype": ("model",),
     "options": ("model", "server"),
     "server_model": ("server",),
+    "tokenizer": ("server", "cache"),
 }
 
 
@@ -39,6 +40,8 @@ class NamedTeacher:
         name: What data and messages call it; by default the last part of what it is named by.
         weight: Its share, > 0, where teachers are combined by weight; 1 by default.
         revision, dtype: Of a model.
+        tokenizer: Folder or Hub id of the tokenizer of a server's or a cache's model, where a span loss reads texts in
+            its tokens; of a server by default that of `server_model`, if it is a folder or a Hub id.
         options: Further arguments of `from_pretrained` for a model, or of `ServerTeacher`.
     """
 
@@ -51,6 +54,7 @@ class NamedTeacher:
     weight: float | None = None
     revision: str | None = None
     dtype: str = "auto"
+    tokenizer: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod

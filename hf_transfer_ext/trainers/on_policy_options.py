@@ -94,10 +94,10 @@ class OnPolicyOptions:
                 "the student writes the text, and the teacher would learn to repeat the student. Set "
                 '`loss_options` to {"alignment": "exact"}, which takes the teacher\'s own tokens.'
             )
-        if config.teachers is not None and config.teachers_by == "column":
+        if config.teachers is not None and config.teachers_by == "column" and method.sampled_tokens:
             raise ValueError(
-                "`teachers_by` is column, but a text that is written has no column that names its teacher. Combine "
-                "them by weight or by confidence."
+                f"`teachers_by` is column, but {self.on_policy} asks one teacher for the probability of each written "
+                "token. Choose gkd or distillm, or combine the teachers by weight or by confidence."
             )
         if config.teacher_cache is not None:
             raise ValueError(

@@ -27,6 +27,7 @@ class Rollout:
         log_probs: Of each written token under the student, at the sampling temperature, in nats; None if not noted.
         teacher_log_probs: The same under the teacher, at temperature 1; None if not noted.
         ended: Whether a stop token or stop string ended it, and not its length; False for texts of the data.
+        route: Place of the teacher that its prompt's row names (`teachers_by: column`); None where rows name none.
     """
 
     ids: list[int]
@@ -35,6 +36,7 @@ class Rollout:
     log_probs: list[float] | None = None
     teacher_log_probs: list[float] | None = None
     ended: bool = False
+    route: int | None = None
 
     @property
     def written(self) -> list[int]:

@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,6 +63,8 @@ class WritesRollouts(Trainer):
     chat_template: str | None
     #: None where the data are trained on as they are.
     rollout_method: RolloutMethod | None = None
+    #: The column that names a teacher for each row; a text has the teacher of its prompt. None: rows name none.
+    route_column: str | None = None
     #: The engine that writes in place of transformers; made when the first text is needed.
     _engine: VllmWriter | None = None
     #: The last step of this run that wrote, and how many of its texts may still go to the file.
@@ -128,12 +131,13 @@ class WritesRollouts(Trainer):
         Args:
             source: Who writes it; "data" leaves it as it is.
         """
-        data = rows_of(batch)
+        data = rows_of(batch, self.route_column)
         if source == "data":
             return data
         if source == "replay":
             return self.rollout_method.replayed(len(data), seed)  # type: ignore[union-attr]
-        return self._write(source, [prompt_of(row) for row in data], seed)
+        written = self._write(source, [prompt_of(row) for row in data], seed)
+        return [replace(text, route=row.route) for text, row in zip(written, data, strict=True)]
 
     def _write(self, source: Source, prompts: list[list[int]], seed: int) -> list[Rollout]:
         method: Any = self.rollout_method
@@ -217,7 +221,10 @@ class WritesRollouts(Trainer):
     def _collated(self, rows: Sequence[Rollout]) -> dict[str, Any]:
         """A batch for `compute_loss`, with what is known of its texts under the key `ROLLOUT`."""
         collator: Any = self.data_collator
-        batch = dict(collator([{"input_ids": row.ids, "labels": row.labels} for row in rows]))
+        fields: list[dict[str, Any]] = [{"input_ids": row.ids, "labels": row.labels} for row in rows]
+        if self.route_column is not None:
+            fields = [{**one, self.route_column: row.route} for one, row in zip(fields, rows, strict=True)]
+        batch = dict(collator(fields))
         length = batch["labels"].shape[1]
         known: dict[str, Tensor] = {
             "by_student": torch.tensor([row.source not in ("data", "teacher") for row in rows])
@@ -378,11 +385,16 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
 
 
-def rows_of(batch: dict[str, Any]) -> list[Rollout]:
-    """The rows of a padded batch, without their padding."""
+def rows_of(batch: dict[str, Any], route_column: str | None = None) -> list[Rollout]:
+    """The rows of a padded batch, without their padding.
+
+    Args:
+        route_column: Holds the place of each row's teacher; None: there is none.
+    """
     lengths = batch["attention_mask"].sum(1).tolist()
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    return [Rollout(ids[i][:n], labels[i][:n], "data") for i, n in enumerate(lengths)]
+    routes = [None] * len(ids) if route_column is None else batch[route_column].tolist()
+    return [Rollout(ids[i][:n], labels[i][:n], "data", route=routes[i]) for i, n in enumerate(lengths)]
 
 
 def prompt_of(row: Rollout) -> list[int]:
@@ -471,8 +483,10 @@ def _last_turn_apart(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
-def tokenized_prompts(dataset: Any, tokenizer: Any, args: Any, chat_template: str | None) -> Any:
-    """Prompts alone as token ids with labels that are -100 throughout."""
+def tokenized_prompts(
+    dataset: Any, tokenizer: Any, args: Any, chat_template: str | None, route_column: str | None = None
+) -> Any:
+    """Prompts alone as token ids with labels that are -100 throughout, and the column that names their teachers."""
 
     def tokenized(row: Mapping[str, Any]) -> dict[str, Any]:
         if not is_conversational(dict(row)):
@@ -488,7 +502,8 @@ def tokenized_prompts(dataset: Any, tokenizer: Any, args: Any, chat_template: st
         return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
 
     workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-    dataset = dataset.map(tokenized, remove_columns=list(dataset.column_names), **workers)
+    others = [name for name in dataset.column_names if name != route_column]
+    dataset = dataset.map(tokenized, remove_columns=others, **workers)
     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 

@@ -13,15 +13,17 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_transfer_ext.models.heads import head_rows
 from hf_transfer_ext.models.loading import load_model, load_tokenizer
 from hf_transfer_ext.reading import one_line
 from hf_transfer_ext.registry import unknown_name
-from hf_transfer_ext.teachers.cache import open_cache
+from hf_transfer_ext.teachers.cache import open_cache, open_likelihoods
 from hf_transfer_ext.teachers.learned import LearnedTeachers
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.server import KEY_VARIABLE, ServerTeacher
-from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers, no_such_place
+from hf_transfer_ext.teachers.several import ConfidentTeachers, MixedTeachers, RoutedTeachers, Several, no_such_place
 from hf_transfer_ext.teachers.signal import Teacher
+from hf_transfer_ext.teachers.spans import LikelihoodTeacher, SpanTeacher
 from hf_transfer_ext.trainers.distillation_models import check_length, check_vocabularies
 from hf_transfer_ext.trainers.named_teachers import NamedTeacher, named_teachers
 
@@ -36,27 +38,28 @@ def server_teacher(
     return ServerTeacher(url, model, tokenizer, api_key=os.environ.get(KEY_VARIABLE), **options)
 
 
-def span_server(args: Any, tokenizer: PreTrainedTokenizerBase | None) -> ServerTeacher:
+def span_server(
+    url: str, model: str, tokenizer: PreTrainedTokenizerBase | None, options: Mapping[str, Any], *, setting: str
+) -> ServerTeacher:
     """A teacher on a server that reads texts in tokens of its own.
 
     Args:
-        args: `DistillationConfig`.
         tokenizer: Of the server's model; None: loaded by the model's name there, if that is a folder or a Hub id.
+        setting: What a tokenizer is given by, as a message has it.
 
     Raises:
         ValueError: There is no tokenizer of that name.
     """
     if tokenizer is None:
         try:
-            tokenizer = load_tokenizer(args.teacher_server_model)
+            tokenizer = load_tokenizer(model)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"`loss: {args.loss}` with a server needs the tokenizer of its model, but the name there, "
-                f"{args.teacher_server_model!r}, is not a folder or Hub id with one ({one_line(error)}). Pass it as "
-                "`teacher_processing_class`."
+                "A span loss with a server needs the tokenizer of its model, but the name there, "
+                f"{model!r}, is not a folder or Hub id with one ({one_line(error)}). Pass it as {setting}."
             ) from error
-    options = {"top": 1, **args.teacher_server_options}  # the text's own tokens are listed in any case
-    return server_teacher(args.teacher_server, args.teacher_server_model, tokenizer, options)
+    options = {"top": 1, **options}  # the text's own tokens are listed in any case
+    return server_teacher(url, model, tokenizer, options)
 
 
 def started(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator: Accelerator, args: Any) -> Teacher:
@@ -76,15 +79,73 @@ def started(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator: Acce
         return open_cache(entry.cache, None, tokenizer, temperature=args.distill_temperature)
     if entry.server is not None:
         return server_teacher(entry.server, str(entry.server_model), tokenizer, entry.options)
-    code = {"trust_remote_code": args.trust_remote_code}
-    model = load_model(str(entry.model), revision=entry.revision, dtype=entry.dtype, **{**code, **entry.options})
-    own = load_tokenizer(str(entry.model), revision=entry.revision, **code)
+    model, own = _loaded(entry, args)
     check_vocabularies(student, model, tokenizer, own)
     check_length(f"teacher {entry.name!r}", model, args.max_length)
     return LiveTeacher(model, accelerator, fused=args.fused)
 
 
-def combined(entries: Sequence[NamedTeacher], teachers: Mapping[str, Teacher], args: Any) -> Teacher:
+def _loaded(entry: NamedTeacher, args: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model of an entry, and the tokenizer beside it."""
+    code = {"trust_remote_code": args.trust_remote_code}
+    model = load_model(str(entry.model), revision=entry.revision, dtype=entry.dtype, **{**code, **entry.options})
+    return model, load_tokenizer(str(entry.model), revision=entry.revision, **code)
+
+
+def started_spans(entry: NamedTeacher, student: Any, tokenizer: Any, accelerator: Accelerator, args: Any) -> Any:
+    """The teacher of an entry for a span loss: it reads the text in tokens of its own.
+
+    Arguments as of `started`.
+
+    Raises:
+        ValueError: Its tokenizer is not at hand, or its tokens do not stand for bytes.
+    """
+    if entry.cache is not None or entry.server is not None:
+        own = None if entry.tokenizer is None else load_tokenizer(entry.tokenizer)
+        source: Any = None
+        if entry.server is not None:
+            how: Any = {"setting": f"`tokenizer` of the teacher {entry.name!r}"}
+            source = span_server(entry.server, str(entry.server_model), own, entry.options, **how)
+        return span_reader(source, entry.cache, own, student, tokenizer, args)
+    if entry.adapter is not None:
+        live: LiveTeacher = AdapterTeacher(student, entry.adapter, accelerator, fused=args.fused)
+        return SpanTeacher(live, tokenizer, tokenizer, head_rows(student))
+    model, own = _loaded(entry, args)
+    return SpanTeacher(LiveTeacher(model, accelerator, fused=args.fused), tokenizer, own, head_rows(student))
+
+
+def span_reader(
+    teacher: LiveTeacher | ServerTeacher | None, folder: str | None, own: Any, student: Any, tokenizer: Any, args: Any
+) -> LikelihoodTeacher:
+    """A teacher that tells the likelihoods of a text in its own tokens: a server, or a cache of any teacher.
+
+    Args:
+        teacher: None: the cache alone.
+        folder: Of the cache; None: each text is asked for anew.
+        own: The teacher's tokenizer; that of a server where it is None.
+        student: The student, unwrapped.
+        tokenizer: The student's.
+        args: `DistillationConfig`.
+
+    Raises:
+        ValueError: The cache is of something else, or the teacher's tokenizer is not known.
+    """
+    if isinstance(teacher, ServerTeacher):
+        own = teacher.tokenizer
+    if own is None:
+        raise ValueError(
+            f"The cache {folder!r} holds likelihoods of texts in the tokens of its teacher, and does not hold the "
+            "tokenizer. Name it by `teacher_tokenizer`, or by `tokenizer` of an entry of `teachers`, or pass it as "
+            "`teacher_processing_class`."
+        )
+    source: Any = teacher
+    if folder is not None:
+        how: Any = {"temperature": args.distill_temperature, "revision": args.teacher_revision}
+        source = open_likelihoods(folder, teacher, own, **how)
+    return LikelihoodTeacher(source, tokenizer, own, head_rows(student))
+
+
+def combined(entries: Sequence[NamedTeacher], teachers: Mapping[str, Any], args: Any) -> Several:
     """Several teachers as one, as `teachers_by` says.
 
     Raises:

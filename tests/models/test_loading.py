@@ -73,6 +73,21 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
     assert load_tokenizer(tmp_path).pad_token == "</s>"
 
 
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folder, tmp_path):
+    adapter = get_peft_model(load_model(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(tmp_path / "adapter").get_vocab() == load_tokenizer(folder).get_vocab()
+    (tmp_path / "adapter" / "tokenizer.json").write_text("{}")  # a damaged one is not passed over
+    with pytest.raises(FileNotFoundError, match=r"adapter'.* cannot be loaded"):
+        load_tokenizer(tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").unlink()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"adapter'.* cannot be loaded"):
+        load_tokenizer(tmp_path / "adapter")
+
+
 def test_pickles_are_neither_fetched_nor_read_unless_asked(hub, folder):
     torch.save(tiny_llama().state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

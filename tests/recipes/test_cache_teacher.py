@@ -2,11 +2,13 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from safetensors.numpy import load_file
 from teachers.test_server import server  # noqa: F401
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
+from tiny_tokenizers import byte_fallback, byte_level
 from trainers.test_cached_distillation import trained_without_teacher
 
 from hf_transfer_ext import DistillationConfig, DistillationTrainer
@@ -14,11 +16,13 @@ from hf_transfer_ext.files import sha256_of
 from hf_transfer_ext.hub.publish import push
 from hf_transfer_ext.hub.record import read_record
 from hf_transfer_ext.hub.teacher_cache import pull_cache
+from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.recipes import distill
 from hf_transfer_ext.recipes.cache_teacher import main
 from hf_transfer_ext.teachers.cache import TeacherCache
 
 ROWS = [{"prompt": "gold is", "completion": " a metal"}, {"prompt": "the sea", "completion": " is wide and deep"}]
+MORE = {"prompt": "iron is", "completion": " hard"}
 
 
 @pytest.fixture
@@ -66,12 +70,78 @@ def test_the_recipe_takes_the_cache_of_the_revision_that_both_name(tmp_path, tea
     distilled(tmp_path, name=teacher[0], revision="v1")
 
 
+@pytest.fixture
+def far(tmp_path):
+    """A student, and a teacher with another tokenizer, in folders."""
+    for name, seed, tokenizer in (("student", 1, byte_level()), ("far", 2, byte_fallback())):
+        tiny_llama(seed, vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = [str(tmp_path / "rows.jsonl"), str(tmp_path / "cache"), "--kind", "likelihoods", "--max-length", "64"]
+    return tmp_path, [*words, "--student", str(tmp_path / "student")]
+
+
+def learned_likelihoods(folder, **teacher):
+    """A run of the recipe with `loss: alm`, and the student that it wrote."""
+    config = {
+        "output_dir": str(folder / "out"), "overwrite": True, "student": str(folder / "student"),
+        "dataset": str(folder / "rows.jsonl"), "test_split": None, "max_steps": 2, "max_length": 64, "use_cpu": True,
+        "bf16": False, "report_to": "none", "save_strategy": "no", "loss": "alm", "loss_options": {"tau": 5.0},
+        "learning_rate": 0.01, **teacher,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    distill.main(["--config", str(folder / "config.yaml")])
+    return dict(load_model(folder / "out").named_parameters())
+
+
+def test_the_recipe_learns_from_likelihoods_that_the_command_has_stored_as_from_the_teacher(far, capsys):
+    folder, words = far
+    assert main([str(folder / "far"), *words]) == 0
+    assert "2 texts in" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in (folder / "cache").iterdir()}
+    record = read_record(folder / "cache")
+    assert [item.role for item in record.inputs] == ["teacher", "dataset", "student"]
+    assert [record.call[name] for name in ("teacher", "dataset", "student")] == ["input:0", "input:1", "input:2"]
+    assert main([str(folder / "far"), *words]) == 0  # nothing is missing
+    shards = [name for name in before if name.startswith("rows-")]
+    assert [path.name for path in (folder / "cache").glob("rows-*")] == shards
+    alone = learned_likelihoods(folder, teacher={"cache": str(folder / "cache"), "tokenizer": str(folder / "far")})
+    live = learned_likelihoods(folder, teacher=str(folder / "far"))
+    for name, value in live.items():
+        torch.testing.assert_close(alone[name], value, atol=1e-5, rtol=0)
+    both = learned_likelihoods(folder, teacher={"name": str(folder / "far"), "cache": str(folder / "cache")})
+    assert [path.name for path in (folder / "cache").glob("rows-*")] == shards
+    for name, value in live.items():
+        torch.testing.assert_close(both[name], value, atol=1e-5, rtol=0)
+
+
+def test_a_server_stores_likelihoods_that_go_on_after_a_break(far, server):  # noqa: F811
+    folder, words = far
+    server.model, server.tokenizer = load_model(folder / "far"), byte_fallback()
+    served = [server.url, *words, "--server-model", "big", "--server-options", "{retries: 0, pause: 0.0}"]
+    with pytest.raises(ValueError, match=r"the name there, 'big', is not a folder .* Pass it as `teacher_tokenizer`"):
+        main(served)
+    served += ["--teacher-tokenizer", str(folder / "far")]
+    assert main(served) == 0
+    asked = [body["prompt"] for path, body, _ in server.requests if path == "/v1/completions"]
+    assert len(asked) == len(ROWS) and len(TeacherCache(folder / "cache")) == len(ROWS)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, MORE]))
+    server.requests.clear()
+    assert main(served) == 0
+    assert len([body for path, body, _ in server.requests if path == "/v1/completions"]) == 1
+    assert len(TeacherCache(folder / "cache")) == len(ROWS) + 1
+
+
 def test_settings_that_do_not_fit_the_teacher_are_refused(teacher):
     with pytest.raises(ValueError, match="A server needs `student`"):
         main([*teacher, "--student", teacher[0]])
     served = ["http://127.0.0.1:9", *teacher[1:], "--student", teacher[0], "--server-model", "big"]
     with pytest.raises(ValueError, match="`kind` can only be top"):
         main([*served, "--kind", "samples"])
+    with pytest.raises(ValueError, match="except `student` with `kind: likelihoods`"):
+        main([*teacher, "--kind", "likelihoods"])
+    with pytest.raises(ValueError, match="`teacher_tokenizer` is for a server with `kind: likelihoods`"):
+        main([*served, "--teacher-tokenizer", teacher[0]])
     with pytest.raises(ValueError, match="`tau` and `revision` have to be left out; got kind None and tau"):
         main([*served, "--tau", "0.5"])
     for options, message in (

@@ -18,7 +18,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from hf_transfer_ext.losses.span_pair import merged_predictions
 from hf_transfer_ext.teachers.live import LiveTeacher
 from hf_transfer_ext.teachers.server import ServerTeacher
-from hf_transfer_ext.teachers.spans import Respelling, ServedSpanTeacher, SpanTeacher
+from hf_transfer_ext.teachers.spans import LikelihoodTeacher, Respelling, SpanTeacher
 
 
 @pytest.mark.parametrize("text", ADVERSARIAL)
@@ -93,7 +93,7 @@ def test_a_server_that_calls_a_token_impossible_or_certain_gives_finite_likeliho
     asked = ServerTeacher(server.url, "big", other, top=1)
     said = iter([[-math.inf, 0.0, *[-0.5] * 99]])
     asked._each = lambda documents, ask: [next(said)[: len(document.positions)] for document in documents]
-    teacher = ServedSpanTeacher(asked, own, len(own))
+    teacher = LikelihoodTeacher(asked, own, other, len(own))
     ids = torch.tensor([own("The capital of France is Paris.")["input_ids"]])
     inputs, mask = {"input_ids": ids}, torch.ones(1, ids.shape[1] - 1, dtype=torch.bool)
     found = teacher.spans(tiny_llama(1), inputs, mask)

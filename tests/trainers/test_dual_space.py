@@ -19,6 +19,11 @@ from hf_transfer_ext.teachers.alignment import TokenBytes, align_vocabularies
 from hf_transfer_ext.trainers.saving import save_whole
 from hf_transfer_ext.trainers.trained_along import PARTS_FILE
 
+
+def space_of(trainer):
+    return trainer.span_losses.dual_spaces["teacher"]
+
+
 EXACT = {"loss": "dskd", "loss_options": {"alignment": "exact"}}
 
 
@@ -64,12 +69,12 @@ def test_one_step_is_the_step_of_the_formula(tmp_path, alignment):
         "distill_temperature": 2.0, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.5,
     }  # fmt: skip
     trainer = start(tmp_path, **options)
-    begun = {name: p.detach().clone().requires_grad_() for name, p in trainer.dual_space.projections.items()}
+    begun = {name: p.detach().clone().requires_grad_() for name, p in space_of(trainer).projections.items()}
     assert set(begun) == {"to_student", "to_teacher", *(["query"] if alignment == "attention" else [])}
     trainer.train()
     expected, kd, loss = manual_step(begun, alignment)
     assert_same(weights(trainer), expected, atol=2e-5)
-    found = {name: p.detach() for name, p in trainer.dual_space.projections.items()}
+    found = {name: p.detach() for name, p in space_of(trainer).projections.items()}
     assert_same(found, {name: p.detach() for name, p in begun.items()}, atol=2e-5)
     assert logged(trainer, "kd")[0] == pytest.approx(kd, rel=1e-3)
     assert logged(trainer, "loss")[0] == pytest.approx(loss, rel=1e-3)
@@ -99,8 +104,8 @@ def test_projections_are_saved_beside_checkpoints_and_resumed(tmp_path):
     resumed = start(tmp_path / "whole", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same(weights(resumed), weights(whole), atol=0.0)
-    projections = whole.dual_space.projections
-    assert all(torch.equal(p, projections[name]) for name, p in resumed.dual_space.projections.items())
+    projections = space_of(whole).projections
+    assert all(torch.equal(p, projections[name]) for name, p in space_of(resumed).projections.items())
     assert not (save_whole(whole, tmp_path / "final") / PARTS_FILE).exists()
     other = start(tmp_path / "other", **{**options, **EXACT})
     with pytest.raises(ValueError, match="the checkpoint was written with other settings"):
@@ -144,8 +149,8 @@ def test_two_processes_are_one(tmp_path):
 
     def rank(_):
         trainer = trained(tmp_path / "two", per_device_train_batch_size=2, **options)
-        return weights(trainer), {n: p.detach() for n, p in trainer.dual_space.projections.items()}
+        return weights(trainer), {n: p.detach() for n, p in space_of(trainer).projections.items()}
 
     for found, projections in on_two_ranks(rank, tmp_path):
         assert_same(weights(one), found, atol=1e-5)
-        assert_same({n: p.detach() for n, p in one.dual_space.projections.items()}, projections, atol=1e-5)
+        assert_same({n: p.detach() for n, p in space_of(one).projections.items()}, projections, atol=1e-5)

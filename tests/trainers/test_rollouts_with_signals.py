@@ -91,8 +91,9 @@ def test_a_teacher_on_a_server_by_its_config(tmp_path, server):  # noqa: F811
 @pytest.mark.parametrize("options, message", [
     ({"on_policy": "sampled_reverse_kl", "loss": "uld"}, "compares spans of text, but sampled_reverse_kl compares"),
     ({"on_policy": "minillm", "loss": "gold"}, "compares spans of text, but minillm compares"),
-    ({"teachers": [{"model": "a", "name": "a"}, {"model": "b", "name": "b"}], "teachers_by": "column"},
-     "`teachers_by` is column, but a text that is written has no column"),
+    ({"teachers": [{"model": "a", "name": "a"}, {"model": "b", "name": "b"}], "teachers_by": "column",
+      "on_policy": "sampled_reverse_kl"},
+     "`teachers_by` is column, but sampled_reverse_kl asks one teacher for the probability of each written token"),
 ])  # fmt: skip
 def test_pairs_that_do_not_go_together_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

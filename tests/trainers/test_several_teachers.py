@@ -299,7 +299,8 @@ FAR = {"server": "http://x", "server_model": "m", "name": "far"}
         ),
         ({"teachers": TWO, "teacher_model_name_or_path": "c"}, "Name one teacher: got `teacher_model"),
         ({"teachers": TWO, "hidden_loss": "hidden_mse"}, "but several are named"),
-        ({"teachers": TWO, "loss": "uld"}, "does not go with `teachers`"),
+        ({"teachers": TWO, "loss": "uld", "teachers_by": "confidence"}, "does not go with `teachers_by: confidence`"),
+        ({"teachers": TWO, "loss": "alm", "teachers_by": "learned"}, "does not go with `teachers_by: learned`"),
         (
             {"teachers": [TWO[0], FAR], "loss": "reverse_kl"},
             "reverse_kl needs the probability of each token in the mixture of several teachers, but a cache or a",

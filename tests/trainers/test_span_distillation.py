@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from teachers.test_alignment import ADVERSARIAL
 from teachers.test_server import server  # noqa: F401
 from tiny import tiny_llama
@@ -13,6 +14,7 @@ from trainers.test_distillation import assert_same, config, logged, weights
 
 from hf_transfer_ext import DistillationTrainer
 from hf_transfer_ext.losses.spans import SPAN_LOSSES, span_pair, takes_vocabularies
+from hf_transfer_ext.models.loading import load_model
 from hf_transfer_ext.teachers.alignment import TokenBytes, align_vocabularies
 
 TEXTS = ["The capital of France is Paris.", "日本の首都は東京です。 🙂🙃", "a    b\t\tc\n\n   d", "naïve café Zürich"]
@@ -118,6 +120,43 @@ def test_packing_and_micro_batches_change_nothing(tmp_path, name):
     assert_same(weights(one), weights(split), atol=1e-5)
 
 
+def adapted(folder):
+    """A teacher with an adapter, saved without a tokenizer of its own, and the model that both are when merged."""
+    teacher().save_pretrained(folder / "base")
+    byte_fallback().save_pretrained(folder / "base")
+    model = get_peft_model(load_model(folder / "base"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(folder / "adapter")
+    return str(folder / "adapter"), load_model(folder / "adapter").merge_and_unload()
+
+
+WRITTEN = {"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize("name", SPAN_LOSSES)
+def test_an_adapter_on_another_model_teaches_as_the_merged_model(tmp_path, name):
+    adapter, merged = adapted(tmp_path)
+    both = {"loss": name, "loss_options": {"tau": 5.0} if name == "alm" else {}}
+    one = trained(tmp_path / "a", teacher=adapter, teacher_tokenizer=None, **both)
+    assert any("lora" in name for name, _ in one.teacher.network.named_parameters())
+    assert_same(weights(one), weights(trained(tmp_path / "b", teacher=merged, **both)), atol=1e-5)
+    base = trained(tmp_path / "c", **both)
+    assert max((a - weights(base)[name]).abs().max() for name, a in weights(one).items()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gold", "alm"])
+def test_an_adapter_on_another_model_judges_what_the_student_writes_as_the_merged_model(tmp_path, name):
+    adapter, merged = adapted(tmp_path)
+    both = {"data": Dataset.from_dict({"prompt": TEXTS}), "loss": name, "max_steps": 2, **WRITTEN}
+    one = trained(tmp_path / "a", teacher=adapter, teacher_tokenizer=None, **both)
+    other = trained(tmp_path / "b", teacher=merged, **both)
+    assert_same(weights(one), weights(other), atol=1e-5)
+    assert logged(one, "rollout_tokens") == logged(other, "rollout_tokens") and min(logged(one, "kd")) > 0
+
+
 def test_odd_texts_cut_rows_and_completions_alone_train(tmp_path):
     texts = [text for text in ADVERSARIAL if text]
     trainer = trained(tmp_path / "a", texts, loss="gold", max_length=9, max_steps=3)
@@ -149,7 +188,18 @@ def test_the_padding_token_that_one_side_lacks_is_fine(tmp_path):
         ({"loss": "gold", "loss_options": {"beeta": 0.5}}, "Unknown option of gold 'beeta'. Did you mean 'beta'"),
         ({"loss": "gold", "loss_options": {"matched_weight": 2.0}}, "`matched_weight` in"),
         ({"loss": "alm", "loss_options": {"tau": 0.0}}, "`tau` and `epsilon` of alm have to be > 0"),
-        ({"loss": "uld", "teacher_cache": "x"}, "does not go with `teacher_cache`"),
+        ({"loss": "uld", "teacher_cache": "x"}, "does not go with `teacher_cache`: a cache would hold the whole"),
+        ({"loss": "dskd", "teachers": [{"cache": "x"}]}, "does not go with the cache 'x' among `teachers`"),
+        (
+            {"loss": "alm", "teacher_cache": "x", "teacher_cache_options": {"kind": "top"}},
+            "alm reads likelihoods of texts alone, and its cache is of kind likelihoods",
+        ),
+        (
+            {"loss": "alm", "teacher_cache": "x", "teachers": [{"model": "a"}]},
+            "`teacher_cache` stores several teachers as one where .* got teachers with tokens of their own",
+        ),
+        ({"loss": "alm", "teacher_tokenizer": "x"}, "`teacher_tokenizer` is for a span loss with `teacher_server` or"),
+        ({"teacher_cache": "x", "teacher_tokenizer": "x"}, "`teacher_tokenizer` is for a span loss with"),
         ({"loss": "uld", "teacher_adapter": "base"}, "does not go with `teacher_adapter`"),
         ({"loss": "uld", "float32_logits": False}, "`float32_logits` is off, which has no effect with `loss: uld`"),
         ({"loss": "forward_kl", "fused": False, "float32_logits": False}, "has no effect with `fused=False`"),
@@ -193,10 +243,103 @@ def test_a_server_of_another_tokenizer_teaches_likelihoods_as_the_model_itself_d
 
 def test_a_student_writes_and_a_server_of_another_tokenizer_reads(tmp_path, server):  # noqa: F811
     server.model, server.tokenizer = teacher(), byte_fallback()
-    on_policy = {"on_policy": "gkd", "on_policy_share": 1.0, "max_new_tokens": 6}
-    served = start_served(tmp_path, server, data=Dataset.from_dict({"prompt": TEXTS}), **on_policy)
+    served = start_served(tmp_path, server, data=Dataset.from_dict({"prompt": TEXTS}), **WRITTEN)
     served.train()
     assert served.state.global_step == 1 and logged(served, "kd")[0] > 0
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_cache_of_likelihoods_teaches_as_the_model_and_runs_it_once_for_each_text(tmp_path, temperature):
+    options = {"loss": "alm", "loss_options": {"tau": 5.0}, "max_steps": 3, "distill_temperature": temperature}
+    live = trained(tmp_path / "live", **options)
+    cached = trained(tmp_path / "cached", teacher_cache=str(tmp_path / "cache"), **options)
+    assert cached.teacher.source.forwards == 1 and len(cached.teacher.source.cache) == len(TEXTS)
+    assert_same(weights(cached), weights(live), atol=1e-5)
+    assert logged(cached, "kd") == pytest.approx(logged(live, "kd"), abs=1e-4)
+    assert logged(cached, "aligned") == logged(live, "aligned")
+    assert cached.frozen_bytes == live.frozen_bytes and cached.frozen_bytes["teacher"] > 0
+    before = files_of(tmp_path / "cache")
+    again = trained(tmp_path / "again", teacher_cache=str(tmp_path / "cache"), **options)
+    assert again.teacher.source.forwards == 0 and files_of(tmp_path / "cache") == before
+    byte_fallback().save_pretrained(tmp_path / "tokenizer")
+    for given in ({"teacher_tokenizer": str(tmp_path / "tokenizer")}, {"processing": byte_fallback()}):
+        alone = DistillationTrainer(
+            student(), None,
+            config(tmp_path / "alone", teacher_cache=str(tmp_path / "cache"), max_length=128, **options,
+                   **{name: value for name, value in given.items() if name != "processing"}),
+            Dataset.from_dict({"text": TEXTS}), processing_class=byte_level(),
+            teacher_processing_class=given.get("processing"),
+        )  # fmt: skip
+        alone._get_train_sampler = lambda *a, one=alone: torch.utils.data.SequentialSampler(one.train_dataset)
+        alone.train()
+        assert_same(weights(alone), weights(again), atol=0)
+        assert not any(alone.frozen_bytes.values())
+
+
+def test_a_cache_of_likelihoods_serves_other_masks_and_texts_that_the_teacher_cuts(tmp_path):
+    data = Dataset.from_dict({"prompt": ["The capital of France is"] * 2, "completion": [" Paris.", " far away."]})
+    short = tiny_llama(2, vocab_size=len(byte_fallback()), max_position_embeddings=12)
+    options = {"data": data, "teacher": short, "loss": "alm", "loss_options": {"tau": 5.0}}
+    live = trained(tmp_path / "a", **options)
+    whole = trained(tmp_path / "b", teacher_cache=str(tmp_path / "c"), completion_only_loss=False, **options)
+    masked = trained(tmp_path / "d", teacher_cache=str(tmp_path / "c"), **options)
+    assert (whole.teacher.source.forwards, masked.teacher.source.forwards) == (1, 0)
+    assert 0 < logged(live, "aligned")[0] < 1
+    assert_same(weights(masked), weights(live), atol=1e-5)
+
+
+def test_a_cache_of_another_teacher_tokenizer_or_text_is_refused_with_both_fingerprints(tmp_path):
+    cache = str(tmp_path / "cache")
+    trained(tmp_path / "a", loss="alm", teacher_cache=cache)
+    with pytest.raises(
+        ValueError, match=r"\(fingerprint \w+\) is not of this teacher .*\(fingerprint \w+\): weights is"
+    ):
+        start(tmp_path / "b", loss="alm", teacher_cache=cache, teacher=teacher(3))
+    own = tiny_llama(2, vocab_size=len(byte_level()))
+    with pytest.raises(ValueError, match=r"is not of this teacher .* tokenizer is .* needed is"):
+        start(tmp_path / "c", loss="alm", teacher_cache=cache, teacher=own, teacher_tokenizer=byte_level)
+    with pytest.raises(ValueError, match=r"is not of this teacher .* temperature is 1.0, needed is 2.0"):
+        start(tmp_path / "d", loss="alm", teacher_cache=cache, distill_temperature=2.0)
+
+    def alone(data, tokenizer, **options):
+        return DistillationTrainer(
+            student(), None, config(tmp_path / "e", **{"loss": "alm", "teacher_cache": cache, **options}),
+            Dataset.from_dict({"text": data}), processing_class=byte_level(), teacher_processing_class=tokenizer,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"is not of this teacher .*: tokenizer is"):
+        alone(TEXTS, byte_level())
+    with pytest.raises(ValueError, match=r"does not hold the tokenizer\. Name it by `teacher_tokenizer`"):
+        alone(TEXTS, None)
+    with pytest.raises(ValueError, match=r"\(fingerprint \w+\) has no rows .* its fingerprint is \w+, and the cache"):
+        alone(["something else"], byte_fallback()).train()
+    with pytest.raises(ValueError, match=r"forward_kl needs .* tells the likelihoods of the tokens of a text alone"):
+        config(tmp_path / "f", teacher_cache=cache)
+    trained_rows = {"teacher_cache": str(tmp_path / "rows"), "teacher": tiny_llama(2, vocab_size=len(byte_level()))}
+    trained(tmp_path / "g", loss="forward_kl", teacher_tokenizer=byte_level, **trained_rows)
+    with pytest.raises(ValueError, match=r"kind is 'top_and_samples', needed is 'likelihoods'"):
+        start(tmp_path / "h", loss="alm", teacher_tokenizer=byte_level, **trained_rows)
+
+
+def test_a_server_is_asked_once_for_each_text(tmp_path, server):  # noqa: F811
+    server.model, server.tokenizer = teacher(), byte_fallback()
+    options = {"max_steps": 3, "loss_options": {"tau": 5.0}}
+    asked = start_served(tmp_path / "a", server, **options)
+    asked.train()
+    cached = start_served(tmp_path / "b", server, teacher_cache=str(tmp_path / "cache"), **options)
+    server.requests.clear()
+    cached.train()
+    assert len([path for path, _, _ in server.requests if path == "/v1/completions"]) == len(TEXTS)
+    assert_same(weights(cached), weights(asked), atol=1e-6)
+    again = start_served(tmp_path / "c", server, teacher_cache=str(tmp_path / "cache"), **options)
+    server.requests.clear()
+    again.train()
+    assert not server.requests
+    assert_same(weights(again), weights(asked), atol=1e-6)
 
 
 def test_a_server_whose_tokenizer_is_unknown_or_another_one_is_refused(tmp_path, server):  # noqa: F811

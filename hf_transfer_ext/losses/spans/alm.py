@@ -14,9 +14,10 @@ def alm(pair: SpanPair, *, tau: float = 100.0, epsilon: float = 1e-6) -> Float[T
     .. math:: -a \log b - (1 - a) \log(1 - b), \quad a = e^{l_T / \tau - \epsilon}, b = e^{l_S / \tau - \epsilon}
 
     with the log-likelihoods l of the span. It needs one number for each span, and no vocabulary at all: the teacher
-    may be a model, or run on a server (`teacher_server`).
+    may be a model, run on a server (`teacher_server`), or have been stored (`teacher_cache`).
 
-    When to use it: the vocabularies differ, and the likelihoods of texts are all that a teacher on a server tells.
+    When to use it: the vocabularies differ, and the likelihoods of texts are all that a teacher on a server or a cache
+    tells.
 
     Args:
         tau: > 0; a large one weighs unlikely spans as much as likely ones.

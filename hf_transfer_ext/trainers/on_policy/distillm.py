@@ -73,7 +73,7 @@ class distillm(RolloutMethod):
 
     def replayed(self, count: int, seed: int) -> list[Rollout]:
         found = random.Random(seed).choices(list(self.buffer), k=count)
-        return [Rollout(row.ids, row.labels, "replay") for row in found]
+        return [Rollout(row.ids, row.labels, "replay", route=row.route) for row in found]
 
     def after_evaluation(self, cross_entropy: float) -> dict[str, float]:
         if self.reference is None:
