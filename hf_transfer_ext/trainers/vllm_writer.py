@@ -6,6 +6,7 @@ after each optimizer step, so that a text is always the current student's.
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,7 +90,10 @@ class VllmWriter:
         dtype = mixed or next(student.parameters()).dtype
         aside = Path(folder) / f".vllm-{accelerator.process_index}"
         aside.mkdir(parents=True, exist_ok=True)
-        causal_lm_of(student).config.save_pretrained(aside)
+        model = causal_lm_of(student)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]  # models that were never saved have none
+        config.save_pretrained(aside)
         try:
             with _as_launched(accelerator), _unchanged_draws():
                 self.engine: Any = vllm.LLM(
@@ -104,11 +108,12 @@ class VllmWriter:
         """Copy the student's weights into the engine, unless those of this step are there already.
 
         The engine's own `reload_weights` also rebuilds what some devices make of them (the CPU multiplies with packed
-        copies), which writing to its parameters does not.
+        copies), which writing to its parameters does not. It leaves out a head whose weight is the embedding's.
         """
         if self._loaded == step:
             return
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": engine_weights(student)})
+        self.engine.apply_model(_prepare_heads)
         self.engine.reset_prefix_cache()
         self._loaded = step
 
@@ -160,6 +165,13 @@ class VllmWriter:
             [float(row[token].logprob) for token, row in zip(one.token_ids, one.logprobs, strict=True)]
             for one in found
         ]
+
+
+def _prepare_heads(network: torch.nn.Module) -> None:
+    """Rebuild what vLLM makes of the head's weight, which nothing else does where it is the embedding's."""
+    for part in network.modules():
+        if type(part).__name__ == "ParallelLMHead":
+            cast(Any, part).quant_method.process_weights_after_loading(part)
 
 
 @contextmanager

@@ -51,6 +51,19 @@ class Written:
     finish_reason: str
 
 
+class ParallelLMHead(torch.nn.Module):
+    """A head that multiplies with a packed copy of its weight, which may be the embedding's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = [model]
+        self.quant_method = SimpleNamespace(process_weights_after_loading=ParallelLMHead.pack)
+
+    def pack(self):
+        with torch.no_grad():
+            self.model[0].lm_head.weight.copy_(self.model[0].model.embed_tokens.weight)
+
+
 class LLM:
     """Keeps what it was made with, and every state of its weights in which it wrote.
 
@@ -66,10 +79,15 @@ class LLM:
         assert os.environ["WORLD_SIZE"] == "1" and arguments["seed"] == 0
         assert not list(Path(model).glob("*.safetensors")) and arguments["load_format"] == "dummy"
         assert int(os.environ["MASTER_PORT"]) > 1023
+        assert json.loads((Path(model) / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(7)
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        self.network = torch.nn.ModuleList()
+        if self.model.config.tie_word_embeddings:
+            self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
+            self.network.append(ParallelLMHead(self.model))
         context = arguments.get("max_model_len") or self.model.config.max_position_embeddings
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
         LLM.made.append(self)
@@ -80,6 +98,9 @@ class LLM:
         with torch.no_grad():
             for name, weight in list(kwargs["weights_iterator"]):
                 own[name].copy_(weight)
+
+    def apply_model(self, function):
+        return [function(self.network)]
 
     def reset_prefix_cache(self):
         self.resets += 1
