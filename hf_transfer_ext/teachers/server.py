@@ -198,7 +198,7 @@ class ServerTeacher:
         """The entries that the server lists for each token of a prompt; raises where tokens are missing."""
         if self._context is not None and len(ids) >= self._context:
             raise ValueError(
-                f"A text has {len(ids)} tokens, but the model {self.model!r} on the server at {self.url} takes at most "
+                f"A text has {len(ids)} tokens, but model {self.model!r} on the server at {self.url} takes at most "
                 f"{self._context - 1}: its context of {self._context} also holds one token that it writes. Lower "
                 "`max_length`, or raise the context (`--max-model-len` of vLLM)."
             )

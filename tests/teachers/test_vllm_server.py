@@ -17,18 +17,23 @@ from transformers import AutoModelForCausalLM
 
 from hf_transfer_ext import DistillationTrainer
 from hf_transfer_ext.losses.rows import SparseRows
+from hf_transfer_ext.models.loading import load_tokenizer
 from hf_transfer_ext.recipes.cache_teacher import main
 from hf_transfer_ext.teachers import cache
 from hf_transfer_ext.teachers.cache import TeacherCache
 from hf_transfer_ext.teachers.demo import MODULE, demo_model
 from hf_transfer_ext.teachers.documents import documents_of_row
 from hf_transfer_ext.teachers.server import ServerTeacher, cache_server
-from hf_transfer_ext.models.loading import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
 TOP = 40
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "naïve Zürich 東京 🙂", "a b c d", "1984: nineteen eighty-four"]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "naïve Zürich 東京 🙂",
+    "a b c d",
+    "1984: nineteen eighty-four",
+]
 PROMPTS = {"prompt": ["what is gold? ", "paris ", "naïve ", "1984: "]}
 WRITES = {"on_policy_share": 1.0, "max_new_tokens": 8}
 

@@ -60,15 +60,20 @@ def gemma3():
     torch.manual_seed(1)
     shape = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
-    return Gemma3ForCausalLM(
+    model = Gemma3ForCausalLM(
         Gemma3TextConfig(vocab_size=258, num_key_value_heads=2, head_dim=32, initializer_range=0.2,
                          max_position_embeddings=512, sliding_window=32, **shape, **ends)
     ).eval()  # fmt: skip
+    with torch.no_grad():  # its large embedding, which is the head as well, would repeat the last token for ever
+        model.model.embed_tokens.weight.mul_(0.05)
+    return model
 
 
 def adapted():
     torch.manual_seed(3)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "up_proj", "embed_tokens"], modules_to_save=["lm_head"]
+    )
     return get_peft_model(llama(), config)
 
 
@@ -172,9 +177,16 @@ def test_two_runs_are_one_and_the_draws_of_the_training_go_on(tmp_path):
     for name in "ab":
         runs.append(
             trainer_of(
-                tmp_path / name, llama(dtype="float32", attention_dropout=0.1), llama(2), ROWS, rollout_engine="vllm",
-                rollout_engine_options=SMALL, max_steps=2, on_policy="sampled_reverse_kl", loss="reverse_kl",
-            )  # fmt: skip
+                tmp_path / name,
+                llama(dtype="float32", attention_dropout=0.1),
+                llama(2),
+                ROWS,
+                rollout_engine="vllm",
+                rollout_engine_options=SMALL,
+                max_steps=2,
+                on_policy="sampled_reverse_kl",
+                loss="reverse_kl",
+            )
         )
         runs[-1].train()
     assert_same(weights(runs[0]), weights(runs[1]), atol=0.0)

@@ -204,14 +204,14 @@ def test_adapters_are_merged_for_the_engine_and_the_base_stays_bit_for_bit(vllm,
 
 def test_weights_that_one_embedding_and_head_share_are_not_adapted_on_one_side(vllm, tmp_path):
     def adapted(**options):
-        return get_peft_model(tiny_llama(1, tie_word_embeddings=True), LoraConfig(r=2, **options))
+        return get_peft_model(
+            tiny_llama(1, tie_word_embeddings=True), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+        )
 
-    for options in ({"target_modules": ["embed_tokens"]},
-                    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):  # fmt: skip
+    for options in ({"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}):
         with pytest.raises(ValueError, match="embedding and output head share one weight, and its adapter changes"):
             VllmWriter(adapted(**options), Accelerator(cpu=True), tmp_path, {})
-    for options in ({"target_modules": ["q_proj"]},
-                    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}):  # fmt: skip
+    for options in ({}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}):
         student = adapted(**options)
         with torch.no_grad():
             for parameter in student.parameters():
