@@ -182,7 +182,7 @@ def test_a_server_that_dies_stops_a_run_that_keeps_what_it_has(server, tmp_path,
 
     with pytest.raises(OSError, match=r"No answer after 2 attempts\. What was stored so far stays"):
         cache_server(asked(server), rows(), tmp_path / "c", batch_size=8, accelerator=Accelerator(cpu=True))
-    assert len(TeacherCache(tmp_path / "c")) == 24
+    assert len(TeacherCache(tmp_path / "c")) == 32
     with pytest.raises(OSError, match=r"cannot be reached or broke off"):
         asked(server, retries=0)
 
