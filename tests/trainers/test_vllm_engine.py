@@ -3,8 +3,10 @@
 These tests run in an environment that has vLLM. The first one starts them there.
 """
 
+import os
 import random
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def test_the_others_pass_in_the_environment_with_vllm():
     command = ["nice", "-n", "5", python, "-m", "pytest", "-q", "-m", "slow", str(Path(__file__).relative_to(root))]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=for_vllm(PYTHONPATH=str(root)))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "8 passed, 1 skipped" in done.stdout, done.stdout[-2000:]
+    assert "9 passed, 1 skipped" in done.stdout, done.stdout[-2000:]
 
 
 def llama(seed=1, **config):
@@ -190,6 +192,40 @@ def test_two_runs_are_one_and_the_draws_of_the_training_go_on(tmp_path):
         )
         runs[-1].train()
     assert_same(weights(runs[0]), weights(runs[1]), atol=0.0)
+
+
+TWO = """
+from trainers.test_vllm_engine import IDS, ROWS, SMALL, greedy, llama, trainer_of, written
+
+trainer = trainer_of(
+    {folder!r}, llama(), llama(2), ROWS, rollout_engine="vllm", rollout_engine_options=SMALL, max_steps=2,
+    learning_rate=0.2, per_device_train_batch_size=2,
+)
+before = trainer._written_batch
+
+def compared(*arguments):
+    batch = before(*arguments)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    same = written((trainer._engine, None), temperature=0.0) == greedy(student.eval(), IDS)
+    print("SAME" if same else "OTHER", trainer.accelerator.num_processes, flush=True)
+    student.train()
+    return batch
+
+trainer._written_batch = compared
+trainer.train()
+"""
+
+
+@in_its_environment
+def test_two_processes_have_an_engine_each(tmp_path):
+    (tmp_path / "two.py").write_text(TWO.format(folder=str(tmp_path / "out")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join(str(Path(__file__).parents[n]) for n in (1, 2))
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.py")], capture_output=True, text=True, env=for_vllm(PYTHONPATH=paths)
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("SAME 2") == 4 and "OTHER" not in done.stdout
 
 
 @in_its_environment
