@@ -8,6 +8,7 @@ is requested once.
 
 from __future__ import annotations
 
+import http
 import http.client
 import json
 import logging
@@ -54,6 +55,8 @@ WHOSE_TOKENIZER = (
     "Losses that compare tokens need a student with the server's tokenizer; `loss: alm` compares texts, and needs the "
     "server's tokenizer as `teacher_processing_class`."
 )
+#: How far listed probabilities of one position may exceed 1 in sum: rounded ones in half precision do.
+MOST_EXCESS = 0.02
 #: The longest pause between two attempts, in seconds.
 LONGEST_PAUSE = 60.0
 
@@ -73,6 +76,10 @@ class ServerTeacher:
         parallel: Requests at the same time.
         check_tokenizer: Compare the server's tokens with the tokenizer's, by its `/tokenize` or by the text of listed
             tokens; a server that shows neither is refused.
+
+    Raises:
+        OSError: The server does not answer, after all attempts.
+        ValueError: It has no model of that name, or one with another tokenizer.
 
     When to use it: the teacher is too large for the machine that trains the student, and runs elsewhere.
     """
@@ -108,6 +115,7 @@ class ServerTeacher:
         self._open = urllib.request.build_opener(_NoRedirect).open
         self._style: str | None = None  # "prompt_logprobs" or "echo", once an answer has shown it
         self._lists_enough = False  # once an answer has shown that its limit is not below `top`
+        self._context = self._context_of_model()
         self._verified = not check_tokenizer or self._tokenizes_alike()
 
     @property
@@ -188,6 +196,12 @@ class ServerTeacher:
 
     def _whole(self, ids: list[int]) -> list[dict[int, float]]:
         """The entries that the server lists for each token of a prompt; raises where tokens are missing."""
+        if self._context is not None and len(ids) >= self._context:
+            raise ValueError(
+                f"A text has {len(ids)} tokens, but model {self.model!r} on the server at {self.url} takes at most "
+                f"{self._context - 1}: its context of {self._context} also holds one token that it writes. Lower "
+                "`max_length`, or raise the context (`--max-model-len` of vLLM)."
+            )
         listed = self._listed(ids)
         if len(listed) != len(ids):
             raise ValueError(
@@ -202,7 +216,14 @@ class ServerTeacher:
         rows = [self._likeliest(listed[position + 1]) for position in document.positions.tolist()]
         self._check_limit(ids, listed)
         log_probs = torch.tensor([[value for _, value in row] for row in rows])
-        tail = (1 - log_probs.double().exp().sum(1)).clamp(min=0).float()
+        tail = 1 - log_probs.double().exp().sum(1)
+        if len(tail) and float(tail.min()) < -MOST_EXCESS:
+            raise ValueError(
+                f"The server at {self.url} lists tokens whose probabilities sum to {1 - float(tail.min()):g} at one "
+                "position, so these are not log-probabilities. Let it list them (vLLM: `--logprobs-mode "
+                "raw_logprobs`, its default)."
+            )
+        tail = tail.clamp(min=0).float()
         if self.top >= self.vocab_size:  # what rounding leaves over belongs to no token
             tail = torch.zeros_like(tail)
         return SparseRows(TopTokens(torch.tensor([[token for token, _ in row] for row in rows]), log_probs, tail))
@@ -294,6 +315,24 @@ class ServerTeacher:
             "compared with the one here. If you know that they are the same, set `check_tokenizer=False`."
         )
 
+    def _context_of_model(self) -> int | None:
+        """The longest context of the model in tokens, if the server tells it.
+
+        Raises:
+            ValueError: The server lists its models, and none has this name.
+        """
+        try:
+            listed = self._answer("/v1/models").get("data")
+        except ValueError:  # no such address
+            return None
+        models = {one["id"]: one for one in listed or () if isinstance(one, Mapping) and "id" in one}
+        if models and self.model not in models:
+            raise ValueError(
+                f"The server at {self.url} has no model {self.model!r}. It has: {', '.join(map(repr, models))}."
+            )
+        context = models.get(self.model, {}).get("max_model_len")
+        return context if isinstance(context, int) else None
+
     def _tokenizes_alike(self) -> bool:
         """Whether the server has `/tokenize`, and splits a text as the tokenizer does.
 
@@ -316,8 +355,12 @@ class ServerTeacher:
             )
         return True
 
-    def _answer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's answer, after up to `retries` further attempts."""
+    def _answer(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The server's answer, after up to `retries` further attempts.
+
+        Args:
+            body: Sent as JSON; None sends a GET request.
+        """
         wait, problem = self.pause, ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -334,20 +377,24 @@ class ServerTeacher:
             "again when the server is back, and it goes on from there."
         )
 
-    def _once(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _once(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with self._open(request, timeout=self.timeout) as reply:
                 answer = json.loads(reply.read())
         except urllib.error.HTTPError as error:
-            said = error.read(2000).decode("utf-8", "replace")
-            if error.code == 429 or error.code >= 500:
-                raise _Busy(f"answered {error.code}", _seconds(error.headers.get("Retry-After"))) from error
+            said, about = _said(error)
+            if error.code == 429 or (error.code >= 500 and error.code != http.HTTPStatus.NOT_IMPLEMENTED):
+                status = f"answered {error.code}" + (f" ({said})" if said else "")
+                raise _Busy(status, _seconds(error.headers.get("Retry-After"))) from error
+            if about in ("prompt_logprobs", "logprobs"):
+                said += " Lower `top`, or raise the limit (`--max-logprobs` of vLLM)."
             kind = PermissionError if error.code in (401, 403) else ValueError
-            raise kind(f"The server at {self.url}{path} answered {error.code}: {said[:300]}") from error
+            raise kind(f"The server at {self.url}{path} answered {error.code}: {said}") from error
         except json.JSONDecodeError as error:
             raise _Busy("gave an answer that is cut or not JSON") from error
         except (OSError, http.client.HTTPException) as error:
@@ -375,6 +422,22 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     choices = answer.get("choices")
     return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
+
+
+def _said(error: urllib.error.HTTPError) -> tuple[str, str | None]:
+    """The message of an error, and the parameter that it is about where the body names one, as OpenAI's API does."""
+    try:
+        text = error.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):  # cut off: the status says enough
+        return "", None
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError:
+        return text[:300], None
+    found = body.get("error") if isinstance(body, Mapping) else None
+    if not isinstance(found, Mapping) or not isinstance(found.get("message"), str):
+        return text[:300], None
+    return found["message"][:500], found.get("param")
 
 
 def _log_prob(entry: Any) -> float:

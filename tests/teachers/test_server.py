@@ -23,13 +23,29 @@ TOKENIZER = byte_tokenizer()
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers in the words of vLLM 0.32, and of servers that have less than it has."""
+
     def log_message(self, *args):
         pass
+
+    def do_GET(self):
+        own = self.server
+        if self.path != "/v1/models" or own.models is None:
+            return self.reply(404, b'{"detail":"Not Found"}')
+        data = [{"id": name, "object": "model", "owned_by": "vllm", **more} for name, more in own.models.items()]
+        self.reply(200, json.dumps({"object": "list", "data": data}).encode())
+
+    def refuse(self, status, message, kind="BadRequestError", param=None):
+        error = {"message": message, "type": kind, "param": param, "code": status}
+        self.reply(status, json.dumps({"error": error}).encode())
 
     def do_POST(self):
         own = self.server
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         own.requests.append((self.path, asked, dict(self.headers)))
+        if own.models is not None and asked["model"] not in own.models:
+            said = f"The model `{asked['model']}` does not exist. Valid aliases: {', '.join(own.models)}."
+            return self.refuse(404, said, "NotFoundError", "model")
         if self.path == "/tokenize":
             if own.tokenizer is None:
                 return self.reply(404, b"{}")
@@ -39,11 +55,16 @@ class Handler(BaseHTTPRequestHandler):
             status, body, headers = own.faults.pop(0)
             return self.reply(status, body, headers)
         ids = asked["prompt"]
+        wanted = asked.get("prompt_logprobs") or asked.get("logprobs")
+        if own.max_logprobs is not None and wanted > own.max_logprobs:
+            name, kind = ("prompt_logprobs", "prompt") if "prompt_logprobs" in asked else ("logprobs", "sample")
+            said = f"Requested {kind} logprobs of {wanted}, which is greater than max allowed: {own.max_logprobs}"
+            return self.refuse(400, f"{said} (parameter={name}, value={wanted})", param=name)
         with torch.no_grad():
             log_probs = own.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         rows = [None]
         for position, token in enumerate(ids[1:]):
-            limit = min(own.limit, asked.get("prompt_logprobs") or asked.get("logprobs"))
+            limit = min(own.limit, wanted)
             listed = {*log_probs[position].topk(limit).indices.tolist(), token}
             rows.append({one: log_probs[position, one].item() for one in listed})
         choice = {"text": ""}
@@ -70,6 +91,7 @@ def server():
     own = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     own.model, own.tokenizer, own.style, own.limit = tiny_llama(2), TOKENIZER, "prompt_logprobs", 20
     own.faults, own.requests, own.cut, own.shown = [], [], None, lambda token: {}
+    own.models, own.max_logprobs = {name: {"max_model_len": 512} for name in ("big", "tiny")}, None
     own.url = f"http://127.0.0.1:{own.server_address[1]}"
     thread = threading.Thread(target=own.serve_forever, daemon=True)
     thread.start()
@@ -196,6 +218,43 @@ def test_a_limit_just_below_top_is_seen_though_the_texts_own_token_fills_the_lis
         assert used == 1 + more + (style == "echo")
         list(asked.document_rows(texts[5]))
         assert len(server.requests) == before + used + 1
+
+
+def test_the_refusals_of_vllm_say_what_to_do(server, tmp_path):
+    with pytest.raises(ValueError, match=r"has no model 'bigger'\. It has: 'big', 'tiny'\."):
+        ServerTeacher(server.url, "bigger", TOKENIZER)
+    server.max_logprobs = 5
+    for style in ("prompt_logprobs", "echo"):
+        asked = teacher(server)
+        asked._style = style
+        with pytest.raises(ValueError, match=r"max allowed: 5 .*value=6\) Lower `top`, or raise .*`--max-logprobs`"):
+            list(asked.document_rows(documents_of_row(ROWS[0])))
+    server.models["big"] = {"max_model_len": 4}
+    asked, before = teacher(server, top=5), len(server.requests)
+    list(asked.document_rows(documents_of_row({"input_ids": [65, 66, 67]})))
+    sent = len(server.requests)
+    with pytest.raises(ValueError, match=r"A text has 4 tokens.*at most 3: .*`max_length`.*`--max-model-len`"):
+        list(asked.document_rows(documents_of_row({"input_ids": [65, 66, 67, 68]})))
+    assert len(server.requests) == sent > before
+    server.models["big"] = {"max_model_len": 512}
+    dead = {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}
+    server.faults = [(500, json.dumps(dead).encode(), {})] * 3
+    with pytest.raises(OSError, match=r"answered 500 \(EngineCore encountered an issue\.\)\. No answer after 3"):
+        filled(server, tmp_path / "a", top=5)
+
+
+def test_servers_without_a_list_of_models_are_asked_all_the_same(server, tmp_path):
+    server.models = None
+    assert len(filled(server, tmp_path / "a")) == 3
+    server.models = {"big": {}}
+    assert len(filled(server, tmp_path / "b")) == 3
+
+
+def test_numbers_that_are_not_log_probabilities_are_refused(server, tmp_path):
+    listed = [None, *({str(one): {"logprob": -0.5 * one, "rank": one} for one in range(1, 7)} for _ in range(4))]
+    server.faults = [(200, json.dumps({"choices": [{"prompt_logprobs": listed}]}).encode(), {})]
+    with pytest.raises(ValueError, match=r"probabilities sum to 1\.46\d+ at one position.*`--logprobs-mode"):
+        filled(server, tmp_path / "a")
 
 
 def test_another_tokenizer_is_refused(server, tmp_path):

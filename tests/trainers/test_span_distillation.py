@@ -349,6 +349,7 @@ def test_a_server_whose_tokenizer_is_unknown_or_another_one_is_refused(tmp_path,
     with pytest.raises(ValueError, match=r"has another tokenizer.*`loss: alm` compares texts, and needs the server's"):
         start_served(tmp_path, server, tokenizer=byte_level)
     byte_fallback().save_pretrained(tmp_path / "big")
+    server.models[str(tmp_path / "big")] = {"max_model_len": 512}
     found = start_served(tmp_path, server, tokenizer=None, teacher_server_model=str(tmp_path / "big"))
     assert "tokens match exactly" in str(found.teacher.vocabularies) and not any(found.frozen_bytes.values())
 

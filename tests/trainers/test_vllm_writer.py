@@ -3,11 +3,13 @@
 import copy
 import json
 import os
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -37,6 +39,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     seed: int | None = None
     stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
     logprobs: int | None = None
     detokenize: bool = True
 
@@ -48,8 +51,25 @@ class Written:
     finish_reason: str
 
 
+class ParallelLMHead(torch.nn.Module):
+    """A head that multiplies with a packed copy of its weight, which may be the embedding's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = [model]
+        self.quant_method = SimpleNamespace(process_weights_after_loading=ParallelLMHead.pack)
+
+    def pack(self):
+        with torch.no_grad():
+            self.model[0].lm_head.weight.copy_(self.model[0].model.embed_tokens.weight)
+
+
 class LLM:
-    """Keeps what it was made with, and every state of its weights in which it wrote."""
+    """Keeps what it was made with, and every state of its weights in which it wrote.
+
+    As vLLM does, it seeds the generators of the process, adds the stop token of its config to those of a request,
+    shortens a text that reaches the end of the context, and reads reloaded weights after the last one has arrived.
+    """
 
     made: list["LLM"] = []  # noqa: RUF012
     silent = False
@@ -58,18 +78,29 @@ class LLM:
         self.arguments, self.resets, self.states = arguments, 0, []
         assert os.environ["WORLD_SIZE"] == "1" and arguments["seed"] == 0
         assert not list(Path(model).glob("*.safetensors")) and arguments["load_format"] == "dummy"
+        assert int(os.environ["MASTER_PORT"]) > 1023
+        assert json.loads((Path(model) / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        random.seed(0)
+        np.random.seed(0)
         torch.manual_seed(7)
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        self.model.load_weights = self._load
-        runner = SimpleNamespace(model_runner=SimpleNamespace(model=self.model))
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        self.network = torch.nn.ModuleList()
+        if self.model.config.tie_word_embeddings:
+            self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
+            self.network.append(ParallelLMHead(self.model))
+        context = arguments.get("max_model_len") or self.model.config.max_position_embeddings
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
         LLM.made.append(self)
 
-    def _load(self, weights):
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights"
         own = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name, weight in weights:
+            for name, weight in list(kwargs["weights_iterator"]):
                 own[name].copy_(weight)
+
+    def apply_model(self, function):
+        return [function(self.network)]
 
     def reset_prefix_cache(self):
         self.resets += 1
@@ -79,8 +110,10 @@ class LLM:
         found = []
         for prompt, one in zip(prompts, sampling_params, strict=True):
             ids = prompt["prompt_token_ids"]
+            stops = [*one.stop_token_ids, *([] if one.ignore_eos else [self.model.config.eos_token_id])]
+            room = self.llm_engine.model_config.max_model_len - len(ids)
             texts, *_ = continuations(
-                self.model, [ids], pad_id=257, stop_ids=one.stop_token_ids, max_new_tokens=one.max_tokens,
+                self.model, [ids], pad_id=257, stop_ids=stops, max_new_tokens=min(room, one.max_tokens),
                 temperature=one.temperature, seed=one.seed, top_p=one.top_p,
             )  # fmt: skip
             text = [] if self.silent else texts[0]
@@ -90,7 +123,7 @@ class LLM:
                     scores = self.model(torch.tensor([ids + text])).logits[0, len(ids) - 1 : -1] / one.temperature
                 values = scores.log_softmax(-1)
                 rows = [{t: SimpleNamespace(logprob=values[i, t].item(), rank=1)} for i, t in enumerate(text)]
-            reason = "stop" if text and text[-1] in one.stop_token_ids else "length"
+            reason = "stop" if text and text[-1] in stops else "length"
             found.append(SimpleNamespace(outputs=[Written(tuple(text), rows, reason)]))
         return found
 
@@ -169,6 +202,75 @@ def test_adapters_are_merged_for_the_engine_and_the_base_stays_bit_for_bit(vllm,
     assert all(torch.equal(state[name], weight.float()) for name, weight in found.items())
 
 
+def test_weights_that_one_embedding_and_head_share_are_not_adapted_on_one_side(vllm, tmp_path):
+    def adapted(**options):
+        return get_peft_model(
+            tiny_llama(1, tie_word_embeddings=True), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+        )
+
+    for options in ({"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(ValueError, match="embedding and output head share one weight, and its adapter changes"):
+            VllmWriter(adapted(**options), Accelerator(cpu=True), tmp_path, {})
+    for options in ({}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}):
+        student = adapted(**options)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter += 0.05 * parameter.requires_grad
+            wanted = student.eval()(torch.tensor([[65, 66, 67]])).logits
+        VllmWriter(student, Accelerator(cpu=True), tmp_path, {}).load(student, 0)
+        found = LLM.made[-1].model.eval()(torch.tensor([[65, 66, 67]])).logits
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_an_engine_leaves_the_draws_of_the_training_alone(vllm, tmp_path):
+    def draws():
+        return torch.rand(2).tolist(), random.random(), np.random.rand()
+
+    def seeded():
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)
+
+    student = tiny_llama(1)
+    seeded()
+    wanted = draws()
+    seeded()
+    VllmWriter(student, Accelerator(cpu=True), tmp_path, {})
+    assert draws() == wanted
+
+
+def test_the_engine_computes_in_the_precision_of_the_training(vllm, tmp_path, monkeypatch):
+    for student, mixed, options, wanted in (
+        (tiny_llama(1), "no", {}, torch.float32),
+        (tiny_llama(1).bfloat16(), "no", {}, torch.bfloat16),
+        (tiny_llama(1), "bf16", {}, torch.bfloat16),
+        (tiny_llama(1), "bf16", {"dtype": "float32"}, "float32"),
+    ):
+        monkeypatch.setattr(Accelerator, "mixed_precision", mixed)
+        VllmWriter(student, Accelerator(cpu=True), tmp_path, options)
+        assert LLM.made[-1].arguments["dtype"] == wanted
+
+
+def test_the_stop_tokens_are_those_of_the_settings_alone(vllm, tmp_path):
+    student = tiny_llama(1)
+    greedy = student.generate(torch.tensor([[65, 66, 67]]), do_sample=False, max_new_tokens=6, eos_token_id=[])
+    text = greedy[0, 3:].tolist()
+    student.config.eos_token_id = text[1]  # ends texts where the config says so, as vLLM takes it by itself
+    writer = VllmWriter(student, Accelerator(cpu=True), tmp_path, {})
+    writer.load(student, 0)
+    how = {"max_new_tokens": 6, "temperature": 0.01, "seeds": [1], "log_probs": False}
+    assert writer.write([[65, 66, 67]], stop_ids=[text[4]], **how) == ([text[: text.index(text[4]) + 1]], None)
+    trainer = trainer_of(tmp_path, tiny_llama(1), **ENGINE, generation_options={"eos_token_id": [text[4]]})
+    trainer._write("student", [[65, 66, 67]], seed=0)
+    assert trainer._stops_and_options(trainer.model)[0] == [text[4]]
+
+
+def test_a_prompt_without_room_in_the_engines_context_is_refused(vllm, tmp_path):
+    trainer = trainer_of(tmp_path, **ENGINE, rollout_engine_options={"max_model_len": 12})
+    with pytest.raises(ValueError, match=r"A prompt has \d+ tokens, which leaves no room for `max_new_tokens` \(6\)"):
+        trainer.train()
+
+
 def test_what_vllm_cannot_do_is_refused(vllm, tmp_path):
     virtual = get_peft_model(tiny_llama(1), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="prompt learning, which cannot be merged into weights"):
@@ -192,6 +294,7 @@ def test_without_vllm_nothing_starts(tmp_path, monkeypatch):
         ({"rollout_engine": "sglang"}, "has to be transformers or vllm, got 'sglang'"),
         ({"rollout_engine_options": {"max_model_len": 9}}, "are arguments of vLLM"),
         ({"rollout_engine": "vllm", "rollout_engine_options": {"seed": 1}}, "'seed', which follows from the training"),
+        ({"rollout_engine": "vllm", "sampling_temperature": 0.005}, "0.005, but vLLM samples at 0.01 or above"),
         (
             {"rollout_engine": "vllm", "generation_options": {"typical_p": 0.5}},
             "'typical_p', which vLLM does not take",
