@@ -22,7 +22,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -38,8 +38,10 @@ Formula = TypeVar("Formula", bound=Callable)
 #: "dense": logits or log-probabilities over the vocabulary. "sparse": some tokens, and the mass of all the others.
 #: "sampled": tokens drawn at random, each weighted so that a sum over them estimates the sum over the vocabulary.
 #: "mixture": several teachers' rows of these forms, mixed by weights (`losses.rows.CombinedRows`).
+#: "likelihood": the probabilities of a text's own tokens alone, which no divergence accepts.
 Form = Literal["dense", "sparse", "sampled", "mixture", "likelihood"]
-ALL_FORMS: tuple[Form, ...] = get_args(Form)
+#: The forms that a divergence can accept.
+ALL_FORMS: tuple[Form, ...] = ("dense", "sparse", "sampled", "mixture")
 #: The forms that a sum over the vocabulary accepts.
 SUM_FORMS: tuple[Form, ...] = ("dense", "sparse", "sampled")
 

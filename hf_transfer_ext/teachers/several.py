@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,7 @@ from hf_transfer_ext.losses.rows import (
     TeacherRows,
     check_shares,
 )
-from hf_transfer_ext.losses.slopes import ALL_FORMS, Form, weighted
+from hf_transfer_ext.losses.slopes import Form, weighted
 from hf_transfer_ext.models.heads import causal_lm_of, head_rows
 from hf_transfer_ext.registry import unknown_name
 from hf_transfer_ext.teachers.cache import (
@@ -111,7 +111,7 @@ class Several(ABC):
         found = {form for teacher in self.teachers.values() for form in teacher_forms(teacher)}
         if found != {"dense"}:
             found.add("mixture")
-        return tuple(form for form in ALL_FORMS if form in found)
+        return tuple(form for form in get_args(Form) if form in found)
 
     @property
     def form(self) -> Form:
@@ -333,7 +333,7 @@ class RoutedTeachers(Several):
     def forms(self) -> tuple[Form, ...]:
         """All forms that a divergence has to accept: those of the teachers."""
         found = {form for teacher in self.teachers.values() for form in teacher_forms(teacher)}
-        return tuple(form for form in ALL_FORMS if form in found)
+        return tuple(form for form in get_args(Form) if form in found)
 
     def signal(self, student: nn.Module, inputs: dict[str, Any], mask: Mask) -> TeacherSignal:
         """The chosen teacher's rows at the student's labeled tokens; see `Teacher.signal`.

@@ -246,6 +246,7 @@ def test_a_complete_cache_needs_no_teacher(setup):
 def test_a_server_of_another_tokenizer_teaches_likelihoods(setup, server):  # noqa: F811
     server.model, server.tokenizer = tiny_llama(2, vocab_size=len(byte_fallback())), byte_fallback()
     byte_fallback().save_pretrained(setup / "big")
+    server.models[str(setup / "big")] = {"max_model_len": 512}
     config = yaml.safe_load((setup / "config.yaml").read_text())
     served = {"server": server.url, "server_model": str(setup / "big")}
     (setup / "config.yaml").write_text(yaml.safe_dump({**config, "teacher": served, "loss": "alm"}))

@@ -12,6 +12,7 @@ from tiny import byte_tokenizer, tiny_llama
 from hf_transfer_ext.losses.distillation import DISTILLATION_LOSSES
 from hf_transfer_ext.losses.fused import divergence_of_logits
 from hf_transfer_ext.losses.rows import CombinedRows, LogitRows, SampledRows, SparseRows
+from hf_transfer_ext.losses.slopes import require_form
 from hf_transfer_ext.teachers.cache import CachedTeacher, CacheSpec, cache_teacher, open_cache
 from hf_transfer_ext.teachers.live import AdapterTeacher, LiveTeacher
 from hf_transfer_ext.teachers.several import (
@@ -139,6 +140,16 @@ def test_a_batch_without_labels_asks_no_teacher():
     inputs, mask = batch(TEXTS)
     routes = {**inputs, "teacher": torch.zeros(len(mask), dtype=torch.long)}
     assert len(RoutedTeachers({"a": Silent()}).signal(STUDENT, routes, torch.zeros_like(mask)).rows) == 0
+
+
+def test_a_teacher_that_tells_likelihoods_alone_is_seen_among_others():
+    class Likelihoods(torch.nn.Identity):
+        form = "likelihood"
+
+    teachers = RoutedTeachers({"model": live(2), "likelihoods": Likelihoods()})
+    assert teachers.form == "likelihood" and teachers.forms[-1] == "likelihood"
+    with pytest.raises(ValueError, match="forward_kl needs .* tells the likelihoods of the tokens of a text alone"):
+        require_form(DISTILLATION_LOSSES["forward_kl"], teachers.form)
 
 
 def test_models_and_caches_of_every_kind_are_routed_with_lists_of_any_length(tmp_path):
