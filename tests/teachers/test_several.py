@@ -148,7 +148,7 @@ def test_a_teacher_that_tells_likelihoods_alone_is_seen_among_others():
 
     teachers = RoutedTeachers({"model": live(2), "likelihoods": Likelihoods()})
     assert teachers.form == "likelihood" and teachers.forms[-1] == "likelihood"
-    with pytest.raises(ValueError, match="forward_kl needs .* tells the likelihoods of the tokens of a text alone"):
+    with pytest.raises(ValueError, match=r"forward_kl needs .* tells the likelihoods of the tokens of a text alone"):
         require_form(DISTILLATION_LOSSES["forward_kl"], teachers.form)
 
 
