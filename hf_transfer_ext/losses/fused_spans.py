@@ -26,7 +26,7 @@ from hf_transfer_ext.losses.span_pair import SpanPair, merged_predictions
 from hf_transfer_ext.models.heads import LMHead, LogitFinish
 
 #: Tensors of the size of a chunk's logits that live at once while a span loss is differentiated.
-COPIES = 6
+COPIES = 9
 
 
 @dataclass(frozen=True)
