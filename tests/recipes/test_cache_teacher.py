@@ -115,7 +115,7 @@ def test_the_recipe_learns_from_likelihoods_that_the_command_has_stored_as_from_
         torch.testing.assert_close(both[name], value, atol=1e-5, rtol=0)
 
 
-def test_a_server_stores_likelihoods_that_go_on_after_a_break(far, server):  # noqa: F811
+def test_a_server_stores_likelihoods_that_add_what_is_missing_on_a_second_call(far, server):  # noqa: F811
     folder, words = far
     server.model, server.tokenizer = load_model(folder / "far"), byte_fallback()
     served = [server.url, *words, "--server-model", "big", "--server-options", "{retries: 0, pause: 0.0}"]
